@@ -1,0 +1,1 @@
+"""Model presets and training recipes, as YAML files."""

@@ -1,0 +1,480 @@
+"""Prompts in, token ids out: prefill once, then one step per token.
+
+There is a single `step`. The batched loop runs many of them inside one compiled program, the
+streaming iterator a few at a time; both therefore give the same ids. Shapes are padded to buckets,
+so requests of any length share a handful of compiled programs; `TRACES` counts them.
+"""
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from sa2jax.config import StepAudio2Config
+from sa2jax.errors import PromptError
+from sa2jax.inference.sampling import Knobs, Sampling, sample
+from sa2jax.models.decoder import KVCache
+from sa2jax.models.step_audio import StepAudio2
+from sa2jax.nn import Functional, Params
+from sa2jax.sharding import shard
+
+TRACES: Counter[str] = Counter()  # how often each program has been traced, by name
+
+LENGTHS = tuple(2**n for n in range(6, 18))  # prompt and cache buckets, tokens
+MEL_FRAMES = (128, 256, 512, 1024, 1536, 2048, 2504)  # clip buckets, 10 ms frames
+CLIPS_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt.
+
+    Attributes:
+        ids: token ids, [T]; each clip's frames stand at a run of placeholder ids.
+        mels: log-mel frames of each clip, [M, L] each.
+        starts: position in `ids` of each clip's first frame.
+        counts: number of positions each clip fills.
+    """
+
+    ids: Int[np.ndarray, "T"]
+    mels: tuple[Float[np.ndarray, "M L"], ...] = ()
+    starts: tuple[int, ...] = ()
+    counts: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to continue a prompt.
+
+    Attributes:
+        sampling: how the next token is chosen.
+        max_new_tokens: upper limit of the reply's length; the context may be reached before.
+        stop_ids: ids that end the reply; they are not part of it.
+        stop_strings: texts that end the reply; they are part of it.
+        seed: same seed, same reply. Prompt i of a batch draws from (seed, i).
+        samples: replies per prompt.
+    """
+
+    sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0))
+    max_new_tokens: int = 256
+    stop_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    seed: int = 0
+    samples: int = 1
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1 or self.samples < 1:
+            raise PromptError(
+                f"max_new_tokens={self.max_new_tokens}, samples={self.samples}: expected at least 1"
+            )
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One reply.
+
+    Attributes:
+        ids: the generated ids without the stop id.
+        finish: `stop` (a stop id), `string` (a stop string) or `length`.
+    """
+
+    ids: tuple[int, ...]
+    finish: Literal["stop", "string", "length"]
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["cache", "token", "seen", "keys", "made", "limit", "done"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class State:
+    """A batch of replies under way.
+
+    Attributes:
+        cache: keys and values of everything before `token`.
+        token: the newest token of each row, [B].
+        seen: tokens of prompt and reply, for the repetition penalty, [B, V].
+        keys: random key of each row, [B].
+        made: tokens generated so far, [B].
+        limit: tokens to generate at most, [B].
+        done: rows that have ended, [B].
+    """
+
+    cache: KVCache
+    token: Int[Array, "B"]
+    seen: Bool[Array, "B V"]
+    keys: PRNGKeyArray
+    made: Int[Array, "B"]
+    limit: Int[Array, "B"]
+    done: Bool[Array, "B"]
+
+
+def bucket(size: int, sizes: Sequence[int]) -> int:
+    """The smallest bucket that holds `size`; beyond the largest, `size` itself."""
+    return next((s for s in sizes if s >= size), size)
+
+
+def listen(
+    model: Functional[StepAudio2],
+    params: Params,
+    mels: Float[Array, "C M L"],
+    frames: Int[Array, "C"],
+) -> Float[Array, "C S D"]:
+    """Encode clips; see `StepAudio2.listen`."""
+    TRACES["listen"] += 1
+    return model.bind(params).listen(mels, frames)
+
+
+def prefill(
+    model: Functional[StepAudio2],
+    params: Params,
+    ids: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    features: Float[Array, "R D"],
+    slots: Int[Array, "B T"],
+    keys: PRNGKeyArray,
+    limit: Int[Array, "B"],
+    stop_ids: Int[Array, "Z"],
+    knobs: Knobs,
+    *,
+    samples: int,
+    size: int,
+) -> State:
+    """Read right-padded prompts and choose the first token of each reply.
+
+    Args:
+        model: the model's structure.
+        params: its parameters.
+        ids: prompts.
+        lengths: tokens of each prompt.
+        features: audio embeddings of the whole batch, one row per position they fill.
+        slots: the row of `features` that stands at a position, −1 for a token.
+        keys: random key of each reply, [B * samples].
+        limit: tokens to generate at most, per reply; 0 for a row that only pads the batch.
+        stop_ids: ids that end a reply.
+        knobs: sampling.
+        samples: replies per prompt; they share the prompt's prefill.
+        size: slots of the cache.
+    """
+    TRACES["prefill"] += 1
+    net = model.bind(params)
+    batch, steps = ids.shape
+    cache = KVCache.zeros(net.cfg.decoder, batch, size, net.decoder.policy.compute)
+    hidden, cache = net(ids, features[None], slots, cache, lengths)
+    assert cache is not None
+    hidden = hidden[jnp.arange(batch), jnp.maximum(lengths - 1, 0)]  # [B, D]
+    valid = jnp.arange(steps)[None] < lengths[:, None]
+    nowhere = net.cfg.decoder.vocab
+    seen = jnp.zeros((batch, nowhere), bool)
+    rows = jnp.arange(batch)[:, None]
+    seen = seen.at[rows, jnp.where(valid, ids, nowhere)].set(True, mode="drop")
+
+    repeat = partial(jnp.repeat, repeats=samples, axis=0)
+    cache = replace(
+        cache,
+        k=jnp.repeat(cache.k, samples, axis=1),
+        v=jnp.repeat(cache.v, samples, axis=1),
+        length=repeat(cache.length),
+    )
+    batch = batch * samples
+    state = State(
+        cache=cache,
+        token=jnp.zeros(batch, jnp.int32),
+        seen=repeat(seen),
+        keys=keys,
+        made=jnp.zeros(batch, jnp.int32),
+        limit=limit,
+        done=limit == 0,
+    )
+    return _choose(net, state, repeat(hidden), stop_ids, knobs)
+
+
+def step(net: StepAudio2, state: State, stop_ids: Int[Array, "Z"], knobs: Knobs) -> State:
+    """Read the newest token of each row and choose the next."""
+    x = net.decoder.embed(state.token[:, None])
+    lengths = jnp.where(state.done, 0, 1)
+    with jax.named_scope("decode_step"):
+        hidden, cache = net.decoder(x, state.cache, lengths)
+    assert cache is not None
+    return _choose(net, replace(state, cache=cache), hidden[:, 0], stop_ids, knobs)
+
+
+def decode(
+    model: Functional[StepAudio2],
+    params: Params,
+    state: State,
+    stop_ids: Int[Array, "Z"],
+    knobs: Knobs,
+    *,
+    block: int,
+) -> tuple[State, Int[Array, "B S"]]:
+    """Up to `block` steps, fewer once every row is done.
+
+    Returns:
+        The state, and the tokens chosen [B, block]; how many of a row's are new, `State.made`
+        tells.
+    """
+    TRACES["decode"] += 1
+    net = model.bind(params)
+    tokens = jnp.zeros((state.token.shape[0], block), jnp.int32)
+
+    def going(carry):
+        i, state, _ = carry
+        return (i < block) & ~jnp.all(state.done)
+
+    def body(carry):
+        i, state, tokens = carry
+        state = step(net, state, stop_ids, knobs)
+        return i + 1, state, tokens.at[:, i].set(state.token)
+
+    _, state, tokens = jax.lax.while_loop(going, body, (0, state, tokens))
+    return state, tokens
+
+
+def _choose(
+    net: StepAudio2, state: State, hidden: Float[Array, "B D"], stop_ids: Array, knobs: Knobs
+) -> State:
+    """Add the next token of each row that is not done."""
+    logits = shard(net.decoder.logits(hidden), "batch", "vocab")
+    keys = jax.vmap(jax.random.fold_in)(state.keys, state.made)
+    token = sample(keys, logits, state.seen, knobs)
+    token = jnp.where(state.done, state.token, token)
+    made = jnp.where(state.done, state.made, state.made + 1)
+    stopped = jnp.any(token[:, None] == stop_ids[None], axis=-1)
+    return replace(
+        state,
+        token=token,
+        seen=state.seen.at[jnp.arange(token.shape[0]), token].set(True),
+        made=made,
+        done=state.done | stopped | (made >= state.limit),
+    )
+
+
+class Generator:
+    """Compiled programs around one model and its parameters.
+
+    Args:
+        model: the model's structure.
+        params: its parameters.
+        cfg: its config.
+        mesh: the mesh the parameters are sharded over, if any.
+        block: steps per compiled call of the batched loop; stop strings are looked for in between.
+    """
+
+    def __init__(
+        self,
+        model: Functional[StepAudio2],
+        params: Params,
+        cfg: StepAudio2Config,
+        *,
+        mesh: Mesh | None = None,
+        block: int = 32,
+    ):
+        self.model, self.params, self.cfg, self.mesh, self.block = model, params, cfg, mesh, block
+        self._listen = jax.jit(partial(listen, model))
+        self._gather = jax.jit(lambda embeddings, rows: embeddings[rows])
+        self._prefill = jax.jit(partial(prefill, model), static_argnames=("samples", "size"))
+        self._decode = jax.jit(
+            partial(decode, model), static_argnames=("block",), donate_argnums=(1,)
+        )
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        options: Options,
+        *,
+        decode_text: Callable[[Sequence[int]], str] | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[list[Generation]]:
+        """Continue a batch of prompts of any lengths.
+
+        Args:
+            requests: the prompts.
+            options: how to continue them.
+            decode_text: ids to text, needed for stop strings.
+            progress: called with the number of tokens that were added to the longest reply.
+
+        Returns:
+            For each prompt its `options.samples` replies.
+
+        Raises:
+            PromptError: if a prompt leaves no room in the model's context, or holds an unknown id.
+        """
+        if options.stop_strings and decode_text is None:
+            raise PromptError("stop strings need decode_text to turn ids into text")
+        if not requests:
+            return []
+        state = self._start(requests, options)
+        replies = [[token] for token in np.asarray(state.token).tolist()]
+        made, done = np.asarray(state.made), np.asarray(state.done)
+        cut: dict[int, int] = {}  # row -> length of a reply that a stop string ended
+        while True:
+            if options.stop_strings and decode_text is not None:
+                for row in np.flatnonzero(made > 0).tolist():
+                    if row not in cut:
+                        cut |= _find_stop(row, replies[row], options, decode_text)
+                done = done | np.isin(np.arange(len(done)), list(cut))
+                state = replace(state, done=jnp.asarray(done))
+            if done.all():
+                break
+            before = made
+            state, tokens = self._run(state, options, self.block)
+            made, done = np.asarray(state.made), np.asarray(state.done)
+            for reply, row, new in zip(replies, np.asarray(tokens), made - before, strict=True):
+                reply.extend(row[:new].tolist())
+            if progress is not None:
+                progress(int((made - before).max()))
+        count = options.samples
+        ended = [_finish(ids, cut.get(row), options) for row, ids in enumerate(replies)]
+        return [ended[i * count : (i + 1) * count] for i in range(len(requests))]
+
+    def stream(self, request: Request, options: Options, *, block: int = 1) -> Iterator[int]:
+        """The ids of one reply as they are made, without the stop id.
+
+        The next step is under way while the caller handles an id. The caller looks for stop
+        strings and may stop at any time.
+
+        Args:
+            request: the prompt.
+            options: how to continue it; `samples` must be 1.
+            block: steps per compiled call; more is faster but comes in bursts.
+        """
+        if options.samples != 1:
+            raise PromptError("stream gives one reply: expected samples=1")
+        state = self._start([request], options)
+        fresh, made, done = [int(state.token[0])], 1, bool(state.done[0])
+        while fresh:
+            ahead = None if done else self._run(state, options, block)
+            for token in fresh:
+                if token in options.stop_ids:
+                    return
+                yield token
+            if ahead is None:
+                return
+            state, tokens = ahead
+            total, done = int(state.made[0]), bool(state.done[0])
+            fresh, made = np.asarray(tokens)[0, : total - made].tolist(), total
+
+    def listen(
+        self, mels: Sequence[Float[np.ndarray, "M L"]]
+    ) -> tuple[Float[Array, "R D"], list[int]]:
+        """Audio embeddings (12.5 Hz) of clips of any lengths.
+
+        Clips are encoded a few at a time; a clip's result does not depend on the others.
+
+        Returns:
+            The embeddings of all clips in one array, padding included, and each clip's first row.
+        """
+        parts, starts, rows = [], [], 0
+        for first in range(0, len(mels), CLIPS_AT_ONCE):
+            group = mels[first : first + CLIPS_AT_ONCE]
+            frames = np.zeros(_power_of_two(len(group)), np.int32)
+            frames[: len(group)] = [mel.shape[1] for mel in group]
+            length = bucket(int(frames.max()), MEL_FRAMES)
+            batch = np.zeros((len(frames), group[0].shape[0], length), np.float32)
+            for padded, mel in zip(batch, group, strict=False):
+                padded[:, : mel.shape[1]] = mel
+            with self._mesh():
+                features = self._listen(self.params, batch, frames)  # [C, S, D]
+            parts.append(features.reshape(-1, features.shape[-1]))
+            starts += [rows + i * features.shape[1] for i in range(len(group))]
+            rows += parts[-1].shape[0]
+        return jnp.concatenate(parts), starts
+
+    def _mesh(self) -> AbstractContextManager:
+        return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def _run(self, state: State, options: Options, block: int) -> tuple[State, Array]:
+        knobs = options.sampling.knobs()
+        with self._mesh():
+            return self._decode(self.params, state, _stop_array(options), knobs, block=block)
+
+    def _start(self, requests: Sequence[Request], options: Options) -> State:
+        """Pad a batch to its buckets and prefill it."""
+        decoder = self.cfg.decoder
+        for index, request in enumerate(requests):
+            _check(index, request, decoder.vocab, decoder.max_positions)
+        longest = max(len(request.ids) for request in requests)
+        steps = min(bucket(longest, LENGTHS), decoder.max_positions)
+        size = min(bucket(steps + options.max_new_tokens, LENGTHS), decoder.max_positions)
+        batch = _power_of_two(len(requests))
+
+        ids = np.zeros((batch, steps), np.int32)
+        slots = np.full((batch, steps), -1, np.int32)
+        lengths, limit = np.zeros(batch, np.int32), np.zeros(batch, np.int32)
+        sources: list[int] = []  # row of the encoder's output for each position filled with audio
+        clips = [mel for request in requests for mel in request.mels]
+        embeddings, starts = self.listen(clips) if clips else (None, [])
+        upcoming = iter(starts)
+        for row, request in enumerate(requests):
+            lengths[row] = len(request.ids)
+            limit[row] = min(options.max_new_tokens, decoder.max_positions - lengths[row])
+            ids[row, : lengths[row]] = request.ids
+            for start, count in zip(request.starts, request.counts, strict=True):
+                slots[row, start : start + count] = len(sources) + np.arange(count)
+                source = next(upcoming)
+                sources += range(source, source + count)
+        features = jnp.zeros((batch * steps, decoder.embed))
+        if embeddings is not None:
+            picked = np.zeros(batch * steps, np.int32)
+            picked[: len(sources)] = sources
+            features = self._gather(embeddings, picked)
+
+        seeds = (jax.random.fold_in(jax.random.key(options.seed), row) for row in range(batch))
+        keys = jnp.stack([jax.random.fold_in(s, n) for s in seeds for n in range(options.samples)])
+        with self._mesh():
+            return self._prefill(
+                self.params, ids, lengths, features, slots, keys,
+                np.repeat(limit, options.samples), _stop_array(options),
+                options.sampling.knobs(), samples=options.samples, size=size,
+            )  # fmt: skip
+
+
+def _check(index: int, request: Request, vocab: int, context: int) -> None:
+    ids = request.ids
+    if not 0 < len(ids) < context:
+        raise PromptError(
+            f"prompt {index} has {len(ids)} tokens: expected 1 to {context - 1}, the model's "
+            "context without room for a reply"
+        )
+    if ids.min() < 0 or ids.max() >= vocab:
+        raise PromptError(
+            f"prompt {index} holds id {ids.max() if ids.min() >= 0 else ids.min()}, outside the "
+            f"vocabulary of {vocab}: is this the checkpoint's own tokenizer?"
+        )
+
+
+def _find_stop(
+    row: int, ids: list[int], options: Options, decode_text: Callable[[Sequence[int]], str]
+) -> dict[int, int]:
+    """The shortest beginning of a reply that holds a stop string, if there is one."""
+    holds = lambda n: any(s in decode_text(ids[:n]) for s in options.stop_strings)  # noqa: E731
+    if not holds(len(ids)):
+        return {}
+    return {row: bisect_left(range(len(ids)), True, key=holds)}
+
+
+def _finish(ids: list[int], cut: int | None, options: Options) -> Generation:
+    if cut is not None:
+        return Generation(tuple(ids[:cut]), "string")
+    if ids and ids[-1] in options.stop_ids:
+        return Generation(tuple(ids[:-1]), "stop")
+    return Generation(tuple(ids), "length")
+
+
+def _stop_array(options: Options) -> Int[np.ndarray, "Z"]:
+    return np.asarray(options.stop_ids or (-1,), np.int32)
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()

@@ -1,0 +1,179 @@
+"""The listening side: audio encoder (100 Hz mel → 25 Hz) and adapter (25 Hz → 12.5 Hz).
+
+Source: Step-Audio 2 technical report (arXiv 2507.16632), section 2; a Whisper-style encoder with
+an average pool before its last norm. In the released code a clip's result depends on the padding
+of its batch: the key mask follows the parity of the padded length, and convolutions look past the
+end of a shorter clip. Here each clip is computed as if it were alone; `official_batch=True`
+reproduces the released behaviour.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from sa2jax.config import AdapterConfig, AudioEncoderConfig
+from sa2jax.nn import Conv1d, LayerNorm, Linear, Policy, attention, over_layers, param, stack
+from sa2jax.sharding import shard
+
+MEL_TAIL = 2  # frames at the end of each clip that the released code does not count as its length
+
+
+def encoder_length(mel_frames):
+    """Valid encoder frames (25 Hz) of a clip with this many mel frames (100 Hz)."""
+    return (mel_frames - MEL_TAIL + 1) // 2 // 2
+
+
+def adapter_length(encoder_frames, config: AdapterConfig):
+    """Decoder positions (12.5 Hz) that this many encoder frames fill."""
+    padding = config.kernel // 2
+    return (encoder_frames + 2 * padding - config.kernel) // config.stride + 1
+
+
+class SelfAttention(nnx.Module):
+    """Multi-head attention over audio frames; the key projection has no bias."""
+
+    def __init__(self, cfg: AudioEncoderConfig, *, policy: Policy, rngs: nnx.Rngs):
+        embed, heads = {"embed": cfg.embed}, {"heads": cfg.heads, "head_dim": cfg.head_dim}
+        self.q = Linear(embed, heads, policy=policy, rngs=rngs)
+        self.k = Linear(embed, heads, bias=False, policy=policy, rngs=rngs)
+        self.v = Linear(embed, heads, policy=policy, rngs=rngs)
+        self.o = Linear(heads, embed, policy=policy, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], mask: Bool[Array, "B T T"]
+    ) -> Float[Array, "B T D"]:
+        """Attend where the mask allows."""
+        return self.o(attention(self.q(x), self.k(x), self.v(x), mask))
+
+
+class Mlp(nnx.Module):
+    """Two layers with an exact (erf) gelu between."""
+
+    def __init__(self, cfg: AudioEncoderConfig, *, policy: Policy, rngs: nnx.Rngs):
+        embed, wide = {"embed": cfg.embed}, {"mlp": cfg.mlp_ratio * cfg.embed}
+        self.up = Linear(embed, wide, policy=policy, rngs=rngs)
+        self.down = Linear(wide, embed, policy=policy, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Apply to each frame."""
+        return self.down(jax.nn.gelu(self.up(x), approximate=False))
+
+
+class EncoderLayer(nnx.Module):
+    """A pre-norm transformer layer."""
+
+    def __init__(self, cfg: AudioEncoderConfig, *, policy: Policy, rngs: nnx.Rngs):
+        self.attn_norm = LayerNorm(cfg.embed, policy=policy, rngs=rngs)
+        self.attn = SelfAttention(cfg, policy=policy, rngs=rngs)
+        self.mlp_norm = LayerNorm(cfg.embed, policy=policy, rngs=rngs)
+        self.mlp = Mlp(cfg, policy=policy, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], mask: Bool[Array, "B T T"]
+    ) -> Float[Array, "B T D"]:
+        """Add attention, then the MLP."""
+        x = x + self.attn(self.attn_norm(x), mask)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class AudioEncoder(nnx.Module):
+    """Log-mel frames to 25 Hz features."""
+
+    def __init__(self, cfg: AudioEncoderConfig, *, policy: Policy, rngs: nnx.Rngs):
+        self.policy = policy
+        conv = {"kernel": 3, "padding": 1, "policy": policy, "rngs": rngs}
+        self.conv1 = Conv1d(cfg.mels, cfg.embed, **conv)
+        self.conv2 = Conv1d(cfg.embed, cfg.embed, stride=2, **conv)
+        self.positions = param(
+            rngs, (cfg.max_positions, cfg.embed), (None, None), dtype=policy.param, scale=0.02
+        )
+        make = lambda rngs: EncoderLayer(cfg, policy=policy, rngs=rngs)  # noqa: E731
+        self.layers = stack(make, cfg.layers, rngs)
+        self.norm = LayerNorm(cfg.embed, policy=policy, rngs=rngs)
+
+    def __call__(
+        self,
+        mels: Float[Array, "B M T"],
+        frames: Int[Array, "B"],
+        *,
+        official_batch: bool = False,
+        trace: dict[str, Array] | None = None,
+    ) -> Float[Array, "B S D"]:
+        """Encode a right-padded batch of clips.
+
+        Args:
+            mels: log-mel frames (100 Hz), zero beyond each clip's own frames.
+            frames: mel frames of each clip, 0 for an empty row.
+            official_batch: let clips feel the batch's padding as the released code does.
+            trace: filled with intermediate results by name, to compare implementations.
+
+        Returns:
+            Features at 25 Hz, `S = ((T + 1) // 2) // 2`; each clip's first
+            `encoder_length(frames)` are its own, one more may be read by the adapter.
+        """
+        x = mels.swapaxes(1, 2).astype(self.policy.compute)  # [B, T, M]
+        total = x.shape[1]
+        with jax.named_scope("conv"):
+            x = _note(trace, "conv1", self.conv1(x))
+            x = jax.nn.gelu(x, approximate=False)
+            if not official_batch:  # a clip alone sees the convolution's zeros after its last frame
+                x = jnp.where(_before(frames, total), x, 0)
+            x = _note(trace, "conv2", self.conv2(x))
+            x = jax.nn.gelu(x, approximate=False)
+            x = x + self.positions[...][: x.shape[1]].astype(x.dtype)
+
+        steps = x.shape[1]
+        valid = frames - MEL_TAIL
+        # The released mask picks every second mel position, from the parity of the padded length.
+        first = (total + 1) % 2 if official_batch else (frames[:, None] + 1) % 2
+        keys = first + 2 * jnp.arange(steps)[None] < valid[:, None]  # [B, S]
+        mask = jnp.broadcast_to(keys[:, None], (x.shape[0], steps, steps))
+
+        def layer(x, layer_and_index):
+            module, _ = layer_and_index
+            x = shard(module(x, mask), "batch", None, None)
+            return x, x if trace is not None else None
+
+        with jax.named_scope("layers"):
+            x, outputs = over_layers(layer, x, self.layers)
+        _note(trace, "layers", outputs)
+        with jax.named_scope("pool"):
+            x = x[:, : steps // 2 * 2].reshape(x.shape[0], steps // 2, 2, -1).mean(2)  # [B, S, D]
+            x = self.norm(x)
+        if not official_batch:
+            x = jnp.where(_before((frames + 1) // 2 // 2, x.shape[1]), x, 0)
+        return x
+
+
+class Adapter(nnx.Module):
+    """Encoder features (25 Hz) to decoder embeddings (12.5 Hz)."""
+
+    def __init__(
+        self, cfg: AdapterConfig, encoder: int, decoder: int, *, policy: Policy, rngs: nnx.Rngs
+    ):
+        self.conv = Conv1d(
+            encoder, encoder, kernel=cfg.kernel, stride=cfg.stride, padding=cfg.kernel // 2,
+            policy=policy, rngs=rngs,
+        )  # fmt: skip
+        wide = {"mlp": cfg.hidden}
+        self.up = Linear({"embed": encoder}, wide, policy=policy, rngs=rngs)
+        self.down = Linear(wide, {"embed": decoder}, policy=policy, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B S D"], *, trace: dict[str, Array] | None = None
+    ) -> Float[Array, "B T E"]:
+        """Halve the rate and map to the decoder's width."""
+        x = _note(trace, "adapter_conv", self.conv(x))
+        x = jax.nn.gelu(x, approximate=False)
+        return self.down(jax.nn.relu(self.up(x)))
+
+
+def _before(lengths: Int[Array, "B"], size: int) -> Bool[Array, "B T 1"]:
+    return (jnp.arange(size)[None] < lengths[:, None])[..., None]
+
+
+def _note(trace: dict[str, Array] | None, name: str, x: Array) -> Array:
+    if trace is not None:
+        trace[name] = x
+    return x

@@ -1,0 +1,119 @@
+"""Step-Audio 2: an audio encoder and an adapter in front of a decoder.
+
+A prompt is a row of token ids in which each clip holds a run of placeholder positions. Their
+embeddings are replaced by the adapter's frames (12.5 Hz) where the prompt was built with a clip,
+and only there: an `<audio_start>` that the model itself generates is a token like any other.
+"""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from sa2jax.config import StepAudio2Config
+from sa2jax.models.audio_encoder import Adapter, AudioEncoder, adapter_length, encoder_length
+from sa2jax.models.decoder import Decoder, KVCache
+from sa2jax.nn import Functional, Params, Policy, functional, unstack
+
+
+class StepAudio2(nnx.Module):
+    """The listening and thinking parts of Step-Audio 2."""
+
+    def __init__(
+        self, cfg: StepAudio2Config, *, policy: Policy, rngs: nnx.Rngs, stacked: bool = True
+    ):
+        self.cfg = cfg
+        self.audio_encoder = AudioEncoder(cfg.audio_encoder, policy=policy, rngs=rngs)
+        self.adapter = Adapter(
+            cfg.adapter, cfg.audio_encoder.embed, cfg.decoder.embed, policy=policy, rngs=rngs
+        )
+        self.decoder = Decoder(cfg.decoder, policy=policy, rngs=rngs, stacked=stacked)
+
+    def listen(
+        self,
+        mels: Float[Array, "C M T"],
+        frames: Int[Array, "C"],
+        *,
+        official_batch: bool = False,
+        trace: dict[str, Array] | None = None,
+    ) -> Float[Array, "C S D"]:
+        """Turn clips into decoder embeddings (12.5 Hz).
+
+        Args:
+            mels: right-padded log-mel frames (100 Hz) of C clips.
+            frames: mel frames of each clip.
+            official_batch: see `AudioEncoder`.
+            trace: filled with intermediate results by name.
+
+        Returns:
+            Embeddings; clip c's own are the first `feature_length(frames[c])`.
+        """
+        with jax.named_scope("audio_encoder"):
+            x = self.audio_encoder(mels, frames, official_batch=official_batch, trace=trace)
+        with jax.named_scope("adapter"):
+            return self.adapter(x, trace=trace)
+
+    def feature_length(self, mel_frames):
+        """Decoder positions that a clip of this many mel frames fills."""
+        return adapter_length(encoder_length(mel_frames), self.cfg.adapter)
+
+    def embed(
+        self,
+        ids: Int[Array, "B T"],
+        features: Float[Array, "C S D"] | None = None,
+        slots: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Embed tokens, with audio features at the positions that hold them.
+
+        Args:
+            ids: token ids.
+            features: what `listen` returned for all clips of the batch.
+            slots: for each position, which row of `features` (flattened over clips and frames)
+                stands there, −1 for a token.
+        """
+        x = self.decoder.embed(ids)
+        if features is None or slots is None:
+            return x
+        flat = features.reshape(-1, features.shape[-1]).astype(x.dtype)
+        return jnp.where(slots[..., None] >= 0, flat[slots], x)
+
+    def __call__(
+        self,
+        ids: Int[Array, "B T"],
+        features: Float[Array, "C S D"] | None = None,
+        slots: Int[Array, "B T"] | None = None,
+        kv_cache: KVCache | None = None,
+        lengths: Int[Array, "B"] | None = None,
+        *,
+        trace: dict[str, Array] | None = None,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """Hidden states of a batch of right-padded prompts; see `embed` and `Decoder`."""
+        x = self.embed(ids, features, slots)
+        if trace is not None:
+            trace["embed"] = x
+        with jax.named_scope("decoder"):
+            return self.decoder(x, kv_cache, lengths, trace=trace)
+
+
+@cache
+def step_audio2(
+    cfg: StepAudio2Config, policy: Policy | None = None, *, stacked: bool = True
+) -> Functional[StepAudio2]:
+    """The structure of a config's model; allocates nothing.
+
+    Args:
+        cfg: sizes.
+        policy: dtypes, float32 by default.
+        stacked: whether the decoder's parameters are stacked [L, ...], as checkpoints have them, or
+            one tree per layer, see `unstack`.
+    """
+    policy = Policy() if policy is None else policy
+    return functional(lambda: StepAudio2(cfg, policy=policy, rngs=nnx.Rngs(0), stacked=stacked))
+
+
+def unstack_decoder(params: Params) -> Params:
+    """The same parameters for `step_audio2(..., stacked=False)`."""
+    decoder = params["decoder"]
+    return params | {"decoder": decoder | {"layers": unstack(decoder["layers"])}}
