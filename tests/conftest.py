@@ -1,0 +1,47 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+HERE = Path(__file__).parent
+SMALL_GOLDEN = HERE / "golden"
+LARGE_GOLDEN = HERE.parent.parent / "shared" / "golden"  # not in the repository; used when there
+
+
+def golden_folder() -> Path:
+    """Folder of reference data; `SA2JAX_GOLDEN` points the same tests at another one."""
+    folder = Path(os.environ.get("SA2JAX_GOLDEN", SMALL_GOLDEN))
+    assert folder.is_dir(), f"SA2JAX_GOLDEN={folder} is not a folder"
+    return folder
+
+
+def golden_checkpoints() -> list[Path]:
+    """Every folder with a checkpoint (`llm/`) and its recorded outputs (`golden/`)."""
+    roots = [golden_folder()]
+    if "SA2JAX_GOLDEN" not in os.environ and LARGE_GOLDEN.is_dir():
+        roots.append(LARGE_GOLDEN)
+    found = {
+        folder.name: folder
+        for root in reversed(roots)
+        for folder in sorted(root.iterdir())
+        if (folder / "llm" / "config.json").is_file() and (folder / "golden").is_dir()
+    }
+    assert found, f"no checkpoint with recorded outputs under {roots[0]}"
+    return list(found.values())
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    return golden_folder()
+
+
+@pytest.fixture(scope="session", params=golden_checkpoints(), ids=lambda folder: folder.name)
+def recorded_checkpoint(request) -> Path:
+    """A folder with `llm/`, a checkpoint, and `golden/`, what the official code made of it."""
+    return request.param
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
