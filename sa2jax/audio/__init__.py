@@ -1,0 +1,34 @@
+"""Audio: files in and out, and the four front-ends of the models."""
+
+from sa2jax.audio.features import (
+    CHUNK_SAMPLES,
+    HOP,
+    SAMPLE_RATE,
+    fbank,
+    log_mel,
+    mel_24k,
+    num_frames,
+    num_tokens,
+    pad_mels,
+    s3_log_mel,
+)
+from sa2jax.audio.io import Audio, load, read, resample, split, write
+
+__all__ = [
+    "CHUNK_SAMPLES",
+    "HOP",
+    "SAMPLE_RATE",
+    "Audio",
+    "fbank",
+    "load",
+    "log_mel",
+    "mel_24k",
+    "num_frames",
+    "num_tokens",
+    "pad_mels",
+    "read",
+    "resample",
+    "s3_log_mel",
+    "split",
+    "write",
+]

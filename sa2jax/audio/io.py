@@ -1,0 +1,347 @@
+"""Audio in and out: read any file, mix to mono, resample, split, write.
+
+Samples are float32 in [-1, 1], channels first: [C, T] with T in samples. Long files stream through
+in blocks: an hour of 48 kHz stereo costs `load` about twice the 16 kHz mono that it returns.
+"""
+
+import io
+import math
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, TypeAlias
+
+import numpy as np
+import soundfile
+from jaxtyping import Float
+
+from sa2jax.audio.features import CHUNK_SAMPLES, SAMPLE_RATE
+from sa2jax.errors import AudioError
+
+Audio: TypeAlias = str | os.PathLike[str] | bytes | BinaryIO | np.ndarray | tuple[np.ndarray, int]
+"""A path, the bytes of an audio file, an open binary file, or an array with its rate in Hz."""
+
+_BLOCK = 1 << 19  # samples per channel that are in flight at once
+_GROUP = 64  # outputs that share one resampling matrix
+_MAX_RATE = 1_000_000
+_MAX_CHANNELS = 64  # more are samples: a transposed array
+_FULL_SCALE = {"int8": 2.0**7, "uint8": 2.0**7, "int16": 2.0**15, "int32": 2.0**31}
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def read(source: Audio, *, rate: int | None = None) -> tuple[Float[np.ndarray, "C T"], int]:
+    """Read a whole recording as it is: every channel, its own sample rate.
+
+    Args:
+        source: path, bytes or open binary file (wav, flac, mp3, ogg: whatever libsndfile reads), an
+            `(array, rate)` pair, or an array [T] or [C, T] together with `rate`. Integer arrays are
+            scaled as libsndfile scales files: int16 by 1 / 32768.
+        rate: sample rate in Hz of a bare array; not for other sources, which carry their own.
+
+    Returns:
+        float32 samples [C, T] in [-1, 1] and the sample rate in Hz.
+
+    Raises:
+        AudioError: no such file, not audio, no samples, NaN or Inf, bad rate or shape.
+    """
+    with _open(source, rate) as (name, found, blocks):
+        return _join(blocks, name), found
+
+
+def load(
+    source: Audio, rate: int = SAMPLE_RATE, *, mono: Literal["first", "mean"] = "first"
+) -> Float[np.ndarray, " T"]:
+    """Read a recording as one channel at the rate a model wants.
+
+    Args:
+        source: as for `read`; an array must come as `(array, rate)`.
+        rate: wanted sample rate in Hz.
+        mono: "first" keeps channel 0 (listening, voice codes, speaker: `utils.load_audio` of the
+            official code), "mean" averages all (voice mel at 24 kHz: `Token2wav._prepare_prompt`).
+
+    Returns:
+        float32 samples [T] at `rate`.
+
+    Raises:
+        AudioError: as for `read`.
+    """
+    if mono not in ("first", "mean"):
+        raise AudioError(f"expected mono='first' or 'mean', got {mono!r}")
+    to_rate = _check_rate(rate)
+    with _open(source, None) as (name, from_rate, blocks):
+        # Mixing commutes with resampling, so one channel is resampled instead of all.
+        mixed = (b[:1] if mono == "first" else b.mean(0, keepdims=True) for b in blocks)
+        return _join(_resampled(_finite(mixed, name), from_rate, to_rate), name)[0]
+
+
+def split(
+    samples: Float[np.ndarray, " T"], chunk: int = CHUNK_SAMPLES
+) -> list[Float[np.ndarray, " T"]]:
+    """Cut a recording into views of `chunk` samples (25 s at 16 kHz); the last one is shorter.
+
+    There is no limit on the length. The model hears every chunk as a clip of its own.
+
+    Raises:
+        AudioError: not one channel, no samples, or a chunk below one sample.
+    """
+    if samples.ndim != 1 or samples.size == 0 or chunk < 1:
+        raise AudioError(
+            f"expected samples [T] with T >= 1 and chunk >= 1, got shape {samples.shape} and chunk "
+            f"{chunk}; read the audio with load()"
+        )
+    return [samples[start : start + chunk] for start in range(0, samples.size, chunk)]
+
+
+@contextmanager
+def _open(
+    source: Audio, rate: int | None
+) -> Iterator[tuple[str, int, Iterator[Float[np.ndarray, "C T"]]]]:
+    """Yield the name, the rate and the finite blocks of any source."""
+    if isinstance(source, tuple):
+        if len(source) != 2 or rate is not None:
+            raise AudioError(f"expected (array, rate), got {len(source)} items and rate={rate}")
+        source, rate = source
+    elif not hasattr(source, "__array__") and rate is not None:
+        raise AudioError(f"rate={rate} is for a bare array; a file carries its own, leave rate out")
+    if hasattr(source, "__array__"):
+        if rate is None:
+            raise AudioError("expected an array with its sample rate; pass (array, rate)")
+        array = _as_samples(source)
+        yield "the array", _check_rate(rate), _slices(array)
+        return
+    name = _name(source)
+    try:
+        file = soundfile.SoundFile(_openable(source, name))
+    except (soundfile.SoundFileError, TypeError, OSError) as error:
+        raise _unreadable(name, error) from error
+    with file:
+        yield name, _check_rate(file.samplerate), _file_blocks(file, name)
+
+
+def _unreadable(name: str, error: Exception) -> AudioError:
+    cause = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    return AudioError(
+        f"expected wav, flac, mp3 or ogg audio, but {name} cannot be read ({cause}); "
+        "convert it to wav, for example with ffmpeg"
+    )
+
+
+def _name(source: Any) -> str:
+    if isinstance(source, str | os.PathLike):
+        return os.fspath(source)
+    return "the bytes" if isinstance(source, bytes) else str(getattr(source, "name", "the file"))
+
+
+def _openable(source: Any, name: str) -> str | BinaryIO:
+    """What soundfile can open: an existing path or a seekable binary file at its start."""
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    if isinstance(source, str | os.PathLike):
+        if os.path.isdir(source):
+            raise AudioError(f"expected an audio file, but {name} is a folder; name a file in it")
+        if not os.path.exists(source):
+            raise AudioError(f"expected an audio file, but {name} does not exist; check the path")
+        return os.fspath(source)
+    if not hasattr(source, "read"):
+        raise AudioError(
+            f"expected a path, bytes, a binary file or (array, rate), got {type(source).__name__}"
+        )
+    if not (hasattr(source, "seekable") and source.seekable()):
+        source = io.BytesIO(source.read())  # a pipe
+    source.seek(0)  # read before, perhaps: a voice is loaded at two rates
+    return source
+
+
+def _file_blocks(file: soundfile.SoundFile, name: str) -> Iterator[Float[np.ndarray, "C T"]]:
+    try:
+        while len(block := file.read(_BLOCK, dtype="float32", always_2d=True)):
+            yield block.T
+    except soundfile.SoundFileError as error:  # damaged further on
+        raise _unreadable(name, error) from error
+
+
+def _slices(samples: Float[np.ndarray, "C T"]) -> Iterator[Float[np.ndarray, "C T"]]:
+    for start in range(0, samples.shape[1], _BLOCK):
+        yield samples[:, start : start + _BLOCK]
+
+
+def _as_samples(array: Any) -> Float[np.ndarray, "C T"]:
+    """Any real array [T] or [C, T] as float32 [C, T], integers scaled to [-1, 1]."""
+    array = np.asarray(array)
+    if array.ndim not in (1, 2) or (array.ndim == 2 and array.shape[0] > _MAX_CHANNELS):
+        raise AudioError(f"expected samples [T] or [C, T], got shape {array.shape}; transpose them")
+    if (scale := _FULL_SCALE.get(array.dtype.name)) is not None:
+        offset = scale if array.dtype.kind == "u" else 0.0
+        array = (array.astype(np.float32) - np.float32(offset)) / np.float32(scale)
+    elif array.dtype.kind != "f" and array.dtype.name != "bfloat16":
+        raise AudioError(f"expected float, int16 or int32 samples, got {array.dtype}; convert them")
+    return np.atleast_2d(np.asarray(array, np.float32))
+
+
+def _check_rate(rate: Any) -> int:
+    if isinstance(rate, bool | np.bool_) or not hasattr(rate, "__index__"):
+        raise AudioError(f"expected a sample rate as a whole number of Hz, got {rate!r}")
+    if not 1 <= int(rate) <= _MAX_RATE:
+        raise AudioError(f"expected a sample rate of 1 to {_MAX_RATE} Hz, got {rate}")
+    return int(rate)
+
+
+def _finite(
+    blocks: Iterable[Float[np.ndarray, "C T"]], name: str
+) -> Iterator[Float[np.ndarray, "C T"]]:
+    for block in blocks:
+        if not np.isfinite(block).all():
+            raise AudioError(
+                f"expected finite samples, but {name} holds NaN or Inf; export it anew"
+            )
+        yield block
+
+
+def _join(blocks: Iterable[Float[np.ndarray, "C T"]], name: str) -> Float[np.ndarray, "C T"]:
+    parts = list(_finite(blocks, name))
+    if not parts:
+        raise AudioError(f"expected audio, but {name} holds no samples; record it again")
+    return np.ascontiguousarray(np.concatenate(parts, axis=1))
+
+
+# ---- resampling ----------------------------------------------------------------------------------
+# Not soxr: the official loader uses torchaudio's kernel, a windowed sinc of six zero crossings. Its
+# aliasing and roll-off are not those of soxr's better filters, and parity needs the same numbers.
+
+
+def resample(
+    samples: Float[np.ndarray, "*C T"], from_rate: int, to_rate: int
+) -> Float[np.ndarray, "*C T2"]:
+    """Change the sample rate exactly as `torchaudio.transforms.Resample` with its defaults.
+
+    A sinc with a Hann window, 6 zero crossings to each side, cut off at 0.99 of the lower Nyquist
+    frequency.
+
+    Args:
+        samples: float [T] or [C, T].
+        from_rate: rate of `samples` in Hz.
+        to_rate: wanted rate in Hz.
+
+    Returns:
+        float32 [T2] or [C, T2] with T2 = ceil(T * to_rate / from_rate).
+
+    Raises:
+        AudioError: bad rate or shape, no samples, NaN or Inf.
+    """
+    rates = _check_rate(from_rate), _check_rate(to_rate)
+    out = _join(_resampled(_slices(_as_samples(samples)), *rates), "the array")
+    return out[0] if np.ndim(samples) == 1 else out
+
+
+def _resampled(
+    blocks: Iterable[Float[np.ndarray, "C T"]], from_rate: int, to_rate: int
+) -> Iterator[Float[np.ndarray, "C T"]]:
+    """Resample a stream of blocks of any length; only the kernel's reach is kept between blocks."""
+    if from_rate == to_rate:
+        yield from blocks
+        return
+    common = math.gcd(from_rate, to_rate)
+    p, q = from_rate // common, to_rate // common  # p samples in make q samples out
+    reach = math.ceil(6 * p / (min(p, q) * 0.99))
+    repeat = math.ceil(
+        _GROUP / q
+    )  # several periods at once when q is small: matrices worth a BLAS call
+    step_in, step_out = repeat * p, repeat * q
+    held = None  # samples from `reach` before the next period on
+    total = made = 0
+    for block in blocks:
+        total += block.shape[1]
+        before = np.zeros((len(block), reach), np.float32) if held is None else held
+        held = np.concatenate([before, block], axis=1)
+        if (n := (held.shape[1] - 2 * reach) // step_in) > 0:
+            yield _polyphase(held, n, p, q, repeat)
+            held = held[:, n * step_in :]
+            made += n * step_out
+    if held is None:
+        return
+    # torchaudio rounds the length in float32, which costs long recordings a sample: so do we.
+    wanted = min(math.ceil(np.float32(q * total / p)), q * (total // p + 1))
+    if (n := math.ceil((wanted - made) / step_out)) > 0:
+        short = n * step_in + 2 * reach - held.shape[1]
+        held = np.pad(held, ((0, 0), (0, max(short, 0))))
+        yield _polyphase(held, n, p, q, repeat)[:, : wanted - made]
+
+
+def _polyphase(
+    held: Float[np.ndarray, "C T"], n: int, p: int, q: int, repeat: int
+) -> Float[np.ndarray, "C T2"]:
+    """Compute `n` steps of `repeat` periods each: one matrix product per group of output phases."""
+    step_in, step_out = repeat * p, repeat * q
+    out = np.empty((len(held), n, step_out), np.float32)
+    for first in range(0, step_out, _GROUP):
+        last = min(first + _GROUP, step_out)
+        start, kernel = _kernel(p, q, first, last)
+        width = len(kernel)
+        reached = held[:, start : start + (n - 1) * step_in + width]
+        windows = np.lib.stride_tricks.sliding_window_view(reached, width, axis=1)[:, ::step_in]
+        if width > step_in:  # overlapping rows are no matrix to BLAS
+            windows = np.ascontiguousarray(windows)
+        np.matmul(windows, kernel, out=out[:, :, first:last])
+    return out.reshape(len(held), -1)
+
+
+@lru_cache(maxsize=32)
+def _kernel(p: int, q: int, first: int, last: int) -> tuple[int, Float[np.ndarray, "taps phases"]]:
+    """The first sample that the outputs first..last-1 of a step see, and their kernel."""
+    base = min(p, q) * 0.99
+    reach = math.ceil(6 * p / base)
+    phase = np.arange(first, last)
+    start = first * p // q
+    taps = np.arange(start, (last - 1) * p // q + 2 * reach + 1) - reach
+    # torchaudio divides the phase in float32, the rest in float64: 160 phases make that visible.
+    offset = (-(phase % q)).astype(np.float32) / np.float32(q)
+    time = (taps[:, None] - phase // q * p) / p + offset.astype(np.float64)
+    time = np.clip(time * base, -6.0, 6.0)
+    kernel = np.sinc(time) * np.cos(time * (math.pi / 12)) ** 2 * (base / p)
+    return start, kernel.astype(np.float32)
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+def write(
+    path: str | os.PathLike[str],
+    samples: Float[np.ndarray, "*C T"],
+    rate: int,
+    *,
+    subtype: Literal["FLOAT", "PCM_16"] = "FLOAT",
+) -> None:
+    """Write a wav file, whole or not at all: under a temporary name first, then renamed.
+
+    Args:
+        path: where to; must end in .wav.
+        samples: [T] or [C, T] in [-1, 1] (or int16).
+        rate: sample rate in Hz; 24 000 for speech the model makes.
+        subtype: "FLOAT" (32 bit, exact) or "PCM_16" (clipped and rounded to 1 / 32768, so that what
+            was read from a 16 bit file comes back unchanged).
+
+    Raises:
+        AudioError: not a .wav name, no such folder, no samples, NaN or Inf, bad rate or shape.
+    """
+    path, rate = Path(path), _check_rate(rate)
+    if path.suffix.lower() != ".wav":
+        raise AudioError(f"expected a file name ending in .wav, got {path}; rename it")
+    if subtype not in ("FLOAT", "PCM_16"):
+        raise AudioError(f"expected subtype 'FLOAT' or 'PCM_16', got {subtype!r}")
+    data = _join(_slices(_as_samples(samples)), "the array").T  # [T, C]
+    if subtype == "PCM_16":
+        data = np.clip(np.round(data * np.float32(32768)), -32768, 32767).astype(np.int16)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        soundfile.write(temporary, data, rate, subtype=subtype, format="WAV")
+        os.replace(temporary, path)
+    except (soundfile.SoundFileError, OSError) as error:
+        raise AudioError(
+            f"cannot write {path} ({error}); check the folder and its space"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
