@@ -23,7 +23,7 @@ from sa2jax.config import StepAudio2Config
 from sa2jax.errors import PromptError
 from sa2jax.inference.sampling import Knobs, Sampling, sample
 from sa2jax.models.decoder import KVCache
-from sa2jax.models.step_audio import StepAudio2
+from sa2jax.models.step_audio import StepAudio2Model
 from sa2jax.nn import Functional, Params
 from sa2jax.sharding import shard
 
@@ -125,18 +125,18 @@ def bucket(size: int, sizes: Sequence[int]) -> int:
 
 
 def listen(
-    model: Functional[StepAudio2],
+    model: Functional[StepAudio2Model],
     params: Params,
     mels: Float[Array, "C M L"],
     frames: Int[Array, "C"],
 ) -> Float[Array, "C S D"]:
-    """Encode clips; see `StepAudio2.listen`."""
+    """Encode clips; see `StepAudio2Model.listen`."""
     TRACES["listen"] += 1
     return model.bind(params).listen(mels, frames)
 
 
 def prefill(
-    model: Functional[StepAudio2],
+    model: Functional[StepAudio2Model],
     params: Params,
     ids: Int[Array, "B T"],
     lengths: Int[Array, "B"],
@@ -199,7 +199,7 @@ def prefill(
     return _choose(net, state, repeat(hidden), stop_ids, knobs)
 
 
-def step(net: StepAudio2, state: State, stop_ids: Int[Array, "Z"], knobs: Knobs) -> State:
+def step(net: StepAudio2Model, state: State, stop_ids: Int[Array, "Z"], knobs: Knobs) -> State:
     """Read the newest token of each row and choose the next."""
     x = net.decoder.embed(state.token[:, None])
     lengths = jnp.where(state.done, 0, 1)
@@ -210,7 +210,7 @@ def step(net: StepAudio2, state: State, stop_ids: Int[Array, "Z"], knobs: Knobs)
 
 
 def decode(
-    model: Functional[StepAudio2],
+    model: Functional[StepAudio2Model],
     params: Params,
     state: State,
     stop_ids: Int[Array, "Z"],
@@ -242,7 +242,7 @@ def decode(
 
 
 def _choose(
-    net: StepAudio2, state: State, hidden: Float[Array, "B D"], stop_ids: Array, knobs: Knobs
+    net: StepAudio2Model, state: State, hidden: Float[Array, "B D"], stop_ids: Array, knobs: Knobs
 ) -> State:
     """Add the next token of each row that is not done."""
     logits = shard(net.decoder.logits(hidden), "batch", "vocab")
@@ -273,7 +273,7 @@ class Generator:
 
     def __init__(
         self,
-        model: Functional[StepAudio2],
+        model: Functional[StepAudio2Model],
         params: Params,
         cfg: StepAudio2Config,
         *,

@@ -18,7 +18,7 @@ from sa2jax.models.decoder import Decoder, KVCache
 from sa2jax.nn import Functional, Params, Policy, functional, unstack
 
 
-class StepAudio2(nnx.Module):
+class StepAudio2Model(nnx.Module):
     """The listening and thinking parts of Step-Audio 2."""
 
     def __init__(
@@ -100,7 +100,7 @@ class StepAudio2(nnx.Module):
 @cache
 def step_audio2(
     cfg: StepAudio2Config, policy: Policy | None = None, *, stacked: bool = True
-) -> Functional[StepAudio2]:
+) -> Functional[StepAudio2Model]:
     """The structure of a config's model; allocates nothing.
 
     Args:
@@ -110,7 +110,7 @@ def step_audio2(
             one tree per layer, see `unstack`.
     """
     policy = Policy() if policy is None else policy
-    return functional(lambda: StepAudio2(cfg, policy=policy, rngs=nnx.Rngs(0), stacked=stacked))
+    return functional(lambda: StepAudio2Model(cfg, policy=policy, rngs=nnx.Rngs(0), stacked=stacked))
 
 
 def unstack_decoder(params: Params) -> Params:
