@@ -307,9 +307,9 @@ def bench(
         reference: Time transformers beside it, in the same rounds, if torch is installed.
         json: Print JSON.
     """
-    from sa2jax.inference.bench import bench, print_bench
+    from sa2jax.bench import bench, print_bench
 
-    with _bar("timing") as tick:
+    with _bar("timing", unit="rounds") as tick:
         result = bench(
             size, prompt=prompt, tokens=tokens, seconds=seconds, repeats=repeats, dtype=dtype,
             reference=reference, progress=tick,

@@ -16,7 +16,17 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from sa2jax.config import DecoderConfig
-from sa2jax.nn import Linear, Policy, RMSNorm, attention, over_layers, param, rotary, stack
+from sa2jax.nn import (
+    Linear,
+    Policy,
+    RMSNorm,
+    attention,
+    cached_attention,
+    over_layers,
+    param,
+    rotary,
+    stack,
+)
 from sa2jax.sharding import shard
 
 
@@ -26,25 +36,26 @@ class KVCache:
     """Keys and values of the tokens a row has seen, always contiguous from slot 0.
 
     Attributes:
-        k: keys after rotation, [L, B, S, K, H].
-        v: values, [L, B, S, K, H].
+        k: keys after rotation, [L, B, K, S, H]: heads outside, so that one head's slots lie side
+            by side, as attention reads them.
+        v: values, [L, B, K, S, H].
         length: filled slots of each row, [B].
     """
 
-    k: Float[Array, "L B S K H"]
-    v: Float[Array, "L B S K H"]
+    k: Float[Array, "L B K S H"]
+    v: Float[Array, "L B K S H"]
     length: Int[Array, "B"]
 
     @classmethod
     def zeros(cls, cfg: DecoderConfig, batch: int, size: int, dtype: DTypeLike) -> Self:
         """An empty cache with room for `size` tokens a row."""
-        shape = (cfg.layers, batch, size, cfg.kv_heads, cfg.head_dim)
+        shape = (cfg.layers, batch, cfg.kv_heads, size, cfg.head_dim)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
 
     @property
     def size(self) -> int:
         """Slots per row."""
-        return self.k.shape[2]
+        return self.k.shape[3]
 
     def write(
         self,
@@ -55,7 +66,7 @@ class KVCache:
     ) -> Self:
         """Put new keys and values in their slots; slots beyond the cache are dropped."""
         rows = jnp.arange(slots.shape[0])[:, None]
-        at = lambda cache: cache.at[layer, rows, slots]  # noqa: E731
+        at = lambda cache: cache.at[layer, rows, :, slots]  # noqa: E731
         put = {"mode": "drop", "unique_indices": True}
         return replace(
             self,
@@ -89,10 +100,11 @@ class SelfAttention(nnx.Module):
         q = rotary(self.q(x), positions, self.rope_theta)
         k = rotary(self.k(x), positions, self.rope_theta)
         v = self.v(x)
-        if cache is not None:
-            cache = cache.write(layer, positions, k, v)
-            k, v = cache.k[layer].astype(q.dtype), cache.v[layer].astype(q.dtype)
-        return self.o(attention(q, k, v, mask)), cache
+        if cache is None:
+            return self.o(attention(q, k, v, mask)), None
+        cache = cache.write(layer, positions, k, v)
+        k, v = cache.k[layer].astype(q.dtype), cache.v[layer].astype(q.dtype)
+        return self.o(cached_attention(q, k, v, mask)), cache
 
 
 class Mlp(nnx.Module):
