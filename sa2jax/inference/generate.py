@@ -16,12 +16,13 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from sa2jax.config import StepAudio2Config
 from sa2jax.errors import PromptError
 from sa2jax.inference.sampling import Knobs, Sampling, sample
+from sa2jax.models.audio_encoder import adapter_length, encoder_length
 from sa2jax.models.decoder import KVCache
 from sa2jax.models.step_audio import StepAudio2Model
 from sa2jax.nn import Functional, Params
@@ -60,7 +61,7 @@ class Options:
         max_new_tokens: upper limit of the reply's length; the context may be reached before.
         stop_ids: ids that end the reply; they are not part of it.
         stop_strings: texts that end the reply; they are part of it.
-        seed: same seed, same reply. Prompt i of a batch draws from (seed, i).
+        seed: same seed, same reply. Reply j to prompt i of a batch draws from (seed, i, j).
         samples: replies per prompt.
     """
 
@@ -89,6 +90,28 @@ class Generation:
 
     ids: tuple[int, ...]
     finish: Literal["stop", "string", "length"]
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["ids", "lengths", "features", "slots"],
+    meta_fields=[],
+)
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Prompts padded to one shape.
+
+    Attributes:
+        ids: right-padded prompts, [B, T].
+        lengths: tokens of each prompt, 0 for a row that only pads the batch, [B].
+        features: audio embeddings of the whole batch, one row per position they fill, [B*T, D].
+        slots: the row of `features` that stands at a position, −1 for a token, [B, T].
+    """
+
+    ids: Int[Array, "B T"] | np.ndarray
+    lengths: Int[Array, "B"] | np.ndarray
+    features: Float[Array, "R D"]
+    slots: Int[Array, "B T"] | np.ndarray
 
 
 @partial(
@@ -135,13 +158,28 @@ def listen(
     return model.bind(params).listen(mels, frames)
 
 
+def place(
+    features: Float[Array, "R D"], clips: Float[Array, "C S D"], rows: Int[Array, "C S"]
+) -> Float[Array, "R D"]:
+    """Put what `listen` returned in its rows of `features`; rows beyond the last are dropped."""
+    TRACES["place"] += 1
+    return features.at[rows].set(clips, mode="drop")
+
+
+def score(
+    model: Functional[StepAudio2Model], params: Params, batch: Batch
+) -> Float[Array, "B T V"]:
+    """Logits of every position of a batch of prompts, without a cache."""
+    TRACES["score"] += 1
+    net = model.bind(params)
+    hidden, _ = net(batch.ids, batch.features[None], batch.slots, None, batch.lengths)
+    return net.decoder.logits(hidden)
+
+
 def prefill(
     model: Functional[StepAudio2Model],
     params: Params,
-    ids: Int[Array, "B T"],
-    lengths: Int[Array, "B"],
-    features: Float[Array, "R D"],
-    slots: Int[Array, "B T"],
+    batch: Batch,
     keys: PRNGKeyArray,
     limit: Int[Array, "B"],
     stop_ids: Int[Array, "Z"],
@@ -150,17 +188,14 @@ def prefill(
     samples: int,
     size: int,
 ) -> State:
-    """Read right-padded prompts and choose the first token of each reply.
+    """Read prompts and choose the first token of each reply.
 
     Args:
         model: the model's structure.
         params: its parameters.
-        ids: prompts.
-        lengths: tokens of each prompt.
-        features: audio embeddings of the whole batch, one row per position they fill.
-        slots: the row of `features` that stands at a position, −1 for a token.
+        batch: the prompts.
         keys: random key of each reply, [B * samples].
-        limit: tokens to generate at most, per reply; 0 for a row that only pads the batch.
+        limit: tokens to generate at most, per reply.
         stop_ids: ids that end a reply.
         knobs: sampling.
         samples: replies per prompt; they share the prompt's prefill.
@@ -168,16 +203,17 @@ def prefill(
     """
     TRACES["prefill"] += 1
     net = model.bind(params)
-    batch, steps = ids.shape
-    cache = KVCache.zeros(net.cfg.decoder, batch, size, net.decoder.policy.compute)
-    hidden, cache = net(ids, features[None], slots, cache, lengths)
+    count, steps = batch.ids.shape
+    lengths = batch.lengths
+    cache = KVCache.zeros(net.cfg.decoder, count, size, net.decoder.policy.compute)
+    hidden, cache = net(batch.ids, batch.features[None], batch.slots, cache, lengths)
     assert cache is not None
-    hidden = hidden[jnp.arange(batch), jnp.maximum(lengths - 1, 0)]  # [B, D]
+    hidden = hidden[jnp.arange(count), jnp.maximum(lengths - 1, 0)]  # [B, D]
     valid = jnp.arange(steps)[None] < lengths[:, None]
     nowhere = net.cfg.decoder.vocab
-    seen = jnp.zeros((batch, nowhere), bool)
-    rows = jnp.arange(batch)[:, None]
-    seen = seen.at[rows, jnp.where(valid, ids, nowhere)].set(True, mode="drop")
+    rows = jnp.arange(count)[:, None]
+    seen = jnp.zeros((count, nowhere), bool)
+    seen = seen.at[rows, jnp.where(valid, batch.ids, nowhere)].set(True, mode="drop")
 
     repeat = partial(jnp.repeat, repeats=samples, axis=0)
     cache = replace(
@@ -186,13 +222,12 @@ def prefill(
         v=jnp.repeat(cache.v, samples, axis=1),
         length=repeat(cache.length),
     )
-    batch = batch * samples
     state = State(
         cache=cache,
-        token=jnp.zeros(batch, jnp.int32),
+        token=jnp.zeros(count * samples, jnp.int32),
         seen=repeat(seen),
         keys=keys,
-        made=jnp.zeros(batch, jnp.int32),
+        made=jnp.zeros(count * samples, jnp.int32),
         limit=limit,
         done=limit == 0,
     )
@@ -282,7 +317,11 @@ class Generator:
     ):
         self.model, self.params, self.cfg, self.mesh, self.block = model, params, cfg, mesh, block
         self._listen = jax.jit(partial(listen, model))
-        self._gather = jax.jit(lambda embeddings, rows: embeddings[rows])
+        # With clips or without, features have one dtype and one sharding: one program for both.
+        self._compute = model.bind(model.abstract).decoder.policy.compute
+        self._everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+        self._place = jax.jit(place, donate_argnums=(0,), out_shardings=self._everywhere)
+        self._score = jax.jit(partial(score, model))
         self._prefill = jax.jit(partial(prefill, model), static_argnames=("samples", "size"))
         self._decode = jax.jit(
             partial(decode, model), static_argnames=("block",), donate_argnums=(1,)
@@ -293,6 +332,7 @@ class Generator:
         requests: Sequence[Request],
         options: Options,
         *,
+        numbers: Sequence[int] | None = None,
         decode_text: Callable[[Sequence[int]], str] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[list[Generation]]:
@@ -301,6 +341,8 @@ class Generator:
         Args:
             requests: the prompts.
             options: how to continue them.
+            numbers: number of each prompt: what it draws depends on this and the seed, and errors
+                name it; by default its place in the batch.
             decode_text: ids to text, needed for stop strings.
             progress: called with the number of tokens that were added to the longest reply.
 
@@ -308,13 +350,14 @@ class Generator:
             For each prompt its `options.samples` replies.
 
         Raises:
-            PromptError: if a prompt leaves no room in the model's context, or holds an unknown id.
+            PromptError: if a prompt is empty, leaves no room in the model's context, holds an
+                unknown id, or has clips that do not fit their places.
         """
         if options.stop_strings and decode_text is None:
             raise PromptError("stop strings need decode_text to turn ids into text")
         if not requests:
             return []
-        state = self._start(requests, options)
+        state = self.start(requests, options, numbers)
         replies = [[token] for token in np.asarray(state.token).tolist()]
         made, done = np.asarray(state.made), np.asarray(state.done)
         cut: dict[int, int] = {}  # row -> length of a reply that a stop string ended
@@ -324,11 +367,11 @@ class Generator:
                     if row not in cut:
                         cut |= _find_stop(row, replies[row], options, decode_text)
                 done = done | np.isin(np.arange(len(done)), list(cut))
-                state = replace(state, done=jnp.asarray(done))
+                state = replace(state, done=state.done | done)  # stays where it is on a mesh
             if done.all():
                 break
             before = made
-            state, tokens = self._run(state, options, self.block)
+            state, tokens = self.run(state, options, self.block)
             made, done = np.asarray(state.made), np.asarray(state.done)
             for reply, row, new in zip(replies, np.asarray(tokens), made - before, strict=True):
                 reply.extend(row[:new].tolist())
@@ -351,10 +394,10 @@ class Generator:
         """
         if options.samples != 1:
             raise PromptError("stream gives one reply: expected samples=1")
-        state = self._start([request], options)
-        fresh, made, done = [int(state.token[0])], 1, bool(state.done[0])
+        state = self.start([request], options)
+        fresh, made, done = np.asarray(state.token).tolist(), 1, np.asarray(state.done)[0]
         while fresh:
-            ahead = None if done else self._run(state, options, block)
+            ahead = None if done else self.run(state, options, block)
             for token in fresh:
                 if token in options.stop_ids:
                     return
@@ -362,20 +405,18 @@ class Generator:
             if ahead is None:
                 return
             state, tokens = ahead
-            total, done = int(state.made[0]), bool(state.done[0])
+            total, done = int(np.asarray(state.made)[0]), np.asarray(state.done)[0]
             fresh, made = np.asarray(tokens)[0, : total - made].tolist(), total
 
-    def listen(
-        self, mels: Sequence[Float[np.ndarray, "M L"]]
-    ) -> tuple[Float[Array, "R D"], list[int]]:
+    def listen(self, mels: Sequence[Float[np.ndarray, "M L"]]) -> list[Float[Array, "C S D"]]:
         """Audio embeddings (12.5 Hz) of clips of any lengths.
 
-        Clips are encoded a few at a time; a clip's result does not depend on the others.
+        Clips are encoded `CLIPS_AT_ONCE`; a clip's result does not depend on the others.
 
         Returns:
-            The embeddings of all clips in one array, padding included, and each clip's first row.
+            The embeddings of each group of clips, padding included.
         """
-        parts, starts, rows = [], [], 0
+        groups = []
         for first in range(0, len(mels), CLIPS_AT_ONCE):
             group = mels[first : first + CLIPS_AT_ONCE]
             frames = np.zeros(_power_of_two(len(group)), np.int32)
@@ -385,73 +426,107 @@ class Generator:
             for padded, mel in zip(batch, group, strict=False):
                 padded[:, : mel.shape[1]] = mel
             with self._mesh():
-                features = self._listen(self.params, batch, frames)  # [C, S, D]
-            parts.append(features.reshape(-1, features.shape[-1]))
-            starts += [rows + i * features.shape[1] for i in range(len(group))]
-            rows += parts[-1].shape[0]
-        return jnp.concatenate(parts), starts
+                groups.append(self._listen(self.params, batch, frames))  # [C, S, D]
+        return groups
 
     def _mesh(self) -> AbstractContextManager:
         return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
-    def _run(self, state: State, options: Options, block: int) -> tuple[State, Array]:
+    def run(self, state: State, options: Options, block: int) -> tuple[State, Array]:
+        """Up to `block` further tokens for each row that is not done; uses up the state."""
         knobs = options.sampling.knobs()
         with self._mesh():
             return self._decode(self.params, state, _stop_array(options), knobs, block=block)
 
-    def _start(self, requests: Sequence[Request], options: Options) -> State:
-        """Pad a batch to its buckets and prefill it."""
-        decoder = self.cfg.decoder
-        for index, request in enumerate(requests):
-            _check(index, request, decoder.vocab, decoder.max_positions)
-        longest = max(len(request.ids) for request in requests)
-        steps = min(bucket(longest, LENGTHS), decoder.max_positions)
-        size = min(bucket(steps + options.max_new_tokens, LENGTHS), decoder.max_positions)
-        batch = _power_of_two(len(requests))
-
-        ids = np.zeros((batch, steps), np.int32)
-        slots = np.full((batch, steps), -1, np.int32)
-        lengths, limit = np.zeros(batch, np.int32), np.zeros(batch, np.int32)
-        sources: list[int] = []  # row of the encoder's output for each position filled with audio
-        clips = [mel for request in requests for mel in request.mels]
-        embeddings, starts = self.listen(clips) if clips else (None, [])
-        upcoming = iter(starts)
+    def start(
+        self, requests: Sequence[Request], options: Options, numbers: Sequence[int] | None = None
+    ) -> State:
+        """Pad a batch to its buckets and prefill it; see `generate`."""
+        context = self.cfg.decoder.max_positions
+        numbers = range(len(requests)) if numbers is None else numbers
+        batch = self._pad(requests, numbers)
+        rows, steps = batch.ids.shape
+        size = min(bucket(steps + options.max_new_tokens, LENGTHS), context)
+        limit = np.zeros(rows, np.int32)  # the rows that only pad the batch generate nothing
         for row, request in enumerate(requests):
-            lengths[row] = len(request.ids)
-            limit[row] = min(options.max_new_tokens, decoder.max_positions - lengths[row])
-            ids[row, : lengths[row]] = request.ids
-            for start, count in zip(request.starts, request.counts, strict=True):
-                slots[row, start : start + count] = len(sources) + np.arange(count)
-                source = next(upcoming)
-                sources += range(source, source + count)
-        features = jnp.zeros((batch * steps, decoder.embed))
-        if embeddings is not None:
-            picked = np.zeros(batch * steps, np.int32)
-            picked[: len(sources)] = sources
-            features = self._gather(embeddings, picked)
-
-        seeds = (jax.random.fold_in(jax.random.key(options.seed), row) for row in range(batch))
+            limit[row] = min(options.max_new_tokens, context - len(request.ids))
+        padded = [*numbers, *[0] * (rows - len(requests))]
+        seeds = (jax.random.fold_in(jax.random.key(options.seed), n) for n in padded)
         keys = jnp.stack([jax.random.fold_in(s, n) for s in seeds for n in range(options.samples)])
         with self._mesh():
             return self._prefill(
-                self.params, ids, lengths, features, slots, keys,
-                np.repeat(limit, options.samples), _stop_array(options),
+                self.params, batch, keys, np.repeat(limit, options.samples), _stop_array(options),
                 options.sampling.knobs(), samples=options.samples, size=size,
             )  # fmt: skip
 
+    def logits(self, request: Request) -> Float[np.ndarray, "T V"]:
+        """Scores of the next token after each position of a prompt."""
+        batch = self._pad([request], [0])
+        with self._mesh():
+            return np.asarray(self._score(self.params, batch)[0, : len(request.ids)])
 
-def _check(index: int, request: Request, vocab: int, context: int) -> None:
-    ids = request.ids
+    def _pad(self, requests: Sequence[Request], numbers: Sequence[int]) -> Batch:
+        """Check requests, encode their clips, and pad everything to buckets."""
+        decoder = self.cfg.decoder
+        for number, request in zip(numbers, requests, strict=True):
+            _check(number, request, self.cfg)
+        longest = max(len(request.ids) for request in requests)
+        steps = min(bucket(longest, LENGTHS), decoder.max_positions)
+        rows = _power_of_two(len(requests))
+
+        ids, slots = np.zeros((rows, steps), np.int32), np.full((rows, steps), -1, np.int32)
+        lengths = np.zeros(rows, np.int32)
+        homes: list[range] = []  # rows of `features` that each clip fills
+        filled = 0
+        for row, request in enumerate(requests):
+            lengths[row] = len(request.ids)
+            ids[row, : lengths[row]] = request.ids
+            for start, count in zip(request.starts, request.counts, strict=True):
+                homes.append(range(filled, filled + count))
+                slots[row, start : start + count] = homes[-1]
+                filled += count
+        features = jnp.zeros((rows * steps, decoder.embed), self._compute, device=self._everywhere)
+        waiting = iter(homes)
+        for group in self.listen([mel for request in requests for mel in request.mels]):
+            targets = np.full(group.shape[:2], rows * steps, np.int32)  # beyond the end: dropped
+            for target, home in zip(targets, waiting, strict=False):
+                target[: len(home)] = home
+            features = self._place(features, group, targets)
+        return Batch(ids=ids, lengths=lengths, features=features, slots=slots)
+
+
+def _check(number: int, request: Request, cfg: StepAudio2Config) -> None:
+    ids, vocab, context = request.ids, cfg.decoder.vocab, cfg.decoder.max_positions
     if not 0 < len(ids) < context:
         raise PromptError(
-            f"prompt {index} has {len(ids)} tokens: expected 1 to {context - 1}, the model's "
-            "context without room for a reply"
+            f"prompt {number} has {len(ids)} tokens: expected 1 to {context - 1}, since the "
+            f"model's context of {context} must also hold a reply"
         )
     if ids.min() < 0 or ids.max() >= vocab:
         raise PromptError(
-            f"prompt {index} holds id {ids.max() if ids.min() >= 0 else ids.min()}, outside the "
+            f"prompt {number} holds id {ids.max() if ids.min() >= 0 else ids.min()}, outside the "
             f"vocabulary of {vocab}: is this the checkpoint's own tokenizer?"
         )
+    clips = (request.mels, request.starts, request.counts)
+    if len({len(part) for part in clips}) > 1:
+        raise PromptError(
+            f"prompt {number} has {' and '.join(str(len(part)) for part in clips)} mels, starts "
+            "and counts: expected one of each per clip"
+        )
+    for mel, start, count in zip(*clips, strict=True):
+        frames = mel.shape[1]
+        embeddings = adapter_length(encoder_length(frames), cfg.adapter)
+        longest = 2 * cfg.audio_encoder.max_positions
+        if start < 0 or start + count > len(ids) or not 0 <= count <= max(embeddings, 0):
+            raise PromptError(
+                f"prompt {number}: a clip of {frames} frames gives {max(embeddings, 0)} embeddings "
+                f"and cannot fill {count} positions from {start} on of {len(ids)}"
+            )
+        if mel.shape[0] != cfg.audio_encoder.mels or frames > longest:
+            raise PromptError(
+                f"prompt {number}: expected clips of {cfg.audio_encoder.mels} mels and at most "
+                f"{longest} frames, got {list(mel.shape)}"
+            )
 
 
 def _find_stop(
