@@ -1,0 +1,448 @@
+"""Checkpoints on disk: Orbax's format, plain nested dicts only.
+
+A model folder of this library:
+
+    config.json  tokenizer.json …   as they came from the source, word for word
+    sa2jax.json                     format version, stored dtype, dtypes of the source
+    params/                         an Orbax checkpoint, one zarr array per leaf
+
+Leaves are stacked over layers, so one leaf can be larger than all that may be held in memory at
+once. Orbax (also its v1 partial save) writes whole leaves. Its format is open, though: with
+`use_ocdbt=False` a leaf is a plain zarr array beside a metadata file. `create` lets Orbax write
+that metadata and gives back the empty arrays, to be filled slice by slice with tensorstore; any
+Orbax restores the result. Chunks never span layers (unless tiny) and are split further, so that a
+host that needs a part reads little else. `load` reads the same way: Orbax's restore takes twice the
+model's memory on a CPU.
+"""
+
+import fcntl
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+from sa2jax.errors import CheckpointError
+
+FORMAT = 1
+INFO = "sa2jax.json"
+PARAMS = "params"
+CHUNK_BYTES = 16 << 20
+PART_BYTES = 64 << 20  # read from disk at a time
+SMALL_BYTES = 1 << 20  # leaves up to this size are one chunk, layers and all
+
+Params = dict[str, Any]
+
+
+def is_checkpoint(folder: str | Path) -> bool:
+    """Whether this is a model folder of this library."""
+    return (Path(folder) / INFO).is_file()
+
+
+def read_info(folder: str | Path) -> dict[str, Any]:
+    """The contents of `sa2jax.json`.
+
+    Raises:
+        CheckpointError: if it is missing, damaged, or of a newer format.
+    """
+    path = Path(folder) / INFO
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+        version = info["format"]
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"no {INFO} in {folder}: expected a folder made by `sa2jax convert`"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}): convert the model again") from None
+    if version != FORMAT:
+        raise CheckpointError(f"{path} has format {version}, expected {FORMAT}: update sa2jax")
+    return info
+
+
+def save(path: str | Path, params: Params, *, overwrite: bool = False) -> None:
+    """Write parameters as an Orbax checkpoint; in a multi-host program all hosts call it.
+
+    Args:
+        path: the folder to make.
+        params: plain nested dict of arrays, sharded or not.
+        overwrite: replace a checkpoint that is already there.
+
+    Raises:
+        CheckpointError: if the path is taken or the disk is full.
+    """
+    path = Path(path).absolute()
+    if path.exists() and not (overwrite and (path / "_METADATA").is_file()):
+        raise CheckpointError(f"{path} exists already: choose another folder, or overwrite it")
+    args = jax.tree.map(_save_args, params)
+    with _quiet(), disk_errors(path), ocp.Checkpointer(_handler()) as checkpointer:
+        checkpointer.save(path, args=ocp.args.PyTreeSave(params, save_args=args), force=overwrite)
+
+
+def load(path: str | Path, like: Params | None = None, dtype: Any = None) -> Params:
+    """Read parameters straight onto their devices; each host reads only what it holds.
+
+    Args:
+        path: an Orbax checkpoint, or a model folder of this library.
+        like: the wanted tree, of `jax.ShapeDtypeStruct` (its shapes are checked, its shardings
+            used) or of `jax.sharding.Sharding`. By default all leaves on the first device.
+        dtype: cast floating leaves to this on the way; by default as `like` says, or as stored.
+
+    Raises:
+        CheckpointError: if it is no checkpoint, is damaged, or does not fit `like`; all
+            misfits are named at once.
+    """
+    leaves = open_leaves(path)
+    wanted = flatten(like) if like is not None else dict.fromkeys(leaves)
+    shapes = {name: getattr(want, "shape", None) for name, want in wanted.items()}
+    require_fit(Path(path), {name: tuple(leaf.shape) for name, leaf in leaves.items()}, shapes)
+    params = {}
+    for name, leaf in leaves.items():
+        want, stored = wanted[name], leaf.dtype.numpy_dtype
+        is_place = isinstance(want, jax.sharding.Sharding)
+        place = want if is_place else getattr(want, "sharding", None)
+        kind = dtype or (None if is_place else getattr(want, "dtype", None))
+        kind = kind if kind is not None and jnp.issubdtype(stored, jnp.floating) else stored
+        try:
+            params[name] = assemble(tuple(leaf.shape), kind, place, partial(_read, leaf))
+        except (ValueError, OSError) as error:
+            raise _damaged(_params_folder(path) / name, error) from None
+    return unflatten(params)
+
+
+def assemble(
+    shape: tuple[int, ...],
+    dtype: Any,
+    place: jax.sharding.Sharding | None,
+    read: Callable[[tuple[slice, ...], np.ndarray], None],
+) -> jax.Array:
+    """A device array from a function that reads parts of it; the host holds one part at a time.
+
+    Args:
+        shape: of the whole.
+        dtype: of the result; parts are cast to it.
+        place: where it goes, by default the first device.
+        read: fills an array with the part at an index. Asked for some rows of the first axis at a
+            time, so that no part is larger than `PART_BYTES` unless a single row is.
+    """
+    place = place or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    dtype = np.dtype(dtype)
+
+    def fetch(index: tuple[slice, ...] | None) -> np.ndarray:
+        bounds = [s.indices(n)[:2] for s, n in zip(index or (), shape, strict=True)]
+        out = _aligned_empty(tuple(stop - start for start, stop in bounds), dtype)
+        if not index:
+            read((), out)
+            return out
+        first, last = bounds[0]
+        for start, stop in _parts(first, last, out.nbytes):
+            read((slice(start, stop), *index[1:]), out[start - first : stop - first])
+        return out
+
+    # On a CPU, `out` itself becomes the device's memory. Elsewhere a leaf that is not split along
+    # its first axis is built up on the device, so that the host never holds all of it.
+    size = math.prod(shape) * dtype.itemsize
+    if _on_cpu(place) or size <= PART_BYTES or place.shard_shape(shape)[0] != shape[0]:
+        return jax.make_array_from_callback(shape, place, fetch)
+    whole = jnp.zeros(shape, dtype, device=place)
+    for start, stop in _parts(0, shape[0], size):
+        rows = slice(start, stop)
+        part = jax.make_array_from_callback(
+            (stop - start, *shape[1:]), place, lambda i, rows=rows: fetch((rows, *(i or ())[1:]))
+        )
+        whole = jax.block_until_ready(_put_rows(whole, part, start))
+    return whole
+
+
+def create(
+    path: str | Path, leaves: Mapping[str, tuple[tuple[int, ...], np.dtype]]
+) -> dict[str, ts.TensorStore]:
+    """Start an Orbax checkpoint whose arrays are filled afterwards, slice by slice.
+
+    Args:
+        path: the folder to make; meant to be inside `new_folder`, which makes the whole atomic.
+        leaves: shape and dtype of each leaf by dotted path.
+
+    Returns:
+        An open array per leaf: `arrays[name][3].write(layer).result()`.
+    """
+    path = Path(path).absolute()
+    blank = {name: np.zeros(1, np.int8) for name in leaves}
+    with _quiet(), ocp.Checkpointer(_handler()) as checkpointer:
+        checkpointer.save(path, args=ocp.args.PyTreeSave(unflatten(blank)))
+    return {
+        name: ts.open(
+            {
+                "driver": "zarr",
+                "kvstore": {"driver": "file", "path": f"{path / name}/"},
+                "metadata": {"compressor": None},
+                "store_data_equal_to_fill_value": True,  # a missing chunk is then always damage
+            },
+            dtype=ts.dtype(dtype),
+            shape=shape,
+            chunk_layout=ts.ChunkLayout(chunk_shape=chunk_shape(shape, dtype.itemsize)),
+            create=True,
+            delete_existing=True,
+        ).result()
+        for name, (shape, dtype) in leaves.items()
+    }
+
+
+def open_leaves(path: str | Path) -> dict[str, ts.TensorStore]:
+    """The leaves of an Orbax checkpoint as lazy arrays, by dotted path: nothing is read yet.
+
+    Raises:
+        CheckpointError: if it is no checkpoint or is damaged.
+    """
+    path = _params_folder(path)
+    try:
+        metadata = json.loads((path / "_METADATA").read_text(encoding="utf-8"))
+        keys = [
+            ".".join(str(k["key"]) for k in entry["key_metadata"])
+            for entry in metadata["tree_metadata"].values()
+        ]
+        packed = (path / "manifest.ocdbt").exists()
+        driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
+        base = {"driver": "ocdbt", "base": f"file://{path}"} if packed else {"driver": "file"}
+        folder = "" if packed else f"{path}/"
+        specs = {
+            key: {
+                "driver": driver,
+                "kvstore": base | {"path": f"{folder}{key}/"},
+                "fill_missing_data_reads": False,
+            }
+            for key in sorted(keys)
+        }
+        return {key: ts.open(spec, read=True).result() for key, spec in specs.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from None
+
+
+def chunk_shape(shape: tuple[int, ...], itemsize: int) -> list[int]:
+    """How a leaf is cut on disk: all of a small one, else within a layer, in halves of its axes.
+
+    >>> chunk_shape((28, 3584, 18944), 2)
+    [1, 1792, 2368]
+    """
+    chunk = list(shape)
+    if math.prod(chunk) * itemsize <= SMALL_BYTES:
+        return chunk
+    if len(shape) > 2:  # large leaves with more than two axes are stacks, or split as well as one
+        chunk[0] = 1
+    while math.prod(chunk) * itemsize > CHUNK_BYTES:
+        widest = chunk.index(max(chunk))
+        chunk[widest] = -(-chunk[widest] // 2)
+    return chunk
+
+
+@contextmanager
+def new_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder that becomes `out` when the block ends well and vanishes when it fails.
+
+    What a killed run left behind is removed first. With `overwrite`, a checkpoint at `out` (of
+    this library or of Hugging Face) is replaced at the very end; anything else is never touched.
+
+    Args:
+        out: where the folder shall be.
+        overwrite: replace a checkpoint that is already there.
+
+    Raises:
+        CheckpointError: if `out` is taken, another run is writing it, or the disk is full.
+    """
+    out = Path(os.path.realpath(out))
+    _refuse(out, overwrite)
+    temp, old = (out.with_name(f".{out.name}.sa2jax-{end}") for end in ("partial", "replaced"))
+    with disk_errors(out):
+        temp.mkdir(parents=True, exist_ok=True)
+    lock = os.open(temp, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            alone = temp.exists() and os.path.samestat(os.fstat(lock), temp.stat())
+        except BlockingIOError:
+            alone = False
+        if not alone:
+            raise CheckpointError(f"another run is writing {out}: wait for it, or stop it")
+        try:
+            with disk_errors(out):
+                _empty(temp)
+                yield temp
+                _refuse(out, overwrite)
+                shutil.rmtree(old, ignore_errors=True)
+                if out.exists():
+                    out.rename(old)
+                temp.rename(out)
+                shutil.rmtree(old, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(temp, ignore_errors=True)
+            raise
+    finally:
+        os.close(lock)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what the file system (or tensorstore, for it) complains about into one clear error."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        text = str(error)
+        if getattr(error, "errno", None) in (28, 122) or "No space left" in text or "quota" in text:
+            raise CheckpointError(
+                f"the disk is full: cannot write {path}; free some space"
+            ) from None
+        if isinstance(error, OSError):
+            raise CheckpointError(f"cannot write {path}: {error}") from None
+        raise
+
+
+def need_space(path: Path, size: int) -> None:
+    """Fail early when a file system cannot hold what is about to be written.
+
+    Args:
+        path: a folder that exists.
+        size: bytes to be written.
+
+    Raises:
+        CheckpointError: if fewer bytes are free.
+    """
+    free = shutil.disk_usage(path).free
+    if free < size:
+        raise CheckpointError(
+            f"the disk is full: {path.parent} has {free / 1e9:.2f} GB free, "
+            f"{size / 1e9:.2f} GB are needed; free some space or write elsewhere"
+        )
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested dict as `{"a.b.c": leaf}`, sorted."""
+    flat: dict[str, Any] = {}
+    for key in sorted(tree):
+        value, path = tree[key], f"{prefix}{key}"
+        flat |= flatten(value, f"{path}.") if isinstance(value, Mapping) else {path: value}
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> Params:
+    """The nested dict that `flatten` made flat."""
+    tree: Params = {}
+    for path, value in flat.items():
+        *parents, last = path.split(".")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = value
+    return tree
+
+
+def _handler() -> ocp.PyTreeCheckpointHandler:
+    # Weights shrink by a fifth under zstd but then load at half the speed.
+    return ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
+
+
+def _save_args(leaf: Any) -> ocp.SaveArgs:
+    stacked = leaf.ndim > 2 and leaf.nbytes > SMALL_BYTES
+    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if stacked else ())
+
+
+def _params_folder(path: str | Path) -> Path:
+    path = Path(path).absolute()
+    path = path / PARAMS if is_checkpoint(path) else path
+    if not (path / "_METADATA").is_file():
+        raise CheckpointError(f"{path} is no Orbax checkpoint: expected a _METADATA file in it")
+    return path
+
+
+def require_fit(
+    path: Path, stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...] | None]
+) -> None:
+    """Compare the leaves of a checkpoint with those of a model; None stands for any shape.
+
+    Raises:
+        CheckpointError: naming everything that does not fit.
+    """
+    problems = [f"{name} is missing" for name in wanted if name not in stored]
+    problems += [f"{name} is not expected" for name in stored if name not in wanted]
+    for name in wanted.keys() & stored.keys():
+        want, have = wanted[name], stored[name]
+        if want is not None and tuple(want) != tuple(have):
+            problems.append(f"{name}: expected {list(want)}, got {list(have)}")
+    if problems:
+        more = f" and {len(problems) - 12} more" if len(problems) > 12 else ""
+        raise CheckpointError(
+            f"{path} does not fit this model: {'; '.join(sorted(problems)[:12])}{more}. "
+            "Load it with the config.json it was made with"
+        )
+
+
+def _read(leaf: ts.TensorStore, index: tuple[slice, ...], out: np.ndarray) -> None:
+    out[...] = leaf[index].read().result()
+
+
+def _on_cpu(place: jax.sharding.Sharding) -> bool:
+    return all(device.platform == "cpu" for device in place.device_set)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _put_rows(whole: jax.Array, part: jax.Array, start: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(whole, part, start, 0)
+
+
+def _parts(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of at most `PART_BYTES`, where all of them take `size` bytes."""
+    step = max(1, (last - first) * PART_BYTES // max(size, 1))
+    for start in range(first, last, step):
+        yield start, min(start + step, last)
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array at an address that JAX takes over on a CPU without copying."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return CheckpointError(f"{path} is damaged ({reason}): convert the model again")
+
+
+def _refuse(out: Path, overwrite: bool) -> None:
+    """Raise unless `out` may be made: it does not exist, is empty, or may be replaced."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (is_checkpoint(out) or any(out.glob("*.safetensors"))) or not out.is_dir():
+        raise CheckpointError(f"{out} already holds something else: choose another folder")
+    if not overwrite:
+        raise CheckpointError(
+            f"{out} already holds a checkpoint: choose another folder or --overwrite"
+        )
+
+
+def _empty(folder: Path) -> None:
+    for entry in folder.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Orbax from warning about files that this layout does not have."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
