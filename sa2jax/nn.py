@@ -166,12 +166,14 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
         """Contract the last dimensions of x with the kernel's inputs."""
-        compute, n = self.policy.compute, self.inputs
-        kernel = self.kernel[...].astype(compute)
-        contract = (tuple(range(x.ndim - n, x.ndim)), tuple(range(kernel.ndim - n, kernel.ndim)))
-        y = jax.lax.dot_general(
-            x.astype(compute), kernel, (contract, ((), ())), precision=self.policy.precision
-        )
+        compute, kernel = self.policy.compute, self.kernel[...]
+        outputs, inputs = kernel.shape[: -self.inputs], kernel.shape[-self.inputs :]
+        # One plain matrix: with several axes a side XLA would transpose the kernel on every call.
+        matrix = kernel.reshape(math.prod(outputs), math.prod(inputs)).astype(compute)
+        x = x.reshape(*x.shape[: x.ndim - self.inputs], -1).astype(compute)
+        contract = (((x.ndim - 1,), (1,)), ((), ()))
+        y = jax.lax.dot_general(x, matrix, contract, precision=self.policy.precision)
+        y = y.reshape(*y.shape[:-1], *outputs)
         return y if self.bias is None else y + self.bias[...].astype(compute)
 
 

@@ -206,7 +206,7 @@ def prefill(
     count, steps = batch.ids.shape
     lengths = batch.lengths
     cache = KVCache.zeros(net.cfg.decoder, count, size, net.decoder.policy.compute)
-    hidden, cache = net(batch.ids, batch.features[None], batch.slots, cache, lengths)
+    hidden, cache = net(batch.ids, batch.features[None], batch.slots, cache, lengths, fresh=True)
     assert cache is not None
     hidden = hidden[jnp.arange(count), jnp.maximum(lengths - 1, 0)]  # [B, D]
     valid = jnp.arange(steps)[None] < lengths[:, None]

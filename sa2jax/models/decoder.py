@@ -95,14 +95,16 @@ class SelfAttention(nnx.Module):
         mask: Bool[Array, "B T S"],
         cache: KVCache | None,
         layer: Int[Array, ""] | int,
+        fresh: bool,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-        """Attend to the cache (if any) after adding this call's keys and values to it."""
+        """Add this call's keys and values to the cache and attend to it, or to them if `fresh`."""
         q = rotary(self.q(x), positions, self.rope_theta)
         k = rotary(self.k(x), positions, self.rope_theta)
         v = self.v(x)
-        if cache is None:
-            return self.o(attention(q, k, v, mask)), None
-        cache = cache.write(layer, positions, k, v)
+        if cache is not None:
+            cache = cache.write(layer, positions, k, v)
+        if cache is None or fresh:
+            return self.o(attention(q, k, v, mask)), cache
         k, v = cache.k[layer].astype(q.dtype), cache.v[layer].astype(q.dtype)
         return self.o(cached_attention(q, k, v, mask)), cache
 
@@ -130,9 +132,9 @@ class DecoderLayer(nnx.Module):
         self.mlp_norm = RMSNorm(cfg.embed, eps=cfg.norm_eps, policy=policy, rngs=rngs)
         self.mlp = Mlp(cfg, policy=policy, rngs=rngs)
 
-    def __call__(self, x, positions, mask, cache, layer):
+    def __call__(self, x, positions, mask, cache, layer, fresh):
         """Add attention, then the MLP."""
-        y, cache = self.attn(self.attn_norm(x), positions, mask, cache, layer)
+        y, cache = self.attn(self.attn_norm(x), positions, mask, cache, layer, fresh)
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), cache
 
@@ -174,6 +176,7 @@ class Decoder(nnx.Module):
         cache: KVCache | None = None,
         lengths: Int[Array, "B"] | None = None,
         *,
+        fresh: bool = False,
         trace: dict[str, Array] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Run the layers over new tokens.
@@ -183,6 +186,7 @@ class Decoder(nnx.Module):
             cache: what each row has seen before; None to look at `x` alone.
             lengths: valid tokens of each row in `x`, by default all. Padding is not cached, and
                 what comes out at its positions has no meaning.
+            fresh: the cache is known to be empty: fill it, but look at the new tokens only.
             trace: filled with intermediate results by name, to compare implementations.
 
         Returns:
@@ -195,11 +199,12 @@ class Decoder(nnx.Module):
         size = steps if cache is None else cache.size
         # Padding gets a position that no slot has: it is never written, so never seen.
         positions = jnp.where(offsets < lengths[:, None], start[:, None] + offsets, size + offsets)
-        mask = jnp.arange(size)[None, None] <= positions[..., None]  # [B, T, S]
+        seen = steps if fresh else size
+        mask = jnp.arange(seen)[None, None] <= positions[..., None]  # [B, T, S]
 
         def layer(carry, xs):
             (x, cache), (module, index) = carry, xs
-            x, cache = module(x, positions, mask, cache, index)
+            x, cache = module(x, positions, mask, cache, index, fresh)
             x = shard(x, "batch", None, None)
             return (x, cache), x if trace is not None else None
 

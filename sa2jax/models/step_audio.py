@@ -87,6 +87,7 @@ class StepAudio2Model(nnx.Module):
         kv_cache: KVCache | None = None,
         lengths: Int[Array, "B"] | None = None,
         *,
+        fresh: bool = False,
         trace: dict[str, Array] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Hidden states of a batch of right-padded prompts; see `embed` and `Decoder`."""
@@ -94,7 +95,7 @@ class StepAudio2Model(nnx.Module):
         if trace is not None:
             trace["embed"] = x
         with jax.named_scope("decoder"):
-            return self.decoder(x, kv_cache, lengths, trace=trace)
+            return self.decoder(x, kv_cache, lengths, fresh=fresh, trace=trace)
 
 
 @cache
@@ -110,7 +111,9 @@ def step_audio2(
             one tree per layer, see `unstack`.
     """
     policy = Policy() if policy is None else policy
-    return functional(lambda: StepAudio2Model(cfg, policy=policy, rngs=nnx.Rngs(0), stacked=stacked))
+    return functional(
+        lambda: StepAudio2Model(cfg, policy=policy, rngs=nnx.Rngs(0), stacked=stacked)
+    )
 
 
 def unstack_decoder(params: Params) -> Params:
