@@ -1,0 +1,448 @@
+"""Speech codes and a voice to a mel spectrogram: conditional flow matching, whole or as a stream.
+
+Source: CosyVoice 2 (arXiv 2412.10117) and the official `CausalMaskedDiffWithXvec` with
+`CausalConditionalCFM`: codes → conformer → features `mu`; noise is carried to mel frames by a few
+Euler steps along the velocity that the estimator sees, with classifier-free guidance.
+
+    flow = flow_model(cfg)                                    # structure, no numbers
+    mel = flow.bind(params)(prompt_codes, prompt_mel, speaker, codes)     # whole replies, batched
+
+    state = flow.bind(params).start(prompt_codes, prompt_mel, speaker)    # one state for B streams
+    state, mel = flow.bind(params).step(state, codes)                     # codes incl. look-ahead
+    state, mel = flow.bind(params).step(state, codes, last=True)          # the rest, flushed
+
+All of it is meant to be called under `jax.jit`. A state is an immutable pytree: nothing is shared
+between streams, several states `join` into one batch and a batch is taken apart by `pick`.
+
+**Static shapes.** A step compiles once per (batch, columns of `codes`, capacity of the state).
+The estimator's caches have prompt + `keep` slots from the first chunk on. The conformer's cache
+grows without bound, as in the official code, through powers of two: `reserve(state, codes)` between
+steps; without it the oldest codes are forgotten. Every row has its own number of valid codes and
+may be the last of its reply or idle (0 codes: its state does not change). Donate the state to a
+jitted step (`donate_argnums`): its caches, the largest part of all, are then written in place.
+
+**Two kinds of streaming**, chosen at `start` and part of the state's type:
+
+- `parity=True` is the official one, quirks included: the attention cache keeps the newest `prompt`
+  and the oldest `keep` frames, and the noise of a chunk starts at the cache's length, so that all
+  chunks have the same noise once the cache is full.
+- the default keeps the prompt and the newest `keep` frames, and each frame has the noise of its
+  place in time, as in a whole reply.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from sa2jax.config import FlowConfig
+from sa2jax.models.flow.dit import DiT, EstimatorState
+from sa2jax.models.flow.layers import before, note
+from sa2jax.models.flow.upsample_conformer import ConformerState, UpsampleConformer
+from sa2jax.nn import Functional, Linear, Params, Policy, functional, param, unstack
+
+STEPS = 10
+KEEP = 100  # mel frames of a reply that stay in the estimator's caches
+SMALLEST = 256  # codes that fit a fresh conformer cache: ten seconds
+
+Steps = tuple[Float[np.ndarray, "E"], Float[np.ndarray, "E"]]
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["speaker", "prompt", "levels", "encoder", "estimator"],
+    meta_fields=["keep", "parity"],
+)
+@dataclass(frozen=True)
+class FlowState:
+    """Everything that the flow remembers of B streams.
+
+    Attributes:
+        speaker: each row's voice, as the estimator takes it.
+        prompt: mel frames of each row's prompt.
+        levels: what the noise levels mean to the estimator (`DiT.at`), the same for all rows.
+        encoder: codes seen and the conformer's caches.
+        estimator: the caches of all Euler steps.
+        keep: frames of the reply that stay in the estimator's caches.
+        parity: whether this is the official streaming.
+    """
+
+    speaker: Float[Array, "B M"]
+    prompt: Int[Array, "B"]
+    levels: tuple[Float[Array, "E L 9 D"], Float[Array, "E 2 D"]]
+    encoder: ConformerState
+    estimator: EstimatorState
+    keep: int
+    parity: bool
+
+
+# The axis of the rows in each array of a state; −1 for none.
+_ROWS = FlowState(
+    speaker=0,  # type: ignore[arg-type]
+    prompt=0,  # type: ignore[arg-type]
+    levels=(-1, -1),  # type: ignore[arg-type]
+    encoder=ConformerState(0, 0, 0, 2, 2),  # type: ignore[arg-type]
+    estimator=EstimatorState(0, 3, 4),  # type: ignore[arg-type]
+    keep=0,
+    parity=False,
+)
+
+
+def schedule(steps: int) -> Steps:
+    """Noise levels `1 − cos(π/2 · k/steps)` and the steps between, summed in float32.
+
+    Returns:
+        Level at the start of each Euler step, and each step's length.
+    """
+    line = np.linspace(0, 1, steps + 1).astype(np.float32)
+    angle = line * np.float32(0.5) * np.float32(np.pi)
+    # Not every float32 cosine is rounded correctly; the official one is.
+    span = np.float32(1) - np.cos(angle.astype(np.float64)).astype(np.float32)
+    t, levels, lengths = span[0], [], []
+    for following in span[1:]:
+        levels.append(t)
+        lengths.append(following - t)
+        t = t + lengths[-1]
+    return np.array(levels, np.float32), np.array(lengths, np.float32)
+
+
+def start_noise(
+    first: Int[Array, "B"], frames: int, mels: int, seed: int | Int[Array, ""] = 0
+) -> Float[Array, "B T M"]:
+    """Normal noise that depends on the seed and a frame's number only, for any length.
+
+    Args:
+        first: number of each row's first frame.
+        frames: how many.
+        mels: values per frame.
+        seed: another one gives another reading of the same codes.
+    """
+    key = jax.random.key(seed)
+    draw = lambda number: jax.random.normal(jax.random.fold_in(key, number), (mels,))  # noqa: E731
+    return jax.vmap(jax.vmap(draw))(first[:, None] + jnp.arange(frames))
+
+
+def capacity_for(codes: int) -> int:
+    """The smallest capacity of a conformer cache that holds this many codes."""
+    return max(SMALLEST, 1 << (codes - 1).bit_length())
+
+
+def reserve(state: FlowState, codes: int) -> FlowState:
+    """Make room for this many codes of a stream, its prompt included; nothing if there is."""
+    return replace(state, encoder=state.encoder.grown(capacity_for(codes)))
+
+
+def join(states: Sequence[FlowState]) -> FlowState:
+    """Several streams as one batch, in this order; caches are padded to the longest."""
+    capacity = max(state.encoder.capacity for state in states)
+    slots = max(state.estimator.slots for state in states)
+    padded = [
+        replace(s, encoder=s.encoder.grown(capacity), estimator=s.estimator.grown(slots))
+        for s in states
+    ]
+    axes = replace(_ROWS, keep=states[0].keep, parity=states[0].parity)
+    line_up = lambda axis, *parts: parts[0] if axis < 0 else jnp.concatenate(parts, axis)  # noqa: E731
+    return jax.tree.map(line_up, axes, *padded)
+
+
+def pick(state: FlowState, rows: Sequence[int] | Int[Array, "R"]) -> FlowState:
+    """Some streams of a batch, as a batch."""
+    axes = replace(_ROWS, keep=state.keep, parity=state.parity)
+    rows = jnp.asarray(rows)
+    take = lambda axis, part: part if axis < 0 else jnp.take(part, rows, axis)  # noqa: E731
+    return jax.tree.map(take, axes, state)
+
+
+class Flow(nnx.Module):
+    """Codes and a voice to mel frames."""
+
+    def __init__(self, cfg: FlowConfig, *, policy: Policy, rngs: nnx.Rngs, stacked: bool = True):
+        self.cfg, self.policy = cfg, policy
+        common = {"policy": policy, "rngs": rngs}
+        self.table = param(
+            rngs, (cfg.codes, cfg.encoder.inputs), ("vocab", "embed"), dtype=policy.param
+        )
+        self.speaker = Linear({"speaker": cfg.speaker}, {"mels": cfg.mels}, **common)
+        self.encoder = UpsampleConformer(cfg.encoder, stacked=stacked, **common)
+        self.to_mel = Linear({"embed": cfg.encoder.embed}, {"mels": cfg.mels}, **common)
+        self.estimator = DiT(cfg.estimator, cfg.mels, stacked=stacked, **common)
+
+    def __call__(
+        self,
+        prompt_codes: Int[Array, "B P"],
+        prompt_mel: Float[Array, "B Q M"],
+        speaker: Float[Array, "B C"],
+        codes: Int[Array, "B T"],
+        prompt_lengths: Int[Array, "B"] | None = None,
+        lengths: Int[Array, "B"] | None = None,
+        *,
+        steps: int = STEPS,
+        guidance: float | Float[Array, ""] | None = None,
+        noise: Float[Array, "S M"] | None = None,
+        seed: int | Int[Array, ""] = 0,
+        trace: dict[str, Array] | None = None,
+    ) -> Float[Array, "B R M"]:
+        """Mel frames of whole replies; a row's result does not depend on the others.
+
+        Args:
+            prompt_codes: codes (25 Hz) of each row's voice recording, right-padded.
+            prompt_mel: log-mel frames (50 Hz) of that recording, `Q = upsample · P`.
+            speaker: speaker vectors, of any length.
+            codes: codes to speak, right-padded; negative ones are read as 0.
+            prompt_lengths: valid codes of each prompt, by default all.
+            lengths: valid codes of each row, by default all.
+            steps: Euler steps.
+            guidance: weight of what the condition changes, by default the config's.
+            noise: start noise of each frame from the prompt's first on, by default seeded.
+            seed: for the default noise.
+            trace: filled with intermediate results by name, to compare implementations.
+
+        Returns:
+            Log-mel frames (50 Hz), `R = upsample · T`, zero beyond each row's own.
+        """
+        ratio, (batch, room) = self.cfg.encoder.upsample, codes.shape
+        prompts = _default(prompt_lengths, batch, prompt_codes.shape[1])
+        lengths = _default(lengths, batch, room)
+        joined = _after(prompt_codes, codes, prompts)
+        total = prompts + lengths
+        encoder, estimator = self._empty(batch, steps)
+        mu, _ = self._encode(joined, total, total, encoder, joined.shape[1], trace=trace)
+        levels = self.estimator.at(schedule(steps)[0], trace=trace)
+        frames = mu.shape[1]
+        given = prompt_mel.shape[1]
+        cond = jnp.pad(prompt_mel, [(0, 0), (0, frames - given), (0, 0)])
+        cond = jnp.where(before(ratio * prompts, frames)[..., None], cond, 0)
+        x = self._noise(jnp.zeros(batch, jnp.int32), frames, noise, seed)
+        x, _ = self._euler(
+            x, mu, self._voice(speaker, trace), cond, ratio * total, estimator, levels,
+            guidance=guidance, record=False, trace=trace,
+        )  # fmt: skip
+        place = ratio * prompts[:, None] + jnp.arange(ratio * room)
+        mel = jnp.take_along_axis(x, place[..., None], axis=1)
+        return jnp.where(before(ratio * lengths, ratio * room)[..., None], mel, 0)
+
+    def start(
+        self,
+        prompt_codes: Int[Array, "B P"],
+        prompt_mel: Float[Array, "B Q M"],
+        speaker: Float[Array, "B C"],
+        prompt_lengths: Int[Array, "B"] | None = None,
+        *,
+        ahead: Int[Array, "B A"] | None = None,
+        steps: int = STEPS,
+        guidance: float | Float[Array, ""] | None = None,
+        noise: Float[Array, "S M"] | None = None,
+        seed: int | Int[Array, ""] = 0,
+        keep: int = KEEP,
+        capacity: int = 0,
+        parity: bool = False,
+        trace: dict[str, Array] | None = None,
+    ) -> FlowState:
+        """Streams that have heard their voice and said nothing yet.
+
+        The state depends on the voice alone and may be kept and started from again.
+
+        Args:
+            prompt_codes: codes (25 Hz) of each row's voice recording, right-padded.
+            prompt_mel: log-mel frames (50 Hz) of that recording, `Q = upsample · P`.
+            speaker: speaker vectors.
+            prompt_lengths: valid codes of each prompt, by default all.
+            ahead: codes that follow the prompt, by default the prompt's first ones again, as the
+                official code has it.
+            steps: Euler steps of this stream.
+            guidance: see `__call__`.
+            noise: see `__call__`.
+            seed: see `__call__`.
+            keep: frames of the reply that stay in the estimator's caches.
+            capacity: codes that the conformer's caches shall hold, by default the prompt and some.
+            parity: stream as the official code does, see the module's text.
+            trace: filled with intermediate results by name.
+        """
+        batch, given = prompt_codes.shape
+        ratio, look = self.cfg.encoder.upsample, self.cfg.encoder.lookahead
+        prompts = _default(prompt_lengths, batch, given)
+        if ahead is None:
+            again = jnp.arange(look)[None] % jnp.maximum(prompts, 1)[:, None]
+            ahead = jnp.take_along_axis(prompt_codes, again, axis=1)
+        codes = _after(prompt_codes, ahead, prompts)
+        encoder, estimator = self._empty(batch, steps)
+        mu, encoder = self._encode(
+            codes, prompts + look, prompts, encoder, given,
+            capacity=max(capacity, capacity_for(given + 1)), trace=trace,
+        )  # fmt: skip
+        levels = self.estimator.at(schedule(steps)[0], trace=trace)
+        frames = ratio * prompts
+        x = self._noise(jnp.zeros(batch, jnp.int32), mu.shape[1], noise, seed)
+        voice = self._voice(speaker, trace)
+        _, fresh = self._euler(
+            x, mu, voice, prompt_mel, frames, estimator, levels,
+            guidance=guidance, record=True, trace=trace,
+        )  # fmt: skip
+        estimator = estimator.grown(ratio * given + keep).admit(
+            fresh, frames, frames, jnp.zeros_like(frames), keep=keep, parity=parity
+        )
+        return FlowState(voice, frames, levels, encoder, estimator, keep, parity)
+
+    def step(
+        self,
+        state: FlowState,
+        codes: Int[Array, "B T"],
+        lengths: Int[Array, "B"] | None = None,
+        last: bool | Bool[Array, "B"] = False,
+        *,
+        hop: int | None = None,
+        guidance: float | Float[Array, ""] | None = None,
+        noise: Float[Array, "S M"] | None = None,
+        seed: int | Int[Array, ""] = 0,
+        trace: dict[str, Array] | None = None,
+    ) -> tuple[FlowState, Float[Array, "B R M"]]:
+        """Speak the next codes of each stream.
+
+        A row that is not at its end speaks all its codes but the `lookahead` last ones, which come
+        again at the front of its next chunk. A row at its end speaks all.
+
+        Args:
+            state: the streams.
+            codes: next codes of each row, right-padded.
+            lengths: valid codes of each row, by default all; 0 for a row that waits.
+            last: whether these are a row's last codes, for all rows or each.
+            hop: most codes that a row speaks, by default all columns of `codes`, less the
+                look-ahead if `last` is False.
+            guidance: see `__call__`.
+            noise: see `__call__`.
+            seed: see `__call__`.
+            trace: filled with intermediate results by name.
+
+        Returns:
+            The next state and log-mel frames (50 Hz), `R = upsample · hop`, zero beyond each row's
+            `upsample · spoken`.
+        """
+        batch, columns = codes.shape
+        ratio, look = self.cfg.encoder.upsample, self.cfg.encoder.lookahead
+        present = _default(lengths, batch, columns)
+        if hop is None:
+            hop = columns - look if last is False else columns
+        spoken = jnp.where(last, present, jnp.maximum(present - look, 0))
+        mu, encoder = self._encode(codes, present, spoken, state.encoder, hop, trace=trace)
+        frames = ratio * spoken
+        seen = ratio * state.encoder.length
+        first = state.estimator.filled if state.parity else seen
+        x = self._noise(first, mu.shape[1], noise, seed)
+        x, fresh = self._euler(
+            x, mu, state.speaker, jnp.zeros_like(mu), frames, state.estimator, state.levels,
+            guidance=guidance, record=True, trace=trace,
+        )  # fmt: skip
+        estimator = state.estimator.admit(
+            fresh, frames, state.prompt, seen, keep=state.keep, parity=state.parity
+        )
+        mel = jnp.where(before(frames, x.shape[1])[..., None], x, 0)
+        return replace(state, encoder=encoder, estimator=estimator), mel
+
+    def _empty(self, batch: int, steps: int) -> tuple[ConformerState, EstimatorState]:
+        """States without room."""
+        cfg, dtype = self.cfg, self.policy.compute
+        return (
+            ConformerState.zeros(cfg.encoder, batch, 0, dtype),
+            EstimatorState.zeros(cfg.estimator, steps, batch, 0, dtype),
+        )
+
+    def _voice(self, speaker, trace):
+        """Speaker vectors to what the estimator takes."""
+        x = speaker.astype(jnp.float32)
+        x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+        return note(trace, "speaker", self.speaker(x))
+
+    def _encode(self, codes, present, counts, state, hop, *, capacity=None, trace=None):
+        """Codes to features, with zeros behind so that `hop` codes have their look-ahead."""
+        missing = hop + self.cfg.encoder.lookahead - codes.shape[1]
+        codes = jnp.clip(codes, 0, self.cfg.codes - 1)
+        x = self.table[...][codes].astype(self.policy.compute)
+        x = jnp.where(before(present, x.shape[1])[..., None], x, 0)
+        x = jnp.pad(x, [(0, 0), (0, max(missing, 0)), (0, 0)])[:, : codes.shape[1] + missing]
+        with jax.named_scope("encoder"):
+            x, state = self.encoder(x, present, counts, state, capacity=capacity, trace=trace)
+        return note(trace, "mu", self.to_mel(x)), state
+
+    def _noise(self, first, frames, noise, seed):
+        """Start noise of each row from its own first frame on."""
+        if noise is None:
+            return start_noise(first, frames, self.cfg.mels, seed)
+        number = first[:, None] + jnp.arange(frames)
+        return jnp.asarray(noise, jnp.float32)[number % noise.shape[0]]
+
+    def _euler(
+        self, x, mu, speaker, cond, counts, state, levels, *, guidance, record, trace
+    ) -> tuple[Array, Any]:
+        """Carry noise to mel frames; gives what the caches need of every step, if recorded."""
+        guidance = self.cfg.guidance if guidance is None else guidance
+        steps = state.kv.shape[0]
+        both = lambda a: jnp.concatenate([a, jnp.zeros_like(a)])  # noqa: E731
+        voice = jnp.broadcast_to(speaker[:, None], mu.shape)
+        fixed = both(jnp.concatenate([mu, voice, cond.astype(mu.dtype)], axis=-1))
+        mask = jnp.concatenate([state.order >= 0, before(counts, x.shape[1])], axis=1)
+        mask, counts = jnp.concatenate([mask, mask]), jnp.concatenate([counts, counts])
+
+        def euler(x, step):
+            index, length, parts = step
+            both_x = jnp.concatenate([x, x]).astype(fixed.dtype)
+            v, fresh = self.estimator(
+                jnp.concatenate([both_x, fixed], axis=-1), parts, mask, counts, state, index
+            )
+            given, free = jnp.split(v, 2)
+            noted = {"euler_x": x, "euler_v_cond": given, "euler_v_uncond": free}
+            x = x + length * ((1 + guidance) * given - guidance * free)
+            return x, (fresh if record else None, noted if trace is not None else None)
+
+        with jax.named_scope("euler"):
+            line = jnp.arange(steps), jnp.asarray(schedule(steps)[1]), levels
+            x, (fresh, noted) = jax.lax.scan(euler, x, line)
+        if trace is not None:
+            trace.update(noted, estimator_inputs=fixed)
+        return x, fresh
+
+
+def _default(lengths: Int[Array, "B"] | None, batch: int, full: int) -> Int[Array, "B"]:
+    return jnp.full(batch, full, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
+
+
+def _after(
+    first: Int[Array, "B P"], second: Int[Array, "B T"], lengths: Int[Array, "B"]
+) -> Int[Array, "B P+T"]:
+    """Each row's second part right behind the valid codes of its first."""
+    line = jnp.concatenate([first, second], axis=1)
+    place = jnp.arange(line.shape[1])[None]
+    behind = place - lengths[:, None] + first.shape[1]
+    place = jnp.where(place < lengths[:, None], place, jnp.minimum(behind, line.shape[1] - 1))
+    return jnp.take_along_axis(line, place, axis=1)
+
+
+@cache
+def flow_model(
+    cfg: FlowConfig, policy: Policy | None = None, *, stacked: bool = True
+) -> Functional[Flow]:
+    """The structure of a config's flow; allocates nothing.
+
+    Args:
+        cfg: sizes.
+        policy: dtypes, float32 by default.
+        stacked: whether layers are stacked [L, ...], as checkpoints have them, or one tree per
+            layer, see `unstack_flow`.
+    """
+    policy = Policy() if policy is None else policy
+    return functional(lambda: Flow(cfg, policy=policy, rngs=nnx.Rngs(0), stacked=stacked))
+
+
+def unstack_flow(params: Params) -> Params:
+    """The same parameters for `flow_model(..., stacked=False)`, which is faster on a CPU."""
+    encoder, estimator = params["encoder"], params["estimator"]
+    encoder = encoder | {name: unstack(encoder[name]) for name in ("layers", "up_layers")}
+    return params | {
+        "encoder": encoder,
+        "estimator": estimator | {"blocks": unstack(estimator["blocks"])},
+    }

@@ -1,0 +1,64 @@
+"""What both halves of the flow share: attention over cached keys, windows of ragged chunks."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def attend(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B N S H"],
+    v: Float[Array, "B N S H"],
+    mask: Bool[Array, "B S"],
+    bias: Float[Array, "B N T S"] | None = None,
+) -> Float[Array, "B T N H"]:
+    """Attention with heads before time, as the caches lie in memory; float32 softmax.
+
+    Args:
+        q: queries.
+        k: keys, cached ones and new ones.
+        v: values.
+        mask: keys that exist; a row without any yields a mean over all.
+        bias: added to the products before they are scaled.
+    """
+    exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    scores = jnp.einsum(
+        "bnth,bnsh->bnts", q, k, precision=exact, preferred_element_type=jnp.float32
+    )
+    scores = (scores if bias is None else scores + bias) * q.shape[-1] ** -0.5
+    scores = scores + jnp.where(mask, 0.0, -1e30)[:, None, None]
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    # Dividing after the product is the same and touches far fewer numbers.
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    y = jnp.einsum("bnts,bnsh->bnth", weights.astype(v.dtype), v, precision=exact)
+    return (y / total).astype(v.dtype).swapaxes(1, 2)
+
+
+def window(x: Array, start: Int[Array, "B"], size: int, *, time: int = 1, batch: int = 0) -> Array:
+    """`size` frames of each row from its own start on.
+
+    With `x` a cache followed by new frames and `start` the number of new frames that count, this
+    is the next cache: its newest frame is the last that counts, and a row without new frames keeps
+    its old cache.
+
+    Args:
+        x: rows of frames.
+        start: first frame of each row.
+        size: frames to take.
+        time: axis of the frames.
+        batch: axis of the rows, before `time`.
+    """
+    cut = lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, size, time - 1)  # noqa: E731
+    return jax.vmap(cut, in_axes=(batch, 0), out_axes=batch)(x, start)
+
+
+def before(lengths: Int[Array, "B"], size: int) -> Bool[Array, "B T"]:
+    """True at the positions of each row that its length covers."""
+    return jnp.arange(size)[None] < lengths[:, None]
+
+
+def note(trace: dict[str, Array] | None, name: str, x: Array) -> Array:
+    """Keep an intermediate result under its name, if anyone asked."""
+    if trace is not None:
+        trace[name] = x
+    return x
