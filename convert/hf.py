@@ -18,6 +18,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
+
+from sa2jax import checkpoint
+from sa2jax.config import StepAudio2Config
 from sa2jax.convert import tokenizer as tokenizers
 from sa2jax.convert.rules import Placement, Rule, Split, Transpose, expand, match, rule
 from sa2jax.convert.weights import (
@@ -32,9 +35,6 @@ from sa2jax.convert.weights import (
     peak_memory,
     write_safetensors,
 )
-
-from sa2jax import checkpoint
-from sa2jax.config import StepAudio2Config
 from sa2jax.errors import CheckpointError
 from sa2jax.models.step_audio import step_audio2
 

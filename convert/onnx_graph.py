@@ -19,8 +19,8 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from sa2jax.convert.weights import TensorInfo
 
+from sa2jax.convert.weights import TensorInfo
 from sa2jax.errors import CheckpointError
 
 CONV, LINEAR, LAYER_NORM, BATCH_NORM = "convolution", "linear map", "layer norm", "batch norm"

@@ -13,14 +13,14 @@ import numpy as np
 from jaxtyping import Bool, Float
 from rich.console import Console
 from rich.table import Table
-from sa2jax.convert.hf import open_weights
-from sa2jax.convert.rules import fold
-from sa2jax.convert.tokenizer import find
-from sa2jax.convert.weights import SafetensorsFolder, TensorInfo, Tick, Weights, blocks
 
 from sa2jax import checkpoint
 from sa2jax.chat.template import Audio, Message, Text, render, reply_turn
 from sa2jax.config import StepAudio2Config
+from sa2jax.convert.hf import open_weights
+from sa2jax.convert.rules import fold
+from sa2jax.convert.tokenizer import find
+from sa2jax.convert.weights import SafetensorsFolder, TensorInfo, Tick, Weights, blocks
 from sa2jax.errors import CheckpointError
 from sa2jax.pipeline import StepAudio2
 

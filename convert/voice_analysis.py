@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+
+from sa2jax import checkpoint
+from sa2jax.config import SpeakerEncoderConfig, SpeechTokenizerConfig
 from sa2jax.convert.onnx_graph import OnnxGraph
 from sa2jax.convert.rules import Join, Op, Placement, Rule, Shape, Split, Transpose, match, rule
 from sa2jax.convert.voice_structure import (
@@ -28,9 +31,6 @@ from sa2jax.convert.voice_structure import (
     speech_tokenizer_names,
 )
 from sa2jax.convert.weights import TensorInfo, Weights
-
-from sa2jax import checkpoint
-from sa2jax.config import SpeakerEncoderConfig, SpeechTokenizerConfig
 from sa2jax.errors import CheckpointError, ConfigError
 from sa2jax.models.speaker_encoder import NORM_EPS, speaker_encoder
 from sa2jax.models.speech_tokenizer import speech_tokenizer

@@ -10,9 +10,9 @@ from itertools import pairwise
 from typing import Any, NoReturn
 
 import numpy as np
+
 from sa2jax.convert.onnx_graph import BATCH_NORM, CONV, LAYER_NORM, LINEAR, Layer, OnnxGraph
 from sa2jax.convert.weights import TensorInfo
-
 from sa2jax.errors import CheckpointError
 
 NORM_PARTS = ("weight", "bias", "running_mean", "running_var")  # of a batch norm, in its order

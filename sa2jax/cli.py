@@ -23,8 +23,9 @@ from sa2jax.errors import Sa2jaxError
 if TYPE_CHECKING:
     from sa2jax.pipeline import StepAudio2
 
-Positional = tyro.conf.Positional
-Files = Positional[tuple[Path, ...]]
+Files = tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE ...")]]
+Source = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="SOURCE")]]
+Out = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -124,7 +125,7 @@ def caption(
 
 
 def chat(
-    files: Positional[tuple[Path, ...]],
+    files: Files,
     options: Model,
     *,
     text: str | None = None,
@@ -154,6 +155,7 @@ def chat(
         seed: Same seed, same answer.
         json: Print JSON.
     """
+    from sa2jax.chat.template import Text
     from sa2jax.errors import PromptError
     from sa2jax.inference.generate import Options
     from sa2jax.inference.sampling import Sampling
@@ -168,7 +170,9 @@ def chat(
         _require_file(path)
     model = options.load()
     conversation = model.chat(system, think=think, options=generation)
-    reply = conversation.say([*_paths(files), *([text] if text is not None else [])])
+    # As a piece: a text that ends in ".wav" is a text here.
+    question = [*_paths(files), *([Text(text)] if text is not None else [])]
+    reply = conversation.say(question)
     if json:
         _print_json(asdict(reply))
         return
@@ -178,8 +182,8 @@ def chat(
 
 
 def convert(
-    source: Positional[Path],
-    out: Positional[Path],
+    source: Source,
+    out: Out,
     *,
     dtype: Dtype | None = None,
     tokenizer: Path | None = None,
@@ -196,6 +200,7 @@ def convert(
         overwrite: Replace a checkpoint at OUT.
         json: Print JSON.
     """
+    _stay_on_host()
     from sa2jax.convert.hf import convert
 
     with _bar("converting") as tick:
@@ -206,8 +211,8 @@ def convert(
 
 
 def export(
-    source: Positional[Path],
-    out: Positional[Path],
+    source: Source,
+    out: Out,
     *,
     dtype: Dtype | None = None,
     max_shard_size: str = "5GB",
@@ -224,6 +229,7 @@ def export(
         overwrite: Replace a checkpoint at OUT.
         json: Print JSON.
     """
+    _stay_on_host()
     from sa2jax.convert.hf import export
 
     with _bar("exporting") as tick:
@@ -235,8 +241,8 @@ def export(
 
 
 def verify(
-    a: Positional[Path],
-    b: Positional[Path],
+    a: Annotated[Source, tyro.conf.arg(metavar="A")],
+    b: Annotated[Source, tyro.conf.arg(metavar="B")],
     *,
     text: str | None = None,
     wav: Path | None = None,
@@ -268,24 +274,25 @@ def verify(
         sys.exit(1)
 
 
-def inspect(folder: Positional[Path], *, json: bool = False):
+def inspect(folder: Annotated[Source, tyro.conf.arg(metavar="FOLDER")], *, json: bool = False):
     """Show what a checkpoint is made of, without loading it.
 
     Args:
         folder: Model folder of this library, or a Hugging Face folder.
         json: Print JSON.
     """
+    _stay_on_host()
     from sa2jax.convert.verify import inspect, print_inspection
 
     found = inspect(folder)
     if json:
         _print_json(asdict(found))
     else:
-        print_inspection(found, Console())
+        print_inspection(found, _wide())
 
 
 def bench(
-    size: Positional[str] = "qwen2.5-0.5b",
+    size: tyro.conf.Positional[str] = "qwen2.5-0.5b",
     *,
     prompt: int = 512,
     tokens: int = 300,
@@ -317,7 +324,7 @@ def bench(
     if json:
         _print_json(asdict(result))
     else:
-        print_bench(result, Console())
+        print_bench(result, _wide())
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -343,6 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             description="Step-Audio 2 in JAX: listen, think and convert.",
             args=arguments,
         )
+        sys.stdout.flush()
     except Sa2jaxError as error:
         _say(f"error: {' '.join(str(error).split())}")
         sys.exit(2)
@@ -376,6 +384,11 @@ def _text_task(
         print(text if len(files) == 1 else f"{path}\t{text}")
 
 
+def _stay_on_host() -> None:
+    """Do not start an accelerator for work that does not compute; to be called before jax is."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
 def _require_file(path: str | Path) -> None:
     """Fail before the model is loaded if a recording is not there."""
     from sa2jax.errors import AudioError
@@ -390,6 +403,12 @@ def _paths(files: Sequence[Path]) -> list[str | Path]:
 
 def _print_json(value: Any) -> None:
     print(json.dumps(value, ensure_ascii=False, indent=2, default=str))
+
+
+def _wide() -> Console:
+    """Standard output for tables: a file or a pipe has no width that names must be cut to."""
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
 
 
 def _say(text: str) -> None:
@@ -417,7 +436,11 @@ def _bar(title: str, unit: str = "bytes") -> Iterator[Callable[[int, int], None]
 
     count = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
     columns = "[progress.description]{task.description}", BarColumn(), count, TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    # Where nobody watches, even a bar that disappears would leave an empty line.
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

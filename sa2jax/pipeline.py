@@ -24,7 +24,7 @@ from sa2jax.chat.interleave import deinterleave
 from sa2jax.chat.template import TASKS, Audio, Message, Piece, Task
 from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.config import StepAudio2Config
-from sa2jax.errors import CheckpointError, PromptError
+from sa2jax.errors import CheckpointError, ConfigError, PromptError
 from sa2jax.inference.generate import Generation, Generator, Options, Request
 from sa2jax.inference.sampling import Sampling
 from sa2jax.models.step_audio import step_audio2, unstack_decoder
@@ -114,13 +114,16 @@ class StepAudio2:
 
         Raises:
             CheckpointError: if the folder is damaged, incomplete or of another model.
-            ConfigError: if its config.json is not understood.
+            ConfigError: if its config.json is not understood, or for another dtype.
+            ShardingError: for a mesh that does not fit the devices.
         """
         enable_compilation_cache()
         folder = Path(folder)
         if not folder.is_dir():
             raise CheckpointError(f"no folder {folder}: expected a model folder")
         cfg = StepAudio2Config.from_hf(folder)
+        if dtype not in (None, "float32", "bfloat16", "float16"):
+            raise ConfigError(f"dtype {dtype!r}: expected float32, bfloat16 or float16")
         kind = default_dtype() if dtype is None else jnp.dtype(dtype)
         mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
         model = step_audio2(cfg, Policy(param=kind, compute=kind))
@@ -161,7 +164,7 @@ class StepAudio2:
             sources: a recording (path, bytes, file or `(array, rate)`), or a list of them, which
                 are answered in batches.
             max_new_tokens: limit of the text per recording part; by default 256 for each 25 s.
-            progress: told about recordings done and recordings in all.
+            progress: told about recordings (or parts of long ones) done and how many in all.
 
         Returns:
             The text, or a list of texts.
@@ -277,7 +280,10 @@ class StepAudio2:
         for start in range(0, len(order), self.batch_size):
             chosen = order[start : start + self.batch_size]
             batch = [requests[i] for i in chosen]
-            answers = self.generator.generate(batch, options, decode_text=self.text_of)
+            # Numbered as given: a sampled reply does not depend on `batch_size`.
+            answers = self.generator.generate(
+                batch, options, numbers=chosen, decode_text=self.text_of
+            )
             for index, answer in zip(chosen, answers, strict=True):
                 replies[index] = answer
             if progress is not None:
@@ -319,7 +325,7 @@ class StepAudio2:
                 else:
                     requests.append(self.request(template.render(task.messages(*pieces))))
                 owners.append(index)
-        limit = max_new_tokens or task.max_new_tokens * longest
+        limit = task.max_new_tokens * longest if max_new_tokens is None else max_new_tokens
         options = replace(options_of(task), max_new_tokens=limit, seed=seed)
         replies = self.generate(requests, options, progress=progress)
         texts: list[list[str]] = [[] for _ in (sources if many else [sources])]
@@ -366,7 +372,11 @@ class Chat:
         Raises:
             PromptError: if the conversation no longer fits in the model's context.
         """
-        turn = Message("human", as_pieces(content))
+        match as_pieces(content):
+            case [template.Text(text)]:  # one piece with the turn's head, see `template.render`
+                turn = Message("human", text)
+            case pieces:
+                turn = Message("human", pieces)
         options, thinking = self._options, ""
         last = template.reply_turn(spoken=speak)
         if self._think:

@@ -36,7 +36,7 @@ def make_mesh(spec: str | Mapping[str, int] | None = None, devices: Any = None) 
     Args:
         spec: sizes such as `"data=2,tensor=4"` or a mapping; axes left out have size 1. With no
             spec all devices are on the tensor axis.
-        devices: the devices to use, by default all.
+        devices: the devices to use, by default all. If the sizes need fewer, the first ones.
 
     Raises:
         ShardingError: if an axis is unknown or the sizes need more devices than there are.
@@ -108,10 +108,13 @@ def shard(x: jax.Array, *axes: str | None) -> jax.Array:
 def _parse(spec: str) -> dict[str, int]:
     try:
         pairs = [item.split("=") for item in spec.replace(" ", "").split(",") if item]
-        return {name: int(size) for name, size in pairs}
+        sizes = {name: int(size) for name, size in pairs}
+        if len(sizes) < len(pairs):
+            raise ValueError
+        return sizes
     except ValueError:
         raise ShardingError(
-            f"mesh {spec!r}: expected axis=size pairs such as 'data=2,tensor=4'"
+            f"mesh {spec!r}: expected one axis=size pair per axis, such as 'data=2,tensor=4'"
         ) from None
 
 
@@ -119,6 +122,11 @@ def _ways(mesh: Mesh | AbstractMesh, target: str | tuple[str, ...] | None) -> in
     if target is None:
         return 1
     names = (target,) if isinstance(target, str) else target
+    if not set(names) <= set(mesh.shape):
+        raise ShardingError(
+            f"expected a mesh with the axes {', '.join(MESH_AXES)}, got "
+            f"{', '.join(map(str, mesh.shape))}: make it with sa2jax.sharding.make_mesh"
+        )
     return math.prod(mesh.shape[name] for name in names)
 
 

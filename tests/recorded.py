@@ -8,9 +8,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from sa2jax.convert.hf import load_hf
 
 from sa2jax.config import StepAudio2Config
+from sa2jax.convert.hf import load_hf
 from sa2jax.models.step_audio import step_audio2
 from sa2jax.nn import Functional, Params, Policy
 

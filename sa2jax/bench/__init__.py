@@ -100,8 +100,8 @@ def bench(
             for part in ("encode", "prefill"):
                 times.setdefault(f"{side}.{part}", []).append(timed(getattr(runner, part)))
             times.setdefault(f"{side}.decode", []).append(timed(lambda r=runner: r.decode(steps)))
-            if side == "reference" and round_ < 2:
-                times.setdefault("loop", []).append(runner.loop_without_cache(tokens))
+        if theirs is not None and round_ < 2:
+            times.setdefault("loop", []).append(theirs.loop_without_cache(tokens))
         if progress is not None:
             progress(round_ + 1, repeats + 1)
     times = {name: values[1:] for name, values in times.items()}

@@ -108,10 +108,10 @@ class Batch:
         slots: the row of `features` that stands at a position, −1 for a token, [B, T].
     """
 
-    ids: Int[Array, "B T"] | np.ndarray
-    lengths: Int[Array, "B"] | np.ndarray
+    ids: Int[Array, "B T"]
+    lengths: Int[Array, "B"]
     features: Float[Array, "R D"]
-    slots: Int[Array, "B T"] | np.ndarray
+    slots: Int[Array, "B T"]
 
 
 @partial(
@@ -492,7 +492,12 @@ class Generator:
             for target, home in zip(targets, waiting, strict=False):
                 target[: len(home)] = home
             features = self._place(features, group, targets)
-        return Batch(ids=ids, lengths=lengths, features=features, slots=slots)
+        return Batch(
+            ids=jnp.asarray(ids),
+            lengths=jnp.asarray(lengths),
+            features=features,
+            slots=jnp.asarray(slots),
+        )
 
 
 def _check(number: int, request: Request, cfg: StepAudio2Config) -> None:

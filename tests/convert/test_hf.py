@@ -15,11 +15,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
-from sa2jax.convert import hf, weights
-from sa2jax.convert.verify import verify
 
 from sa2jax import checkpoint
 from sa2jax.config import StepAudio2Config
+from sa2jax.convert import hf, weights
+from sa2jax.convert.verify import verify
 from sa2jax.errors import CheckpointError, ConfigError
 from sa2jax.models.step_audio import step_audio2
 

@@ -2,10 +2,10 @@ import csv
 
 import numpy as np
 import pytest
-from sa2jax.convert import hf
-from sa2jax.convert.rules import Fuse, Op, Split, Transpose, expand, fold, match, rule
 
 from sa2jax.config import StepAudio2Config
+from sa2jax.convert import hf
+from sa2jax.convert.rules import Fuse, Op, Split, Transpose, expand, fold, match, rule
 from sa2jax.errors import CheckpointError
 
 

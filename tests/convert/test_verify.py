@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
+
 from sa2jax.convert import hf, weights
 from sa2jax.convert.verify import compare_logits, inspect, print_inspection, verify
-
 from sa2jax.errors import CheckpointError
 
 

@@ -9,12 +9,12 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
+
+from sa2jax import checkpoint
 from sa2jax.convert import voice_analysis as va
 from sa2jax.convert.onnx_graph import OnnxGraph
 from sa2jax.convert.rules import match
 from sa2jax.convert.weights import TensorInfo
-
-from sa2jax import checkpoint
 from sa2jax.errors import CheckpointError
 from sa2jax.models.speaker_encoder import speaker_encoder
 from sa2jax.models.speech_tokenizer import speech_tokenizer

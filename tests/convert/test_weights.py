@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-from sa2jax.convert import hf, weights
 
+from sa2jax.convert import hf, weights
 from sa2jax.errors import CheckpointError
 
 

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sa2jax.convert.voice_analysis import SPEAKER_ENCODER_FILE, read_speaker_encoder
 
 from sa2jax import checkpoint
+from sa2jax.convert.voice_analysis import SPEAKER_ENCODER_FILE, read_speaker_encoder
 from sa2jax.models.speaker_encoder import BatchNorm, speaker_encoder
 from sa2jax.nn import Policy, functional
 
