@@ -152,9 +152,17 @@ class StepAudio2:
     # --- tasks -----------------------------------------------------------------------------
 
     @overload
-    def transcribe(self, sources: list, **options: Any) -> list[str]: ...
+    def transcribe(
+        self, sources: list, *, max_new_tokens: int | None = None, progress: Progress | None = None
+    ) -> list[str]: ...
     @overload
-    def transcribe(self, sources: audio.Audio, **options: Any) -> str: ...
+    def transcribe(
+        self,
+        sources: audio.Audio,
+        *,
+        max_new_tokens: int | None = None,
+        progress: Progress | None = None,
+    ) -> str: ...
     def transcribe(self, sources, *, max_new_tokens=None, progress=None):
         """Write down what is said.
 
@@ -175,9 +183,25 @@ class StepAudio2:
         return self._over_audio(TASKS["asr"], sources, (), max_new_tokens, progress)
 
     @overload
-    def translate(self, sources: list, **options: Any) -> list[str]: ...
+    def translate(
+        self,
+        sources: list,
+        *,
+        to: str = "zh",
+        max_new_tokens: int | None = None,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> list[str]: ...
     @overload
-    def translate(self, sources: audio.Audio, **options: Any) -> str: ...
+    def translate(
+        self,
+        sources: audio.Audio,
+        *,
+        to: str = "zh",
+        max_new_tokens: int | None = None,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> str: ...
     def translate(self, sources, *, to="zh", max_new_tokens=None, seed=0, progress=None):
         """Write down in another language what is said.
 
@@ -197,9 +221,23 @@ class StepAudio2:
         return self._over_audio(TASKS[f"s2tt_{to}"], sources, (), max_new_tokens, progress, seed)
 
     @overload
-    def caption(self, sources: list, **options: Any) -> list[str]: ...
+    def caption(
+        self,
+        sources: list,
+        *,
+        max_new_tokens: int = 256,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> list[str]: ...
     @overload
-    def caption(self, sources: audio.Audio, **options: Any) -> str: ...
+    def caption(
+        self,
+        sources: audio.Audio,
+        *,
+        max_new_tokens: int = 256,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> str: ...
     def caption(self, sources, *, max_new_tokens=256, seed=0, progress=None):
         """Describe what happens in a recording; arguments as for `translate`."""
         return self._over_audio(TASKS["caption"], sources, (), max_new_tokens, progress, seed)
@@ -434,7 +472,7 @@ def default_dtype() -> jnp.dtype:
 
 def enable_compilation_cache() -> None:
     """Keep compiled programs on disk between runs, unless the user has decided otherwise."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(home) / "sa2jax" / "xla"))
 

@@ -416,7 +416,7 @@ class Generator:
         Returns:
             The embeddings of each group of clips, padding included.
         """
-        groups = []
+        groups: list[Array] = []
         for first in range(0, len(mels), CLIPS_AT_ONCE):
             group = mels[first : first + CLIPS_AT_ONCE]
             frames = np.zeros(_power_of_two(len(group)), np.int32)

@@ -1,8 +1,7 @@
 """Speech codes and a voice to a mel spectrogram: conditional flow matching, whole or as a stream.
 
-Source: CosyVoice 2 (arXiv 2412.10117) and the official `CausalMaskedDiffWithXvec` with
-`CausalConditionalCFM`: codes → conformer → features `mu`; noise is carried to mel frames by a few
-Euler steps along the velocity that the estimator sees, with classifier-free guidance.
+Source: CosyVoice 2 (arXiv 2412.10117), the official `CausalMaskedDiffWithXvec`: codes → conformer →
+features `mu`; a few Euler steps, with classifier-free guidance, carry noise to mel frames.
 
     flow = flow_model(cfg)                                    # structure, no numbers
     mel = flow.bind(params)(prompt_codes, prompt_mel, speaker, codes)     # whole replies, batched
@@ -19,7 +18,7 @@ The estimator's caches have prompt + `keep` slots from the first chunk on. The c
 grows without bound, as in the official code, through powers of two: `reserve(state, codes)` between
 steps; without it the oldest codes are forgotten. Every row has its own number of valid codes and
 may be the last of its reply or idle (0 codes: its state does not change). Donate the state to a
-jitted step (`donate_argnums`): its caches, the largest part of all, are then written in place.
+jitted step (`donate_argnums`): its caches, by far the largest part, are written in place then.
 
 **Two kinds of streaming**, chosen at `start` and part of the state's type:
 
@@ -51,8 +50,6 @@ STEPS = 10
 KEEP = 100  # mel frames of a reply that stay in the estimator's caches
 SMALLEST = 256  # codes that fit a fresh conformer cache: ten seconds
 
-Steps = tuple[Float[np.ndarray, "E"], Float[np.ndarray, "E"]]
-
 
 @partial(
     jax.tree_util.register_dataclass,
@@ -66,7 +63,7 @@ class FlowState:
     Attributes:
         speaker: each row's voice, as the estimator takes it.
         prompt: mel frames of each row's prompt.
-        levels: what the noise levels mean to the estimator (`DiT.at`), the same for all rows.
+        levels: what `DiT.at` says of the noise levels, the same for all rows.
         encoder: codes seen and the conformer's caches.
         estimator: the caches of all Euler steps.
         keep: frames of the reply that stay in the estimator's caches.
@@ -94,7 +91,7 @@ _ROWS = FlowState(
 )
 
 
-def schedule(steps: int) -> Steps:
+def schedule(steps: int) -> tuple[Float[np.ndarray, "E"], Float[np.ndarray, "E"]]:
     """Noise levels `1 − cos(π/2 · k/steps)` and the steps between, summed in float32.
 
     Returns:
@@ -104,12 +101,11 @@ def schedule(steps: int) -> Steps:
     angle = line * np.float32(0.5) * np.float32(np.pi)
     # Not every float32 cosine is rounded correctly; the official one is.
     span = np.float32(1) - np.cos(angle.astype(np.float64)).astype(np.float32)
-    t, levels, lengths = span[0], [], []
+    levels, lengths = [span[0]], []
     for following in span[1:]:
-        levels.append(t)
-        lengths.append(following - t)
-        t = t + lengths[-1]
-    return np.array(levels, np.float32), np.array(lengths, np.float32)
+        lengths.append(following - levels[-1])
+        levels.append(levels[-1] + lengths[-1])
+    return np.array(levels[:-1]), np.array(lengths)
 
 
 def start_noise(
@@ -147,7 +143,10 @@ def join(states: Sequence[FlowState]) -> FlowState:
         for s in states
     ]
     axes = replace(_ROWS, keep=states[0].keep, parity=states[0].parity)
-    line_up = lambda axis, *parts: parts[0] if axis < 0 else jnp.concatenate(parts, axis)  # noqa: E731
+
+    def line_up(axis, *parts):  # copies, so that a donated batch takes nothing from the parts
+        return jnp.copy(parts[0]) if axis < 0 else jnp.concatenate(parts, axis)
+
     return jax.tree.map(line_up, axes, *padded)
 
 
@@ -155,7 +154,10 @@ def pick(state: FlowState, rows: Sequence[int] | Int[Array, "R"]) -> FlowState:
     """Some streams of a batch, as a batch."""
     axes = replace(_ROWS, keep=state.keep, parity=state.parity)
     rows = jnp.asarray(rows)
-    take = lambda axis, part: part if axis < 0 else jnp.take(part, rows, axis)  # noqa: E731
+
+    def take(axis, part):
+        return jnp.copy(part) if axis < 0 else jnp.take(part, rows, axis)
+
     return jax.tree.map(take, axes, state)
 
 
@@ -246,7 +248,8 @@ class Flow(nnx.Module):
     ) -> FlowState:
         """Streams that have heard their voice and said nothing yet.
 
-        The state depends on the voice alone and may be kept and started from again.
+        The state depends on the voice alone and may be kept and started from again (a copy of it,
+        `jax.tree.map(jnp.copy, state)`, where steps are donated theirs).
 
         Args:
             prompt_codes: codes (25 Hz) of each row's voice recording, right-padded.
