@@ -393,10 +393,8 @@ class Flow(nnx.Module):
 
         def euler(x, step):
             index, length, parts = step
-            both_x = jnp.concatenate([x, x]).astype(fixed.dtype)
-            v, fresh = self.estimator(
-                jnp.concatenate([both_x, fixed], axis=-1), parts, mask, counts, state, index
-            )
+            inputs = jnp.concatenate([jnp.concatenate([x, x]).astype(fixed.dtype), fixed], axis=-1)
+            v, fresh = self.estimator(inputs, parts, mask, counts, state, index)
             given, free = jnp.split(v, 2)
             noted = {"euler_x": x, "euler_v_cond": given, "euler_v_uncond": free}
             x = x + length * ((1 + guidance) * given - guidance * free)
@@ -406,7 +404,7 @@ class Flow(nnx.Module):
             line = jnp.arange(steps), jnp.asarray(schedule(steps)[1]), levels
             x, (fresh, noted) = jax.lax.scan(euler, x, line)
         if trace is not None:
-            trace.update(noted, estimator_inputs=fixed)
+            trace.update(noted)
         return x, fresh
 
 
