@@ -353,18 +353,22 @@ class StepAudio2:
         many = isinstance(sources, list)
         requests: list[Request] = []
         owners: list[int] = []
-        longest = 1  # chunks in one prompt
         for index, source in enumerate(sources if many else [sources]):
             for part in self._parts(source, task, extra):
-                longest = max(longest, -(-len(part[0]) // audio.CHUNK_SAMPLES))
+                chunks = -(-len(part[0]) // audio.CHUNK_SAMPLES)
                 pieces = (Audio(part), *map(template.Text, extra))
                 if self.style == "base":
-                    requests.append(self.request(task.raw(*pieces)))
+                    request = self.request(task.raw(*pieces))
                 else:
-                    requests.append(self.request(template.render(task.messages(*pieces))))
+                    request = self.request(template.render(task.messages(*pieces)))
+                # A limit of its own: the answer does not depend on what else is in the list.
+                limit = task.max_new_tokens * chunks if max_new_tokens is None else max_new_tokens
+                requests.append(replace(request, max_new_tokens=limit))
                 owners.append(index)
-        limit = task.max_new_tokens * longest if max_new_tokens is None else max_new_tokens
-        options = replace(options_of(task), max_new_tokens=limit, seed=seed)
+        if not requests:
+            return []
+        longest = max(request.max_new_tokens or 0 for request in requests)
+        options = replace(options_of(task), max_new_tokens=longest, seed=seed)
         replies = self.generate(requests, options, progress=progress)
         texts: list[list[str]] = [[] for _ in (sources if many else [sources])]
         for owner, (reply,) in zip(owners, replies, strict=True):

@@ -565,3 +565,11 @@ def test_compilation_cache_folder(monkeypatch, tmp_path):
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "sa2jax" / "xla")
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_a_long_neighbour_does_not_lengthen_an_answer(model):
+    """The default limit follows each recording's own length."""
+    rng = np.random.default_rng(5)
+    short, long = ((rng.standard_normal(16_000 * n) / 10, 16_000) for n in (1, 30))
+    assert model.transcribe([short, long])[0] == model.transcribe(short)
+    assert len(model.transcribe(long)) != len(model.transcribe(long, max_new_tokens=5))

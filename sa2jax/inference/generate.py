@@ -44,12 +44,14 @@ class Request:
         mels: log-mel frames of each clip, [M, L] each.
         starts: position in `ids` of each clip's first frame.
         counts: number of positions each clip fills.
+        max_new_tokens: limit of this reply, where it is lower than that of the options.
     """
 
     ids: Int[np.ndarray, "T"]
     mels: tuple[Float[np.ndarray, "M L"], ...] = ()
     starts: tuple[int, ...] = ()
     counts: tuple[int, ...] = ()
+    max_new_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -449,7 +451,8 @@ class Generator:
         size = min(bucket(steps + options.max_new_tokens, LENGTHS), context)
         limit = np.zeros(rows, np.int32)  # the rows that only pad the batch generate nothing
         for row, request in enumerate(requests):
-            limit[row] = min(options.max_new_tokens, context - len(request.ids))
+            own = request.max_new_tokens or options.max_new_tokens
+            limit[row] = min(own, options.max_new_tokens, context - len(request.ids))
         padded = [*numbers, *[0] * (rows - len(requests))]
         seeds = (jax.random.fold_in(jax.random.key(options.seed), n) for n in padded)
         keys = jnp.stack([jax.random.fold_in(s, n) for s in seeds for n in range(options.samples)])
