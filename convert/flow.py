@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from sa2jax import checkpoint
-from sa2jax.config import FlowConfig
 from sa2jax.convert import torch_file
 from sa2jax.convert.rules import Op, Rule, Shape, Split, Transpose, expand, match, rule
 from sa2jax.errors import CheckpointError
 from sa2jax.models.flow.dit import PARTS
 from sa2jax.models.flow.flow_matching import flow_model
 from sa2jax.nn import Params
+from sa2jax.speech_config import FlowConfig
 
 WEIGHTS = "flow.pt"
 CONV = Transpose(2, 1, 0)  # torch keeps [out, in, time]

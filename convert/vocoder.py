@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from sa2jax import checkpoint
-from sa2jax.config import VocoderConfig
 from sa2jax.convert import torch_file
 from sa2jax.convert.rules import Join, Rule, Shape, Transpose, expand, match, rule
 from sa2jax.errors import CheckpointError
 from sa2jax.models.vocoder import vocoder
 from sa2jax.nn import Params
+from sa2jax.speech_config import VocoderConfig
 
 PREFIX = "generator."
 # How torch has named the length and the direction of a weight norm, the present way first.

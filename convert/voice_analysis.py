@@ -19,7 +19,6 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from sa2jax import checkpoint
-from sa2jax.config import SpeakerEncoderConfig, SpeechTokenizerConfig
 from sa2jax.convert.onnx_graph import OnnxGraph
 from sa2jax.convert.rules import Join, Op, Placement, Rule, Shape, Split, Transpose, match, rule
 from sa2jax.convert.voice_structure import (
@@ -35,6 +34,7 @@ from sa2jax.errors import CheckpointError, ConfigError
 from sa2jax.models.speaker_encoder import NORM_EPS, speaker_encoder
 from sa2jax.models.speech_tokenizer import speech_tokenizer
 from sa2jax.nn import Functional
+from sa2jax.speech_config import SpeakerEncoderConfig, SpeechTokenizerConfig
 
 SPEECH_TOKENIZER_FILE = "speech_tokenizer_v2_25hz.onnx"
 SPEAKER_ENCODER_FILE = "campplus.onnx"

@@ -15,7 +15,6 @@ from typing import Any, Self
 import yaml
 
 from sa2jax.errors import ConfigError
-from sa2jax.flow_yaml import read_flow_yaml, write_flow_yaml
 
 ARCHITECTURE = "StepAudio2ForCausalLM"
 MODEL_TYPE = "step_audio_2"
@@ -39,12 +38,12 @@ class DecoderConfig:
     def __post_init__(self):
         _require_numbers(self, zero=("head_dim",))
         if not self.head_dim:
-            _require(self.embed % self.heads == 0, "decoder embed must divide into its heads", self)
+            require(self.embed % self.heads == 0, "decoder embed must divide into its heads", self)
             object.__setattr__(self, "head_dim", self.embed // self.heads)
-        _require(
+        require(
             self.heads % self.kv_heads == 0, "decoder heads must be a multiple of kv_heads", self
         )
-        _require(self.head_dim % 2 == 0, "decoder head_dim must be even (rotary halves)", self)
+        require(self.head_dim % 2 == 0, "decoder head_dim must be even (rotary halves)", self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +59,7 @@ class AudioEncoderConfig:
 
     def __post_init__(self):
         _require_numbers(self)
-        _require(self.embed % self.heads == 0, "encoder embed must be a multiple of heads", self)
+        require(self.embed % self.heads == 0, "encoder embed must be a multiple of heads", self)
 
     @property
     def head_dim(self) -> int:
@@ -242,7 +241,8 @@ _INERT_KEYS = {
 }  # fmt: skip
 
 
-def _require(condition: bool, message: str, config: object) -> None:
+def require(condition: bool, message: str, config: object) -> None:
+    """Raise a ConfigError with the values of a config unless a condition holds."""
     if not condition:
         values = ", ".join(f"{f.name}={getattr(config, f.name)}" for f in fields(config))  # type: ignore[arg-type]
         raise ConfigError(f"{message} (got {values})")
@@ -253,7 +253,7 @@ def _require_numbers(config: Any, zero: tuple[str, ...] = ()) -> None:
     for f in fields(config):
         value = getattr(config, f.name)
         good = _is_number(value, f.type) or (f.name in zero and value == 0)
-        _require(good, f"{f.name} must be {_NUMBERS[f.type]}", config)
+        require(good, f"{f.name} must be {_NUMBERS[f.type]}", config)
 
 
 def _is_number(value: object, kind: Any) -> bool:
@@ -330,328 +330,3 @@ def _unsupported(text: Mapping[str, Any]) -> list[str]:
         for key, allowed in checks.items()
         if key in text and text[key] not in allowed
     ]
-
-
-# ---- voice analysis ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpeechTokenizerConfig:
-    """The S3 speech tokenizer, version 2: 100 Hz log-mel frames to 25 Hz codes.
-
-    Attributes:
-        mels: mel bands.
-        layers: transformer layers.
-        embed: width.
-        mlp: width inside the MLP.
-        memory: frames that the FSMN memory of each layer sees.
-        digits: base-3 digits of a code.
-        head_dim: width of one attention head; 64 in every release.
-    """
-
-    mels: int
-    layers: int
-    embed: int
-    mlp: int
-    memory: int
-    digits: int
-    head_dim: int = 64
-
-    def __post_init__(self):
-        _require(self.embed % self.head_dim == 0, "embed must be a multiple of head_dim", self)
-
-    @property
-    def heads(self) -> int:
-        """Attention heads."""
-        return self.embed // self.head_dim
-
-    @property
-    def codebook(self) -> int:
-        """Number of codes."""
-        return 3**self.digits
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpeakerEncoderConfig:
-    """The CAM++ speaker encoder: 100 Hz filterbank energies to one vector.
-
-    Attributes:
-        mels: filterbank bands.
-        head: channels of the two-dimensional convolutions.
-        stages: residual blocks in each stage of the head; each stage halves the bands.
-        channels: channels after the first convolution over time.
-        growth: channels that each densely connected layer adds.
-        bottleneck: channels inside a densely connected layer.
-        mask: channels inside the context-aware mask.
-        layers: densely connected layers in each block.
-        dilations: spacing of the taps over time in each block.
-        embed: width of the speaker vector.
-        kernel: taps of the first convolution over time, which halves the rate.
-        taps: taps of the densely connected layers.
-        segment: frames that share one local context.
-    """
-
-    mels: int
-    head: int
-    stages: tuple[int, ...]
-    channels: int
-    growth: int
-    bottleneck: int
-    mask: int
-    layers: tuple[int, ...]
-    dilations: tuple[int, ...]
-    embed: int
-    kernel: int = 5
-    taps: int = 3
-    segment: int = 100
-
-    def __post_init__(self):
-        for name in ("stages", "layers", "dilations"):  # lists when read from JSON
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        same = len(self.layers) == len(self.dilations)
-        _require(same, "each block of layers needs one dilation", self)
-        _require(self.mels % self.shrink == 0, f"mels must be a multiple of {self.shrink}", self)
-
-    @property
-    def shrink(self) -> int:
-        """How many times fewer bands leave the head than enter it."""
-        return 2 ** (len(self.stages) + 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConformerConfig:
-    """The flow's encoder: embedded speech codes (25 Hz) to features at `upsample` times the rate.
-
-    Attributes:
-        inputs: width of an embedded code.
-        embed: width of the layers.
-        heads: attention heads.
-        mlp: width inside the MLPs.
-        layers: layers before the upsampling.
-        up_layers: layers after it.
-        lookahead: codes that are looked at before they are due.
-        upsample: frames per code.
-        key_bias: whether attention keys have a bias.
-        look_kernel: taps of the causal convolution behind the look-ahead.
-    """
-
-    inputs: int
-    embed: int
-    heads: int
-    mlp: int
-    layers: int
-    up_layers: int
-    lookahead: int = 3
-    upsample: int = 2
-    key_bias: bool = True
-    look_kernel: int = 3
-
-    def __post_init__(self):
-        _require(self.embed % self.heads == 0, "encoder embed must be a multiple of heads", self)
-        _require(self.embed % 2 == 0, "encoder embed must be even (sine and cosine)", self)
-        _require(self.inputs == self.embed, "encoder input and output sizes must be equal", self)
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.embed // self.heads
-
-    @property
-    def up_kernel(self) -> int:
-        """Taps of the causal convolution behind the upsampling."""
-        return 2 * self.upsample + 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class EstimatorConfig:
-    """The flow's estimator: a diffusion transformer.
-
-    Attributes:
-        embed: width of the blocks.
-        heads: attention heads.
-        head_dim: width of one head.
-        layers: blocks.
-        mlp_ratio: width inside the MLPs over `embed`.
-        frequencies: sinusoids that a noise level becomes.
-        kernel: taps of the causal convolutions.
-    """
-
-    embed: int
-    heads: int
-    head_dim: int
-    layers: int
-    mlp_ratio: float = 4.0
-    frequencies: int = 256
-    kernel: int = 3
-
-    @property
-    def mlp(self) -> int:
-        """Width inside the MLPs."""
-        return int(self.embed * self.mlp_ratio)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FlowConfig:
-    """Speech codes and a voice to mel frames.
-
-    Attributes:
-        codes: size of the code book.
-        mels: bands of the mel spectrogram (50 Hz).
-        speaker: length of a speaker vector.
-        encoder: sizes of the encoder.
-        estimator: sizes of the estimator.
-        guidance: weight of what the condition changes (classifier-free guidance).
-    """
-
-    codes: int
-    mels: int
-    speaker: int
-    encoder: ConformerConfig
-    estimator: EstimatorConfig
-    guidance: float = 0.7
-
-    @classmethod
-    def from_yaml(cls, path: str | Path) -> Self:
-        """Read the `flow.yaml` of a release as data: its tags name classes, nothing is run.
-
-        Args:
-            path: the file or its folder.
-
-        Raises:
-            ConfigError: for a missing or damaged file, another class, a tag that would run code,
-                an unknown or missing key, or a setting that this library does not compute.
-        """
-        flow = read_flow_yaml(path)
-        decoder = flow.pop("decoder")
-        encoder = ConformerConfig(**flow.pop("encoder"))
-        estimator = EstimatorConfig(**decoder.pop("estimator"))
-        return cls(**flow, **decoder, encoder=encoder, estimator=estimator)
-
-    def to_yaml(self) -> str:
-        """The text of a `flow.yaml` that the official code reads."""
-        flow = asdict(self)
-        return write_flow_yaml(
-            flow | {"decoder": {"guidance": self.guidance, "estimator": flow["estimator"]}}
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class VocoderConfig:
-    """The HiFT vocoder: 50 Hz mel frames to a waveform. The defaults are the released sizes.
-
-    Attributes:
-        mels: bands of the mel spectrogram.
-        channels: width after the first convolution; each upsampling halves it.
-        harmonics: overtones of the source beside the fundamental.
-        sample_rate: of the waveform, in Hz.
-        sine_amplitude: of each harmonic.
-        noise_std: of the noise in voiced frames; elsewhere it is a third of the amplitude.
-        voiced_threshold: in Hz; frames at or below it are unvoiced.
-        rates: factor of each upsampling.
-        kernels: taps of each upsampling.
-        n_fft: length of the inverse Fourier transform at the end.
-        hop: its step.
-        block_kernels: taps of the parallel residual blocks of every stage.
-        block_dilations: spacing of the taps of each convolution in them.
-        source_kernels: taps of the residual block on the source, per stage.
-        source_dilations: spacing of the taps of each convolution in it.
-        slope: of the leaky relu before each upsampling.
-        limit: the waveform is clipped here.
-        f0_channels: width of the pitch predictor.
-        f0_layers: convolutions of the pitch predictor.
-        carry: mel frames that a stream computes again with the next chunk.
-    """
-
-    mels: int = 80
-    channels: int = 512
-    harmonics: int = 8
-    sample_rate: int = 24000
-    sine_amplitude: float = 0.1
-    noise_std: float = 0.003
-    voiced_threshold: float = 10.0
-    rates: tuple[int, ...] = (8, 5, 3)
-    kernels: tuple[int, ...] = (16, 11, 7)
-    n_fft: int = 16
-    hop: int = 4
-    block_kernels: tuple[int, ...] = (3, 7, 11)
-    block_dilations: tuple[tuple[int, ...], ...] = ((1, 3, 5),) * 3
-    source_kernels: tuple[int, ...] = (7, 7, 11)
-    source_dilations: tuple[tuple[int, ...], ...] = ((1, 3, 5),) * 3
-    slope: float = 0.1
-    limit: float = 0.99
-    f0_channels: int = 512
-    f0_layers: int = 5
-    carry: int = 8
-
-    def __post_init__(self):
-        for name in ("rates", "kernels", "block_kernels", "source_kernels"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("block_dilations", "source_dilations"):
-            object.__setattr__(self, name, tuple(map(tuple, getattr(self, name))))
-        stages = {len(self.rates), len(self.kernels)}
-        stages |= {len(self.source_kernels), len(self.source_dilations)}
-        _require(len(stages) == 1, "rates, kernels and source blocks must be of one length", self)
-        same = len(self.block_kernels) == len(self.block_dilations)
-        _require(same, "each residual block needs its dilations", self)
-        _require(self.n_fft % (2 * self.hop) == 0, "n_fft must be a multiple of 2 hop", self)
-        _require(self.channels % 2 ** len(self.rates) == 0, "channels must halve evenly", self)
-        even = all(
-            (k - u) % 2 == 0 and k >= u for u, k in zip(self.rates, self.kernels, strict=True)
-        )
-        _require(even, "kernels must exceed rates by an even number", self)
-
-    @property
-    def samples(self) -> int:
-        """Samples of one mel frame."""
-        return math.prod(self.rates) * self.hop
-
-    @classmethod
-    def from_official(
-        cls,
-        generator: Mapping[str, Any] | None = None,
-        f0_predictor: Mapping[str, Any] | None = None,
-    ) -> Self:
-        """From the constructor arguments of the official `HiFTGenerator` and `ConvRNNF0Predictor`.
-
-        Raises:
-            ConfigError: for an argument that is not known or not supported.
-        """
-        own: dict[str, Any] = {}
-        spectral = dict(generator or {})
-        spectral |= spectral.pop("istft_params", {})
-        for where, given, table in (
-            ("HiFTGenerator", spectral, _HIFT_KEYS),
-            ("ConvRNNF0Predictor", dict(f0_predictor or {}), _F0_KEYS),
-        ):
-            unknown = sorted(set(given) - set(table))
-            if unknown:
-                raise ConfigError(f"{where} has unknown arguments {', '.join(unknown)}")
-            for key, value in given.items():
-                if own.setdefault(table[key], value) != value:
-                    raise ConfigError(f"{where}: {key} {value} must be {own[table[key]]}")
-        if own.pop("classes", 1) != 1:
-            raise ConfigError("ConvRNNF0Predictor: num_class must be 1")
-        return cls(**own)
-
-
-# Constructor arguments of the official vocoder -> ours.
-_HIFT_KEYS = {
-    "in_channels": "mels",
-    "base_channels": "channels",
-    "nb_harmonics": "harmonics",
-    "sampling_rate": "sample_rate",
-    "nsf_alpha": "sine_amplitude",
-    "nsf_sigma": "noise_std",
-    "nsf_voiced_threshold": "voiced_threshold",
-    "upsample_rates": "rates",
-    "upsample_kernel_sizes": "kernels",
-    "n_fft": "n_fft",
-    "hop_len": "hop",
-    "resblock_kernel_sizes": "block_kernels",
-    "resblock_dilation_sizes": "block_dilations",
-    "source_resblock_kernel_sizes": "source_kernels",
-    "source_resblock_dilation_sizes": "source_dilations",
-    "lrelu_slope": "slope",
-    "audio_limit": "limit",
-}
-_F0_KEYS = {"in_channels": "mels", "cond_channels": "f0_channels", "num_class": "classes"}

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from sa2jax.config import SpeakerEncoderConfig
 from sa2jax.nn import Functional, Linear, Policy, functional, over_layers, param, stack
 from sa2jax.sharding import shard
+from sa2jax.speech_config import SpeakerEncoderConfig
 
 NORM_EPS = 1e-5
 STRIDE = 2  # of the first convolution over time, and of each stage of the head over the bands

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from sa2jax.config import SpeechTokenizerConfig
 from sa2jax.nn import (
     Conv1d,
     Functional,
@@ -28,6 +27,7 @@ from sa2jax.nn import (
     stack,
 )
 from sa2jax.sharding import shard
+from sa2jax.speech_config import SpeechTokenizerConfig
 
 ROPE_THETA = 10_000.0
 LEVELS = 3  # of one digit

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from sa2jax.config import VocoderConfig
 from sa2jax.models.vocoder_signal import (
     Keep,
     before,
@@ -26,6 +25,7 @@ from sa2jax.models.vocoder_signal import (
 )
 from sa2jax.nn import Functional, Linear, Policy, functional, param
 from sa2jax.sharding import shard
+from sa2jax.speech_config import VocoderConfig
 
 MAX_MAGNITUDE = 100.0
 LAST_SLOPE = 0.01  # of the leaky relu before the last convolution

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from sa2jax.config import VocoderConfig
+from sa2jax.speech_config import VocoderConfig
 
 Keep = Bool[Array, "B T 1"]
 

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int16, Key
 
-from sa2jax.config import VocoderConfig
 from sa2jax.models.vocoder import Vocoder
+from sa2jax.speech_config import VocoderConfig
 
 
 @jax.tree_util.register_dataclass

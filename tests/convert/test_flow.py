@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from sa2jax import checkpoint
-from sa2jax.config import ConformerConfig, EstimatorConfig, FlowConfig
 from sa2jax.convert import torch_file
 from sa2jax.convert.flow import flow_rules, from_official, leaf_shapes, load, save, to_official
 from sa2jax.convert.rules import match
 from sa2jax.errors import CheckpointError, ConfigError
+from sa2jax.speech_config import ConformerConfig, EstimatorConfig, FlowConfig
 
 
 @pytest.fixture(scope="module")

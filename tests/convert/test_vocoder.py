@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from sa2jax import checkpoint
-from sa2jax.config import VocoderConfig
 from sa2jax.convert import torch_file
 from sa2jax.convert.rules import match
 from sa2jax.convert.vocoder import (
@@ -21,6 +20,7 @@ from sa2jax.convert.vocoder import (
     vocoder_rules,
 )
 from sa2jax.errors import CheckpointError, ConfigError
+from sa2jax.speech_config import VocoderConfig
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from recorded import first_difference
 
-from sa2jax.config import VocoderConfig
 from sa2jax.convert.vocoder import load
 from sa2jax.models.vocoder import vocoder
 from sa2jax.models.vocoder_signal import square_of_sine
 from sa2jax.models.vocoder_stream import fade, to_int16, vocoder_state, vocoder_step
+from sa2jax.speech_config import VocoderConfig
 
 ATOL = 2e-3  # what the issue asks for
 TIGHT = 2e-6  # measured: 2e-7

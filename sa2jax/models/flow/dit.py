@@ -25,10 +25,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from sa2jax.config import EstimatorConfig
 from sa2jax.models.flow.layers import attend, note, window
 from sa2jax.nn import Conv1d, LayerNorm, Linear, Policy, over_layers, stack
 from sa2jax.sharding import shard
+from sa2jax.speech_config import EstimatorConfig
 
 EPS = 1e-6  # of the norms that adaLN modulates
 TIME_SCALE = 1000.0

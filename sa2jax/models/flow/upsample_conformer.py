@@ -26,10 +26,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from sa2jax.config import ConformerConfig
 from sa2jax.models.flow.layers import attend, before, note, window
 from sa2jax.nn import Conv1d, LayerNorm, Linear, Policy, over_layers, param, stack
 from sa2jax.sharding import shard
+from sa2jax.speech_config import ConformerConfig
 
 LAYER_EPS = 1e-12  # of the norms inside layers; the others have 1e-5
 SLOTS = 4  # axis of the slots in the caches
