@@ -20,6 +20,14 @@ class AudioError(Sa2jaxError):
     """Audio that cannot be read or holds no usable samples."""
 
 
+class VoiceError(Sa2jaxError):
+    """A voice that is missing, cannot be used, or belongs to another checkpoint."""
+
+
+class CodeError(Sa2jaxError):
+    """Audio codes that no recording has."""
+
+
 class TokenizerError(Sa2jaxError):
     """A tokenizer that is missing or is not a Step-Audio 2 tokenizer."""
 

@@ -6,7 +6,6 @@ chat = model.chat()
 chat.say("question.wav").text
 """
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -29,6 +28,7 @@ from sa2jax.inference.generate import Generation, Generator, Options, Request
 from sa2jax.inference.sampling import Sampling
 from sa2jax.models.step_audio import step_audio2, unstack_decoder
 from sa2jax.nn import Params, Policy
+from sa2jax.runtime import default_dtype, enable_compilation_cache
 from sa2jax.sharding import make_mesh
 
 Style = Literal["chat", "base"]
@@ -467,18 +467,6 @@ def as_pieces(content: Any) -> list[Piece]:
 def chunks_of(source: Any) -> list[np.ndarray]:
     """A recording at 16 kHz, cut every 25 s."""
     return audio.split(audio.load(source))
-
-
-def default_dtype() -> jnp.dtype:
-    """bfloat16 where the hardware has it; a CPU emulates it, so float32 there."""
-    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-
-
-def enable_compilation_cache() -> None:
-    """Keep compiled programs on disk between runs, unless the user has decided otherwise."""
-    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "sa2jax" / "xla"))
 
 
 def _names_audio(text: str) -> bool:

@@ -46,11 +46,11 @@ def vocoder_state(
         key: one key, or one for each stream; by default key 0.
     """
     keys = jax.random.key(0) if key is None else key
-    samples = jnp.zeros((rows, cfg.carry * cfg.samples))
+    silence = lambda: jnp.zeros((rows, cfg.carry * cfg.samples))  # noqa: E731 - each its own, to be donated
     return VocoderState(
         mel=jnp.zeros((rows, cfg.carry, cfg.mels)),
-        source=samples,
-        speech=samples,
+        source=silence(),
+        speech=silence(),
         frames=jnp.zeros((rows,), jnp.int32),
         key=keys if keys.ndim else jax.random.split(keys, rows),
     )

@@ -17,6 +17,7 @@ import safetensors.numpy
 import soundfile
 
 from sa2jax import cli, pipeline, testing
+from sa2jax.cli import common
 from sa2jax.convert.weights import SafetensorsFolder
 from sa2jax.inference.generate import Generation
 
@@ -482,7 +483,7 @@ def test_full_disk(run, refused, source, ours, tmp_path, monkeypatch, command):
         yield tick
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "_bar", bar)
+        patch.setattr(common, "bar", bar)
         assert "the disk is full" in refused(command, folder, out)
     assert os.listdir(tmp_path) == []
     assert run(command, folder, out)[0] == 0
@@ -525,12 +526,13 @@ def test_process_interrupted(run, source, tmp_path):
         import os, signal, sys
         from contextlib import contextmanager
         from sa2jax import cli
+        from sa2jax.cli import common
 
         @contextmanager
         def bar(title, unit="bytes"):
             yield lambda done, total: done > total / 2 and os.kill(os.getpid(), signal.SIGINT)
 
-        cli._bar = bar
+        common.bar = bar
         cli.main(sys.argv[1:])
     """
     stopped = process("convert", source, tmp_path / "out", script=script)

@@ -109,7 +109,7 @@ def schedule(steps: int) -> tuple[Float[np.ndarray, "E"], Float[np.ndarray, "E"]
 
 
 def start_noise(
-    first: Int[Array, "B"], frames: int, mels: int, seed: int | Int[Array, ""] = 0
+    first: Int[Array, "B"], frames: int, mels: int, seed: int | Int[Array, "*B"] = 0
 ) -> Float[Array, "B T M"]:
     """Normal noise that depends on the seed and a frame's number only, for any length.
 
@@ -117,11 +117,15 @@ def start_noise(
         first: number of each row's first frame.
         frames: how many.
         mels: values per frame.
-        seed: another one gives another reading of the same codes.
+        seed: of all rows, or of each; another one gives another reading of the same codes.
     """
-    key = jax.random.key(seed)
-    draw = lambda number: jax.random.normal(jax.random.fold_in(key, number), (mels,))  # noqa: E731
-    return jax.vmap(jax.vmap(draw))(first[:, None] + jnp.arange(frames))
+
+    def row(seed, first):
+        key = jax.random.key(seed)
+        draw = lambda number: jax.random.normal(jax.random.fold_in(key, number), (mels,))  # noqa: E731
+        return jax.vmap(draw)(first + jnp.arange(frames))
+
+    return jax.vmap(row)(jnp.broadcast_to(seed, first.shape), first)
 
 
 def capacity_for(codes: int) -> int:
@@ -145,7 +149,8 @@ def join(states: Sequence[FlowState]) -> FlowState:
     axes = replace(_ROWS, keep=states[0].keep, parity=states[0].parity)
 
     def line_up(axis, *parts):  # copies, so that a donated batch takes nothing from the parts
-        return jnp.copy(parts[0]) if axis < 0 else jnp.concatenate(parts, axis)
+        alone = axis < 0 or len(parts) == 1
+        return jnp.copy(parts[0]) if alone else jnp.concatenate(parts, axis)
 
     return jax.tree.map(line_up, axes, *padded)
 
@@ -187,7 +192,7 @@ class Flow(nnx.Module):
         steps: int = STEPS,
         guidance: float | Float[Array, ""] | None = None,
         noise: Float[Array, "S M"] | None = None,
-        seed: int | Int[Array, ""] = 0,
+        seed: int | Int[Array, "*B"] = 0,
         trace: dict[str, Array] | None = None,
     ) -> Float[Array, "B R M"]:
         """Mel frames of whole replies; a row's result does not depend on the others.
@@ -202,7 +207,7 @@ class Flow(nnx.Module):
             steps: Euler steps.
             guidance: weight of what the condition changes, by default the config's.
             noise: start noise of each frame from the prompt's first on, by default seeded.
-            seed: for the default noise.
+            seed: for the default noise, of all rows or of each.
             trace: filled with intermediate results by name, to compare implementations.
 
         Returns:
@@ -240,7 +245,7 @@ class Flow(nnx.Module):
         steps: int = STEPS,
         guidance: float | Float[Array, ""] | None = None,
         noise: Float[Array, "S M"] | None = None,
-        seed: int | Int[Array, ""] = 0,
+        seed: int | Int[Array, "*B"] = 0,
         keep: int = KEEP,
         capacity: int = 0,
         parity: bool = False,
@@ -302,7 +307,7 @@ class Flow(nnx.Module):
         hop: int | None = None,
         guidance: float | Float[Array, ""] | None = None,
         noise: Float[Array, "S M"] | None = None,
-        seed: int | Int[Array, ""] = 0,
+        seed: int | Int[Array, "*B"] = 0,
         trace: dict[str, Array] | None = None,
     ) -> tuple[FlowState, Float[Array, "B R M"]]:
         """Speak the next codes of each stream.

@@ -1,0 +1,56 @@
+"""`sa2jax <command>`: results on stdout, everything else on stderr.
+
+A user's mistake ends with one line and exit code 2. Each command imports what it needs when it
+runs, so that help comes at once.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+import tyro
+
+from sa2jax.cli import common
+from sa2jax.cli.checkpoints import convert, export, inspect, verify
+from sa2jax.cli.hear import asr, caption, chat, translate
+from sa2jax.cli.measure import bench
+from sa2jax.cli.speak import reconstruct, tokenize, vocode, voice
+from sa2jax.errors import Sa2jaxError
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "asr": asr,
+    "translate": translate,
+    "caption": caption,
+    "chat": chat,
+    "vocode": vocode,
+    "tokenize": tokenize,
+    "reconstruct": reconstruct,
+    "voice": voice,
+    "convert": convert,
+    "export": export,
+    "verify": verify,
+    "inspect": inspect,
+    "bench": bench,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `sa2jax` command."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="sa2jax",
+            description="Step-Audio 2 in JAX: listen, think, speak and convert.",
+            args=arguments,
+        )
+        sys.stdout.flush()
+    except Sa2jaxError as error:
+        common.say(f"error: {' '.join(str(error).split())}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        common.say("interrupted")
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone, as in `sa2jax ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

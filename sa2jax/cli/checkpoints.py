@@ -1,0 +1,135 @@
+"""Commands on checkpoints: `convert`, `export`, `verify`, `inspect`."""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from sa2jax.cli import common
+from sa2jax.cli.common import Dtype, Out, Source
+
+
+def convert(
+    source: Source,
+    out: Out,
+    *,
+    dtype: Dtype | None = None,
+    tokenizer: Path | None = None,
+    overwrite: bool = False,
+    json: bool = False,
+):
+    """Turn a Hugging Face checkpoint into a model folder of this library.
+
+    Args:
+        source: Hugging Face folder.
+        out: Folder to make; it appears only when it is complete.
+        dtype: Dtype to store; by default each tensor keeps its own.
+        tokenizer: Folder of the tokenizer files, if the source has none.
+        overwrite: Replace a checkpoint at OUT.
+        json: Print JSON.
+    """
+    common.stay_on_host()
+    from sa2jax.convert.hf import convert
+
+    with common.bar("converting") as tick:
+        report = convert(
+            source, out, dtype=dtype, tokenizer=tokenizer, overwrite=overwrite, progress=tick
+        )
+    _report(report, out, json)
+
+
+def export(
+    source: Source,
+    out: Out,
+    *,
+    dtype: Dtype | None = None,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+    json: bool = False,
+):
+    """Turn a model folder of this library back into a Hugging Face checkpoint.
+
+    Args:
+        source: Folder made by `sa2jax convert`.
+        out: Folder to make; it appears only when it is complete.
+        dtype: Dtype to store; by default what each tensor had before it was converted.
+        max_shard_size: Largest file.
+        overwrite: Replace a checkpoint at OUT.
+        json: Print JSON.
+    """
+    common.stay_on_host()
+    from sa2jax.convert.hf import export
+
+    with common.bar("exporting") as tick:
+        report = export(
+            source, out, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite,
+            progress=tick,
+        )  # fmt: skip
+    _report(report, out, json)
+
+
+def verify(
+    a: Annotated[Source, tyro.conf.arg(metavar="A")],
+    b: Annotated[Source, tyro.conf.arg(metavar="B")],
+    *,
+    text: str | None = None,
+    wav: Path | None = None,
+    json: bool = False,
+):
+    """Compare two checkpoints, each in either form; the exit code is 1 if they differ.
+
+    Tensors are compared one by one. With --text or --wav also the logits of that prompt.
+
+    Args:
+        a: One model folder.
+        b: The other model folder.
+        text: Text of a prompt.
+        wav: A recording in that prompt.
+        json: Print JSON.
+    """
+    from sa2jax.convert.verify import compare_prompt, verify
+
+    with common.bar("comparing") as tick:
+        result = verify(a, b, progress=tick)
+    logits = None if text is None and wav is None else compare_prompt(a, b, text or "", wav)
+    if json:
+        common.print_json(asdict(result) | {"logits": None if logits is None else asdict(logits)})
+    else:
+        print(result.summary())
+        if logits is not None:
+            print(logits.summary())
+    if not result.same:
+        sys.exit(1)
+
+
+def inspect(folder: Annotated[Source, tyro.conf.arg(metavar="FOLDER")], *, json: bool = False):
+    """Show what a checkpoint is made of, without loading it.
+
+    Args:
+        folder: Model folder of this library, or a Hugging Face folder.
+        json: Print JSON.
+    """
+    common.stay_on_host()
+    from sa2jax.convert.verify import inspect, print_inspection
+
+    found = inspect(folder)
+    if json:
+        common.print_json(asdict(found))
+    else:
+        print_inspection(found, common.wide())
+
+
+def _report(report: Any, out: Path, as_json: bool) -> None:
+    """Print what a conversion did."""
+    if as_json:
+        common.print_json(asdict(report))
+        return
+    for note in report.notes:
+        common.say(f"note: {note}")
+    print(
+        f"{out}: {report.tensors} tensors, {report.parameters / 1e6:.1f} M parameters, "
+        f"{report.bytes / 1e9:.2f} GB in {report.seconds:.1f} s, "
+        f"peak memory {report.peak_bytes / 1e9:.2f} GB"
+    )

@@ -1,0 +1,68 @@
+"""What all commands share: kinds of arguments, printing, progress."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
+Files = tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE ...")]]
+Source = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="SOURCE")]]
+Out = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def stay_on_host() -> None:
+    """Do not start an accelerator for work that does not compute; to be called before jax is."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def require_file(path: str | Path) -> None:
+    """Fail before the model is loaded if a recording is not there."""
+    from sa2jax.errors import AudioError
+
+    if not Path(path).is_file():
+        raise AudioError(f"no such file: {path}")
+
+
+def paths(files: Sequence[Path]) -> list[str | Path]:
+    """Files as a list of recordings."""
+    return list(files)
+
+
+def print_json(value: Any) -> None:
+    """Print as JSON, any language as it is written."""
+    print(json.dumps(value, ensure_ascii=False, indent=2, default=str))
+
+
+def wide() -> Console:
+    """Standard output for tables: a file or a pipe has no width that names must be cut to."""
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
+
+
+def say(text: str) -> None:
+    """Print to stderr."""
+    print(text, file=sys.stderr)
+
+
+@contextmanager
+def bar(title: str, unit: str = "bytes") -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr that disappears when its work is done."""
+    from rich.progress import DownloadColumn
+
+    count = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
+    columns = "[progress.description]{task.description}", BarColumn(), count, TimeElapsedColumn()
+    console = Console(stderr=True)
+    # Where nobody watches, even a bar that disappears would leave an empty line.
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

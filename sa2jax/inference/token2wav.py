@@ -1,0 +1,472 @@
+"""Codes to sound: whole replies in batches, and many streams in one batched call.
+
+speak = Token2Wav(cfg, params)
+wave = speak(codes, voice)                       # one reply, 24 kHz
+waves = speak([codes, codes], [voice, voice])    # a batch: any lengths, any voices
+
+state = speak.start([voice, voice])              # two streams
+state, pieces = speak.step(state, [codes, codes])
+state, pieces = speak.step(state, [codes, []], last=[True, False])
+
+A stream's state is an immutable pytree, used up by the step it is given to. Steps may be of any
+length. The last three codes given are spoken with the next ones, whose beginning they need to hear.
+
+Source: the official `Token2wav`. How streaming differs from it by default, and how far the result
+is from a whole reply either way, is in docs/performance.md; `start(parity=True)` is the official
+streaming, quirks included.
+"""
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from sa2jax.errors import CodeError
+from sa2jax.inference.voices import Voice
+from sa2jax.models.flow import flow_model, unstack_flow
+from sa2jax.models.flow.flow_matching import (
+    KEEP,
+    STEPS,
+    FlowState,
+    reserve,
+)
+from sa2jax.models.flow.flow_matching import (
+    join as join_flows,
+)
+from sa2jax.models.flow.flow_matching import (
+    pick as pick_flows,
+)
+from sa2jax.models.vocoder import vocoder
+from sa2jax.models.vocoder_stream import VocoderState, vocoder_state, vocoder_step
+from sa2jax.nn import Params, Policy
+from sa2jax.runtime import round_up
+from sa2jax.speech_config import Token2WavConfig
+
+TRACES: Counter[str] = Counter()  # how often each program has been traced, by name
+
+CODE_RATE = 25  # codes per second
+CHUNK = 25  # codes of a stream's chunk
+SHORT_CHUNKS = (1, 5, 10, 15, 20)  # sizes of a step's program below a second
+ROOM = 512  # codes that a stream holds at first: 20 s, the prompt's included
+STARTS = 4  # voices whose started streams are kept
+
+Codes = Sequence[int] | Int[np.ndarray, "T"]
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["flow", "vocoder", "pending", "waiting", "seen", "seed"],
+    meta_fields=["parity"],
+)
+@dataclass(frozen=True)
+class StreamState:
+    """Everything that B streams carry from step to step.
+
+    Attributes:
+        flow: what the flow remembers.
+        vocoder: what the vocoder remembers.
+        pending: codes given and not spoken yet, on the host.
+        waiting: how many of them each row has.
+        seen: codes of each row's prompt and those spoken.
+        seed: of each row's noise.
+        parity: whether this is the official streaming.
+    """
+
+    flow: FlowState
+    vocoder: VocoderState
+    pending: Int[np.ndarray, "B A"]
+    waiting: Int[np.ndarray, "B"]
+    seen: Int[np.ndarray, "B"]
+    seed: Int[np.ndarray, "B"]
+    parity: bool
+
+
+def join(states: Sequence[StreamState]) -> StreamState:
+    """Several groups of streams as one, in this order."""
+    lines = lambda *parts: np.concatenate([np.asarray(p) for p in parts])  # noqa: E731
+    # One part alone would not be copied, and lost when the result is donated.
+    rows = lambda *parts: jnp.concatenate(parts) if len(parts) > 1 else jnp.copy(parts[0])  # noqa: E731
+    return StreamState(
+        flow=join_flows([s.flow for s in states]),
+        vocoder=jax.tree.map(rows, *(s.vocoder for s in states)),
+        pending=lines(*(s.pending for s in states)),
+        waiting=lines(*(s.waiting for s in states)),
+        seen=lines(*(s.seen for s in states)),
+        seed=lines(*(s.seed for s in states)),
+        parity=states[0].parity,
+    )
+
+
+def pick(state: StreamState, rows: Sequence[int]) -> StreamState:
+    """Some of the streams, as a group of their own."""
+    chosen = np.asarray(rows)
+    return StreamState(
+        flow=pick_flows(state.flow, jnp.asarray(chosen)),
+        vocoder=jax.tree.map(lambda x: x[chosen], state.vocoder),
+        pending=np.asarray(state.pending)[chosen],
+        waiting=np.asarray(state.waiting)[chosen],
+        seen=np.asarray(state.seen)[chosen],
+        seed=np.asarray(state.seed)[chosen],
+        parity=state.parity,
+    )
+
+
+class Token2Wav:
+    """Flow and vocoder, ready for use.
+
+    Args:
+        cfg: sizes.
+        params: parameters under `flow` and `vocoder`, layers stacked as checkpoints have them.
+        dtype: of the flow's weights and computation; the vocoder's phase needs float32.
+        steps: Euler steps of the flow.
+        guidance: weight of what the voice and the codes change, by default the checkpoint's.
+        flow_noise: start noise of each frame [S, M], the prompt's included, for comparisons with
+            other implementations; by default it is drawn from the seed.
+        batch_size: replies that are made at once.
+    """
+
+    def __init__(
+        self,
+        cfg: Token2WavConfig,
+        params: Params,
+        *,
+        dtype: Any = jnp.float32,
+        steps: int = STEPS,
+        guidance: float | None = None,
+        flow_noise: Float[np.ndarray, "S M"] | None = None,
+        batch_size: int = 8,
+    ):
+        self.cfg, self.steps, self.batch_size = cfg, steps, batch_size
+        self.sample_rate = cfg.vocoder.sample_rate
+        self._guidance = cfg.flow.guidance if guidance is None else guidance
+        self._flow_noise = flow_noise
+        self._starts: OrderedDict[tuple, StreamState] = OrderedDict()
+        dtype = jnp.dtype(dtype)
+        # A scan over stacked layers copies each layer's weights on a CPU, see `nn.unstack`.
+        stacked = jax.default_backend() != "cpu"
+        flow = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params["flow"])
+        self.params = {
+            "flow": flow if stacked else unstack_flow(flow),
+            "vocoder": jax.tree.map(jnp.asarray, params["vocoder"]),
+        }
+        self.flow = flow_model(cfg.flow, Policy(param=dtype, compute=dtype), stacked=stacked)
+        self.vocoder = vocoder(cfg.vocoder)
+        self._mel = jax.jit(self._make_mel)
+        self._wave = jax.jit(self._make_wave)
+        self._begin = jax.jit(self._make_start, static_argnames=("keep", "parity"))
+        self._advance = jax.jit(
+            self._make_step, static_argnames=("hop", "parity"), donate_argnames=("flow", "vocoder")
+        )
+
+    # --- whole replies ---------------------------------------------------------------------
+
+    @overload
+    def __call__(
+        self, codes: Sequence[Codes], voice: Sequence[Voice], *, seed: int = 0
+    ) -> list[Float[np.ndarray, "N"]]: ...
+    @overload
+    def __call__(self, codes: Codes, voice: Voice, *, seed: int = 0) -> Float[np.ndarray, "N"]: ...
+    def __call__(self, codes, voice, *, seed=0, source_noise=None):
+        """Speak whole replies; one does not depend on the others of its batch.
+
+        Time and memory of the flow grow with the square of a reply's length: stream what is longer
+        than a minute or two.
+
+        Args:
+            codes: codes (25 Hz) of a reply, or a list of replies. Pads are left out; a reply of
+                pads alone is silence.
+            voice: the voice of all, or a list with one for each reply.
+            seed: another one gives another reading.
+            source_noise: normal draws of the vocoder's source [B, N, H], one for each sample and
+                harmonic, for comparisons; zeros follow them.
+
+        Returns:
+            Samples in [-1, 1] at 24 kHz, 960 for each code; a list if `codes` is one of replies.
+
+        Raises:
+            CodeError: for codes that no recording has, or none at all.
+        """
+        many = isinstance(voice, Sequence) or _is_nested(codes)
+        replies = [self.clean(c) for c in (codes if many else [codes])]
+        voices = list(voice) if isinstance(voice, Sequence) else [voice] * len(replies)
+        if len(voices) != len(replies):
+            raise CodeError(f"expected one voice or {len(replies)}, got {len(voices)}")
+        waves: list[np.ndarray] = [self._silence(len(c)) for c in (codes if many else [codes])]
+        order = [i for i in range(len(replies)) if len(replies[i])]
+        order.sort(key=lambda i: len(replies[i]))
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            made = self._speak(
+                [replies[i] for i in rows], [voices[i] for i in rows], seed, source_noise
+            )
+            for i, wave in zip(rows, made, strict=True):
+                waves[i] = wave
+        return waves if many else waves[0]
+
+    def _speak(self, replies, voices, seed, source_noise) -> list[Float[np.ndarray, "N"]]:
+        """One batch."""
+        codes, lengths = _pad(replies)
+        prompts = self._prompts(voices)
+        mel = self._mel(
+            self.params["flow"], *prompts, codes, lengths, self._guidance, self._flow_noise, seed
+        )
+        frames = self.cfg.flow.encoder.upsample * lengths
+        noise = _widen(source_noise, self.cfg.vocoder.samples * mel.shape[1])
+        speech = np.asarray(self._wave(self.params["vocoder"], mel, frames, noise, seed))
+        samples = self.cfg.vocoder.samples * frames
+        return [row[:count] for row, count in zip(speech, samples, strict=True)]
+
+    # --- streams ---------------------------------------------------------------------------
+
+    def start(
+        self, voices: Sequence[Voice], *, seed: int = 0, parity: bool = False, keep: int = KEEP
+    ) -> StreamState:
+        """Streams that have said nothing yet, one for each voice.
+
+        What a voice alone decides is computed once and kept for the next stream.
+
+        Args:
+            voices: the voice of each stream.
+            seed: another one gives another reading.
+            parity: stream exactly as the official code does.
+            keep: mel frames of a reply that the flow looks back on, beside the prompt.
+        """
+        return join([self._started(voice, seed, parity, keep) for voice in voices])
+
+    def step(
+        self,
+        state: StreamState,
+        codes: Sequence[Codes],
+        last: bool | Sequence[bool] = False,
+        *,
+        source_noise: Float[np.ndarray, "B N H"] | None = None,
+    ) -> tuple[StreamState, list[Float[np.ndarray, "N"]]]:
+        """Speak the next codes of each stream, in one call for all.
+
+        Args:
+            state: the streams; used up.
+            codes: next codes of each row, of any number; none for a row that waits.
+            last: whether a row's reply ends with them: for all rows, or each.
+            source_noise: see `__call__`.
+
+        Returns:
+            The next state, and the samples (24 kHz, [-1, 1]) of each row that are final now.
+
+        Raises:
+            CodeError: for codes that no recording has, or another number of rows.
+        """
+        rows = len(state.waiting)
+        if len(codes) != rows:
+            raise CodeError(f"expected codes for {rows} streams, got {len(codes)}")
+        ends = np.broadcast_to(np.asarray(last, bool), (rows,))
+        look = self.cfg.flow.encoder.lookahead
+        waiting = [row[:n] for row, n in zip(state.pending, state.waiting, strict=True)]
+        lines = [
+            np.concatenate([held, self.clean(row, empty=True)])
+            for held, row in zip(waiting, codes, strict=True)
+        ]
+        present = np.array([len(line) for line in lines], np.int32)
+        spoken = np.where(ends, present, np.maximum(present - look, 0))
+        pending = np.zeros((rows, look), np.int32)
+        for row, line, count in zip(pending, lines, spoken, strict=True):
+            row[: len(line) - count] = line[count:]
+        after = {"pending": pending, "waiting": present - spoken, "seen": state.seen + spoken}
+        if not (spoken.any() or ends.any()):
+            return replace(state, **after), [self._silence(0)] * rows
+        hop = _hop(int(spoken.max()))
+        frames = self.cfg.vocoder.carry + self.cfg.flow.encoder.upsample * hop
+        noise = _widen(source_noise, self.cfg.vocoder.samples * frames)
+        flow, voc, speech, counts = self._advance(
+            self.params, reserve(state.flow, int(state.seen.max()) + hop), state.vocoder,
+            _pad(lines, hop + look)[0], present, ends, self._guidance, self._flow_noise,
+            noise, state.seed, hop=hop, parity=state.parity,
+        )  # fmt: skip
+        pieces = [row[:n] for row, n in zip(np.asarray(speech), np.asarray(counts), strict=True)]
+        return replace(state, flow=flow, vocoder=voc, **after), pieces
+
+    def stream(
+        self,
+        codes: Iterable[int],
+        voice: Voice,
+        *,
+        chunk: int = CHUNK,
+        first: int | None = None,
+        seed: int = 0,
+        parity: bool = False,
+    ) -> Iterator[Float[np.ndarray, "N"]]:
+        """Speak one reply while its codes arrive.
+
+        Args:
+            codes: codes (25 Hz) as they come; pads are left out.
+            voice: the voice.
+            chunk: codes that are spoken at once.
+            first: codes of the first chunk, by default `chunk`; fewer let the reply begin sooner.
+            seed: another one gives another reading.
+            parity: stream exactly as the official code does.
+
+        Yields:
+            Samples in [-1, 1] at 24 kHz; together 960 for each code.
+
+        Raises:
+            CodeError: for codes that no recording has, none at all, or an empty chunk.
+        """
+        if chunk < 1 or (first is not None and first < 1):
+            raise CodeError(f"expected chunks of at least 1 code, got {chunk} and {first}")
+        state = self.start([voice], seed=seed, parity=parity)
+        look = self.cfg.flow.encoder.lookahead
+        given, waiting, wanted = 0, [], look + (first or chunk)
+        for code in codes:
+            given += 1
+            waiting.extend(self.clean([code]))
+            if len(waiting) == wanted:
+                state, (piece,) = self.step(state, [waiting])
+                waiting, wanted = [], chunk
+                yield piece
+        if not given:
+            raise CodeError("no codes: expected at least one")
+        state, (piece,) = self.step(state, [waiting], last=True)
+        nothing = int(state.seen[0]) == len(voice.codes)
+        yield self._silence(given) if nothing else piece
+
+    def clean(self, codes: Codes, *, empty: bool = False) -> Int[np.ndarray, "T"]:
+        """Codes without pads.
+
+        Args:
+            codes: numbers below the size of the code book; that size itself is the pad.
+            empty: whether there may be none.
+
+        Raises:
+            CodeError: for anything else.
+        """
+        book = self.cfg.flow.codes
+        array = np.asarray(codes)
+        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+            raise CodeError(f"expected a list of whole numbers, got {array.dtype} {array.shape}")
+        if not (array.size or empty):
+            raise CodeError("no codes: expected at least one")
+        wrong = (array < 0) | (array > book)
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            raise CodeError(
+                f"code {array[at]} at place {at}: expected 0 to {book - 1} (pads, {book}, are left "
+                "out); from token ids subtract the id of <audio_0>"
+            )
+        return array[array < book].astype(np.int32)
+
+    # --- parts -----------------------------------------------------------------------------
+
+    def _started(self, voice: Voice, seed: int, parity: bool, keep: int) -> StreamState:
+        """A stream of one row; a copy, since a step uses its state up."""
+        key = voice.hash, seed, parity, keep
+        if key not in self._starts:
+            prompts = self._prompts([voice])
+            flow = self._begin(
+                self.params["flow"], *prompts, self._guidance, self._flow_noise, seed, keep=keep,
+                parity=parity,
+            )  # fmt: skip
+            look = self.cfg.flow.encoder.lookahead
+            state = StreamState(
+                flow=flow,
+                vocoder=vocoder_state(self.cfg.vocoder, 1, _keys(seed, 1)),
+                pending=np.zeros((1, look), np.int32),
+                waiting=np.zeros(1, np.int32),
+                seen=np.array([len(voice.codes)], np.int32),
+                seed=np.array([seed]),
+                parity=parity,
+            )
+            self._starts[key] = state
+            while len(self._starts) > STARTS:
+                self._starts.popitem(last=False)
+        self._starts.move_to_end(key)
+        return self._starts[key]
+
+    def _prompts(self, voices: Sequence[Voice]) -> tuple[np.ndarray, ...]:
+        """Codes, mel frames, speaker vectors and lengths of the voices' recordings."""
+        ratio = self.cfg.flow.encoder.upsample
+        codes, lengths = _pad([voice.codes for voice in voices])
+        mel = np.zeros((len(voices), ratio * codes.shape[1], self.cfg.flow.mels), np.float32)
+        for row, voice in zip(mel, voices, strict=True):
+            row[: len(voice.mel)] = voice.mel
+        speakers = np.stack([voice.speaker for voice in voices]).astype(np.float32)
+        return codes, mel, speakers, lengths
+
+    def _silence(self, codes: int) -> Float[np.ndarray, "N"]:
+        return np.zeros(codes * self.sample_rate // CODE_RATE, np.float32)
+
+    def _make_mel(
+        self, params, prompt, mel, speaker, prompts, codes, lengths, guidance, noise, seed
+    ) -> Float[Array, "B R M"]:
+        TRACES["mel"] += 1
+        return self.flow.bind(params)(
+            prompt, mel, speaker, codes, prompts, lengths, steps=self.steps, guidance=guidance,
+            noise=noise, seed=seed,
+        )  # fmt: skip
+
+    def _make_wave(self, params, mel, frames, noise, seed) -> Float[Array, "B N"]:
+        TRACES["wave"] += 1
+        keys = _keys(seed, len(mel))
+        return self.vocoder.bind(params)(mel, frames, noise=noise, key=keys)[0]
+
+    def _make_start(
+        self, params, prompt, mel, speaker, prompts, guidance, noise, seed, keep, *, parity
+    ) -> FlowState:
+        TRACES["start"] += 1
+        return self.flow.bind(params).start(
+            prompt, mel, speaker, prompts, steps=self.steps, guidance=guidance, noise=noise,
+            seed=seed, keep=keep, capacity=ROOM, parity=parity,
+        )  # fmt: skip
+
+    def _make_step(
+        self, params, flow, vocoder, codes, lengths, last, guidance, flow_noise, source_noise, seed,
+        *, hop, parity,
+    ) -> tuple[FlowState, VocoderState, Float[Array, "B N"], Int[Array, "B"]]:  # fmt: skip
+        TRACES["step"] += 1
+        look, ratio = self.cfg.flow.encoder.lookahead, self.cfg.flow.encoder.upsample
+        flow, mel = self.flow.bind(params["flow"]).step(
+            flow, codes, lengths, last, hop=hop, guidance=guidance, noise=flow_noise, seed=seed
+        )
+        spoken = jnp.where(last, lengths, jnp.maximum(lengths - look, 0))
+        net = self.vocoder.bind(params["vocoder"])
+        vocoder, speech, counts = vocoder_step(
+            net, vocoder, mel, ratio * spoken, last=last, noise=source_noise, flat=not parity
+        )
+        return flow, vocoder, speech, counts
+
+
+def _keys(seed: int | Array, rows: int) -> Array:
+    """The same key for each row: what a reply sounds like does not depend on its neighbours."""
+    return jnp.broadcast_to(jax.random.key(seed), (rows,))
+
+
+def _widen(noise: Float[np.ndarray, "B N H"] | None, samples: int) -> np.ndarray | None:
+    """Draws for all samples of a program; nothing if it makes its own."""
+    if noise is None:
+        return None
+    return np.pad(noise, ((0, 0), (0, samples - noise.shape[1]), (0, 0)))
+
+
+def _hop(codes: int) -> int:
+    """Codes that a step's program speaks at most."""
+    return next((size for size in SHORT_CHUNKS if size >= codes), round_up(codes, CHUNK))
+
+
+def _pad(
+    rows: Sequence[Int[np.ndarray, "_"]], width: int | None = None
+) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
+    """Rows of codes side by side, right-padded to a bucket, and their lengths."""
+    lengths = np.array([len(row) for row in rows], np.int32)
+    width = round_up(int(lengths.max()), CODE_RATE) if width is None else width
+    padded = np.zeros((len(rows), width), np.int32)
+    for line, row in zip(padded, rows, strict=True):
+        line[: len(row)] = row
+    return padded, lengths
+
+
+def _is_nested(codes: Any) -> bool:
+    return bool(len(codes)) and np.ndim(codes[0]) > 0

@@ -1,0 +1,32 @@
+"""What every program that runs a model decides alike: dtype, compilation cache, buckets."""
+
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+BUCKETS = 8  # per doubling: at most an eighth of a padded array is padding
+
+
+def default_dtype() -> jnp.dtype:
+    """bfloat16 where the hardware has it; a CPU emulates it, so float32 there."""
+    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+
+
+def enable_compilation_cache() -> None:
+    """Keep compiled programs on disk between runs, unless the user has decided otherwise."""
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "sa2jax" / "xla"))
+
+
+def round_up(size: int, unit: int = 1) -> int:
+    """The smallest bucket that holds `size`: whole units, few of them as sizes grow.
+
+    >>> [round_up(n, 25) for n in (1, 26, 390, 401, 801)]
+    [25, 50, 400, 450, 900]
+    """
+    units = max(-(-size // unit), 1)
+    coarse = 1 << max((units - 1).bit_length() - BUCKETS.bit_length(), 0)
+    return -(-units // coarse) * coarse * unit
