@@ -8,7 +8,9 @@ import numpy as np
 
 from sa2jax import checkpoint
 from sa2jax.convert import torch_file
-from sa2jax.convert.rules import Op, Rule, Shape, Split, Transpose, expand, match, rule
+from sa2jax.convert.rules import Op, Rule, Shape, Split, Transpose, expand, rule
+from sa2jax.convert.transfer import Network, Plan, make_plan, pack_dtypes, read
+from sa2jax.convert.weights import Arrays
 from sa2jax.errors import CheckpointError
 from sa2jax.models.flow.dit import PARTS
 from sa2jax.models.flow.flow_matching import flow_model
@@ -17,6 +19,10 @@ from sa2jax.speech_config import FlowConfig
 
 WEIGHTS = "flow.pt"
 CONV = Transpose(2, 1, 0)  # torch keeps [out, in, time]
+OF_YAML = (
+    "{where} does not fit its flow.yaml: {problems}. "
+    "Use the flow.yaml and the flow.pt of one and the same release"
+)
 
 
 def flow_rules(cfg: FlowConfig) -> list[Rule]:
@@ -66,15 +72,12 @@ def leaf_shapes(cfg: FlowConfig) -> dict[str, Shape]:
     return {name: tuple(leaf.shape) for name, leaf in leaves.items()}
 
 
-def load(path: str | Path, cfg: FlowConfig | None = None) -> tuple[FlowConfig, Params]:
-    """Parameters of the flow in a `flow.pt`; no code in it is run.
+def open_file(path: str | Path, cfg: FlowConfig | None = None) -> Network[FlowConfig]:
+    """A `flow.pt` held against its sizes; no code in it is run, and no numbers are read yet.
 
     Args:
         path: the file, or the folder that holds it.
         cfg: sizes; by default those of the `flow.yaml` beside it.
-
-    Returns:
-        The configuration and the parameters as numpy arrays, in the dtype of the file.
 
     Raises:
         ConfigError: if flow.yaml is missing or not understood.
@@ -83,7 +86,17 @@ def load(path: str | Path, cfg: FlowConfig | None = None) -> tuple[FlowConfig, P
     path = Path(path)
     path = path / WEIGHTS if path.is_dir() else path
     cfg = cfg or FlowConfig.from_yaml(path.parent)
-    return cfg, from_official(torch_file.read(path), cfg, str(path))
+    plan = _plan(torch_file.read(path), cfg, str(path))
+    return Network(cfg, plan, form={"dtypes": pack_dtypes(plan.tensors)})
+
+
+def load(path: str | Path, cfg: FlowConfig | None = None) -> tuple[FlowConfig, Params]:
+    """Parameters of the flow in a `flow.pt` as NumPy arrays, in the dtype of the file.
+
+    Args and errors are those of `open_file`.
+    """
+    network = open_file(path, cfg)
+    return network.config, read(network.plan)
 
 
 def save(path: str | Path, params: Params, cfg: FlowConfig) -> None:
@@ -106,22 +119,13 @@ def from_official(tensors: Mapping[str, Any], cfg: FlowConfig, where: str = WEIG
     Raises:
         CheckpointError: naming all unknown, missing and misshapen tensors.
     """
-    odd = [str(name) for name, value in tensors.items() if not isinstance(value, np.ndarray)]
-    if odd:
-        raise CheckpointError(
-            f"{where}: expected tensors only, got other things under {', '.join(odd[:8])}"
-        )
-    leaves = leaf_shapes(cfg)
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    flat: dict[str, np.ndarray] = {}
-    for p in match(flow_rules(cfg), shapes, leaves, where):
-        part = p.rule.forward([tensors[name] for name in p.sources])
-        if p.layer is None:
-            flat[p.leaf] = np.ascontiguousarray(part)
-        else:
-            leaf = flat.setdefault(p.leaf, np.empty(leaves[p.leaf], part.dtype))
-            leaf[p.layer] = part
-    return checkpoint.unflatten(flat)
+    return read(_plan(tensors, cfg, where))
+
+
+def _plan(tensors: Mapping[str, Any], cfg: FlowConfig, where: str) -> Plan:
+    return make_plan(
+        flow_rules(cfg), Arrays(tensors, where), leaf_shapes(cfg), where, wording=OF_YAML
+    )
 
 
 def to_official(params: Params, cfg: FlowConfig) -> dict[str, np.ndarray]:

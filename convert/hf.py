@@ -6,64 +6,46 @@ load_hf(folder)         Hugging Face folder → (sharded) device arrays, nothing
 """
 
 import json
-import shutil
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-import tensorstore as ts
 
 from sa2jax import checkpoint
 from sa2jax.config import StepAudio2Config
+from sa2jax.convert import token2wav
 from sa2jax.convert import tokenizer as tokenizers
-from sa2jax.convert.rules import Placement, Rule, Split, Transpose, expand, match, rule
+from sa2jax.convert.rules import Rule, Split, Transpose, rule
+from sa2jax.convert.transfer import (
+    Plan,
+    Report,
+    Stored,
+    copy_side_files,
+    make_plan,
+    pack_dtypes,
+    read_part,
+    report,
+    share,
+    unpack_dtypes,
+    usual_dtype,
+    write,
+)
 from sa2jax.convert.weights import (
-    DTYPES,
     SafetensorsFolder,
     TensorInfo,
     Tick,
-    Weights,
-    blocks,
     parse_dtype,
     parse_size,
-    peak_memory,
     write_safetensors,
 )
 from sa2jax.errors import CheckpointError
 from sa2jax.models.step_audio import step_audio2
 
-SIDE_FILE_BYTES = 64 << 20
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".gguf", ".h5", ".npz")
-OWN = {checkpoint.INFO, checkpoint.PARAMS, "token2wav"}  # converted apart, not side files
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a conversion did.
-
-    Attributes:
-        tensors: tensors in Hugging Face form.
-        parameters: numbers in them.
-        bytes: bytes of parameters written.
-        seconds: wall time.
-        peak_bytes: the most memory the process ever held.
-        left_out: files of the source that were not taken along.
-        notes: what the user should know.
-    """
-
-    tensors: int
-    parameters: int
-    bytes: int
-    seconds: float
-    peak_bytes: int
-    left_out: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+SPEECH = token2wav.KIND
 
 
 def llm_rules(cfg: StepAudio2Config) -> list[Rule]:
@@ -137,54 +119,60 @@ def convert(
 ) -> Report:
     """Turn a Hugging Face folder into a model folder of this library.
 
+    Its detokenizer, a folder token2wav/, becomes one of this library inside; a folder with
+    flow.yaml and no config.json is a detokenizer that stands alone.
+
     Args:
         source: folder with config.json and safetensors.
         out: folder to make; appears only when it is complete.
-        dtype: `float32`, `bfloat16` or `float16`; by default each tensor keeps its own.
+        dtype: `float32`, `bfloat16` or `float16`, of the language model; by default each tensor
+            keeps its own, as those of the detokenizer always do.
         tokenizer: folder of the tokenizer files, by default `source`.
         overwrite: replace a checkpoint at `out`.
         progress: told about bytes done and bytes in all; see `weights.progress_bar`.
 
     Raises:
         CheckpointError: if the source is damaged or of another model, or `out` cannot be made.
-        ConfigError: if config.json is not understood.
+        ConfigError: if config.json or flow.yaml is not understood.
         TokenizerError: if the tokenizer is not one of Step-Audio 2, or does not fit the model.
     """
     started, source = time.perf_counter(), Path(source)
-    if checkpoint.is_checkpoint(source):
-        raise CheckpointError(f"{source} is converted already: expected a Hugging Face folder")
+    for folder in (source, source / SPEECH):
+        if checkpoint.is_checkpoint(folder):
+            raise CheckpointError(f"{folder} is converted already: expected a released folder")
     cast = parse_dtype(dtype)
+    if token2wav.stands_alone(source):
+        done = token2wav.convert(source, out, overwrite=overwrite, progress=progress)
+        return replace(done, notes=(*done.notes, *_kept(cast)))
     cfg = StepAudio2Config.from_hf(source)
     found = tokenizers.find(source, tokenizer, cfg)
-    with SafetensorsFolder(source) as weights, checkpoint.new_folder(
-        out, overwrite=overwrite
-    ) as folder:  # fmt: skip
-        placements, leaves = _plan(source, weights, cast)
-        total = sum(TensorInfo(*leaf).nbytes for leaf in leaves.values())
-        checkpoint.need_space(folder, total)
-        arrays = checkpoint.create(folder / checkpoint.PARAMS, leaves)
-        done = 0
-        for p in placements:
-            part = p.rule.forward([weights.get(name) for name in p.sources])
-            target = arrays[p.leaf] if p.layer is None else arrays[p.leaf][p.layer]
-            for index in blocks(part, _chunk(target)):
-                block = np.asarray(part[index], leaves[p.leaf][1])
-                target[index].write(block).result()
-                for name in p.sources:
-                    weights.drop(name)
-                done += block.nbytes
-                if progress:
-                    progress(done, total)
-        left_out = _copy_side_files(source, folder)
-        notes = tokenizers.supply(source, found, folder, cfg)
-        info = {
-            "format": checkpoint.FORMAT,
-            "dtype": _usual([dtype for _, dtype in leaves.values()]).name,
-            "source_dtypes": _pack_dtypes({n: t.dtype for n, t in weights.tensors.items()}),
-        }
-        text = json.dumps(info, indent=2) + "\n"
-        (folder / checkpoint.INFO).write_text(text, encoding="utf-8")
-    return _report(weights.tensors, total, started, left_out, notes)
+    speaks = token2wav.is_official(source / SPEECH)
+    with SafetensorsFolder(source) as weights:
+        plan = _plan(source, weights, cast)
+        speech = token2wav.Official(source / SPEECH) if speaks else None
+        total = plan.bytes + (speech.bytes if speech else 0)
+        with checkpoint.new_folder(out, overwrite=overwrite) as folder:
+            checkpoint.need_space(folder, total)
+            leaves = {name: (info.shape, info.dtype) for name, info in plan.leaves.items()}
+            arrays = checkpoint.create(folder / checkpoint.PARAMS, leaves)
+            write(plan, arrays, share(progress, 0, total))
+            left_out = copy_side_files(source, folder, _own(source, speech))
+            notes = tokenizers.supply(source, found, folder, cfg)
+            if speech:
+                tick = share(progress, plan.bytes, total)
+                left_out += _inside(token2wav.convert_into(speech, folder / SPEECH, tick))
+                notes += token2wav.supply_voices(folder, Path(out))
+                notes += _kept(cast)
+            elif (source / SPEECH).is_dir():
+                notes.append(f"{source / SPEECH} has no {token2wav.YAML}: it was not converted")
+            info = {
+                "format": checkpoint.FORMAT,
+                "dtype": usual_dtype(plan.leaves).name,
+                "source_dtypes": pack_dtypes(weights.tensors),
+            }
+            text = json.dumps(info, indent=2) + "\n"
+            (folder / checkpoint.INFO).write_text(text, encoding="utf-8")
+    return report(weights.tensors | _prefixed(speech), total, started, left_out, notes)
 
 
 def export(
@@ -199,10 +187,11 @@ def export(
     """Turn a model folder of this library into a Hugging Face folder.
 
     Args:
-        source: folder made by `convert`.
+        source: folder made by `convert`; a detokenizer that stands alone is one, too.
         out: folder to make; appears only when it is complete.
-        dtype: `float32`, `bfloat16` or `float16`; by default what each tensor had before `convert`.
-        max_shard_size: largest file, in bytes or such as `"5GB"`.
+        dtype: `float32`, `bfloat16` or `float16`, of the language model; by default what each
+            tensor had before `convert`, as those of the detokenizer always do.
+        max_shard_size: largest file of the language model, in bytes or such as `"5GB"`.
         overwrite: replace a checkpoint at `out`.
         progress: told about bytes done and bytes in all; see `weights.progress_bar`.
 
@@ -212,19 +201,29 @@ def export(
     """
     started, source = time.perf_counter(), Path(source)
     cast, limit = parse_dtype(dtype), parse_size(max_shard_size)
+    if token2wav.is_ours(source):
+        done = token2wav.export(source, out, overwrite=overwrite, progress=progress)
+        return replace(done, notes=(*done.notes, *_kept(cast)))
     weights = ModelFolder(source)
+    speaks = token2wav.is_ours(source / SPEECH)
+    speech = token2wav.Ours(source / SPEECH) if speaks else None
     tensors = {
         name: TensorInfo(info.shape, cast or weights.source_dtypes[name])
         for name, info in weights.tensors.items()
     }
-    total = sum(info.nbytes for info in tensors.values())
+    size = sum(info.nbytes for info in tensors.values())
+    total = size + (speech.bytes if speech else 0)
     with checkpoint.new_folder(out, overwrite=overwrite) as folder:
         checkpoint.need_space(folder, total)
-        write_safetensors(folder, tensors, weights, limit, progress or (lambda done, total: None))
-        left_out = _copy_side_files(source, folder)
+        write_safetensors(folder, tensors, weights, limit, share(progress, 0, total))
+        left_out = copy_side_files(source, folder, _own(source, speech))
+        if speech:
+            tick = share(progress, size, total)
+            left_out += _inside(token2wav.export_into(speech, folder / SPEECH, tick))
         if cast is not None:
             _write_config_dtype(folder / "config.json", cast.name)
-    return _report(tensors, total, started, left_out)
+    notes = _kept(cast) if speech else ()
+    return report(tensors | _prefixed(speech), total, started, left_out, notes)
 
 
 def load_hf(
@@ -252,41 +251,19 @@ def load_hf(
     """
     folder = Path(folder)
     with SafetensorsFolder(folder) as weights:
-        placements, leaves = _plan(folder, weights, None if dtype is None else np.dtype(dtype))
-        by_leaf: dict[str, dict[int | None, Placement]] = {}
-        for p in placements:
-            by_leaf.setdefault(p.leaf, {})[p.layer] = p
-        places = checkpoint.flatten(shardings) if shardings else dict.fromkeys(leaves)
-        total = sum(TensorInfo(*leaf).nbytes for leaf in leaves.values())
+        plan = _plan(folder, weights, None if dtype is None else np.dtype(dtype))
+        places = checkpoint.flatten(shardings) if shardings else dict.fromkeys(plan.leaves)
         done, params = 0, {}
-        for name, (shape, kind) in leaves.items():
-            read = partial(_read_part, weights, by_leaf[name])
-            params[name] = checkpoint.assemble(shape, kind, places[name], read)
-            done += TensorInfo(shape, kind).nbytes
+        for name, info in plan.leaves.items():
+            read = partial(read_part, plan, name)
+            params[name] = checkpoint.assemble(info.shape, info.dtype, places[name], read)
+            done += info.nbytes
             if progress:
-                progress(done, total)
+                progress(done, plan.bytes)
     return checkpoint.unflatten(params)
 
 
-def _read_part(
-    weights: SafetensorsFolder,
-    placements: Mapping[int | None, Placement],
-    index: tuple[slice, ...],
-    out: np.ndarray,
-) -> None:
-    """Fill some of a leaf from the tensors that it is made of."""
-    if None in placements:
-        parts = [(placements[None], index, out)]
-    else:
-        layers = range(index[0].start, index[0].stop)
-        parts = [(placements[n], index[1:], out[i : i + 1]) for i, n in enumerate(layers)]
-    for p, inner, room in parts:
-        room[...] = p.rule.forward([weights.get(name) for name in p.sources])[inner]
-        for name in p.sources:
-            weights.drop(name)
-
-
-class ModelFolder:
+class ModelFolder(Stored):
     """A model folder of this library under Hugging Face names, read one tensor at a time.
 
     Attributes:
@@ -298,89 +275,36 @@ class ModelFolder:
         folder = Path(folder)
         info = checkpoint.read_info(folder)
         cfg = StepAudio2Config.from_hf(folder)
-        self._leaves = checkpoint.open_leaves(folder)
-        shapes = {name: tuple(leaf.shape) for name, leaf in self._leaves.items()}
+        leaves = checkpoint.open_leaves(folder)
+        shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
         checkpoint.require_fit(folder, shapes, leaf_shapes(cfg))
-        self.tensors: dict[str, TensorInfo] = {}
-        self._found: dict[str, tuple[Placement, int]] = {}
-        for p in expand(llm_rules(cfg), shapes):
-            for i, (name, shape) in enumerate(zip(p.sources, p.shapes, strict=True)):
-                self.tensors[name] = TensorInfo(shape, self._leaves[p.leaf].dtype.numpy_dtype)
-                self._found[name] = p, i
-        self.tensors = dict(sorted(self.tensors.items(), key=lambda item: _natural(item[0])))
-        self.source_dtypes = _unpack_dtypes(info, self.tensors)
-
-    def get(self, name: str) -> np.ndarray:
-        """Read one tensor, in its stored dtype."""
-        p, i = self._found[name]
-        leaf = self._leaves[p.leaf] if p.layer is None else self._leaves[p.leaf][p.layer]
-        try:
-            array = np.empty(leaf.shape, leaf.dtype.numpy_dtype)
-            for index in blocks(array, _chunk(leaf)):
-                array[index] = leaf[index].read().result()
-        except (ValueError, OSError) as error:
-            reason = str(error).splitlines()[0][:200]
-            raise CheckpointError(
-                f"{name} cannot be read ({reason}): the folder is damaged, convert it again"
-            ) from None
-        return p.rule.inverse(array)[i]
-
-    def drop(self, name: str) -> None:
-        """Nothing is kept."""
+        super().__init__(leaves, llm_rules(cfg))
+        self.source_dtypes = unpack_dtypes(info.get("source_dtypes"), self.tensors)
 
 
-def open_weights(folder: str | Path) -> Weights:
-    """A folder of either kind as named tensors.
-
-    Raises:
-        CheckpointError: if it is neither, or damaged.
-    """
-    is_ours = checkpoint.is_checkpoint(folder)
-    return ModelFolder(folder) if is_ours else SafetensorsFolder(folder)
-
-
-def _plan(
-    folder: Path, weights: SafetensorsFolder, cast: np.dtype | None
-) -> tuple[list[Placement], dict[str, tuple[tuple[int, ...], np.dtype]]]:
-    """What goes where, in the order of the source's files, and each leaf's shape and dtype."""
+def _plan(folder: Path, weights: SafetensorsFolder, cast: np.dtype | None) -> Plan:
     cfg = StepAudio2Config.from_hf(folder)
-    shapes = leaf_shapes(cfg)
-    tensors = {name: info.shape for name, info in weights.tensors.items()}
-    placements = match(llm_rules(cfg), tensors, shapes, str(folder))
-    order = {name: i for i, name in enumerate(weights.tensors)}
-    placements.sort(key=lambda p: order[p.sources[0]])
-    dtypes: dict[str, np.dtype] = {}
-    for p in placements:
-        for name in p.sources:
-            own = weights.tensors[name].dtype
-            dtypes[p.leaf] = np.dtype(jnp.promote_types(dtypes.get(p.leaf, own), own))
-    return placements, {name: (shapes[name], cast or dtypes[name]) for name in shapes}
+    return make_plan(llm_rules(cfg), weights, leaf_shapes(cfg), str(folder), cast=cast)
 
 
-def _chunk(array: ts.TensorStore) -> tuple[int, ...]:
-    """Shape of an array's chunks (of one layer of a stacked leaf, where that is what is open)."""
-    return tuple(n or 1 for n in array.chunk_layout.write_chunk.shape or ())
+def _own(source: Path, speech: token2wav.Official | token2wav.Ours | None) -> set[str]:
+    """Names in a folder that are converted and thus no side files."""
+    weights = {path.name for path in source.glob("*.safetensors")}
+    return {checkpoint.INFO, checkpoint.PARAMS, *weights} | ({SPEECH} if speech else set())
 
 
-def _copy_side_files(source: Path, out: Path) -> list[str]:
-    """Take along what is not weights (tokenizer, config, notes, voices); name what is left."""
-    left_out = []
-    for path in sorted(source.rglob("*")):
-        relative = path.relative_to(source)
-        if any(part.startswith(".") for part in relative.parts) or not path.is_file():
-            continue
-        indexes_weights = path.name.endswith(".index.json")
-        if relative.parts[0] in OWN - {"token2wav"} or indexes_weights:
-            continue
-        if path.suffix == ".safetensors" and len(relative.parts) == 1:
-            continue
-        too_large = path.stat().st_size > SIDE_FILE_BYTES
-        if relative.parts[0] in OWN or path.suffix in WEIGHT_SUFFIXES or too_large:
-            left_out.append(str(relative))
-            continue
-        (out / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, out / relative)
-    return left_out
+def _kept(cast: np.dtype | None) -> tuple[str, ...]:
+    """What to say of a detokenizer when a dtype was asked for."""
+    return () if cast is None else ("the detokenizer keeps its dtype: codes and phases need it",)
+
+
+def _inside(left_out: list[str]) -> list[str]:
+    return [f"{SPEECH}/{name}" for name in left_out]
+
+
+def _prefixed(speech: token2wav.Official | token2wav.Ours | None) -> dict[str, TensorInfo]:
+    """The tensors of a detokenizer beside those of its model."""
+    return {f"{SPEECH}.{name}": info for name, info in speech.sources.items()} if speech else {}
 
 
 def _write_config_dtype(path: Path, dtype: str) -> None:
@@ -391,45 +315,3 @@ def _write_config_dtype(path: Path, dtype: str) -> None:
             if key in section:
                 section[key] = dtype
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _usual(dtypes: Sequence[np.dtype]) -> np.dtype:
-    return Counter(dtypes).most_common(1)[0][0]
-
-
-def _pack_dtypes(dtypes: Mapping[str, np.dtype]) -> dict[str, Any]:
-    """The most common dtype, and by name those that differ."""
-    usual = _usual(list(dtypes.values()))
-    return {"all": usual.name, "but": {n: d.name for n, d in dtypes.items() if d != usual}}
-
-
-def _unpack_dtypes(info: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, np.dtype]:
-    known = {d.name: d for d in DTYPES.values()}
-    try:
-        packed = info["source_dtypes"]
-        return {name: known[packed["but"].get(name, packed["all"])] for name in names}
-    except (KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{checkpoint.INFO} is damaged: convert the model again") from None
-
-
-def _natural(name: str) -> list[Any]:
-    """Sort key with layer 2 before layer 10."""
-    return [(int(s), "") if s.isdigit() else (-1, s) for s in name.split(".")]
-
-
-def _report(
-    tensors: Mapping[str, TensorInfo],
-    total: int,
-    started: float,
-    left_out: list[str],
-    notes: Sequence[str] = (),
-) -> Report:
-    return Report(
-        tensors=len(tensors),
-        parameters=sum(info.size for info in tensors.values()),
-        bytes=total,
-        seconds=time.perf_counter() - started,
-        peak_bytes=peak_memory(),
-        left_out=tuple(left_out),
-        notes=tuple(notes),
-    )

@@ -21,6 +21,12 @@ from sa2jax.errors import CheckpointError
 
 Shape = tuple[int, ...]
 
+# What `match` says of weights that came with a config.json.
+OF_CONFIG = (
+    "{where} does not fit its config.json: {problems}. "
+    "Use the config.json and the weights of one and the same model"
+)
+
 
 class Op(ABC):
     """An invertible change of one array. `exact` is False where the inverse is approximate."""
@@ -248,7 +254,13 @@ def expand(rules: Iterable[Rule], leaves: Mapping[str, Shape]) -> list[Placement
 
 
 def match(
-    rules: Sequence[Rule], tensors: Mapping[str, Shape], leaves: Mapping[str, Shape], where: str
+    rules: Sequence[Rule],
+    tensors: Mapping[str, Shape],
+    leaves: Mapping[str, Shape],
+    where: str,
+    *,
+    wording: str = OF_CONFIG,
+    problems: Sequence[str] = (),
 ) -> list[Placement]:
     """Hold a table against a checkpoint and a model.
 
@@ -257,6 +269,8 @@ def match(
         tensors: shape of every tensor in the checkpoint by name.
         leaves: shape of every leaf of the model by dotted path.
         where: what to call the checkpoint in an error.
+        wording: the error, with a place for `{where}` and for `{problems}`.
+        problems: what is known to be wrong already.
 
     Returns:
         Every placement, in the order of the table.
@@ -272,18 +286,16 @@ def match(
             if name in tensors and tuple(tensors[name]) != shape:
                 what = f"expected {list(shape)}, got {list(tensors[name])}"
                 wrong.setdefault(what, []).append(name)
-    problems = [
+    faults = [
+        *problems,
         _group("unknown tensors", [name for name in tensors if name not in known]),
         _group("missing tensors", [name for name in known if name not in tensors]),
         *(_group(f"wrong shape ({what})", names) for what, names in wrong.items()),
         *_table_faults(rules, known, leaves),
     ]
-    problems = [p for p in problems if p]
-    if problems:
-        raise CheckpointError(
-            f"{where} does not fit its config.json: {'; '.join(problems)}. "
-            "Use the config.json and the weights of one and the same model"
-        )
+    faults = [fault for fault in faults if fault]
+    if faults:
+        raise CheckpointError(wording.format(where=where, problems="; ".join(faults)))
     return placements
 
 

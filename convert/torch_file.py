@@ -21,6 +21,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from sa2jax import checkpoint
+from sa2jax.convert.weights import TensorInfo
 from sa2jax.errors import CheckpointError
 
 STORAGES = {
@@ -80,12 +82,17 @@ def read(path: str | Path) -> dict[str, Any]:
     return value
 
 
-def write(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
+def write(
+    path: str | Path,
+    tensors: Mapping[str, np.ndarray] | Mapping[str, TensorInfo],
+    get: Callable[[str], Any] | None = None,
+) -> None:
     """Write tensors as a `.pt` file that `torch.load(path, weights_only=True)` reads.
 
     Args:
         path: the file to make; it appears only when it is complete.
-        tensors: arrays by name, in any of the dtypes of `STORAGES`.
+        tensors: arrays by name, in any of the dtypes of `STORAGES`; or what they will be.
+        get: reads one of them when its turn has come, to be cast to that dtype.
 
     Raises:
         CheckpointError: if an array has another dtype, or the file cannot be written.
@@ -95,20 +102,20 @@ def write(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
     if foreign:
         raise CheckpointError(f"{path}: torch has no storage for {foreign}")
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
-            add = lambda name, data: _add(archive, f"{path.stem}/{name}", data)  # noqa: E731
-            add("data.pkl", _program(tensors))
-            add("byteorder", b"little")
-            for key, array in enumerate(tensors.values()):
-                flat = np.ascontiguousarray(array).reshape(-1)
-                add(f"data/{key}", flat.view(np.uint8).data)
-            add("version", b"3\n")
-        part.replace(path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from None
-    finally:
-        part.unlink(missing_ok=True)
+    with checkpoint.disk_errors(path):
+        try:
+            with part.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
+                add = lambda name, data: _add(archive, f"{path.stem}/{name}", data)  # noqa: E731
+                add("data.pkl", _program(tensors))
+                add("byteorder", b"little")
+                for key, (name, info) in enumerate(tensors.items()):
+                    array = get(name) if get else info
+                    flat = np.ascontiguousarray(array, info.dtype).reshape(-1)
+                    add(f"data/{key}", flat.view(np.uint8).data)
+                add("version", b"3\n")
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 class _Refused(Exception):
@@ -374,11 +381,11 @@ def _add(archive: zipfile.ZipFile, name: str, data: bytes | memoryview) -> None:
         entry.write(data)
 
 
-def _program(tensors: Mapping[str, np.ndarray]) -> bytes:
+def _program(tensors: Mapping[str, Any]) -> bytes:
     """The pickle of a dictionary of contiguous tensors, storage i for tensor i."""
     parts = [b"\x80\x02}("]  # protocol 2, an empty dictionary, a mark
     for key, (name, array) in enumerate(tensors.items()):
-        strides = [math.prod(array.shape[i + 1 :]) for i in range(array.ndim)]
+        strides = [math.prod(array.shape[i + 1 :]) for i in range(len(array.shape))]
         parts += [
             _text(name),
             b"ctorch._utils\n_rebuild_tensor_v2\n((",

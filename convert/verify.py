@@ -17,15 +17,19 @@ from rich.table import Table
 from sa2jax import checkpoint
 from sa2jax.chat.template import Audio, Message, Text, render, reply_turn
 from sa2jax.config import StepAudio2Config
-from sa2jax.convert.hf import open_weights
+from sa2jax.convert import token2wav
+from sa2jax.convert.hf import ModelFolder
 from sa2jax.convert.rules import fold
 from sa2jax.convert.tokenizer import find
 from sa2jax.convert.weights import SafetensorsFolder, TensorInfo, Tick, Weights, blocks
 from sa2jax.errors import CheckpointError
+from sa2jax.inference.speech_folder import find as find_speech
 from sa2jax.pipeline import StepAudio2
 
 # First component of a released name -> the part it belongs to; our leaves start with the part.
 PARTS = {"model": "decoder", "lm_head": "decoder", "encoder": "audio_encoder"}
+SPEECH = f"{token2wav.KIND}."  # what names in the detokenizer begin with
+FOLD_TOLERANCE = 1e-6  # of the largest number in a leaf
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Comparison:
         only_b: names that only the second has.
         shapes: names with different shapes, as `name: [2, 3] and [3, 2]`.
         casts: how many tensors were compared after rounding to the coarser of two dtypes.
+        folded: how many differ by less than a fold of norms and its way back may change.
     """
 
     compared: int
@@ -49,6 +54,7 @@ class Comparison:
     only_b: tuple[str, ...]
     shapes: tuple[str, ...]
     casts: int
+    folded: int = 0
 
     @property
     def same(self) -> bool:
@@ -63,6 +69,11 @@ class Comparison:
         ]
         if self.casts:
             lines.append(f"{self.casts} compared after rounding to the coarser of two dtypes")
+        if self.folded:
+            lines.append(
+                f"{self.folded} count as equal, to within {FOLD_TOLERANCE:g} of their largest "
+                "number: a norm was folded into them"
+            )
         for title, names in (
             ("differing", self.differing),
             ("only in the first", self.only_a),
@@ -76,31 +87,38 @@ class Comparison:
 
 
 def verify(a: str | Path, b: str | Path, *, progress: Tick | None = None) -> Comparison:
-    """Compare two checkpoints tensor by tensor, under released names.
+    """Compare two checkpoints tensor by tensor.
 
+    The language model goes by its released names, the detokenizer by ours under `token2wav.`.
     Tensors of one dtype are compared bit by bit. Where the dtypes differ, both are first rounded to
-    the coarser one, which is what a conversion with `dtype` does.
+    the coarser one, which is what a conversion with `dtype` does. Kernels with a norm folded into
+    them may differ by `FOLD_TOLERANCE`.
 
     Args:
-        a: a Hugging Face folder or a model folder of this library.
-        b: another of either kind.
+        a: a Hugging Face folder or a model folder of this library, or a detokenizer's.
+        b: another of any kind.
         progress: told about numbers done and numbers in all.
 
     Raises:
         CheckpointError: if a folder cannot be read.
+        ConfigError: if a config in it is not understood.
     """
-    first, second = open_weights(a), open_weights(b)
+    first, second = _Whole(a), _Whole(b)
     both = [name for name in first.tensors if name in second.tensors]
     shapes = [name for name in both if first.tensors[name].shape != second.tensors[name].shape]
     compared = [name for name in both if name not in set(shapes)]
     total, done = sum(first.tensors[name].size for name in compared), 0
-    differing, largest, casts = [], 0.0, 0
+    differing, largest, casts, folded = [], 0.0, 0, 0
     for name in compared:
         casts += first.tensors[name].dtype != second.tensors[name].dtype
-        equal, distance = _compare(name, first, second)
-        if not equal:
-            differing.append(name)
+        distance, size = _compare(name, first, second)
+        if distance is not None:
             largest = max(largest, distance)
+            from_fold = name in first.folded or name in second.folded
+            if from_fold and np.isfinite(distance) and distance <= FOLD_TOLERANCE * size:
+                folded += 1
+            else:
+                differing.append(name)
         done += first.tensors[name].size
         if progress:
             progress(done, total)
@@ -115,26 +133,64 @@ def verify(a: str | Path, b: str | Path, *, progress: Tick | None = None) -> Com
             for n in shapes
         ),
         casts=casts,
+        folded=folded,
     )
 
 
-def _compare(name: str, first: Weights, second: Weights) -> tuple[bool, float]:
-    """Whether one tensor is equal bit by bit, and the largest difference."""
+class _Whole:
+    """All that a folder of any kind holds, by name.
+
+    Attributes:
+        tensors: shape and dtype of the language model's tensors and of the detokenizer's leaves.
+        folded: names of what a fold made.
+    """
+
+    def __init__(self, folder: str | Path):
+        speech = find_speech(folder)
+        self._speech = token2wav.open_folder(speech) if speech else None
+        self.tensors: dict[str, TensorInfo] = {}
+        self.folded: set[str] = set()
+        if not token2wav.stands_alone(folder):
+            is_ours = checkpoint.is_checkpoint(folder)
+            self._model: Weights = ModelFolder(folder) if is_ours else SafetensorsFolder(folder)
+            self.tensors |= self._model.tensors
+        if self._speech:
+            self.tensors |= {SPEECH + name: info for name, info in self._speech.tensors.items()}
+            self.folded = {SPEECH + name for name in self._speech.folded}
+
+    def get(self, name: str) -> np.ndarray:
+        """Read one tensor."""
+        part, name = self._part(name)
+        return part.get(name)
+
+    def drop(self, name: str) -> None:
+        """Give back the memory that reading this tensor took."""
+        part, name = self._part(name)
+        part.drop(name)
+
+    def _part(self, name: str) -> tuple[Weights, str]:
+        if self._speech and name.startswith(SPEECH):
+            return self._speech, name.removeprefix(SPEECH)
+        return self._model, name
+
+
+def _compare(name: str, first: Weights, second: Weights) -> tuple[float | None, float]:
+    """The largest difference of one tensor, None where all bits agree, and its largest number."""
     x, y = np.atleast_1d(first.get(name)), np.atleast_1d(second.get(name))
     coarse = min(x.dtype, y.dtype, key=lambda dtype: dtype.itemsize)
     bits = np.dtype(f"u{coarse.itemsize}")
-    equal, largest = True, 0.0
+    distance, size = None, 0.0
     for index in blocks(x, row_major=True):
         u, v = (np.ascontiguousarray(part[index], coarse) for part in (x, y))
         different = u.view(bits) != v.view(bits)
         if different.any():
-            equal = False
             with np.errstate(invalid="ignore"):
                 gap = np.abs(u[different].astype(np.float32) - v[different].astype(np.float32))
-            largest = max(largest, float(np.where(np.isnan(gap), np.inf, gap).max()))
+            distance = max(distance or 0.0, float(np.where(np.isnan(gap), np.inf, gap).max()))
+        size = max(size, float(np.abs(u).max(initial=0)))
     first.drop(name)
     second.drop(name)
-    return equal, largest
+    return distance, size
 
 
 @dataclass(frozen=True)
@@ -254,10 +310,11 @@ class Inspection:
 
     Attributes:
         folder: where it is.
-        kind: `sa2jax` or `huggingface`.
+        kind: `sa2jax`, `huggingface`, or `token2wav` for a released detokenizer alone.
         parts: the model's parts, then `total`.
         rows: every tensor, layers folded together.
-        memory: bytes that the parameters take when loaded in each dtype.
+        memory: bytes that the parameters take when loaded in each dtype; a detokenizer keeps its
+            own.
     """
 
     folder: str
@@ -268,19 +325,26 @@ class Inspection:
 
 
 def inspect(folder: str | Path) -> Inspection:
-    """Describe a checkpoint of either kind from its metadata; no weights are read.
+    """Describe a checkpoint of any kind from its metadata; no weights are read.
+
+    Only of a released detokenizer the .onnx files are read: their metadata lie between the numbers.
 
     Raises:
         CheckpointError: if the folder holds no checkpoint, or a damaged one.
+        ConfigError: if the flow.yaml of a released detokenizer is not understood.
     """
     ours = checkpoint.is_checkpoint(folder) or (Path(folder) / "_METADATA").exists()
-    if ours:
-        tensors = {
-            name: TensorInfo(tuple(leaf.shape), leaf.dtype.numpy_dtype)
-            for name, leaf in checkpoint.open_leaves(folder).items()
-        }
-    else:
-        tensors = SafetensorsFolder(folder).tensors
+    alone, speech = token2wav.stands_alone(folder), find_speech(folder)
+    kind = "sa2jax" if ours else "token2wav" if alone else "huggingface"
+    tensors: dict[str, TensorInfo] = {}
+    if not alone:
+        tensors |= _leaves(folder) if ours else SafetensorsFolder(folder).tensors
+    spoken: dict[str, TensorInfo] = {}
+    if speech:
+        official = token2wav.is_official(speech)
+        found = token2wav.Official(speech).sources if official else _leaves(speech)
+        spoken = {SPEECH + name: info for name, info in found.items()}
+    tensors |= spoken
     parts: dict[str, list[TensorInfo]] = {}
     alike: dict[tuple[tuple[int, ...], str], list[str]] = {}
     for name, info in tensors.items():
@@ -294,12 +358,14 @@ def inspect(folder: str | Path) -> Inspection:
     everything = list(tensors.values())
     described = [_describe(name, infos) for name, infos in sorted(parts.items())]
     total = _describe("total", everything)
+    model = total.parameters - sum(info.size for info in spoken.values())
+    fixed = sum(info.nbytes for info in spoken.values())
     return Inspection(
         folder=str(folder),
-        kind="sa2jax" if ours else "huggingface",
+        kind=kind,
         parts=(*described, total),
         rows=tuple(sorted(rows, key=lambda row: (row.part, row.name))),
-        memory={"float32": 4 * total.parameters, "bfloat16": 2 * total.parameters},
+        memory={"float32": 4 * model + fixed, "bfloat16": 2 * model + fixed},
     )
 
 
@@ -320,9 +386,14 @@ def print_inspection(found: Inspection, console: Console) -> None:
     console.print(f"parameters take {memory}")
 
 
+def _leaves(folder: str | Path) -> dict[str, TensorInfo]:
+    leaves = checkpoint.open_leaves(folder).items()
+    return {name: TensorInfo(tuple(leaf.shape), leaf.dtype.numpy_dtype) for name, leaf in leaves}
+
+
 def _part(name: str) -> str:
-    first = name.split(".")[0]
-    return PARTS.get(first, first)
+    first = name.removeprefix(SPEECH).split(".")[0]
+    return first if name.startswith(SPEECH) else PARTS.get(first, first)
 
 
 def _describe(name: str, infos: Sequence[TensorInfo]) -> Part:

@@ -16,17 +16,24 @@ import numpy as np
 
 from sa2jax import checkpoint
 from sa2jax.convert import torch_file
-from sa2jax.convert.rules import Join, Rule, Shape, Transpose, expand, match, rule
+from sa2jax.convert.rules import Join, Rule, Shape, Transpose, expand, rule
+from sa2jax.convert.transfer import Network, make_plan, pack_dtypes, read
+from sa2jax.convert.weights import Arrays
 from sa2jax.errors import CheckpointError
 from sa2jax.models.vocoder import vocoder
 from sa2jax.nn import Params
 from sa2jax.speech_config import VocoderConfig
 
+WEIGHTS = "hift.pt"
 PREFIX = "generator."
 # How torch has named the length and the direction of a weight norm, the present way first.
 SPELLINGS = (
     ("parametrizations.weight.original0", "parametrizations.weight.original1"),
     ("weight_g", "weight_v"),
+)
+MISFIT = (
+    "{where} does not hold the tensors of a HiFT vocoder: {problems}. "
+    "Use the hift.pt of the released token2wav folder"
 )
 
 
@@ -119,13 +126,14 @@ def leaf_shapes(cfg: VocoderConfig) -> dict[str, Shape]:
     return {name: tuple(leaf.shape) for name, leaf in leaves.items()}
 
 
-def config_of(shapes: Mapping[str, Shape]) -> VocoderConfig:
+def config_of(shapes: Mapping[str, Shape], where: str = WEIGHTS) -> VocoderConfig:
     """The released configuration with the sizes that a `hift.pt` shows.
 
     Rates, dilations and thresholds leave no trace in the file; they are the released ones.
 
     Args:
         shapes: shape of every tensor in the file.
+        where: what to call the file in an error.
 
     Raises:
         CheckpointError: if the tensors that show the sizes are missing.
@@ -137,37 +145,45 @@ def config_of(shapes: Mapping[str, Shape]) -> VocoderConfig:
         f0, _, _ = shapes[f"{prefix}f0_predictor.condnet.0.{direction}"]
         harmonics = shapes[f"{prefix}m_source.l_linear.weight"][1] - 1
     except (KeyError, ValueError) as error:
-        raise CheckpointError(
-            f"hift.pt: expected the tensors of a HiFT vocoder, {error} is missing: "
-            "this is another model's file"
-        ) from None
+        problem = f"{error} is missing, this is another model's file"
+        raise CheckpointError(MISFIT.format(where=where, problems=problem)) from None
     return VocoderConfig(mels=mels, channels=out, f0_channels=f0, harmonics=harmonics)
 
 
-def load(path: str | Path, cfg: VocoderConfig | None = None) -> tuple[VocoderConfig, Params]:
-    """Parameters of the vocoder in a `hift.pt`.
+def open_file(path: str | Path, cfg: VocoderConfig | None = None) -> Network[VocoderConfig]:
+    """A `hift.pt` held against its sizes; no code in it is run, and no numbers are read yet.
 
     Args:
         path: the file, with or without the prefix "generator.", in either spelling of weight norm.
         cfg: sizes; by default as the file shows them.
 
-    Returns:
-        The configuration and the parameters as numpy arrays.
-
     Raises:
         CheckpointError: for a damaged or hostile file, or tensors that do not fit; all are named.
     """
-    tensors = _tensors(torch_file.read(path), path)
-    shapes = {name: array.shape for name, array in tensors.items()}
-    cfg = cfg or config_of(shapes)
+    tensors = torch_file.read(path)
+    inner = tensors.get(PREFIX[:-1])  # some files keep them one level down
+    if len(tensors) == 1 and isinstance(inner, Mapping):
+        tensors = dict(inner)
+    weights = Arrays(tensors, str(path))
+    shapes = {name: info.shape for name, info in weights.tensors.items()}
+    cfg = cfg or config_of(shapes, str(path))
     prefix, spelling = _dialect(shapes)
     rules = vocoder_rules(cfg, prefix=prefix, spelling=spelling)
-    leaves = leaf_shapes(cfg)
-    flat: dict[str, Any] = {}
-    for p in match(rules, shapes, leaves, str(path)):
-        part = p.rule.forward([tensors[name] for name in p.sources])
-        flat[p.leaf] = np.ascontiguousarray(part)
-    return cfg, checkpoint.unflatten(flat)
+    plan = make_plan(rules, weights, leaf_shapes(cfg), str(path), wording=MISFIT)
+    folded = frozenset(r.target for r in rules if not r.exact)
+    dtypes = pack_dtypes(plan.tensors)
+    return Network(
+        cfg, plan, folded, {"dtypes": dtypes, "prefix": prefix, "spelling": list(spelling)}
+    )
+
+
+def load(path: str | Path, cfg: VocoderConfig | None = None) -> tuple[VocoderConfig, Params]:
+    """Parameters of the vocoder in a `hift.pt` as NumPy arrays.
+
+    Args and errors are those of `open_file`.
+    """
+    network = open_file(path, cfg)
+    return network.config, read(network.plan)
 
 
 def save(
@@ -199,18 +215,6 @@ def to_official(
         arrays = p.rule.inverse(np.asarray(flat[p.leaf]))
         tensors |= dict(zip(p.sources, arrays, strict=True))
     return tensors
-
-
-def _tensors(value: Mapping[str, Any], path: str | Path) -> dict[str, np.ndarray]:
-    """The tensors of a file, which may keep them one level down."""
-    if set(value) == {PREFIX[:-1]} and isinstance(value[PREFIX[:-1]], Mapping):
-        value = value[PREFIX[:-1]]
-    odd = [str(name) for name, array in value.items() if not isinstance(array, np.ndarray)]
-    if odd:
-        raise CheckpointError(
-            f"{path}: expected tensors only, got other things under {', '.join(odd[:8])}"
-        )
-    return dict(value)
 
 
 def _dialect(names: Mapping[str, Any]) -> tuple[str, tuple[str, str]]:

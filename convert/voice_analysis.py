@@ -20,7 +20,8 @@ import numpy as np
 
 from sa2jax import checkpoint
 from sa2jax.convert.onnx_graph import OnnxGraph
-from sa2jax.convert.rules import Join, Op, Placement, Rule, Shape, Split, Transpose, match, rule
+from sa2jax.convert.rules import Join, Op, Rule, Shape, Split, Transpose, rule
+from sa2jax.convert.transfer import Network, Plan, make_plan, read
 from sa2jax.convert.voice_structure import (
     NORM_PARTS,
     SEGMENT,
@@ -39,6 +40,10 @@ from sa2jax.speech_config import SpeakerEncoderConfig, SpeechTokenizerConfig
 SPEECH_TOKENIZER_FILE = "speech_tokenizer_v2_25hz.onnx"
 SPEAKER_ENCODER_FILE = "campplus.onnx"
 
+NOT_IT = (
+    "{where} is not the network it should be: {problems}. "
+    "Use the file of the released token2wav folder"
+)
 _MISFIT = "{} does not hold the tensors of a {}: {}. Use the released token2wav folder's file"
 SQUEEZE = Split(2, ())  # a kernel of one tap over time: [out, in, 1] is [out, in]
 
@@ -326,8 +331,8 @@ class Folded:
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def read_speech_tokenizer(path: str | os.PathLike) -> Converted[SpeechTokenizerConfig]:
-    """Read `speech_tokenizer_v2_25hz.onnx`.
+def open_speech_tokenizer(path: str | os.PathLike) -> Network[SpeechTokenizerConfig]:
+    """A `speech_tokenizer_v2_25hz.onnx`, in memory and held against its table.
 
     Raises:
         CheckpointError: if the file is missing, damaged or another model's, or onnx is missing.
@@ -335,22 +340,39 @@ def read_speech_tokenizer(path: str | os.PathLike) -> Converted[SpeechTokenizerC
     named = speech_tokenizer_names(OnnxGraph(path))
     cfg = speech_tokenizer_config(named.shapes, named.graph.where)
     plan = _plan(named, speech_tokenizer_rules(cfg), named, speech_tokenizer(cfg))
-    return Converted(cfg, _params(plan, named), named.graph.strip(named.places.values()))
+    return Network(cfg, plan, strip=lambda: named.graph.strip(named.places.values()))
 
 
-def read_speaker_encoder(path: str | os.PathLike) -> Converted[SpeakerEncoderConfig]:
-    """Read `campplus.onnx`.
+def open_speaker_encoder(path: str | os.PathLike) -> Network[SpeakerEncoderConfig]:
+    """A `campplus.onnx`, in memory and held against its table.
 
     Raises:
         CheckpointError: if the file is missing, damaged or another model's, or onnx is missing.
     """
     named, dilations, segment = speaker_encoder_names(OnnxGraph(path))
     cfg = speaker_encoder_config(named.shapes, dilations, segment, named.graph.where)
-    folded = Folded(named)
-    plan = _plan(named, speaker_encoder_rules(cfg), folded, speaker_encoder(cfg))
-    params, kept = _params(plan, folded), folded.kept()
+    weights = Folded(named)
+    plan = _plan(named, speaker_encoder_rules(cfg), weights, speaker_encoder(cfg))
+    changed = {f"{conv}.{part}" for conv in weights.norms for part in ("weight", "bias")}
+    folded = frozenset(p.leaf for p in plan.placements if changed.intersection(p.sources))
+    kept = weights.kept()
     numbers = [place for name, place in named.places.items() if name not in kept]
-    return Converted(cfg, params, named.graph.strip(numbers))
+    return Network(cfg, plan, folded, strip=lambda: named.graph.strip(numbers))
+
+
+def read_speech_tokenizer(path: str | os.PathLike) -> Converted[SpeechTokenizerConfig]:
+    """Read `speech_tokenizer_v2_25hz.onnx`; errors as those of `open_speech_tokenizer`."""
+    return _read(open_speech_tokenizer(path))
+
+
+def read_speaker_encoder(path: str | os.PathLike) -> Converted[SpeakerEncoderConfig]:
+    """Read `campplus.onnx`; errors as those of `open_speaker_encoder`."""
+    return _read(open_speaker_encoder(path))
+
+
+def _read(network: Network[C]) -> Converted[C]:
+    assert network.strip is not None
+    return Converted(network.config, read(network.plan), network.strip())
 
 
 def write_speech_tokenizer(
@@ -379,49 +401,22 @@ def write_speaker_encoder(path: str | os.PathLike, model: Converted[SpeakerEncod
     _write(Path(path), named.fill(folded.unfold(_tensors(plan, model.params))))
 
 
-def _plan(
-    named: NamedTensors, rules: Sequence[Rule], weights: Weights, model: Functional
-) -> list[Placement]:
+def _plan(named: NamedTensors, rules: Sequence[Rule], weights: Weights, model: Functional) -> Plan:
     """Hold a table against a graph; everything that is wrong comes in one error."""
-    leaves = {n: tuple(leaf.shape) for n, leaf in checkpoint.flatten(model.abstract).items()}
-    problems = list(named.problems)
-    try:
-        plan = match(rules, {n: t.shape for n, t in weights.tensors.items()}, leaves, "graph")
-    except CheckpointError as error:  # "graph does not …: PROBLEMS. FIX"
-        problems.append(str(error).partition(": ")[2].rpartition(". ")[0])
-        plan = []
-    if problems:
-        raise CheckpointError(
-            f"{named.graph.where} is not the network it should be: {'; '.join(problems)}. "
-            "Use the file of the released token2wav folder"
-        )
-    return plan
+    shapes = {n: tuple(leaf.shape) for n, leaf in checkpoint.flatten(model.abstract).items()}
+    where, problems = named.graph.where, named.problems
+    return make_plan(rules, weights, shapes, where, wording=NOT_IT, problems=problems)
 
 
-def _params(plan: Sequence[Placement], weights: Weights) -> dict[str, Any]:
-    """Our parameters, as the table places them."""
-    leaves: dict[str, np.ndarray] = {}
-    parts: dict[str, list[np.ndarray]] = {}
-    for p in plan:
-        array = p.rule.forward([weights.get(name) for name in p.sources])
-        if p.layer is None:
-            leaves[p.leaf] = np.ascontiguousarray(array)
-        else:
-            parts.setdefault(p.leaf, []).append(array)
-    for leaf in list(parts):
-        leaves[leaf] = np.stack(parts.pop(leaf))  # popped: not all layers are in memory twice
-    return checkpoint.unflatten(leaves)
-
-
-def _tensors(plan: Sequence[Placement], params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _tensors(plan: Plan, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The way back: tensors under their official names."""
     leaves, tensors = checkpoint.flatten(params), {}
-    missing = sorted({p.leaf for p in plan} - set(leaves))
+    missing = sorted(set(plan.leaves) - set(leaves))
     if missing:
         raise CheckpointError(
             f"the parameters lack {', '.join(missing)}: use those that came with this graph"
         )
-    for p in plan:
+    for p in plan.placements:
         leaf = np.asarray(leaves[p.leaf] if p.layer is None else leaves[p.leaf][p.layer])
         tensors |= dict(zip(p.sources, p.rule.inverse(leaf), strict=True))
     return tensors

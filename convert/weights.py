@@ -70,6 +70,34 @@ class Weights(Protocol):
         ...
 
 
+class Arrays:
+    """Arrays by name, in memory or mapped.
+
+    Args:
+        arrays: the arrays.
+        where: what to call them in an error.
+
+    Raises:
+        CheckpointError: if something else is among them.
+    """
+
+    def __init__(self, arrays: Mapping[str, Any], where: str):
+        odd = [str(name) for name, value in arrays.items() if not isinstance(value, np.ndarray)]
+        if odd:
+            raise CheckpointError(
+                f"{where}: expected tensors only, got other things under {', '.join(odd[:8])}"
+            )
+        self._arrays = dict(arrays)
+        self.tensors = {n: TensorInfo(a.shape, a.dtype) for n, a in self._arrays.items()}
+
+    def get(self, name: str) -> np.ndarray:
+        """The array itself."""
+        return self._arrays[name]
+
+    def drop(self, name: str) -> None:
+        """All arrays are kept."""
+
+
 class SafetensorsFolder:
     """The tensors of a Hugging Face folder, `model.safetensors` or shards with an index.
 

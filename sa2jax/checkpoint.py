@@ -16,6 +16,7 @@ model's memory on a CPU.
 """
 
 import fcntl
+import hashlib
 import json
 import logging
 import math
@@ -90,7 +91,9 @@ def save(path: str | Path, params: Params, *, overwrite: bool = False) -> None:
         checkpointer.save(path, args=ocp.args.PyTreeSave(params, save_args=args), force=overwrite)
 
 
-def load(path: str | Path, like: Params | None = None, dtype: Any = None) -> Params:
+def load(
+    path: str | Path, like: Params | None = None, dtype: Any = None, *, branch: str = ""
+) -> Params:
     """Read parameters straight onto their devices; each host reads only what it holds.
 
     Args:
@@ -98,12 +101,18 @@ def load(path: str | Path, like: Params | None = None, dtype: Any = None) -> Par
         like: the wanted tree, of `jax.ShapeDtypeStruct` (its shapes are checked, its shardings
             used) or of `jax.sharding.Sharding`. By default all leaves on the first device.
         dtype: cast floating leaves to this on the way; by default as `like` says, or as stored.
+        branch: read only what lies under this dotted path.
 
     Raises:
         CheckpointError: if it is no checkpoint, is damaged, or does not fit `like`; all
             misfits are named at once.
     """
     leaves = open_leaves(path)
+    if branch:
+        start = f"{branch}."
+        leaves = {n.removeprefix(start): leaf for n, leaf in leaves.items() if n.startswith(start)}
+        if not leaves:
+            raise CheckpointError(f"{path} has no {branch}: convert the model again")
     wanted = flatten(like) if like is not None else dict.fromkeys(leaves)
     shapes = {name: getattr(want, "shape", None) for name, want in wanted.items()}
     require_fit(Path(path), {name: tuple(leaf.shape) for name, leaf in leaves.items()}, shapes)
@@ -117,7 +126,7 @@ def load(path: str | Path, like: Params | None = None, dtype: Any = None) -> Par
         try:
             params[name] = assemble(tuple(leaf.shape), kind, place, partial(_read, leaf))
         except (ValueError, OSError) as error:
-            raise _damaged(_params_folder(path) / name, error) from None
+            raise _damaged(_params_folder(path) / branch / name, error) from None
     return unflatten(params)
 
 
@@ -323,6 +332,20 @@ def need_space(path: Path, size: int) -> None:
             f"the disk is full: {path.parent} has {free / 1e9:.2f} GB free, "
             f"{size / 1e9:.2f} GB are needed; free some space or write elsewhere"
         )
+
+
+def content_hash(params: Mapping[str, Any]) -> str:
+    """SHA-256 of parameters, in hex: over name, shape, dtype and numbers of each leaf.
+
+    Args:
+        params: nested dict of arrays, on any device or open on disk; one at a time is held.
+    """
+    digest = hashlib.sha256()
+    for name, leaf in sorted(flatten(params).items()):
+        array = np.asarray(leaf)
+        digest.update(f"{name} {list(array.shape)} {array.dtype.name}\n".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

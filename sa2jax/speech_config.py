@@ -338,6 +338,27 @@ class Token2WavConfig:
         same = self.flow.speaker == self.speaker_encoder.embed
         require(same, "flow and speaker encoder must have the same speaker vectors", self)
 
+    @classmethod
+    def released(cls) -> Self:
+        """The sizes of the released Step-Audio 2 detokenizer."""
+        return cls(
+            flow=FlowConfig(
+                codes=6561, mels=80, speaker=192,
+                encoder=ConformerConfig(
+                    inputs=512, embed=512, heads=8, mlp=2048, layers=6, up_layers=4
+                ),
+                estimator=EstimatorConfig(embed=512, heads=8, head_dim=64, layers=16),
+            ),
+            vocoder=VocoderConfig(),
+            speech_tokenizer=SpeechTokenizerConfig(
+                mels=128, layers=6, embed=1280, mlp=5120, memory=31, digits=8
+            ),
+            speaker_encoder=SpeakerEncoderConfig(
+                mels=80, head=32, stages=(2, 2), channels=128, growth=32, bottleneck=128, mask=64,
+                layers=(12, 24, 16), dilations=(1, 2, 2), embed=192,
+            ),
+        )  # fmt: skip
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         return asdict(self)

@@ -13,32 +13,47 @@ def bench(
     *,
     prompt: int = 512,
     tokens: int = 300,
-    seconds: float = 25.0,
+    seconds: float | None = None,
+    streams: tuple[int, ...] = (1, 8),
+    chunk: int = 25,
     repeats: int = 3,
     dtype: Dtype | None = None,
     reference: bool = True,
     json: bool = False,
 ):
-    """Time encoder, prefill and decode of a named size with random weights on this machine.
+    """Time a model with random weights on this machine, the official code beside it.
+
+    Of a language model: encoder, prefill and decode. Of `token2wav`, the released detokenizer:
+    voice analysis, flow and vocoder, whole and as streams.
 
     Args:
-        size: Preset from configs/models.
+        size: Preset from configs/models, or `token2wav`.
         prompt: Tokens of the prompt.
         tokens: Tokens to generate.
-        seconds: Length of the recording that is encoded.
+        seconds: Length of the recording; by default 25 for an encoder, 12 for `token2wav`.
+        streams: Numbers of streams that advance in one call.
+        chunk: Codes of a stream's chunk; 25 are a second.
         repeats: Rounds; each times everything once, the median counts.
-        dtype: Dtype of weights and computation; by default bfloat16, float32 on a CPU.
-        reference: Time transformers beside it, in the same rounds, if torch is installed.
+        dtype: Dtype of weights and computation; by default bfloat16, float32 on a CPU and for
+            `token2wav`.
+        reference: Time transformers, or the official detokenizer, in the same rounds, if torch is
+            installed.
         json: Print JSON.
     """
-    from sa2jax.bench import bench, print_bench
+    from sa2jax import bench
 
     with common.bar("timing", unit="rounds") as tick:
-        result = bench(
-            size, prompt=prompt, tokens=tokens, seconds=seconds, repeats=repeats, dtype=dtype,
-            reference=reference, progress=tick,
-        )  # fmt: skip
+        if size == "token2wav":
+            result = bench.bench_speech(
+                seconds=seconds or 12.0, streams=streams, chunk=chunk, repeats=repeats,
+                dtype=dtype or "float32", reference=reference, progress=tick,
+            )  # fmt: skip
+        else:
+            result = bench.bench(
+                size, prompt=prompt, tokens=tokens, seconds=seconds or 25.0, repeats=repeats,
+                dtype=dtype, reference=reference, progress=tick,
+            )  # fmt: skip
     if json:
         common.print_json(asdict(result))
     else:
-        print_bench(result, common.wide())
+        bench.print_bench(result, common.wide())

@@ -16,15 +16,33 @@ from functools import cached_property
 from pathlib import Path
 
 from sa2jax import checkpoint
-from sa2jax.errors import CheckpointError, VoiceError
+from sa2jax.errors import AudioError, CheckpointError, VoiceError
 from sa2jax.inference.voices import SUFFIX, Voice, VoiceAnalyzer, check_name
 from sa2jax.nn import Params
 from sa2jax.speech_config import Token2WavConfig
 
 KIND = "token2wav"
+YAML = "flow.yaml"
 VOICES, RECORDINGS = "voices", "assets"
 SPEAKING, HEARING = ("flow", "vocoder"), ("speech_tokenizer", "speaker_encoder")
 DEFAULTS = ("default", "default_female", "default_male")  # what voice "default" stands for
+
+
+def is_official(folder: str | Path) -> bool:
+    """Whether a folder holds a detokenizer as released."""
+    return (Path(folder) / YAML).is_file() and not checkpoint.is_checkpoint(folder)
+
+
+def is_ours(folder: str | Path) -> bool:
+    """Whether a folder holds a converted detokenizer."""
+    return checkpoint.is_checkpoint(folder) and checkpoint.read_info(folder).get("kind") == KIND
+
+
+def find(home: str | Path) -> Path | None:
+    """The detokenizer's folder, released or converted: in a model's folder, or that folder."""
+    home = Path(home)
+    choices = (home / KIND, home)
+    return next((choice for choice in choices if is_official(choice) or is_ours(choice)), None)
 
 
 class SpeechFolder:
@@ -42,13 +60,10 @@ class SpeechFolder:
         self.home = Path(home)
         if not self.home.is_dir():
             raise CheckpointError(f"no folder {home}: expected a model folder")
-        for folder in (self.home / KIND, self.home):
-            self.official = (folder / "flow.yaml").is_file() and not checkpoint.is_checkpoint(
-                folder
-            )
-            if self.official or _is_detokenizer(folder):
-                self.folder = folder
-                return
+        found = find(home)
+        if found is not None:
+            self.folder, self.official = found, is_official(found)
+            return
         raise CheckpointError(
             f"{home} has no detokenizer, it cannot speak: expected a folder token2wav/ with "
             "flow.yaml, flow.pt, hift.pt and two .onnx files before the conversion"
@@ -139,6 +154,22 @@ class SpeechFolder:
         voice.save(path)
         return voice
 
+    def adopt(self) -> list[str]:
+        """Make a voice of each recording in assets/ that has none yet.
+
+        Returns:
+            A note for each recording that holds no voice, or whose name no voice can have.
+        """
+        notes = []
+        for name, path in self.voices.items():
+            if path.suffix == SUFFIX:
+                continue
+            try:
+                self.add(name, path)
+            except (AudioError, VoiceError) as error:
+                notes.append(f"{RECORDINGS}/{path.name} did not become a voice: {error}")
+        return notes
+
     def _default(self, known: dict[str, Path]) -> str | None:
         chosen = next((name for name in DEFAULTS if name in known), None)
         return chosen or (next(iter(known)) if len(known) == 1 else None)
@@ -152,7 +183,3 @@ class SpeechFolder:
         from sa2jax.convert.token2wav import load_official
 
         return load_official(self.folder)
-
-
-def _is_detokenizer(folder: Path) -> bool:
-    return checkpoint.is_checkpoint(folder) and checkpoint.read_info(folder).get("kind") == KIND

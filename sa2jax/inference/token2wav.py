@@ -322,8 +322,8 @@ class Token2Wav:
         look = self.cfg.flow.encoder.lookahead
         given, waiting, wanted = 0, [], look + (first or chunk)
         for code in codes:
+            waiting.extend(self.clean([code], first=given))
             given += 1
-            waiting.extend(self.clean([code]))
             if len(waiting) == wanted:
                 state, (piece,) = self.step(state, [waiting])
                 waiting, wanted = [], chunk
@@ -334,12 +334,13 @@ class Token2Wav:
         nothing = int(state.seen[0]) == len(voice.codes)
         yield self._silence(given) if nothing else piece
 
-    def clean(self, codes: Codes, *, empty: bool = False) -> Int[np.ndarray, "T"]:
+    def clean(self, codes: Codes, *, empty: bool = False, first: int = 0) -> Int[np.ndarray, "T"]:
         """Codes without pads.
 
         Args:
             codes: numbers below the size of the code book; that size itself is the pad.
             empty: whether there may be none.
+            first: place of the first one, for errors.
 
         Raises:
             CodeError: for anything else.
@@ -354,8 +355,8 @@ class Token2Wav:
         if wrong.any():
             at = int(np.argmax(wrong))
             raise CodeError(
-                f"code {array[at]} at place {at}: expected 0 to {book - 1} (pads, {book}, are left "
-                "out); from token ids subtract the id of <audio_0>"
+                f"code {array[at]} at place {first + at}: expected 0 to {book - 1} (pads, {book}, "
+                "are left out); from token ids subtract the id of <audio_0>"
             )
         return array[array < book].astype(np.int32)
 
@@ -469,4 +470,5 @@ def _pad(
 
 
 def _is_nested(codes: Any) -> bool:
-    return bool(len(codes)) and np.ndim(codes[0]) > 0
+    """Whether these are several replies."""
+    return isinstance(codes, Sequence | np.ndarray) and len(codes) > 0 and np.ndim(codes[0]) > 0

@@ -27,7 +27,13 @@ from sa2jax import audio
 from sa2jax.checkpoint import disk_errors
 from sa2jax.errors import AudioError, VoiceError
 from sa2jax.models.speaker_encoder import speaker_encoder
-from sa2jax.models.speech_tokenizer import WINDOW, code_length, speech_tokenizer, tokenize
+from sa2jax.models.speech_tokenizer import (
+    WINDOW,
+    code_length,
+    speech_tokenizer,
+    tokenize,
+    unstack_speech_tokenizer,
+)
 from sa2jax.nn import Params
 from sa2jax.runtime import round_up
 from sa2jax.speech_config import Token2WavConfig
@@ -184,11 +190,15 @@ class VoiceAnalyzer:
 
     def __init__(self, cfg: Token2WavConfig, params: Params, analysis: str):
         self.cfg, self.analysis = cfg, analysis
-        self._params = params
-        tokenizer, speaker = (
-            speech_tokenizer(cfg.speech_tokenizer),
-            speaker_encoder(cfg.speaker_encoder),
-        )
+        # A scan over stacked layers copies each layer's weights on a CPU, see `nn.unstack`.
+        stacked = jax.default_backend() != "cpu"
+        heard = params["speech_tokenizer"]
+        self._params = {
+            "speech_tokenizer": heard if stacked else unstack_speech_tokenizer(heard),
+            "speaker_encoder": params["speaker_encoder"],
+        }
+        tokenizer = speech_tokenizer(cfg.speech_tokenizer, stacked=stacked)
+        speaker = speaker_encoder(cfg.speaker_encoder)
         self._tokenize = jax.jit(lambda p, mels, frames: tokenize(tokenizer.bind(p), mels, frames))
         self._identify = jax.jit(lambda p, x, frames: speaker.bind(p)(x, frames))
 

@@ -1,7 +1,11 @@
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
+from onnx import helper, numpy_helper
 
 
 @pytest.fixture
@@ -13,3 +17,41 @@ def source(golden) -> Path:
 def broken(source, tmp_path) -> Path:
     """A copy of the source that a test may damage."""
     return Path(shutil.copytree(source, tmp_path / "broken"))
+
+
+@pytest.fixture
+def with_free_norms(rng) -> Callable[[onnx.ModelProto], onnx.ModelProto]:
+    """Changes a speaker encoder's graph, not its function."""
+    return lambda model: _with_free_norms(model, rng)
+
+
+def _with_free_norms(model: onnx.ModelProto, rng: np.random.Generator) -> onnx.ModelProto:
+    """The same function, with every folded norm of the speaker encoder as an operator again."""
+    numbers = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    nodes, changed = [], {}
+    for node in model.graph.node:
+        nodes.append(node)
+        folded = node.op_type == "Conv" and len(node.input) == 3 and "cam_layer" not in node.name
+        if not folded:
+            continue
+        weight, bias = numbers[node.input[1]], numbers[node.input[2]]
+        size, out = len(bias), node.output[0]
+        scale, mean = rng.uniform(0.5, 2, size), rng.standard_normal(size)
+        variance = rng.uniform(0.5, 2, size)
+        factor = scale / np.sqrt(variance + 1e-5)
+        changed[node.input[1]] = weight / factor.reshape(-1, *(1,) * (weight.ndim - 1))
+        changed[node.input[2]] = None
+        parts = {"scale": scale, "shift": bias + mean * factor, "mean": mean, "var": variance}
+        names = [f"{out}_{part}" for part in parts]
+        changed |= dict(zip(names, parts.values(), strict=True))
+        del node.input[2]
+        node.output[0] = f"{out}_free"
+        norm = helper.make_node("BatchNormalization", [f"{out}_free", *names], [out], epsilon=1e-5)
+        nodes.append(norm)
+    tensors = {k: v for k, v in (numbers | changed).items() if v is not None}
+    del model.graph.node[:], model.graph.initializer[:]
+    model.graph.node.extend(nodes)
+    model.graph.initializer.extend(
+        numpy_helper.from_array(np.asarray(v, np.float32), k) for k, v in tensors.items()
+    )
+    return model

@@ -19,6 +19,7 @@ import safetensors.numpy
 from sa2jax import checkpoint
 from sa2jax.config import StepAudio2Config
 from sa2jax.convert import hf, weights
+from sa2jax.convert.rules import expand
 from sa2jax.convert.verify import verify
 from sa2jax.errors import CheckpointError, ConfigError
 from sa2jax.models.step_audio import step_audio2
@@ -150,6 +151,7 @@ def test_side_files_are_kept_and_foreign_weights_left_out(broken, tmp_path):
     assert (tmp_path / "back" / "preprocessor.json").exists()
     assert (tmp_path / "back" / "modeling_step_audio_2.py").exists()
     assert report.left_out == ("token2wav/flow.pt", "training_args.bin")
+    assert any("token2wav has no flow.yaml" in note for note in report.notes)
     assert not (tmp_path / "back" / ".gitattributes").exists()
     assert not (tmp_path / "back" / "sa2jax.json").exists()
 
@@ -404,9 +406,9 @@ def synthetic(folder: Path, cfg: StepAudio2Config, shard_bytes: int) -> int:
     """A sharded checkpoint of zeros in sparse files; returns its size in bytes."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(cfg.to_hf()))
-    rules = hf.expand(hf.llm_rules(cfg), hf.leaf_shapes(cfg))
+    placements = expand(hf.llm_rules(cfg), hf.leaf_shapes(cfg))
     shards: list[dict[str, weights.TensorInfo]] = [{}]
-    for p in sorted(rules, key=lambda p: (p.layer is None, p.layer)):
+    for p in sorted(placements, key=lambda p: (p.layer is None, p.layer)):
         for name, shape in zip(p.sources, p.shapes, strict=True):
             if sum(info.nbytes for info in shards[-1].values()) > shard_bytes:
                 shards.append({})

@@ -105,6 +105,15 @@ def test_match_reports_every_fault_of_a_checkpoint_at_once():
     assert "\n" not in message
 
 
+def test_match_says_what_its_caller_wants_said():
+    wording = "{where} is odd: {problems}. Look at {{it}}"
+    with pytest.raises(CheckpointError) as error:
+        match(RULES, TENSORS | {"a.{0}": (1,)}, LEAVES, "x.pt", wording=wording, problems=["wet"])
+    assert str(error.value) == "x.pt is odd: wet; 1 unknown tensors: a.{0}. Look at {it}"
+    with pytest.raises(CheckpointError, match=r"x\.pt is odd: wet\. Look"):
+        match(RULES, TENSORS, LEAVES, "x.pt", wording=wording, problems=["wet"])
+
+
 @pytest.mark.parametrize(
     ("rules", "message"),
     [

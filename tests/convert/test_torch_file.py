@@ -12,6 +12,7 @@ import pytest
 
 from sa2jax.convert import torch_file
 from sa2jax.convert.torch_file import read, write
+from sa2jax.convert.weights import TensorInfo
 from sa2jax.errors import CheckpointError
 
 ARRAYS = {
@@ -80,6 +81,30 @@ def test_same_tensors_make_the_same_file(tmp_path):
     for folder in (tmp_path, tmp_path / "b"):
         write(folder / "a.pt", ARRAYS)
     assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b" / "a.pt").read_bytes()
+
+
+def test_tensors_can_be_read_when_their_turn_comes(tmp_path):
+    asked = []
+
+    def get(name: str) -> np.ndarray:
+        asked.append(name)
+        return ARRAYS[name].astype(np.float64)
+
+    floats = {n: a for n, a in ARRAYS.items() if a.dtype in (np.float32, np.float16)}
+    infos = {n: TensorInfo(a.shape, a.dtype) for n, a in floats.items()}
+    write(tmp_path / "a.pt", infos, get)
+    assert asked == list(floats)
+    for name, array in read(tmp_path / "a.pt").items():
+        np.testing.assert_array_equal(array, floats[name], strict=True)
+
+
+def test_a_full_disk_leaves_nothing(tmp_path):
+    def get(name: str) -> np.ndarray:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        write(tmp_path / "a.pt", ARRAYS, get)
+    assert not list(tmp_path.iterdir())
 
 
 def test_unknown_dtype_is_not_written(tmp_path):

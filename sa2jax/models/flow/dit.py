@@ -200,10 +200,13 @@ class Attention(nnx.Module):
         self, x: Float[Array, "G T D"], mask: Bool[Array, "G S"], cache: Float[Array, "2 G N A H"]
     ) -> tuple[Float[Array, "G T D"], Float[Array, "2 G N T H"]]:
         """Attend to cached and new keys; gives the new keys and values too."""
-        q = self.q_norm(self.q(x)).swapaxes(1, 2)
-        new = jnp.stack([self.k_norm(self.k(x)), self.v(x)]).swapaxes(2, 3)  # [2, G, N, T, H]
-        k, v = jnp.concatenate([cache.astype(new.dtype), new], axis=3)
-        return self.o(attend(q, k, v, mask)), new
+        q, k, v = (f(x).swapaxes(1, 2) for f in (self.q, self.k, self.v))  # [G, N, T, H]
+        q, k = self.q_norm(q), self.k_norm(k)
+        keys, values = (
+            jnp.concatenate([old.astype(x.dtype), new], axis=2)
+            for old, new in zip(cache, (k, v), strict=True)
+        )
+        return self.o(attend(q, keys, values, mask)), jnp.stack([k, v])
 
 
 class CausalConvs(nnx.Module):

@@ -1,8 +1,12 @@
 """What both halves of the flow share: attention over cached keys, windows of ragged chunks."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+SCORES = 4 * 2**20  # of attention that a CPU makes at a time: 16 MB
 
 
 def attend(
@@ -21,17 +25,41 @@ def attend(
         mask: keys that exist; a row without any yields a mean over all.
         bias: added to the products before they are scaled.
     """
+    B, N, T, H = q.shape
+    mask = jnp.repeat(mask, N, axis=0)  # [B*N, S]
+    q, k, v = (x.reshape(B * N, -1, H) for x in (q, k, v))
+    operands = (q, k, v, mask, None if bias is None else bias.reshape(B * N, T, -1))
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.size > 1:  # heads are spread over devices: no loop over them
+        y = _at_once(operands)
+    else:
+        y = jax.lax.platform_dependent(operands, cpu=_in_turns, default=_at_once)
+    return y.reshape(B, N, T, H).swapaxes(1, 2)
+
+
+def _at_once(operands: tuple[Any, ...]) -> Float[Array, "G T H"]:
+    """All heads of all rows in one batch."""
+    q, k, v, mask, bias = operands
     exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    scores = jnp.einsum(
-        "bnth,bnsh->bnts", q, k, precision=exact, preferred_element_type=jnp.float32
-    )
+    scores = jnp.einsum("gth,gsh->gts", q, k, precision=exact, preferred_element_type=jnp.float32)
     scores = (scores if bias is None else scores + bias) * q.shape[-1] ** -0.5
-    scores = scores + jnp.where(mask, 0.0, -1e30)[:, None, None]
+    scores = scores + jnp.where(mask, 0.0, -1e30)[:, None]
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     # Dividing after the product is the same and touches far fewer numbers.
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    y = jnp.einsum("bnts,bnsh->bnth", weights.astype(v.dtype), v, precision=exact)
-    return (y / total).astype(v.dtype).swapaxes(1, 2)
+    y = jnp.einsum("gts,gsh->gth", weights.astype(v.dtype), v, precision=exact)
+    return (y / total).astype(v.dtype)
+
+
+def _in_turns(operands: tuple[Any, ...]) -> Float[Array, "G T H"]:
+    """A few heads at a time: more scores than `SCORES` are slow to come by on a CPU."""
+    (heads, frames, _), keys = operands[0].shape, operands[1].shape[1]
+    turns = -(-heads * frames * keys // SCORES)
+    turns = next(n for n in range(min(turns, heads), heads + 1) if heads % n == 0)
+    if turns == 1:
+        return _at_once(operands)
+    parts = jax.tree.map(lambda x: x.reshape(turns, heads // turns, *x.shape[1:]), operands)
+    return jax.lax.map(_at_once, parts).reshape(operands[0].shape)
 
 
 def window(x: Array, start: Int[Array, "B"], size: int, *, time: int = 1, batch: int = 0) -> Array:

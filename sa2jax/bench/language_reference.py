@@ -1,9 +1,10 @@
-"""The reference side of `sa2jax bench`: transformers on torch, with random weights.
+"""The reference of the language side: transformers on torch, with random weights.
 
 Imported only by the benchmark and only where the `[parity]` extra is installed.
 """
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
 
 from sa2jax import audio
-from sa2jax.bench import timed
+from sa2jax.bench.common import timed
 from sa2jax.config import StepAudio2Config
 
 
@@ -49,6 +50,11 @@ class Reference:
         self.ids = torch.randint(0, d.vocab, (1, prompt))
         self.cache: Any = None
         self.token: Any = None
+
+    def parts(self, steps: int) -> dict[str, Callable[[], Any]]:
+        """What is timed, in this order."""
+        decode = lambda: self.decode(steps)  # noqa: E731
+        return {"encode": self.encode, "prefill": self.prefill, "decode": decode}
 
     @torch.inference_mode()
     def encode(self) -> None:

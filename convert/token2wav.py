@@ -1,0 +1,419 @@
+"""The detokenizer's folder, ours and back: four networks and what lies beside them.
+
+    as released                     ours
+    flow.yaml  flow.pt              sa2jax.json     sizes, hash of the analysis, what export needs
+    hift.pt                         params/         one Orbax checkpoint of all four networks
+    campplus.onnx                   flow.yaml       as it came, like other small files
+    speech_tokenizer_v2_25hz.onnx   *.graph         the .onnx files without their numbers
+
+It is the folder token2wav/ of a model, or stands alone. Each number keeps its dtype, whatever dtype
+the language model is converted to: audio codes and the phase of a waveform need float32.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sa2jax import checkpoint
+from sa2jax.convert import flow, torch_file, transfer, vocoder, voice_analysis
+from sa2jax.convert.rules import Rule
+from sa2jax.convert.transfer import Network, Report, Stored, share
+from sa2jax.convert.voice_analysis import Converted
+from sa2jax.convert.weights import TensorInfo, Tick
+from sa2jax.errors import CheckpointError, VoiceError
+from sa2jax.inference.speech_folder import (
+    HEARING,
+    KIND,
+    VOICES,
+    YAML,
+    SpeechFolder,
+    is_official,
+    is_ours,
+)
+from sa2jax.inference.voices import SUFFIX, Voice
+from sa2jax.models.speaker_encoder import speaker_encoder
+from sa2jax.models.speech_tokenizer import speech_tokenizer
+from sa2jax.nn import Params
+from sa2jax.speech_config import Token2WavConfig
+
+
+@dataclass(frozen=True)
+class _Part:
+    """How one of the four networks is read and described."""
+
+    file: str
+    open: Callable[[Path], Network[Any]]
+    rules: Callable[[Any, Mapping[str, Any]], list[Rule]]
+    shapes: Callable[[Any], dict[str, tuple[int, ...]]]
+    write: Callable[..., None] | None = None  # of an .onnx
+
+
+def _shapes_of(make: Callable[[Any], Any]) -> Callable[[Any], dict[str, tuple[int, ...]]]:
+    return lambda cfg: {
+        name: tuple(leaf.shape) for name, leaf in checkpoint.flatten(make(cfg).abstract).items()
+    }
+
+
+def _vocoder_rules(cfg: Any, form: Mapping[str, Any]) -> list[Rule]:
+    length, direction = form["spelling"]
+    return vocoder.vocoder_rules(cfg, prefix=form["prefix"], spelling=(length, direction))
+
+
+# The largest first: what comes later is then read beside nothing else.
+PARTS = {
+    "speech_tokenizer": _Part(
+        voice_analysis.SPEECH_TOKENIZER_FILE,
+        voice_analysis.open_speech_tokenizer,
+        lambda cfg, _: voice_analysis.speech_tokenizer_rules(cfg),
+        _shapes_of(speech_tokenizer),
+        voice_analysis.write_speech_tokenizer,
+    ),
+    "speaker_encoder": _Part(
+        voice_analysis.SPEAKER_ENCODER_FILE,
+        voice_analysis.open_speaker_encoder,
+        lambda cfg, _: voice_analysis.speaker_encoder_rules(cfg),
+        _shapes_of(speaker_encoder),
+        voice_analysis.write_speaker_encoder,
+    ),
+    "flow": _Part(
+        flow.WEIGHTS, flow.open_file, lambda cfg, _: flow.flow_rules(cfg), flow.leaf_shapes
+    ),
+    "vocoder": _Part(vocoder.WEIGHTS, vocoder.open_file, _vocoder_rules, vocoder.leaf_shapes),
+}
+FILES = (YAML, *(part.file for part in PARTS.values()))
+
+
+def stands_alone(folder: str | Path) -> bool:
+    """Whether a folder holds a detokenizer and no language model."""
+    folder = Path(folder)
+    return is_ours(folder) or (is_official(folder) and not (folder / "config.json").exists())
+
+
+def load_official(folder: str | Path) -> tuple[Token2WavConfig, Params]:
+    """A released detokenizer, converted in memory.
+
+    Args:
+        folder: flow.yaml, flow.pt, hift.pt and the two .onnx files.
+
+    Returns:
+        The configuration, and the parameters of all four networks as NumPy arrays in the dtypes of
+        the files.
+
+    Raises:
+        ConfigError: if flow.yaml is not understood.
+        CheckpointError: for missing, damaged or hostile files, another model's, or such as do not
+            fit together.
+    """
+    official = Official(folder)
+    return official.config, {
+        name: transfer.read(network.plan) for name, network in official.networks()
+    }
+
+
+class Official:
+    """A released detokenizer, by leaf; one network is open at a time.
+
+    Everything is held against its table at once, so that a conversion does not fail half way.
+
+    Args:
+        folder: flow.yaml, flow.pt, hift.pt and the two .onnx files.
+
+    Attributes:
+        folder: the same.
+        config: sizes of all networks.
+        tensors: shape and dtype of every leaf by dotted path, such as `flow.table`.
+        sources: those of every tensor, by network and released name.
+        folded: leaves that a fold made.
+        form: of each network, what only its file tells.
+
+    Raises:
+        ConfigError: if flow.yaml is not understood.
+        CheckpointError: for missing, damaged or hostile files, another model's, or such as do not
+            fit together.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        missing = [file for file in FILES if not (self.folder / file).is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{folder} lacks {len(missing)} of the {len(FILES)} files of a detokenizer: "
+                f"{', '.join(missing)}; copy them there from the released token2wav folder"
+            )
+        configs: dict[str, Any] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        self.sources: dict[str, TensorInfo] = {}
+        self.form: dict[str, dict[str, Any]] = {}
+        folded: set[str] = set()
+        for name, network in self.networks():
+            configs[name], self.form[name] = network.config, dict(network.form)
+            self.tensors |= {f"{name}.{leaf}": t for leaf, t in network.plan.leaves.items()}
+            self.sources |= {f"{name}.{tensor}": t for tensor, t in network.plan.tensors.items()}
+            folded |= {f"{name}.{leaf}" for leaf in network.folded}
+        self.folded = frozenset(folded)
+        self.config = _joined(self.folder, configs)
+        self._open: tuple[str, Network[Any]] | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all leaves."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def networks(self) -> Iterator[tuple[str, Network[Any]]]:
+        """Each network in turn; let go of one before the next."""
+        for name, part in PARTS.items():
+            yield name, part.open(self.folder / part.file)
+
+    def get(self, name: str) -> np.ndarray:
+        """Read one leaf; those of one network should be read together."""
+        network, _, leaf = name.partition(".")
+        if self._open is None or self._open[0] != network:
+            self._open = None  # first let go of the other
+            self._open = network, PARTS[network].open(self.folder / PARTS[network].file)
+        return transfer.read_leaf(self._open[1].plan, leaf)
+
+    def drop(self, name: str) -> None:
+        """Nothing is kept but the open network."""
+
+
+class Ours:
+    """A converted detokenizer, by leaf; nothing is read before it is asked for.
+
+    Args:
+        folder: made by `convert_into` or `convert`.
+
+    Attributes:
+        folder: the same.
+        config: sizes of all networks.
+        tensors: shape and dtype of every leaf by dotted path, such as `flow.table`.
+        sources: those of every tensor of the released form, by network and released name.
+        folded: leaves that a fold made.
+        form: of each network, what its released file alone told.
+
+    Raises:
+        CheckpointError: if it is damaged or no converted detokenizer.
+        ConfigError: if the sizes in it are not understood.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        info = checkpoint.read_info(folder)
+        if info.get("kind") != KIND:
+            raise CheckpointError(f"{folder} is no detokenizer: expected a converted token2wav")
+        self._leaves = checkpoint.open_leaves(folder)
+        self._stored: dict[str, Stored] = {}
+        self.sources: dict[str, TensorInfo] = {}
+        try:
+            self.config = Token2WavConfig.from_dict(info["config"])
+            self.form = info["source"]["form"]
+            self.folded = frozenset(info["source"]["folded"])
+            shapes = {f"{n}.{leaf}": s for n in PARTS for leaf, s in self._shapes(n).items()}
+            stored = {name: tuple(leaf.shape) for name, leaf in self._leaves.items()}
+            checkpoint.require_fit(self.folder, stored, shapes)
+            for name in PARTS:
+                self._add(name)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"{self.folder / checkpoint.INFO} is damaged ({error!r}): convert it again"
+            ) from None
+        self.tensors = {
+            name: TensorInfo(tuple(leaf.shape), leaf.dtype.numpy_dtype)
+            for name, leaf in self._leaves.items()
+        }
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors in the released form."""
+        return sum(info.nbytes for info in self.sources.values())
+
+    def get(self, name: str) -> np.ndarray:
+        """Read one leaf."""
+        return transfer.read_stored(self._leaves[name], f"{KIND}.{name}")
+
+    def drop(self, name: str) -> None:
+        """Nothing is kept."""
+
+    def released(self, name: str) -> tuple[dict[str, TensorInfo], Stored]:
+        """The tensors of one network as they were released: what they were, and where to read."""
+        stored, prefix = self._stored[name], f"{name}."
+        return {n: self.sources[prefix + n] for n in stored.tensors}, stored
+
+    def network(self, name: str) -> Converted[Any]:
+        """One of the networks whose released file is an .onnx, whole."""
+        path, prefix = _graph(self.folder, name), f"{name}."
+        try:
+            graph = path.read_bytes()
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot read {path} ({error.strerror}): the folder is damaged, convert it again"
+            ) from None
+        leaves = [leaf for leaf in self._leaves if leaf.startswith(prefix)]
+        flat = {leaf.removeprefix(prefix): self.get(leaf) for leaf in leaves}
+        return Converted(getattr(self.config, name), checkpoint.unflatten(flat), graph)
+
+    def _shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        return PARTS[name].shapes(getattr(self.config, name))
+
+    def _add(self, name: str) -> None:
+        """Show one network as it was released."""
+        leaves = {leaf: self._leaves[f"{name}.{leaf}"] for leaf in self._shapes(name)}
+        form = self.form[name]
+        stored = Stored(leaves, PARTS[name].rules(getattr(self.config, name), form))
+        tensors = stored.tensors
+        if "dtypes" in form:
+            dtypes = transfer.unpack_dtypes(form["dtypes"], tensors)
+            tensors = {n: TensorInfo(t.shape, dtypes[n]) for n, t in tensors.items()}
+        self._stored[name] = stored
+        self.sources |= {f"{name}.{tensor}": info for tensor, info in tensors.items()}
+
+
+def open_folder(folder: str | Path) -> Official | Ours:
+    """A detokenizer's folder of either kind."""
+    return Official(folder) if is_official(folder) else Ours(folder)
+
+
+def convert_into(source: Official, out: Path, tick: Tick) -> list[str]:
+    """Write a released detokenizer in our form.
+
+    Args:
+        source: the detokenizer.
+        out: folder to make, inside `checkpoint.new_folder`.
+        tick: told about bytes done and bytes in all.
+
+    Returns:
+        Files of the source that were not taken along, relative to it.
+    """
+    out.mkdir(exist_ok=True)
+    leaves = {name: (info.shape, info.dtype) for name, info in source.tensors.items()}
+    arrays = checkpoint.create(out / checkpoint.PARAMS, leaves)
+    done = 0
+    for name, network in source.networks():
+        own = {leaf: arrays[f"{name}.{leaf}"] for leaf in network.plan.leaves}
+        transfer.write(network.plan, own, share(tick, done, source.bytes))
+        done += network.plan.bytes
+        if network.strip:
+            _graph(out, name).write_bytes(network.strip())
+    heard = {name: leaf for name, leaf in arrays.items() if name.startswith(HEARING)}
+    info = {
+        "format": checkpoint.FORMAT,
+        "kind": KIND,
+        "config": source.config.to_dict(),
+        "analysis": checkpoint.content_hash(checkpoint.unflatten(heard)),
+        "source": {"form": source.form, "folded": sorted(source.folded)},
+    }
+    text = json.dumps(info, indent=2) + "\n"
+    (out / checkpoint.INFO).write_text(text, encoding="utf-8")
+    return transfer.copy_side_files(source.folder, out, _own_files(official=True))
+
+
+def supply_voices(folder: Path, old: Path) -> list[str]:
+    """Give a model its voices: those made before it was converted anew, and its recordings.
+
+    Args:
+        folder: the converted model, not yet in its place.
+        old: its place.
+
+    Returns:
+        A note for each voice that was lost, and each recording in assets/ that became none.
+    """
+    speech, notes = SpeechFolder(folder), []
+    for path in sorted((old / VOICES).glob(f"[!.]*{SUFFIX}")):
+        try:
+            kept = Voice.load(path).analysis == speech.analysis
+        except VoiceError as error:
+            notes.append(f"not kept: {error}")
+            continue
+        if kept:
+            (folder / VOICES).mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / VOICES / path.name)
+        else:
+            notes.append(f"voice {path.stem} was analysed by other weights: not kept")
+    return notes + speech.adopt()
+
+
+def export_into(source: Ours, out: Path, tick: Tick) -> list[str]:
+    """Write a converted detokenizer in the released form.
+
+    Args:
+        source: the detokenizer.
+        out: folder to make, inside `checkpoint.new_folder`.
+        tick: told about bytes done and bytes in all.
+
+    Returns:
+        Files of the source that were not taken along, relative to it.
+
+    Raises:
+        CheckpointError: if the source is damaged, or the onnx package is missing.
+    """
+    out.mkdir(exist_ok=True)
+    done = 0
+    for name, part in PARTS.items():
+        tensors, stored = source.released(name)
+        if part.write:
+            part.write(out / part.file, source.network(name))
+        else:
+            torch_file.write(out / part.file, tensors, stored.get)
+        done += sum(info.nbytes for info in tensors.values())
+        tick(done, source.bytes)
+    (out / YAML).write_text(source.config.flow.to_yaml(), encoding="utf-8")  # if there is none
+    return transfer.copy_side_files(source.folder, out, _own_files(official=False))
+
+
+def convert(
+    source: str | Path, out: str | Path, *, overwrite: bool = False, progress: Tick | None = None
+) -> Report:
+    """Convert a detokenizer that stands alone; see `hf.convert`."""
+    started, official = time.perf_counter(), Official(source)
+    with checkpoint.new_folder(out, overwrite=overwrite) as folder:
+        checkpoint.need_space(folder, official.bytes)
+        left_out = convert_into(official, folder, share(progress, 0, official.bytes))
+        notes = supply_voices(folder, Path(out))
+    return transfer.report(official.sources, official.bytes, started, left_out, notes)
+
+
+def export(
+    source: str | Path, out: str | Path, *, overwrite: bool = False, progress: Tick | None = None
+) -> Report:
+    """Export a detokenizer that stands alone; see `hf.export`."""
+    started, ours = time.perf_counter(), Ours(source)
+    with checkpoint.new_folder(out, overwrite=overwrite) as folder:
+        checkpoint.need_space(folder, ours.bytes)
+        left_out = export_into(ours, folder, share(progress, 0, ours.bytes))
+    return transfer.report(ours.sources, ours.bytes, started, left_out)
+
+
+def _joined(folder: Path, configs: Mapping[str, Any]) -> Token2WavConfig:
+    """One config of four, if they are of one detokenizer."""
+    of_flow, of_vocoder = configs["flow"], configs["vocoder"]
+    heard, speaker = (configs[name] for name in HEARING)
+    st, se = (PARTS[name].file for name in HEARING)
+    pairs = (
+        ("mel bands", of_flow.mels, vocoder.WEIGHTS, of_vocoder.mels),
+        ("codes", of_flow.codes, st, heard.codebook),
+        ("numbers in a speaker vector", of_flow.speaker, se, speaker.embed),
+    )
+    problems = [f"{YAML} has {a} {what}, {file} {b}" for what, a, file, b in pairs if a != b]
+    if problems:
+        raise CheckpointError(
+            f"{folder} holds files of different detokenizers: {'; '.join(problems)}. "
+            "Use all five files of one release"
+        )
+    return Token2WavConfig(**configs)
+
+
+def _graph(folder: Path, name: str) -> Path:
+    return folder / f"{name}.graph"
+
+
+def _own_files(*, official: bool) -> set[str]:
+    """What is converted, in a folder of either kind; the rest are side files."""
+    if official:
+        return set(FILES) - {YAML}
+    graphs = {_graph(Path(), name).name for name in PARTS}
+    return {checkpoint.INFO, checkpoint.PARAMS, *graphs}

@@ -1,0 +1,334 @@
+"""What every conversion does, whatever the model: plan, move in blocks, take side files along.
+
+A plan says which tensors of a source fill which leaves. `write` streams them into a checkpoint,
+`read` gives arrays, and `Stored` shows the leaves of a checkpoint as tensors again. Memory holds
+one block, not one model.
+"""
+
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import jax.numpy as jnp
+import numpy as np
+import tensorstore as ts
+
+from sa2jax import checkpoint
+from sa2jax.convert.rules import OF_CONFIG, Placement, Rule, Shape, expand, match
+from sa2jax.convert.weights import DTYPES, TensorInfo, Tick, Weights, blocks, peak_memory
+from sa2jax.errors import CheckpointError
+
+SIDE_FILE_BYTES = 64 << 20
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".gguf", ".h5", ".npz")
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did.
+
+    Attributes:
+        tensors: tensors in the source's form.
+        parameters: numbers in them.
+        bytes: bytes of parameters written.
+        seconds: wall time.
+        peak_bytes: the most memory the process ever held.
+        left_out: files of the source that were not taken along.
+        notes: what the user should know.
+    """
+
+    tensors: int
+    parameters: int
+    bytes: int
+    seconds: float
+    peak_bytes: int
+    left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def report(
+    tensors: Mapping[str, TensorInfo],
+    total: int,
+    started: float,
+    left_out: Sequence[str],
+    notes: Sequence[str] = (),
+) -> Report:
+    """The report of a conversion that began at `started` and wrote `total` bytes."""
+    return Report(
+        tensors=len(tensors),
+        parameters=sum(info.size for info in tensors.values()),
+        bytes=total,
+        seconds=time.perf_counter() - started,
+        peak_bytes=peak_memory(),
+        left_out=tuple(left_out),
+        notes=tuple(notes),
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which tensors of a source fill which leaves.
+
+    Attributes:
+        weights: the source.
+        placements: what fills what, in the order of the source.
+        leaves: shape and dtype of every leaf.
+    """
+
+    weights: Weights
+    placements: Sequence[Placement]
+    leaves: Mapping[str, TensorInfo]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all leaves."""
+        return sum(info.nbytes for info in self.leaves.values())
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Shape and dtype of every tensor that is used."""
+        return {name: self.weights.tensors[name] for p in self.placements for name in p.sources}
+
+    @cached_property
+    def by_leaf(self) -> dict[str, dict[int | None, Placement]]:
+        """The placements of each leaf, by layer."""
+        found: dict[str, dict[int | None, Placement]] = {}
+        for p in self.placements:
+            found.setdefault(p.leaf, {})[p.layer] = p
+        return found
+
+
+@dataclass(frozen=True)
+class Network(Generic[C]):
+    """One network in a file, open for reading.
+
+    Attributes:
+        config: its sizes.
+        plan: which tensors of the file fill which leaves.
+        folded: leaves that a fold made of several tensors; they come back to within 1e-6.
+        form: what only the file tells and writing it again needs, as JSON has it.
+        strip: for an ONNX file: gives the graph without its numbers, which are gone then.
+    """
+
+    config: C
+    plan: Plan
+    folded: frozenset[str] = frozenset()
+    form: Mapping[str, Any] = field(default_factory=dict)
+    strip: Callable[[], bytes] | None = None
+
+
+def make_plan(
+    rules: Sequence[Rule],
+    weights: Weights,
+    shapes: Mapping[str, Shape],
+    where: str,
+    *,
+    cast: np.dtype | None = None,
+    wording: str = OF_CONFIG,
+    problems: Sequence[str] = (),
+) -> Plan:
+    """Hold a table against a source and a model.
+
+    Args:
+        rules: the table.
+        weights: the source.
+        shapes: of every leaf of the model.
+        where: what to call the source in an error.
+        cast: dtype of all leaves; by default the widest among the tensors of each.
+        wording: see `rules.match`.
+        problems: what is known to be wrong already.
+
+    Raises:
+        CheckpointError: naming everything that does not fit.
+    """
+    odd = [f"{n} ({t.dtype})" for n, t in weights.tensors.items() if t.dtype not in _KNOWN]
+    if odd:
+        problems = [*problems, f"expected {', '.join(_KNOWN.values())}, got {', '.join(odd[:8])}"]
+    tensors = {name: info.shape for name, info in weights.tensors.items()}
+    placements = match(rules, tensors, shapes, where, wording=wording, problems=problems)
+    order = {name: i for i, name in enumerate(weights.tensors)}
+    placements.sort(key=lambda p: order[p.sources[0]])
+    dtypes: dict[str, np.dtype] = {}
+    for p in placements:
+        for name in p.sources:
+            own = weights.tensors[name].dtype
+            dtypes[p.leaf] = np.dtype(jnp.promote_types(dtypes.get(p.leaf, own), own))
+    leaves = {name: TensorInfo(shapes[name], cast or dtypes[name]) for name in shapes}
+    return Plan(weights, placements, leaves)
+
+
+def write(plan: Plan, arrays: Mapping[str, ts.TensorStore], tick: Tick) -> None:
+    """Stream all leaves of a plan into a checkpoint.
+
+    Args:
+        plan: what goes where.
+        arrays: the open leaves.
+        tick: told about bytes done and bytes in all.
+    """
+    done, total = 0, plan.bytes
+    for p in plan.placements:
+        part = p.rule.forward([plan.weights.get(name) for name in p.sources])
+        target = arrays[p.leaf] if p.layer is None else arrays[p.leaf][p.layer]
+        for index in blocks(part, chunk_of(target)):
+            block = np.asarray(part[index], plan.leaves[p.leaf].dtype)
+            target[index].write(block).result()
+            for name in p.sources:
+                plan.weights.drop(name)
+            done += block.nbytes
+            tick(done, total)
+
+
+def read_part(plan: Plan, leaf: str, index: tuple[slice, ...], out: np.ndarray) -> None:
+    """Fill an array with some of a leaf; of a stacked one `index` begins with the layers."""
+    placements = plan.by_leaf[leaf]
+    if None in placements:
+        parts = [(placements[None], index, out)]
+    else:
+        layers = range(index[0].start, index[0].stop)
+        parts = [(placements[n], index[1:], out[i : i + 1]) for i, n in enumerate(layers)]
+    for p, inner, room in parts:
+        room[...] = p.rule.forward([plan.weights.get(name) for name in p.sources])[inner]
+        for name in p.sources:
+            plan.weights.drop(name)
+
+
+def read_leaf(plan: Plan, leaf: str) -> np.ndarray:
+    """One leaf as an array of its own."""
+    info = plan.leaves[leaf]
+    out = np.empty(info.shape, info.dtype)
+    read_part(plan, leaf, tuple(slice(0, n) for n in info.shape), out)
+    return out
+
+
+def read(plan: Plan) -> checkpoint.Params:
+    """All leaves as a plain nested dict of NumPy arrays."""
+    return checkpoint.unflatten({leaf: read_leaf(plan, leaf) for leaf in plan.leaves})
+
+
+class Stored:
+    """Leaves on disk under the names of the form they came from, read one tensor at a time.
+
+    Args:
+        leaves: the open leaves.
+        rules: the table that made them.
+
+    Attributes:
+        tensors: shape and stored dtype by name.
+    """
+
+    def __init__(self, leaves: Mapping[str, ts.TensorStore], rules: Iterable[Rule]):
+        self._leaves = leaves
+        shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+        self.tensors: dict[str, TensorInfo] = {}
+        self._found: dict[str, tuple[Placement, int]] = {}
+        for p in expand(rules, shapes):
+            for i, (name, shape) in enumerate(zip(p.sources, p.shapes, strict=True)):
+                self.tensors[name] = TensorInfo(shape, leaves[p.leaf].dtype.numpy_dtype)
+                self._found[name] = p, i
+        self.tensors = dict(sorted(self.tensors.items(), key=lambda item: _natural(item[0])))
+
+    def get(self, name: str) -> np.ndarray:
+        """Read one tensor, in its stored dtype."""
+        p, i = self._found[name]
+        leaf = self._leaves[p.leaf] if p.layer is None else self._leaves[p.leaf][p.layer]
+        return p.rule.inverse(read_stored(leaf, name))[i]
+
+    def drop(self, name: str) -> None:
+        """Nothing is kept."""
+
+
+def read_stored(leaf: ts.TensorStore, name: str) -> np.ndarray:
+    """The numbers of an open leaf, or of one layer of it.
+
+    Raises:
+        CheckpointError: if they are damaged; it calls them `name`.
+    """
+    try:
+        array = np.empty(leaf.shape, leaf.dtype.numpy_dtype)
+        for index in blocks(array, chunk_of(leaf)):
+            array[index] = leaf[index].read().result()
+    except (ValueError, OSError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise CheckpointError(
+            f"{name} cannot be read ({reason}): the folder is damaged, convert it again"
+        ) from None
+    return array
+
+
+def chunk_of(array: ts.TensorStore) -> tuple[int, ...]:
+    """Shape of an array's chunks (of one layer of a stacked leaf, where that is what is open)."""
+    return tuple(n or 1 for n in array.chunk_layout.write_chunk.shape or ())
+
+
+def share(progress: Tick | None, before: int, total: int) -> Tick:
+    """The tick of one part of some work of which `before` bytes of `total` are done then."""
+    if progress is None:
+        return lambda done, total: None
+    return lambda done, _: progress(before + done, total)
+
+
+def copy_side_files(source: Path, out: Path, own: Collection[str]) -> list[str]:
+    """Take along what is not weights (tokenizer, config, notes, voices); name what is left.
+
+    Args:
+        source: folder to copy from.
+        out: folder to copy to.
+        own: files and folders in `source` that are converted and thus no side files.
+
+    Returns:
+        Files that were not taken along, relative to `source`.
+    """
+    left_out = []
+    for path in sorted(source.rglob("*")):
+        relative = path.relative_to(source)
+        if any(part.startswith(".") for part in relative.parts) or not path.is_file():
+            continue
+        if relative.parts[0] in own or path.name.endswith(".index.json"):
+            continue
+        if path.suffix in WEIGHT_SUFFIXES or path.stat().st_size > SIDE_FILE_BYTES:
+            left_out.append(str(relative))
+            continue
+        (out / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, out / relative)
+    return left_out
+
+
+def pack_dtypes(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    """The most common dtype, and by name those that differ, for `sa2jax.json`."""
+    usual = usual_dtype(tensors)
+    return {
+        "all": usual.name,
+        "but": {n: t.dtype.name for n, t in tensors.items() if t.dtype != usual},
+    }
+
+
+def unpack_dtypes(packed: Any, names: Iterable[str]) -> dict[str, np.dtype]:
+    """What `pack_dtypes` packed.
+
+    Raises:
+        CheckpointError: if it is damaged.
+    """
+    known = {name: dtype for dtype, name in _KNOWN.items()}
+    try:
+        return {name: known[packed["but"].get(name, packed["all"])] for name in names}
+    except (KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{checkpoint.INFO} is damaged: convert the model again") from None
+
+
+def usual_dtype(tensors: Mapping[str, TensorInfo]) -> np.dtype:
+    """The most common dtype."""
+    return Counter(info.dtype for info in tensors.values()).most_common(1)[0][0]
+
+
+def _natural(name: str) -> list[Any]:
+    """Sort key with layer 2 before layer 10."""
+    return [(int(s), "") if s.isdigit() else (-1, s) for s in name.split(".")]
+
+
+_KNOWN = {dtype: dtype.name for dtype in DTYPES.values()}

@@ -1,0 +1,139 @@
+"""The language side: encoder, prefill and decode with random weights.
+
+The reference is transformers on torch, where it is installed.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from sa2jax import audio
+from sa2jax.bench.common import (
+    OURS,
+    REFERENCE,
+    Bench,
+    Row,
+    copy_bandwidth,
+    machine,
+    row,
+    take_turns,
+)
+from sa2jax.config import StepAudio2Config
+from sa2jax.errors import ConfigError
+from sa2jax.inference.generate import Generator, Options, Request
+from sa2jax.models.step_audio import StepAudio2Model, step_audio2, unstack_decoder
+from sa2jax.nn import Policy, init_params
+from sa2jax.runtime import default_dtype, enable_compilation_cache
+
+
+def bench(
+    size: str,
+    *,
+    prompt: int = 512,
+    tokens: int = 300,
+    seconds: float = 25.0,
+    repeats: int = 3,
+    dtype: str | None = None,
+    reference: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> Bench:
+    """Time a named size.
+
+    Args:
+        size: preset from configs/models.
+        prompt: tokens of the prompt that is prefilled.
+        tokens: length of the reply that the official loop without a cache is charged for.
+        seconds: length of the recording that is encoded, at most 25.
+        repeats: rounds.
+        dtype: dtype of weights and computation; by default bfloat16, float32 on a CPU.
+        reference: time transformers as well, if torch is installed.
+        progress: told about rounds done and rounds in all.
+
+    Raises:
+        ConfigError: for an unknown size, or lengths that cannot be timed.
+    """
+    if repeats < 1 or tokens < 2 or prompt < 1 or not 0.1 <= seconds <= 25:
+        raise ConfigError("expected repeats >= 1, tokens >= 2, prompt >= 1, seconds in 0.1..25")
+    enable_compilation_cache()
+    cfg = StepAudio2Config.preset(size)
+    kind = default_dtype() if dtype is None else jnp.dtype(dtype)
+    ours = Ours(cfg, kind, prompt, seconds)
+    theirs = _reference(cfg, kind.name, prompt, seconds) if reference else None
+    steps = min(tokens, 32)
+    sides = {OURS: ours.parts(steps)} | ({} if theirs is None else {REFERENCE: theirs.parts(steps)})
+    times = take_turns(sides, repeats, progress)
+    bandwidth = copy_bandwidth()
+    rows = [
+        row("encode", "x real time", "encode", times, lambda t: seconds / t,
+            f"one clip of {seconds:g} s"),
+        row("prefill", "tokens/s", "prefill", times, lambda t: prompt / t,
+            f"one prompt of {prompt} tokens"),
+        row("decode", "tokens/s", "decode", times, lambda t: steps / t,
+            f"{steps} tokens after it, greedy"),
+    ]  # fmt: skip
+    speed = rows[-1].ours
+    if theirs is not None:
+        loop = tokens / theirs.loop_without_cache(tokens)
+        rows.append(
+            Row("decode, no cache", "tokens/s", speed, loop, speed / loop,
+                f"the official loop over {tokens} tokens, integrated from 5 lengths")
+        )  # fmt: skip
+    weights = ours.decoder_bytes / 1e9
+    rows += [
+        Row("weights read in decode", "GB/s", weights * speed, note=f"{weights:.2f} GB per token"),
+        Row("copy bandwidth", "GB/s", bandwidth, note="read and written, all threads"),
+    ]
+    packages = () if theirs is None else ("torch", "transformers")
+    return Bench(machine(packages), size, tuple(rows))
+
+
+class Ours:
+    """This library with random weights."""
+
+    def __init__(self, cfg: StepAudio2Config, dtype: Any, prompt: int, seconds: float):
+        stacked = jax.default_backend() != "cpu"
+        policy = Policy(param=dtype, compute=dtype)
+        params = init_params(lambda: StepAudio2Model(cfg, policy=policy, rngs=nnx.Rngs(0)))
+        decoder = params["decoder"]
+        # Of the embedding table a step reads one row; everything else it reads whole.
+        read = [decoder["layers"], decoder["head"]]
+        self.decoder_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(read))
+        params = params if stacked else unstack_decoder(params)
+        self.generator = Generator(step_audio2(cfg, policy, stacked=stacked), params, cfg)
+        rng = np.random.default_rng(0)
+        self.request = Request(rng.integers(0, cfg.decoder.vocab, prompt).astype(np.int32))
+        frames = int(audio.num_frames(int(seconds * audio.SAMPLE_RATE)))
+        self.mel = rng.standard_normal((cfg.audio_encoder.mels, frames), np.float32)
+        self.options = Options(max_new_tokens=256)
+        self.state: Any = None
+
+    def parts(self, steps: int) -> dict[str, Callable[[], Any]]:
+        """What is timed, in this order."""
+        decode = lambda: self.decode(steps)  # noqa: E731
+        return {"encode": self.encode, "prefill": self.prefill, "decode": decode}
+
+    def encode(self) -> None:
+        """One clip through encoder and adapter."""
+        jax.block_until_ready(self.generator.listen([self.mel])[0])
+
+    def prefill(self) -> None:
+        """One prompt; the state it leaves is what `decode` goes on from."""
+        self.state = self.generator.start([self.request], self.options)
+        jax.block_until_ready(self.state)
+
+    def decode(self, steps: int) -> None:
+        """`steps` tokens in one compiled program."""
+        self.state, tokens = self.generator.run(self.state, self.options, steps)
+        jax.block_until_ready(tokens)
+
+
+def _reference(cfg: StepAudio2Config, dtype: str, prompt: int, seconds: float) -> Any:
+    try:
+        from sa2jax.bench.language_reference import Reference
+    except ImportError:
+        return None
+    return Reference(cfg, dtype, prompt, seconds)
