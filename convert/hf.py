@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from sa2jax import checkpoint
+from sa2jax import checkpoint, folders
 from sa2jax.config import StepAudio2Config
 from sa2jax.convert import token2wav
 from sa2jax.convert import tokenizer as tokenizers
@@ -151,8 +151,8 @@ def convert(
         plan = _plan(source, weights, cast)
         speech = token2wav.Official(source / SPEECH) if speaks else None
         total = plan.bytes + (speech.bytes if speech else 0)
-        with checkpoint.new_folder(out, overwrite=overwrite) as folder:
-            checkpoint.need_space(folder, total)
+        with folders.new_folder(out, overwrite=overwrite) as folder:
+            folders.need_space(folder, total)
             leaves = {name: (info.shape, info.dtype) for name, info in plan.leaves.items()}
             arrays = checkpoint.create(folder / checkpoint.PARAMS, leaves)
             write(plan, arrays, share(progress, 0, total))
@@ -213,8 +213,8 @@ def export(
     }
     size = sum(info.nbytes for info in tensors.values())
     total = size + (speech.bytes if speech else 0)
-    with checkpoint.new_folder(out, overwrite=overwrite) as folder:
-        checkpoint.need_space(folder, total)
+    with folders.new_folder(out, overwrite=overwrite) as folder:
+        folders.need_space(folder, total)
         write_safetensors(folder, tensors, weights, limit, share(progress, 0, total))
         left_out = copy_side_files(source, folder, _own(source, speech))
         if speech:

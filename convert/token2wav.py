@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from sa2jax import checkpoint
+from sa2jax import checkpoint, folders
 from sa2jax.convert import flow, torch_file, transfer, vocoder, voice_analysis
 from sa2jax.convert.rules import Rule
 from sa2jax.convert.transfer import Network, Report, Stored, share
@@ -283,7 +283,7 @@ def convert_into(source: Official, out: Path, tick: Tick) -> list[str]:
 
     Args:
         source: the detokenizer.
-        out: folder to make, inside `checkpoint.new_folder`.
+        out: folder to make, inside `folders.new_folder`.
         tick: told about bytes done and bytes in all.
 
     Returns:
@@ -342,7 +342,7 @@ def export_into(source: Ours, out: Path, tick: Tick) -> list[str]:
 
     Args:
         source: the detokenizer.
-        out: folder to make, inside `checkpoint.new_folder`.
+        out: folder to make, inside `folders.new_folder`.
         tick: told about bytes done and bytes in all.
 
     Returns:
@@ -370,8 +370,8 @@ def convert(
 ) -> Report:
     """Convert a detokenizer that stands alone; see `hf.convert`."""
     started, official = time.perf_counter(), Official(source)
-    with checkpoint.new_folder(out, overwrite=overwrite) as folder:
-        checkpoint.need_space(folder, official.bytes)
+    with folders.new_folder(out, overwrite=overwrite) as folder:
+        folders.need_space(folder, official.bytes)
         left_out = convert_into(official, folder, share(progress, 0, official.bytes))
         notes = supply_voices(folder, Path(out))
     return transfer.report(official.sources, official.bytes, started, left_out, notes)
@@ -382,8 +382,8 @@ def export(
 ) -> Report:
     """Export a detokenizer that stands alone; see `hf.export`."""
     started, ours = time.perf_counter(), Ours(source)
-    with checkpoint.new_folder(out, overwrite=overwrite) as folder:
-        checkpoint.need_space(folder, ours.bytes)
+    with folders.new_folder(out, overwrite=overwrite) as folder:
+        folders.need_space(folder, ours.bytes)
         left_out = export_into(ours, folder, share(progress, 0, ours.bytes))
     return transfer.report(ours.sources, ours.bytes, started, left_out)
 

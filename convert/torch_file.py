@@ -21,7 +21,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from sa2jax import checkpoint
+from sa2jax import folders
 from sa2jax.convert.weights import TensorInfo
 from sa2jax.errors import CheckpointError
 
@@ -102,7 +102,7 @@ def write(
     if foreign:
         raise CheckpointError(f"{path}: torch has no storage for {foreign}")
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with checkpoint.disk_errors(path):
+    with folders.disk_errors(path):
         try:
             with part.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
                 add = lambda name, data: _add(archive, f"{path.stem}/{name}", data)  # noqa: E731

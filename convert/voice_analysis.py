@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from sa2jax import checkpoint
+from sa2jax import checkpoint, folders
 from sa2jax.convert.onnx_graph import OnnxGraph
 from sa2jax.convert.rules import Join, Op, Rule, Shape, Split, Transpose, rule
 from sa2jax.convert.transfer import Network, Plan, make_plan, read
@@ -425,7 +425,7 @@ def _tensors(plan: Plan, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
 def _write(path: Path, data: bytes) -> None:
     """Write a file that appears only when it is complete."""
     part = path.with_name(f".{path.name}.part")
-    with checkpoint.disk_errors(path):
+    with folders.disk_errors(path):
         try:
             part.write_bytes(data)
             part.replace(path)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sa2jax import checkpoint
+from sa2jax import checkpoint, folders
 from sa2jax.errors import CheckpointError
 
 FIRST = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -178,11 +178,11 @@ def test_info_that_cannot_be_understood(tmp_path, text, message):
 
 
 def test_two_runs_cannot_write_one_folder(tmp_path):
-    with checkpoint.new_folder(tmp_path / "out") as folder:
+    with folders.new_folder(tmp_path / "out") as folder:
         (folder / "a").write_text("first")
         with (
             pytest.raises(CheckpointError, match="another run is writing"),
-            checkpoint.new_folder(tmp_path / "out"),
+            folders.new_folder(tmp_path / "out"),
         ):
             pass
     assert (tmp_path / "out" / "a").read_text() == "first"
@@ -193,6 +193,6 @@ def test_new_folder_where_nothing_can_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(CheckpointError, match="cannot write"),
-        checkpoint.new_folder(tmp_path / "file" / "out"),
+        folders.new_folder(tmp_path / "file" / "out"),
     ):
         pass

@@ -24,8 +24,8 @@ from jaxtyping import Float, Int
 from safetensors.numpy import save
 
 from sa2jax import audio
-from sa2jax.checkpoint import disk_errors
 from sa2jax.errors import AudioError, VoiceError
+from sa2jax.folders import disk_errors
 from sa2jax.models.speaker_encoder import speaker_encoder
 from sa2jax.models.speech_tokenizer import (
     WINDOW,
