@@ -126,3 +126,25 @@ def test_no_detokenizer(tmp_path):
     folder = testing.save_tiny_checkpoint(tmp_path / "mute")
     with pytest.raises(CheckpointError, match="has no detokenizer, it cannot speak"):
         SpeechFolder(folder)
+
+
+def test_voices_of_a_conversion(golden, tmp_path, recording):
+    """Recordings become voices; those made before stay when a model is converted anew."""
+    released, ours = tmp_path / "released", tmp_path / "ours"
+    shutil.copytree(golden / "token2wav", released)
+    (released / "assets").mkdir()
+    shutil.copy(recording, released / "assets" / "default_male.wav")
+    soundfile.write(released / "assets" / "silent.wav", np.zeros(48_000), 24_000)
+    report = convert(released, ours)
+    (note,) = report.notes
+    assert note.startswith("assets/silent.wav did not become a voice: ")
+    folder = SpeechFolder(ours)
+    assert folder.voice().name == "default_male"
+    made = folder.add("anna", recording)
+    foreign = Voice("bert", made.codes, made.speaker, made.mel, made.audio, "f" * 64)
+    foreign.save(ours / "voices" / "bert.safetensors")
+    report = convert(released, ours, overwrite=True)
+    assert "voice bert was analysed by other weights: not kept" in report.notes
+    again = SpeechFolder(ours)
+    assert again.voice("anna").hash == made.hash
+    assert {p.stem for p in (ours / "voices").iterdir()} == {"anna", "default_male"}
