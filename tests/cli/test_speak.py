@@ -49,32 +49,6 @@ def recording(golden, tmp_path_factory):
 
 
 @pytest.fixture
-def run(capsys):
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-
-    return call
-
-
-@pytest.fixture
-def refused(run):
-    def call(*arguments: object) -> str:
-        code, out, err = run(*arguments)
-        assert (code, out) == (2, "")
-        assert err.startswith("error: ")
-        assert err.count("\n") == 1
-        return err
-
-    return call
-
-
-@pytest.fixture
 def codes(tmp_path):
     path = tmp_path / "codes.json"
     path.write_text(json.dumps([7, 12, 4218, 6561, 99] * 6))
