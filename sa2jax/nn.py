@@ -242,6 +242,18 @@ class LayerNorm(nnx.Module):
         return y.astype(x.dtype)
 
 
+def before(lengths: Int[Array, "B"], size: int) -> Bool[Array, "B T"]:
+    """True for the places of each row that its length covers."""
+    return jnp.arange(size)[None] < lengths[:, None]
+
+
+def note(trace: dict[str, Array] | None, name: str, x: Array) -> Array:
+    """Keep an intermediate result under its name, if anyone asked; gives it back."""
+    if trace is not None:
+        trace[name] = x
+    return x
+
+
 def rotary(
     x: Float[Array, "B T N H"], positions: Int[Array, "B T"], theta: float
 ) -> Float[Array, "B T N H"]:

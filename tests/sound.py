@@ -25,10 +25,10 @@ def joints(pieces) -> np.ndarray:
 
 
 def click_energy(wave: np.ndarray, places: np.ndarray) -> float:
-    """Peak energy within 1 ms of these places over the mean of the 20 ms around, above 2 kHz.
+    """Peak energy within 1 ms of these places over the mean of the 20 ms around.
 
-    A jump or a kink has energy in high bands that speech there has not: the third difference, which
-    rises by 18 dB an octave, shows it.
+    Of the third difference, which lifts high bands by 18 dB an octave: a jump or a kink stands out
+    there, while speech is weak.
     """
     energy, ms = np.diff(wave, 3) ** 2, RATE // 1000
     ratios = []

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from sa2jax.errors import ConfigError
 from sa2jax.models.flow import FlowState
 from sa2jax.models.flow import join as join_flows
 from sa2jax.models.flow import pick as pick_flows
@@ -44,7 +45,17 @@ class StreamState:
 
 
 def join(states: Sequence[StreamState]) -> StreamState:
-    """Several groups of streams as one, in this order."""
+    """Several groups of streams as one, in this order.
+
+    Raises:
+        ConfigError: if some stream as the official code does and some do not, or they look back on
+            different numbers of frames: one program cannot advance both.
+    """
+    if len({(s.parity, s.flow.keep) for s in states}) != 1:
+        raise ConfigError(
+            "expected streams started with the same `parity` and `keep`, got several kinds: step "
+            "them apart"
+        )
     lines = lambda *parts: np.concatenate([np.asarray(p) for p in parts])  # noqa: E731
     # One part alone would not be copied, and lost when the result is donated.
     rows = lambda *parts: jnp.concatenate(parts) if len(parts) > 1 else jnp.copy(parts[0])  # noqa: E731

@@ -299,7 +299,7 @@ class Token2Wav:
     # --- parts -----------------------------------------------------------------------------
 
     def _started(self, voice: Voice, seed: int, parity: bool, keep: int) -> StreamState:
-        """A stream of one row; a copy, since a step uses its state up."""
+        """A stream of one row that has said nothing; kept, so only copies of it may be stepped."""
         key = voice.hash, seed, parity, keep
         if key not in self._starts:
             prompts = self._prompts([voice])

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from sa2jax.config import AdapterConfig, AudioEncoderConfig
-from sa2jax.nn import Conv1d, LayerNorm, Linear, Policy, attention, over_layers, param, stack
+from sa2jax.nn import Conv1d, LayerNorm, Linear, Policy, attention, note, over_layers, param, stack
 from sa2jax.sharding import shard
 
 MEL_TAIL = 2  # frames at the end of each clip that the released code does not count as its length
@@ -115,11 +115,11 @@ class AudioEncoder(nnx.Module):
         x = mels.swapaxes(1, 2).astype(self.policy.compute)  # [B, T, M]
         total = x.shape[1]
         with jax.named_scope("conv"):
-            x = _note(trace, "conv1", self.conv1(x))
+            x = note(trace, "conv1", self.conv1(x))
             x = jax.nn.gelu(x, approximate=False)
             if not official_batch:  # a clip alone sees the convolution's zeros after its last frame
                 x = jnp.where(_before(frames, total), x, 0)
-            x = _note(trace, "conv2", self.conv2(x))
+            x = note(trace, "conv2", self.conv2(x))
             x = jax.nn.gelu(x, approximate=False)
             x = x + self.positions[...][: x.shape[1]].astype(x.dtype)
 
@@ -137,7 +137,7 @@ class AudioEncoder(nnx.Module):
 
         with jax.named_scope("layers"):
             x, outputs = over_layers(layer, x, self.layers)
-        _note(trace, "layers", outputs)
+        note(trace, "layers", outputs)
         with jax.named_scope("pool"):
             x = x[:, : steps // 2 * 2].reshape(x.shape[0], steps // 2, 2, -1).mean(2)  # [B, S, D]
             x = self.norm(x)
@@ -164,16 +164,10 @@ class Adapter(nnx.Module):
         self, x: Float[Array, "B S D"], *, trace: dict[str, Array] | None = None
     ) -> Float[Array, "B T E"]:
         """Halve the rate and map to the decoder's width."""
-        x = _note(trace, "adapter_conv", self.conv(x))
+        x = note(trace, "adapter_conv", self.conv(x))
         x = jax.nn.gelu(x, approximate=False)
         return self.down(jax.nn.relu(self.up(x)))
 
 
 def _before(lengths: Int[Array, "B"], size: int) -> Bool[Array, "B T 1"]:
     return (jnp.arange(size)[None] < lengths[:, None])[..., None]
-
-
-def _note(trace: dict[str, Array] | None, name: str, x: Array) -> Array:
-    if trace is not None:
-        trace[name] = x
-    return x

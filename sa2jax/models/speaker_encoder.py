@@ -20,7 +20,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from sa2jax.nn import Functional, Linear, Policy, functional, over_layers, param, stack
+from sa2jax.nn import (
+    Functional,
+    Linear,
+    Policy,
+    before,
+    functional,
+    note,
+    over_layers,
+    param,
+    stack,
+)
 from sa2jax.sharding import shard
 from sa2jax.speech_config import SpeakerEncoderConfig
 
@@ -248,29 +258,29 @@ class SpeakerEncoder(nnx.Module):
                 has no deviation over time: zero is used.
             trace: filled with intermediate results by name, to compare implementations.
         """
-        own = _own(frames, fbank.shape[1])
+        own = before(frames, fbank.shape[1])
         x = _keep(fbank.astype(self.policy.compute)[..., None], own)  # [B, T, M, 1]
         with jax.named_scope("head"):
             x = _relu(self.conv_in(x), own)
             for s, blocks in enumerate(self.cfg.stages, 1):
                 for b in range(blocks):
                     x = self.stages[f"stage{s}"][f"block{b}"](x, own)
-            x = _note(trace, "head", _relu(self.conv_out(x), own))  # [B, T, M/8, C]
+            x = note(trace, "head", _relu(self.conv_out(x), own))  # [B, T, M/8, C]
         with jax.named_scope("tdnn"):
             frames = (frames - 1) // STRIDE + 1
             x = self._over_time(x)
-            own = _own(frames, x.shape[1])
-            x = _note(trace, "tdnn", _relu(x, own))
+            own = before(frames, x.shape[1])
+            x = note(trace, "tdnn", _relu(x, own))
         for b in range(1, len(self.cfg.layers) + 1):
             with jax.named_scope(f"block{b}"):
-                x = _note(trace, f"block{b}", self.blocks[f"block{b}"](x, own))
+                x = note(trace, f"block{b}", self.blocks[f"block{b}"](x, own))
         with jax.named_scope("pool"):
             x = _relu(x, own).astype(jnp.float32)
             count = jnp.maximum(frames, 1)[:, None]
             mean = x.sum(1) / count
             spread = _keep(x - mean[:, None], own)
             deviation = jnp.sqrt((spread * spread).sum(1) / jnp.maximum(count - 1, 1))
-            x = _note(trace, "pool", jnp.concatenate([mean, deviation], axis=-1))
+            x = note(trace, "pool", jnp.concatenate([mean, deviation], axis=-1))
         return self.norm(self.project(x.astype(self.policy.compute)))
 
     def _over_time(self, x: Float[Array, "B T M C"]) -> Float[Array, "B S D"]:
@@ -296,10 +306,6 @@ def speaker_encoder(
     return functional(lambda: SpeakerEncoder(cfg, policy=policy, rngs=nnx.Rngs(0)))
 
 
-def _own(lengths: Int[Array, "B"], size: int) -> Bool[Array, "B T"]:
-    return jnp.arange(size)[None] < lengths[:, None]
-
-
 def _keep(x: Float[Array, "B T *C"], own: Bool[Array, "B T"]) -> Float[Array, "B T *C"]:
     return jnp.where(own.reshape(*own.shape, *(1,) * (x.ndim - 2)), x, 0)
 
@@ -307,9 +313,3 @@ def _keep(x: Float[Array, "B T *C"], own: Bool[Array, "B T"]) -> Float[Array, "B
 def _relu(x: Float[Array, "B T *C"], own: Bool[Array, "B T"]) -> Float[Array, "B T *C"]:
     """Rectify and silence what lies beyond a clip, so that no convolution sees it."""
     return _keep(jax.nn.relu(x), own)
-
-
-def _note(trace: dict[str, Array] | None, name: str, x: Array) -> Array:
-    if trace is not None:
-        trace[name] = x
-    return x

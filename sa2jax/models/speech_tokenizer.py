@@ -21,7 +21,9 @@ from sa2jax.nn import (
     Params,
     Policy,
     attention,
+    before,
     functional,
+    note,
     over_layers,
     param,
     rotary,
@@ -138,11 +140,11 @@ class SpeechTokenizer(nnx.Module):
         x = mels.swapaxes(1, 2).astype(self.policy.compute)  # [B, T, M]
         for name, conv in (("conv1", self.conv1), ("conv2", self.conv2)):
             with jax.named_scope(name):
-                x = jnp.where(_own(frames, x.shape[1])[..., None], x, 0)
-                x = _note(trace, name, conv(x))
+                x = jnp.where(before(frames, x.shape[1])[..., None], x, 0)
+                x = note(trace, name, conv(x))
                 x = jax.nn.gelu(x, approximate=False)
                 frames = (frames + 1) // 2
-        own = _own(frames, x.shape[1])
+        own = before(frames, x.shape[1])
 
         def layer(x, layer_and_index):
             module, _ = layer_and_index
@@ -151,8 +153,8 @@ class SpeechTokenizer(nnx.Module):
 
         with jax.named_scope("layers"):
             x, outputs = over_layers(layer, x, self.layers)
-        _note(trace, "layers", outputs)
-        return _note(trace, "hidden", x)
+        note(trace, "layers", outputs)
+        return note(trace, "hidden", x)
 
     def __call__(
         self,
@@ -174,9 +176,9 @@ class SpeechTokenizer(nnx.Module):
         x = self.encode(mels, frames, trace=trace)
         with jax.named_scope("quantize"):
             x = jnp.tanh(self.digits(x).astype(jnp.float32)) * FSQ_SCALE
-            digits = jnp.round(_note(trace, "pre_round", x)).astype(jnp.int32) + LEVELS // 2
+            digits = jnp.round(note(trace, "pre_round", x)).astype(jnp.int32) + LEVELS // 2
             codes = digits @ (LEVELS ** jnp.arange(x.shape[-1], dtype=jnp.int32))
-        return jnp.where(_own(code_length(frames), codes.shape[1]), codes, 0)
+        return jnp.where(before(code_length(frames), codes.shape[1]), codes, 0)
 
 
 def tokenize(
@@ -251,13 +253,3 @@ def speech_tokenizer(
 def unstack_speech_tokenizer(params: Params) -> Params:
     """The same parameters for `speech_tokenizer(..., stacked=False)`, faster on a CPU."""
     return params | {"layers": unstack(params["layers"])}
-
-
-def _own(lengths: Int[Array, "B"], size: int) -> Bool[Array, "B T"]:
-    return jnp.arange(size)[None] < lengths[:, None]
-
-
-def _note(trace: dict[str, Array] | None, name: str, x: Array) -> Array:
-    if trace is not None:
-        trace[name] = x
-    return x

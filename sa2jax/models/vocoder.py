@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, Int, Key
 
 from sa2jax.models.vocoder_signal import (
     Keep,
-    before,
     inside,
     istft,
     silence,
@@ -23,7 +22,7 @@ from sa2jax.models.vocoder_signal import (
     square_of_sine,
     stft,
 )
-from sa2jax.nn import Functional, Linear, Policy, functional, param
+from sa2jax.nn import Functional, Linear, Policy, before, functional, note, param
 from sa2jax.sharding import shard
 from sa2jax.speech_config import VocoderConfig
 
@@ -254,7 +253,7 @@ class Vocoder(nnx.Module):
         """
         with jax.named_scope("f0"):
             f0 = self.f0(mel, frames)
-            _note(trace, "f0", f0)
+            note(trace, "f0", f0)
         with jax.named_scope("source"):
             source = self.source(f0, frames, noise=noise, key=key)
             if cache_source is not None:
@@ -262,7 +261,7 @@ class Vocoder(nnx.Module):
                 count = jnp.full((mel.shape[0],), size) if cached is None else cached
                 head = jnp.where(before(count, size), cache_source, source[:, :size])
                 source = jnp.concatenate([head, source[:, size:]], axis=1)
-            _note(trace, "source", source)
+            note(trace, "source", source)
         return self.decode(mel, source, frames, trace=trace), source
 
     def f0(
@@ -345,22 +344,22 @@ class Vocoder(nnx.Module):
         """Mel and source to the waveform."""
         cfg, rate = self.cfg, 1
         with jax.named_scope("stft"):
-            spectrum = _note(trace, "stft", stft(source, cfg, frames))
+            spectrum = note(trace, "stft", stft(source, cfg, frames))
         with jax.named_scope("pre"):
             keep = inside(frames, mel.shape[1])
-            x = silence(_note(trace, "conv_pre", self.pre(silence(mel, keep))), keep)
+            x = silence(note(trace, "conv_pre", self.pre(silence(mel, keep))), keep)
         for i, factor in enumerate(cfg.rates):
             rate *= factor
             last = i == len(cfg.rates) - 1
-            note = lambda name, x, i=i: _note(trace, f"{name}{i}", x)  # noqa: E731
+            note_here = lambda name, x, i=i: note(trace, f"{name}{i}", x)  # noqa: E731
             if frames is not None:
                 keep = inside(frames * rate + last, mel.shape[1] * rate + last)
             with jax.named_scope(f"stage{i}"):
-                x = getattr(self, f"stage{i}")(x, spectrum, keep, note)
+                x = getattr(self, f"stage{i}")(x, spectrum, keep, note_here)
                 x = shard(silence(x, keep), "batch", None, None)
         with jax.named_scope("post"):
             x = jax.nn.leaky_relu(x, LAST_SLOPE)
-            x = _note(trace, "conv_post", self.post(x)).astype(jnp.float32)
+            x = note(trace, "conv_post", self.post(x)).astype(jnp.float32)
         with jax.named_scope("istft"):
             bins = cfg.n_fft // 2 + 1
             magnitude = jnp.minimum(jnp.exp(x[..., :bins]), MAX_MAGNITUDE)
@@ -368,9 +367,3 @@ class Vocoder(nnx.Module):
             parts = [magnitude * jnp.cos(phase), magnitude * jnp.sin(phase)]
             speech = istft(jnp.concatenate(parts, axis=-1), cfg, frames)
         return jnp.clip(speech, -cfg.limit, cfg.limit)
-
-
-def _note(trace: dict[str, Array] | None, name: str, x: Array) -> Array:
-    if trace is not None:
-        trace[name] = x
-    return x

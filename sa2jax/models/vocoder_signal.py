@@ -8,14 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from sa2jax.nn import before
 from sa2jax.speech_config import VocoderConfig
 
 Keep = Bool[Array, "B T 1"]
-
-
-def before(lengths: Int[Array, "B"], size: int) -> Bool[Array, "B T"]:
-    """True for the first `lengths` of `size` places."""
-    return jnp.arange(size)[None] < lengths[:, None]
 
 
 def inside(lengths: Int[Array, "B"] | None, size: int) -> Keep | None:

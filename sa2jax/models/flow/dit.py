@@ -25,8 +25,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from sa2jax.models.flow.layers import attend, note, window
-from sa2jax.nn import Conv1d, LayerNorm, Linear, Policy, over_layers, stack
+from sa2jax.models.flow.layers import attend, window
+from sa2jax.nn import Conv1d, LayerNorm, Linear, Policy, note, over_layers, stack
 from sa2jax.sharding import shard
 from sa2jax.speech_config import EstimatorConfig
 

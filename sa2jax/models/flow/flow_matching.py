@@ -41,9 +41,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from sa2jax.models.flow.dit import DiT, EstimatorState
-from sa2jax.models.flow.layers import before, note
 from sa2jax.models.flow.upsample_conformer import ConformerState, UpsampleConformer
-from sa2jax.nn import Functional, Linear, Params, Policy, functional, param, unstack
+from sa2jax.nn import Functional, Linear, Params, Policy, before, functional, note, param, unstack
 from sa2jax.speech_config import FlowConfig
 
 STEPS = 10

@@ -78,15 +78,3 @@ def window(x: Array, start: Int[Array, "B"], size: int, *, time: int = 1, batch:
     """
     cut = lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, size, time - 1)  # noqa: E731
     return jax.vmap(cut, in_axes=(batch, 0), out_axes=batch)(x, start)
-
-
-def before(lengths: Int[Array, "B"], size: int) -> Bool[Array, "B T"]:
-    """True at the positions of each row that its length covers."""
-    return jnp.arange(size)[None] < lengths[:, None]
-
-
-def note(trace: dict[str, Array] | None, name: str, x: Array) -> Array:
-    """Keep an intermediate result under its name, if anyone asked."""
-    if trace is not None:
-        trace[name] = x
-    return x
