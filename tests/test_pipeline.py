@@ -24,7 +24,8 @@ from sa2jax.errors import (
     ShardingError,
     TokenizerError,
 )
-from sa2jax.inference.generate import TRACES, Generation, Options
+from sa2jax.inference.generate import Generation, Options
+from sa2jax.inference.programs import TRACES
 from sa2jax.inference.sampling import Sampling
 from sa2jax.pipeline import StepAudio2, as_pieces, enable_compilation_cache
 

@@ -162,7 +162,9 @@ def test_every_parameter_of_the_released_model_has_a_place():
 SHARDED = """
     import json, sys
     import jax, numpy as np
-    from sa2jax.inference.generate import TRACES, Options, Request
+    from sa2jax.inference.generate import Options, Request
+    from sa2jax.inference.programs import TRACES
+    from sa2jax.inference.session import Session
     from sa2jax.pipeline import StepAudio2
 
     def replies(model, block):
@@ -179,16 +181,33 @@ SHARDED = """
         made += [model.generator.generate(prompts, stopped, decode_text=str)]
         return [[list(reply.ids) for (reply,) in batch] for batch in made]
 
+    def converse(model):
+        # Three turns; each but the first goes on from a cache.
+        rng = np.random.default_rng(1)
+        session, ids, made = Session(model.generator), rng.integers(0, 256, 40), []
+        for turn in range(3):
+            mel = rng.standard_normal((model.cfg.audio_encoder.mels, 100), np.float32)
+            request = Request(ids.astype(np.int32), (mel,), (len(ids) - 15,), (12,))
+            made.append([i for b in session.reply(request, Options(max_new_tokens=12)) for i in b])
+            ids = np.concatenate([ids, made[-1], rng.integers(0, 256, 30)])
+        return made
+
     folder = sys.argv[1]
     alone = StepAudio2.from_pretrained(folder)
     expected = replies(alone, 12)
     TRACES.clear()
     model = StepAudio2.from_pretrained(folder, mesh="data=2,fsdp=2,tensor=2")
     q = model.generator.params["decoder"]["layers"]["attn"]["q"]["kernel"]
+    got, traces = replies(model, 4), dict(TRACES)
+    TRACES.clear()
+    talk, again = converse(model), dict(TRACES)
+    TRACES.clear()
+    converse(model)
     print(json.dumps({
+        "talk": [talk, converse(alone)], "talk_traces": again, "new": TRACES,
         "devices": jax.device_count(),
         "shard": q.sharding.shard_shape(q.shape), "whole": q.shape,
-        "expected": expected, "got": replies(model, 4), "traces": TRACES,
+        "expected": expected, "got": got, "traces": traces,
     }))
 """
 
@@ -215,6 +234,8 @@ def test_sharded_model_gives_the_same_ids(tmp_path):
     assert first[0] == first[3] != first[1] != first[2]
     # Text only, with clips and with stop strings: the same programs, though shardings could differ.
     assert result["traces"] == {"listen": 1, "place": 1, "prefill": 1, "decode": 1}
+    assert result["talk"][0] == result["talk"][1]
+    assert result["talk_traces"]["extend"] == result["talk_traces"]["begin"] == 1
 
 
 def test_mesh_of_one_device_is_no_mesh(tmp_path):

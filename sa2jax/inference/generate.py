@@ -1,13 +1,11 @@
-"""Prompts in, token ids out: prefill once, then one step per token.
+"""Prompts in, token ids out, in batches: prefill once, then one step per token.
 
-There is a single `step`. The batched loop runs many of them inside one compiled program, the
-streaming iterator a few at a time; both therefore give the same ids. Shapes are padded to buckets,
-so requests of any length share a handful of compiled programs; `TRACES` counts them.
+Shapes are padded to buckets, so requests of any length share a handful of compiled programs;
+`programs.TRACES` counts them. A conversation, which goes on from what it has read, is a `Session`.
 """
 
 from bisect import bisect_left
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,22 +15,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from sa2jax.config import StepAudio2Config
 from sa2jax.errors import PromptError
-from sa2jax.inference.sampling import Knobs, Sampling, sample
+from sa2jax.inference import programs
+from sa2jax.inference.programs import Batch, State
+from sa2jax.inference.sampling import Sampling
 from sa2jax.models.audio_encoder import adapter_length, encoder_length
 from sa2jax.models.decoder import KVCache
 from sa2jax.models.step_audio import StepAudio2Model
 from sa2jax.nn import Functional, Params
-from sa2jax.sharding import shard
-
-TRACES: Counter[str] = Counter()  # how often each program has been traced, by name
 
 LENGTHS = tuple(2**n for n in range(6, 18))  # prompt and cache buckets, tokens
 MEL_FRAMES = (128, 256, 512, 1024, 1536, 2048, 2504)  # clip buckets, 10 ms frames
 CLIPS_AT_ONCE = 8
+PIECE = 512  # tokens that a conversation reads at once: bounds memory and the number of programs
 
 
 @dataclass(frozen=True)
@@ -94,207 +92,9 @@ class Generation:
     finish: Literal["stop", "string", "length"]
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["ids", "lengths", "features", "slots"],
-    meta_fields=[],
-)
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Prompts padded to one shape.
-
-    Attributes:
-        ids: right-padded prompts, [B, T].
-        lengths: tokens of each prompt, 0 for a row that only pads the batch, [B].
-        features: audio embeddings of the whole batch, one row per position they fill, [B*T, D].
-        slots: the row of `features` that stands at a position, −1 for a token, [B, T].
-    """
-
-    ids: Int[Array, "B T"]
-    lengths: Int[Array, "B"]
-    features: Float[Array, "R D"]
-    slots: Int[Array, "B T"]
-
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["cache", "token", "seen", "keys", "made", "limit", "done"],
-    meta_fields=[],
-)
-@dataclass(frozen=True)
-class State:
-    """A batch of replies under way.
-
-    Attributes:
-        cache: keys and values of everything before `token`.
-        token: the newest token of each row, [B].
-        seen: tokens of prompt and reply, for the repetition penalty, [B, V].
-        keys: random key of each row, [B].
-        made: tokens generated so far, [B].
-        limit: tokens to generate at most, [B].
-        done: rows that have ended, [B].
-    """
-
-    cache: KVCache
-    token: Int[Array, "B"]
-    seen: Bool[Array, "B V"]
-    keys: PRNGKeyArray
-    made: Int[Array, "B"]
-    limit: Int[Array, "B"]
-    done: Bool[Array, "B"]
-
-
 def bucket(size: int, sizes: Sequence[int]) -> int:
     """The smallest bucket that holds `size`; beyond the largest, `size` itself."""
     return next((s for s in sizes if s >= size), size)
-
-
-def listen(
-    model: Functional[StepAudio2Model],
-    params: Params,
-    mels: Float[Array, "C M L"],
-    frames: Int[Array, "C"],
-) -> Float[Array, "C S D"]:
-    """Encode clips; see `StepAudio2Model.listen`."""
-    TRACES["listen"] += 1
-    return model.bind(params).listen(mels, frames)
-
-
-def place(
-    features: Float[Array, "R D"], clips: Float[Array, "C S D"], rows: Int[Array, "C S"]
-) -> Float[Array, "R D"]:
-    """Put what `listen` returned in its rows of `features`; rows beyond the last are dropped."""
-    TRACES["place"] += 1
-    return features.at[rows].set(clips, mode="drop")
-
-
-def score(
-    model: Functional[StepAudio2Model], params: Params, batch: Batch
-) -> Float[Array, "B T V"]:
-    """Logits of every position of a batch of prompts, without a cache."""
-    TRACES["score"] += 1
-    net = model.bind(params)
-    hidden, _ = net(batch.ids, batch.features[None], batch.slots, None, batch.lengths)
-    return net.decoder.logits(hidden)
-
-
-def prefill(
-    model: Functional[StepAudio2Model],
-    params: Params,
-    batch: Batch,
-    keys: PRNGKeyArray,
-    limit: Int[Array, "B"],
-    stop_ids: Int[Array, "Z"],
-    knobs: Knobs,
-    *,
-    samples: int,
-    size: int,
-) -> State:
-    """Read prompts and choose the first token of each reply.
-
-    Args:
-        model: the model's structure.
-        params: its parameters.
-        batch: the prompts.
-        keys: random key of each reply, [B * samples].
-        limit: tokens to generate at most, per reply.
-        stop_ids: ids that end a reply.
-        knobs: sampling.
-        samples: replies per prompt; they share the prompt's prefill.
-        size: slots of the cache.
-    """
-    TRACES["prefill"] += 1
-    net = model.bind(params)
-    count, steps = batch.ids.shape
-    lengths = batch.lengths
-    cache = KVCache.zeros(net.cfg.decoder, count, size, net.decoder.policy.compute)
-    hidden, cache = net(batch.ids, batch.features[None], batch.slots, cache, lengths, fresh=True)
-    assert cache is not None
-    hidden = hidden[jnp.arange(count), jnp.maximum(lengths - 1, 0)]  # [B, D]
-    valid = jnp.arange(steps)[None] < lengths[:, None]
-    nowhere = net.cfg.decoder.vocab
-    rows = jnp.arange(count)[:, None]
-    seen = jnp.zeros((count, nowhere), bool)
-    seen = seen.at[rows, jnp.where(valid, batch.ids, nowhere)].set(True, mode="drop")
-
-    repeat = partial(jnp.repeat, repeats=samples, axis=0)
-    cache = replace(
-        cache,
-        k=jnp.repeat(cache.k, samples, axis=1),
-        v=jnp.repeat(cache.v, samples, axis=1),
-        length=repeat(cache.length),
-    )
-    state = State(
-        cache=cache,
-        token=jnp.zeros(count * samples, jnp.int32),
-        seen=repeat(seen),
-        keys=keys,
-        made=jnp.zeros(count * samples, jnp.int32),
-        limit=limit,
-        done=limit == 0,
-    )
-    return _choose(net, state, repeat(hidden), stop_ids, knobs)
-
-
-def step(net: StepAudio2Model, state: State, stop_ids: Int[Array, "Z"], knobs: Knobs) -> State:
-    """Read the newest token of each row and choose the next."""
-    x = net.decoder.embed(state.token[:, None])
-    lengths = jnp.where(state.done, 0, 1)
-    with jax.named_scope("decode_step"):
-        hidden, cache = net.decoder(x, state.cache, lengths)
-    assert cache is not None
-    return _choose(net, replace(state, cache=cache), hidden[:, 0], stop_ids, knobs)
-
-
-def decode(
-    model: Functional[StepAudio2Model],
-    params: Params,
-    state: State,
-    stop_ids: Int[Array, "Z"],
-    knobs: Knobs,
-    *,
-    block: int,
-) -> tuple[State, Int[Array, "B S"]]:
-    """Up to `block` steps, fewer once every row is done.
-
-    Returns:
-        The state, and the tokens chosen [B, block]; how many of a row's are new, `State.made`
-        tells.
-    """
-    TRACES["decode"] += 1
-    net = model.bind(params)
-    tokens = jnp.zeros((state.token.shape[0], block), jnp.int32)
-
-    def going(carry):
-        i, state, _ = carry
-        return (i < block) & ~jnp.all(state.done)
-
-    def body(carry):
-        i, state, tokens = carry
-        state = step(net, state, stop_ids, knobs)
-        return i + 1, state, tokens.at[:, i].set(state.token)
-
-    _, state, tokens = jax.lax.while_loop(going, body, (0, state, tokens))
-    return state, tokens
-
-
-def _choose(
-    net: StepAudio2Model, state: State, hidden: Float[Array, "B D"], stop_ids: Array, knobs: Knobs
-) -> State:
-    """Add the next token of each row that is not done."""
-    logits = shard(net.decoder.logits(hidden), "batch", "vocab")
-    keys = jax.vmap(jax.random.fold_in)(state.keys, state.made)
-    token = sample(keys, logits, state.seen, knobs)
-    token = jnp.where(state.done, state.token, token)
-    made = jnp.where(state.done, state.made, state.made + 1)
-    stopped = jnp.any(token[:, None] == stop_ids[None], axis=-1)
-    return replace(
-        state,
-        token=token,
-        seen=state.seen.at[jnp.arange(token.shape[0]), token].set(True),
-        made=made,
-        done=state.done | stopped | (made >= state.limit),
-    )
 
 
 class Generator:
@@ -318,16 +118,18 @@ class Generator:
         block: int = 32,
     ):
         self.model, self.params, self.cfg, self.mesh, self.block = model, params, cfg, mesh, block
-        self._listen = jax.jit(partial(listen, model))
+        jit = lambda f, **options: jax.jit(partial(f, model), **options)  # noqa: E731
+        self._listen, self._score = jit(programs.listen), jit(programs.score)
         # With clips or without, features have one dtype and one sharding: one program for both.
         self._compute = model.bind(model.abstract).decoder.policy.compute
         self._everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-        self._place = jax.jit(place, donate_argnums=(0,), out_shardings=self._everywhere)
-        self._score = jax.jit(partial(score, model))
-        self._prefill = jax.jit(partial(prefill, model), static_argnames=("samples", "size"))
-        self._decode = jax.jit(
-            partial(decode, model), static_argnames=("block",), donate_argnums=(1,)
-        )
+        self._place = jax.jit(programs.place, donate_argnums=(0,), out_shardings=self._everywhere)
+        self._prefill = jit(programs.prefill, static_argnames=("samples", "size"))
+        self._decode = jit(programs.decode, static_argnames=("block",), donate_argnums=(1,))
+        self._empty = jit(programs.empty, static_argnames=("rows", "size"))
+        self._grow = jax.jit(programs.grow, static_argnames=("size",))
+        self._extend = jit(programs.extend, donate_argnums=(1,))
+        self._begin = jit(programs.begin, donate_argnums=(1,))
 
     def generate(
         self,
@@ -383,33 +185,6 @@ class Generator:
         ended = [_finish(ids, cut.get(row), options) for row, ids in enumerate(replies)]
         return [ended[i * count : (i + 1) * count] for i in range(len(requests))]
 
-    def stream(self, request: Request, options: Options, *, block: int = 1) -> Iterator[int]:
-        """The ids of one reply as they are made, without the stop id.
-
-        The next step is under way while the caller handles an id. The caller looks for stop
-        strings and may stop at any time.
-
-        Args:
-            request: the prompt.
-            options: how to continue it; `samples` must be 1.
-            block: steps per compiled call; more is faster but comes in bursts.
-        """
-        if options.samples != 1:
-            raise PromptError("stream gives one reply: expected samples=1")
-        state = self.start([request], options)
-        fresh, made, done = np.asarray(state.token).tolist(), 1, np.asarray(state.done)[0]
-        while fresh:
-            ahead = None if done else self.run(state, options, block)
-            for token in fresh:
-                if token in options.stop_ids:
-                    return
-                yield token
-            if ahead is None:
-                return
-            state, tokens = ahead
-            total, done = int(np.asarray(state.made)[0]), np.asarray(state.done)[0]
-            fresh, made = np.asarray(tokens)[0, : total - made].tolist(), total
-
     def listen(self, mels: Sequence[Float[np.ndarray, "M L"]]) -> list[Float[Array, "C S D"]]:
         """Audio embeddings (12.5 Hz) of clips of any lengths.
 
@@ -430,6 +205,72 @@ class Generator:
             with self._mesh():
                 groups.append(self._listen(self.params, batch, frames))  # [C, S, D]
         return groups
+
+    # --- conversations; see `Session` ---------------------------------------------------------
+
+    def room(self, size: int, cache: KVCache | None = None) -> KVCache:
+        """A cache for one conversation with at least `size` slots; uses up the one given."""
+        size = min(bucket(size, LENGTHS), self.cfg.decoder.max_positions)
+        with self._mesh():
+            if cache is None:
+                return self._empty(rows=1, size=size)
+            return cache if cache.size >= size else self._grow(cache, size=size)
+
+    def read(
+        self, cache: KVCache, request: Request, start: int
+    ) -> tuple[KVCache, Float[Array, "1 D"]]:
+        """Read a prompt from a position on, a piece at a time; uses up the cache.
+
+        Args:
+            cache: holds the positions before.
+            request: the whole prompt; clips that end before `start` are not encoded again.
+            start: the first position to read, before the prompt's end.
+
+        Returns:
+            The cache, and the hidden state of the last token.
+        """
+        spans = zip(request.mels, request.starts, request.counts, strict=True)
+        fresh = [(mel, np.arange(at, at + n)) for mel, at, n in spans if at + n > start]
+        clips = self.listen([mel for mel, _ in fresh])
+        hidden = None
+        for first in range(start, len(request.ids), PIECE):
+            ids = request.ids[first : first + PIECE]
+            steps = bucket(len(ids), LENGTHS)
+            padded, slots = np.zeros((1, steps), np.int32), np.full((1, steps), -1, np.int32)
+            padded[0, : len(ids)] = ids
+            homes = []
+            for _, places in fresh:
+                inside = (places >= first) & (places < first + len(ids))
+                homes.append(np.where(inside, places - first, steps))
+                slots[0, places[inside] - first] = places[inside] - first
+            batch = Batch(
+                ids=jnp.asarray(padded),
+                lengths=jnp.asarray([len(ids)], jnp.int32),
+                features=self._arrange(clips, homes, steps),
+                slots=jnp.asarray(slots),
+            )
+            with self._mesh():
+                cache, hidden = self._extend(self.params, cache, batch)
+        assert hidden is not None, "nothing to read"
+        return cache, hidden
+
+    def begin(
+        self,
+        cache: KVCache,
+        hidden: Float[Array, "1 D"],
+        ids: Int[np.ndarray, "T"],
+        options: Options,
+        number: int,
+        limit: int,
+    ) -> State:
+        """Choose the first token of the reply to a prompt that was read; uses up the cache."""
+        seen = np.zeros((1, self.cfg.decoder.vocab), bool)
+        seen[0, ids] = True
+        with self._mesh():
+            return self._begin(
+                self.params, cache, hidden, seen, _keys(options, [number]),
+                np.array([limit], np.int32), _stop_array(options), options.sampling.knobs(),
+            )  # fmt: skip
 
     def _mesh(self) -> AbstractContextManager:
         return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
@@ -454,12 +295,10 @@ class Generator:
             own = request.max_new_tokens or options.max_new_tokens
             limit[row] = min(own, options.max_new_tokens, context - len(request.ids))
         padded = [*numbers, *[0] * (rows - len(requests))]
-        seeds = (jax.random.fold_in(jax.random.key(options.seed), n) for n in padded)
-        keys = jnp.stack([jax.random.fold_in(s, n) for s in seeds for n in range(options.samples)])
         with self._mesh():
             return self._prefill(
-                self.params, batch, keys, np.repeat(limit, options.samples), _stop_array(options),
-                options.sampling.knobs(), samples=options.samples, size=size,
+                self.params, batch, _keys(options, padded), np.repeat(limit, options.samples),
+                _stop_array(options), options.sampling.knobs(), samples=options.samples, size=size,
             )  # fmt: skip
 
     def logits(self, request: Request) -> Float[np.ndarray, "T V"]:
@@ -472,38 +311,44 @@ class Generator:
         """Check requests, encode their clips, and pad everything to buckets."""
         decoder = self.cfg.decoder
         for number, request in zip(numbers, requests, strict=True):
-            _check(number, request, self.cfg)
+            check(number, request, self.cfg)
         longest = max(len(request.ids) for request in requests)
         steps = min(bucket(longest, LENGTHS), decoder.max_positions)
         rows = _power_of_two(len(requests))
 
         ids, slots = np.zeros((rows, steps), np.int32), np.full((rows, steps), -1, np.int32)
         lengths = np.zeros(rows, np.int32)
-        homes: list[range] = []  # rows of `features` that each clip fills
-        filled = 0
+        homes: list[np.ndarray] = []  # rows of `features` that each clip fills
         for row, request in enumerate(requests):
             lengths[row] = len(request.ids)
             ids[row, : lengths[row]] = request.ids
             for start, count in zip(request.starts, request.counts, strict=True):
-                homes.append(range(filled, filled + count))
+                homes.append(row * steps + np.arange(start, start + count))
                 slots[row, start : start + count] = homes[-1]
-                filled += count
-        features = jnp.zeros((rows * steps, decoder.embed), self._compute, device=self._everywhere)
-        waiting = iter(homes)
-        for group in self.listen([mel for request in requests for mel in request.mels]):
-            targets = np.full(group.shape[:2], rows * steps, np.int32)  # beyond the end: dropped
-            for target, home in zip(targets, waiting, strict=False):
-                target[: len(home)] = home
-            features = self._place(features, group, targets)
+        clips = self.listen([mel for request in requests for mel in request.mels])
         return Batch(
             ids=jnp.asarray(ids),
             lengths=jnp.asarray(lengths),
-            features=features,
+            features=self._arrange(clips, homes, rows * steps),
             slots=jnp.asarray(slots),
         )
 
+    def _arrange(
+        self, clips: Sequence[Float[Array, "C S D"]], homes: Sequence[np.ndarray], size: int
+    ) -> Float[Array, "R D"]:
+        """Features of a program: each clip's frames in its rows, those from `size` on dropped."""
+        features = jnp.zeros((size, self.cfg.decoder.embed), self._compute, device=self._everywhere)
+        waiting = iter(homes)
+        for group in clips:
+            targets = np.full(group.shape[:2], size, np.int32)
+            for target, home in zip(targets, waiting, strict=False):
+                target[: len(home)] = home
+            features = self._place(features, group, targets)
+        return features
 
-def _check(number: int, request: Request, cfg: StepAudio2Config) -> None:
+
+def check(number: int, request: Request, cfg: StepAudio2Config) -> None:
+    """Raise a PromptError unless a prompt fits the model and leaves room for a reply."""
     ids, vocab, context = request.ids, cfg.decoder.vocab, cfg.decoder.max_positions
     if not 0 < len(ids) < context:
         raise PromptError(
@@ -553,6 +398,12 @@ def _finish(ids: list[int], cut: int | None, options: Options) -> Generation:
     if ids and ids[-1] in options.stop_ids:
         return Generation(tuple(ids[:-1]), "stop")
     return Generation(tuple(ids), "length")
+
+
+def _keys(options: Options, numbers: Sequence[int]) -> PRNGKeyArray:
+    """The random key of each reply to prompts of these numbers."""
+    seeds = (jax.random.fold_in(jax.random.key(options.seed), n) for n in numbers)
+    return jnp.stack([jax.random.fold_in(s, n) for s in seeds for n in range(options.samples)])
 
 
 def _stop_array(options: Options) -> Int[np.ndarray, "Z"]:

@@ -13,12 +13,12 @@ from sa2jax.errors import PromptError
 from sa2jax.inference.generate import (
     LENGTHS,
     MEL_FRAMES,
-    TRACES,
     Generator,
     Options,
     Request,
     bucket,
 )
+from sa2jax.inference.programs import TRACES
 from sa2jax.inference.sampling import Sampling, sample
 from sa2jax.models.decoder import KVCache
 from sa2jax.models.step_audio import step_audio2, unstack_decoder
@@ -377,45 +377,6 @@ def test_generated_audio_start_is_a_token_like_any_other(generator, prompts):
         ids = np.concatenate([request.ids, [AUDIO_START], row[:-1]]).astype(np.int32)
         best = generator.logits(replace(request, ids=ids)).argmax(-1)
         assert best[-BLOCK:].tolist() == row.tolist()
-
-
-# --- stream ---
-
-
-@pytest.mark.parametrize("block", [1, 3, BLOCK])
-def test_stream_equals_generate(generator, prompts, greedy, block):
-    for request, ids in zip(prompts[:2], greedy, strict=False):
-        assert list(generator.stream(request, GREEDY, block=block)) == ids
-
-
-def test_stream_draws_like_generate(generator, prompts):
-    ((reply,),) = generator.generate(prompts[:1], SAMPLED)
-    assert list(generator.stream(prompts[0], SAMPLED, block=BLOCK)) == list(reply.ids)
-
-
-def test_stream_may_be_left_at_any_time(generator, prompts, greedy):
-    stream = generator.stream(prompts[1], GREEDY, block=3)
-    assert [next(stream) for _ in range(5)] == greedy[1][:5]
-    stream.close()
-    assert list(generator.stream(prompts[1], GREEDY, block=3)) == greedy[1]
-
-
-@pytest.mark.parametrize("place", [0, 4, 5])
-def test_stream_stops_at_a_stop_id(generator, prompts, greedy, place):
-    ids = greedy[0]
-    options = replace(GREEDY, stop_ids=(ids[place],))
-    assert list(generator.stream(prompts[0], options, block=3)) == ids[: ids.index(ids[place])]
-
-
-def test_stream_ends_at_its_limit(generator, prompts, greedy):
-    for limit in (1, 4, 5):
-        options = replace(GREEDY, max_new_tokens=limit)
-        assert list(generator.stream(prompts[0], options, block=3)) == greedy[0][:limit]
-
-
-def test_stream_gives_one_reply(generator, prompts):
-    with pytest.raises(PromptError, match="samples=1"):
-        next(generator.stream(prompts[0], replace(GREEDY, samples=2)))
 
 
 # --- refused ---

@@ -1,0 +1,286 @@
+"""Compiled programs of generation: pure functions of a model's structure, its parameters and data.
+
+There is a single `step`; `decode` runs a block of them. A whole batch of prompts is read by
+`prefill`; a conversation reads what is new with `extend` and goes on with `begin`.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from sa2jax.inference.sampling import Knobs, sample
+from sa2jax.models.decoder import KVCache
+from sa2jax.models.step_audio import StepAudio2Model
+from sa2jax.nn import Functional, Params
+from sa2jax.sharding import shard
+
+TRACES: Counter[str] = Counter()  # how often each program has been traced, by name
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["ids", "lengths", "features", "slots"],
+    meta_fields=[],
+)
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Prompts padded to one shape.
+
+    Attributes:
+        ids: right-padded prompts, [B, T].
+        lengths: tokens of each prompt, 0 for a row that only pads the batch, [B].
+        features: audio embeddings of the whole batch, one row per position they fill, [B*T, D].
+        slots: the row of `features` that stands at a position, −1 for a token, [B, T].
+    """
+
+    ids: Int[Array, "B T"]
+    lengths: Int[Array, "B"]
+    features: Float[Array, "R D"]
+    slots: Int[Array, "B T"]
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["cache", "token", "seen", "keys", "made", "limit", "done"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class State:
+    """A batch of replies under way.
+
+    Attributes:
+        cache: keys and values of everything before `token`.
+        token: the newest token of each row, [B].
+        seen: tokens of prompt and reply, for the repetition penalty, [B, V].
+        keys: random key of each row, [B].
+        made: tokens generated so far, [B].
+        limit: tokens to generate at most, [B].
+        done: rows that have ended, [B].
+    """
+
+    cache: KVCache
+    token: Int[Array, "B"]
+    seen: Bool[Array, "B V"]
+    keys: PRNGKeyArray
+    made: Int[Array, "B"]
+    limit: Int[Array, "B"]
+    done: Bool[Array, "B"]
+
+
+def listen(
+    model: Functional[StepAudio2Model],
+    params: Params,
+    mels: Float[Array, "C M L"],
+    frames: Int[Array, "C"],
+) -> Float[Array, "C S D"]:
+    """Encode clips; see `StepAudio2Model.listen`."""
+    TRACES["listen"] += 1
+    return model.bind(params).listen(mels, frames)
+
+
+def place(
+    features: Float[Array, "R D"], clips: Float[Array, "C S D"], rows: Int[Array, "C S"]
+) -> Float[Array, "R D"]:
+    """Put what `listen` returned in its rows of `features`; rows beyond the last are dropped."""
+    TRACES["place"] += 1
+    return features.at[rows].set(clips, mode="drop")
+
+
+def score(
+    model: Functional[StepAudio2Model], params: Params, batch: Batch
+) -> Float[Array, "B T V"]:
+    """Logits of every position of a batch of prompts, without a cache."""
+    TRACES["score"] += 1
+    net = model.bind(params)
+    hidden, _ = net(batch.ids, batch.features[None], batch.slots, None, batch.lengths)
+    return net.decoder.logits(hidden)
+
+
+def prefill(
+    model: Functional[StepAudio2Model],
+    params: Params,
+    batch: Batch,
+    keys: PRNGKeyArray,
+    limit: Int[Array, "B"],
+    stop_ids: Int[Array, "Z"],
+    knobs: Knobs,
+    *,
+    samples: int,
+    size: int,
+) -> State:
+    """Read prompts and choose the first token of each reply.
+
+    Args:
+        model: the model's structure.
+        params: its parameters.
+        batch: the prompts.
+        keys: random key of each reply, [B * samples].
+        limit: tokens to generate at most, per reply.
+        stop_ids: ids that end a reply.
+        knobs: sampling.
+        samples: replies per prompt; they share the prompt's prefill.
+        size: slots of the cache.
+    """
+    TRACES["prefill"] += 1
+    net = model.bind(params)
+    count, steps = batch.ids.shape
+    lengths = batch.lengths
+    cache = KVCache.zeros(net.cfg.decoder, count, size, net.decoder.policy.compute)
+    hidden, cache = net(batch.ids, batch.features[None], batch.slots, cache, lengths, fresh=True)
+    assert cache is not None
+    hidden = hidden[jnp.arange(count), jnp.maximum(lengths - 1, 0)]  # [B, D]
+    valid = jnp.arange(steps)[None] < lengths[:, None]
+    nowhere = net.cfg.decoder.vocab
+    rows = jnp.arange(count)[:, None]
+    seen = jnp.zeros((count, nowhere), bool)
+    seen = seen.at[rows, jnp.where(valid, batch.ids, nowhere)].set(True, mode="drop")
+
+    repeat = partial(jnp.repeat, repeats=samples, axis=0)
+    cache = replace(
+        cache,
+        k=jnp.repeat(cache.k, samples, axis=1),
+        v=jnp.repeat(cache.v, samples, axis=1),
+        length=repeat(cache.length),
+    )
+    return _first(net, cache, repeat(hidden), repeat(seen), keys, limit, stop_ids, knobs)
+
+
+def extend(
+    model: Functional[StepAudio2Model], params: Params, cache: KVCache, batch: Batch
+) -> tuple[KVCache, Float[Array, "B D"]]:
+    """Read more of prompts whose beginnings are in the cache.
+
+    Returns:
+        The cache with these tokens added, and the hidden state of each row's last one.
+    """
+    TRACES["extend"] += 1
+    net = model.bind(params)
+    hidden, grown = net(batch.ids, batch.features[None], batch.slots, cache, batch.lengths)
+    assert grown is not None
+    return grown, hidden[jnp.arange(len(hidden)), jnp.maximum(batch.lengths - 1, 0)]
+
+
+def begin(
+    model: Functional[StepAudio2Model],
+    params: Params,
+    cache: KVCache,
+    hidden: Float[Array, "B D"],
+    seen: Bool[Array, "B V"],
+    keys: PRNGKeyArray,
+    limit: Int[Array, "B"],
+    stop_ids: Int[Array, "Z"],
+    knobs: Knobs,
+) -> State:
+    """Choose the first token of each reply to prompts that `extend` has read to their ends.
+
+    Args:
+        model: the model's structure.
+        params: its parameters.
+        cache: what has been read.
+        hidden: hidden state of each prompt's last token.
+        seen: all tokens of each prompt.
+        keys: random key of each reply.
+        limit: tokens to generate at most.
+        stop_ids: ids that end a reply.
+        knobs: sampling.
+    """
+    TRACES["begin"] += 1
+    return _first(model.bind(params), cache, hidden, seen, keys, limit, stop_ids, knobs)
+
+
+def empty(model: Functional[StepAudio2Model], *, rows: int, size: int) -> KVCache:
+    """A cache of nothing."""
+    TRACES["empty"] += 1
+    net = model.bind(model.abstract)
+    return KVCache.zeros(net.cfg.decoder, rows, size, net.decoder.policy.compute)
+
+
+def grow(cache: KVCache, *, size: int) -> KVCache:
+    """The same cache with more slots."""
+    TRACES["grow"] += 1
+    more = [(0, 0)] * 3 + [(0, size - cache.size), (0, 0)]
+    return replace(cache, k=jnp.pad(cache.k, more), v=jnp.pad(cache.v, more))
+
+
+def step(net: StepAudio2Model, state: State, stop_ids: Int[Array, "Z"], knobs: Knobs) -> State:
+    """Read the newest token of each row and choose the next."""
+    x = net.decoder.embed(state.token[:, None])
+    lengths = jnp.where(state.done, 0, 1)
+    with jax.named_scope("decode_step"):
+        hidden, cache = net.decoder(x, state.cache, lengths)
+    assert cache is not None
+    return _choose(net, replace(state, cache=cache), hidden[:, 0], stop_ids, knobs)
+
+
+def decode(
+    model: Functional[StepAudio2Model],
+    params: Params,
+    state: State,
+    stop_ids: Int[Array, "Z"],
+    knobs: Knobs,
+    *,
+    block: int,
+) -> tuple[State, Int[Array, "B S"]]:
+    """Up to `block` steps, fewer once every row is done.
+
+    Returns:
+        The state, and the tokens chosen [B, block]; how many of a row's are new, `State.made`
+        tells.
+    """
+    TRACES["decode"] += 1
+    net = model.bind(params)
+    tokens = jnp.zeros((state.token.shape[0], block), jnp.int32)
+
+    def going(carry):
+        i, state, _ = carry
+        return (i < block) & ~jnp.all(state.done)
+
+    def body(carry):
+        i, state, tokens = carry
+        state = step(net, state, stop_ids, knobs)
+        return i + 1, state, tokens.at[:, i].set(state.token)
+
+    _, state, tokens = jax.lax.while_loop(going, body, (0, state, tokens))
+    return state, tokens
+
+
+def _first(
+    net: StepAudio2Model,
+    cache: KVCache,
+    hidden: Float[Array, "B D"],
+    seen: Bool[Array, "B V"],
+    keys: PRNGKeyArray,
+    limit: Int[Array, "B"],
+    stop_ids: Int[Array, "Z"],
+    knobs: Knobs,
+) -> State:
+    """The state after the first token of each reply."""
+    nothing = jnp.zeros(limit.shape, jnp.int32)
+    state = State(
+        cache=cache, token=nothing, seen=seen, keys=keys, made=nothing, limit=limit,
+        done=limit == 0,
+    )  # fmt: skip
+    return _choose(net, state, hidden, stop_ids, knobs)
+
+
+def _choose(
+    net: StepAudio2Model, state: State, hidden: Float[Array, "B D"], stop_ids: Array, knobs: Knobs
+) -> State:
+    """Add the next token of each row that is not done."""
+    logits = shard(net.decoder.logits(hidden), "batch", "vocab")
+    keys = jax.vmap(jax.random.fold_in)(state.keys, state.made)
+    token = sample(keys, logits, state.seen, knobs)
+    token = jnp.where(state.done, state.token, token)
+    made = jnp.where(state.done, state.made, state.made + 1)
+    stopped = jnp.any(token[:, None] == stop_ids[None], axis=-1)
+    return replace(
+        state,
+        token=token,
+        seen=state.seen.at[jnp.arange(token.shape[0]), token].set(True),
+        made=made,
+        done=state.done | stopped | (made >= state.limit),
+    )
