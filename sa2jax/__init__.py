@@ -11,18 +11,42 @@ from typing import TYPE_CHECKING, Any
 from sa2jax.errors import Sa2jaxError
 
 if TYPE_CHECKING:
+    from sa2jax.chat.template import Text
+    from sa2jax.chat.tool_schema import Tool
+    from sa2jax.chat.toolbox import ToolAnswer
+    from sa2jax.conversation import Chat
     from sa2jax.inference.voices import Voice
-    from sa2jax.pipeline import Chat, Reply, StepAudio2
+    from sa2jax.pipeline import StepAudio2
+    from sa2jax.reply import Reply, ReplyPiece
     from sa2jax.speech import Speech
+    from sa2jax.stream import Stream
 
 __version__ = "0.1.0"
-__all__ = ["Chat", "Reply", "Sa2jaxError", "Speech", "StepAudio2", "Voice", "__version__"]
+__all__ = [
+    "Chat",
+    "Reply",
+    "ReplyPiece",
+    "Sa2jaxError",
+    "Speech",
+    "StepAudio2",
+    "Stream",
+    "Text",
+    "Tool",
+    "ToolAnswer",
+    "Voice",
+    "__version__",
+]
 
 _HOMES = {
-    "Chat": "pipeline",
-    "Reply": "pipeline",
+    "Chat": "conversation",
+    "Reply": "reply",
+    "ReplyPiece": "reply",
     "StepAudio2": "pipeline",
     "Speech": "speech",
+    "Stream": "stream",
+    "Text": "chat.template",
+    "Tool": "chat.tool_schema",
+    "ToolAnswer": "chat.toolbox",
     "Voice": "inference.voices",
 }
 

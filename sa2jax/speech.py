@@ -24,6 +24,7 @@ from sa2jax.inference.voices import MAX_SECONDS, Voice
 from sa2jax.runtime import enable_compilation_cache
 
 AnyVoice = Voice | str | Path
+WHOLE = 1500  # codes (a minute) of a reply that is spoken in one piece; longer ones are streamed
 
 
 class Speech:
@@ -131,6 +132,28 @@ class Speech:
         yield from self.token2wav.stream(
             codes, self.voice(voice), chunk=chunk, first=first, seed=seed, parity=parity
         )
+
+    def speak(
+        self, replies: Sequence[Sequence[int]], voice: AnyVoice = "default", *, seed: int = 0
+    ) -> list[Float[np.ndarray, "N"]]:
+        """Speak the codes of generated replies, of any length and also none.
+
+        Args:
+            replies: codes (25 Hz) of each, pads included.
+            voice: the voice of all.
+            seed: another one gives another reading.
+        """
+        chosen = self.voice(voice)
+        waves = [np.zeros(0, np.float32) for _ in replies]
+        short = [n for n, codes in enumerate(replies) if 0 < len(codes) <= WHOLE]
+        if short:
+            spoken = self.vocode([list(replies[n]) for n in short], chosen, seed=seed)
+            for n, wave in zip(short, spoken, strict=True):
+                waves[n] = wave
+        for n, codes in enumerate(replies):
+            if len(codes) > WHOLE:
+                waves[n] = np.concatenate([*self.stream(codes, chosen, seed=seed)])
+        return waves
 
     def analyze(self, source: audio.Audio) -> tuple[Int[np.ndarray, "P"], Voice]:
         """Codes of a whole recording, and its voice, taken from the first 30 s at most.

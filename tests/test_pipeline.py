@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
+from scripted import AUDIO_END, AUDIO_START, BOT, CODE_0, END_OF_TEXT, EOT, TTS_END, heard, turn
 
 import sa2jax
-from sa2jax import audio, pipeline, testing
-from sa2jax.chat import template
+from sa2jax import audio, conversation, pipeline, reply, testing
 from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.convert.hf import convert
 from sa2jax.errors import (
@@ -26,12 +26,7 @@ from sa2jax.errors import (
 )
 from sa2jax.inference.generate import Generation, Options
 from sa2jax.inference.programs import TRACES
-from sa2jax.inference.sampling import Sampling
-from sa2jax.pipeline import StepAudio2, as_pieces, enable_compilation_cache
-
-# Of the tiny tokenizer: the released ids less 151392.
-END_OF_TEXT, EOT, BOT = 251, 273, 274
-AUDIO_START, AUDIO_END, AUDIO_PATCH, TTS_START, TTS_END, CODE_0 = 296, 297, 298, 301, 302, 304
+from sa2jax.pipeline import StepAudio2, enable_compilation_cache
 
 RATE = audio.SAMPLE_RATE
 SHORT = Options(max_new_tokens=8)
@@ -40,18 +35,6 @@ SHORT = Options(max_new_tokens=8)
 def noise(seconds: float, seed: int = 0, extra: int = 0) -> np.ndarray:
     samples = int(seconds * RATE) + extra
     return np.random.default_rng(seed).standard_normal(samples).astype(np.float32) / 10
-
-
-def heard(tokens: int) -> list[int]:
-    return [AUDIO_START, *[AUDIO_PATCH] * tokens, AUDIO_END]
-
-
-def turn(role: str, *content: str | list[int], close: bool = True) -> list[int]:
-    """Ids of a turn, by hand."""
-    ids = [BOT, *role.encode(), 10]
-    for item in content:
-        ids += item.encode() if isinstance(item, str) else item
-    return [*ids, EOT] if close else ids
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -134,22 +117,6 @@ def test_repeated_calls_trace_nothing(model, recordings, texts):
     assert model.transcribe((noise(1, 7), RATE), max_new_tokens=8) != first
     assert model.transcribe((noise(0.9), RATE), max_new_tokens=5)
     assert before == TRACES
-
-
-def test_conversation_without_a_script(model):
-    """The second answer depends on the first; what the model generated is in the history."""
-    system = "You are a helpful assistant. " * 2
-    chat = model.chat(system, options=SHORT)
-    first, second = chat.say("hello"), chat.say("and now?")
-    assert (len(first.ids), first.finish) == (8, "length")
-    assert second.ids != first.ids
-    assert model.chat(system, options=SHORT).say("and now?").ids != second.ids
-    assert model.chat(system, options=SHORT).say("hello") == first
-    turns = [turn("system", system), turn("human", "hello"), turn("assistant", list(first.ids)),
-             turn("human", "and now?"), turn("assistant", close=False)]  # fmt: skip
-    ids = np.concatenate(turns).astype(np.int32)
-    ((alone,),) = model.generate([pipeline.Request(ids)], SHORT)
-    assert alone.ids == second.ids
 
 
 # --- sources ---
@@ -363,118 +330,6 @@ def test_base_model(folder, scripted):
         base.chat()
 
 
-# --- conversations ---
-
-
-def test_second_turn_holds_the_first(scripted, model):
-    script = scripted(b"Hi!", [*b"Bye", CODE_0, AUDIO_START])
-    chat = model.chat()
-    assert chat.say("hello").text == "Hi!"
-    assert chat.say([(noise(1), RATE), "what?"]).text == "Bye"
-    start = turn("system", "You are a helpful assistant.") + turn("human", "hello")
-    second = turn("human", heard(13), "what?")
-    assert script.prompts[0] == start + turn("assistant", close=False)
-    assert script.prompts[1] == (
-        start + turn("assistant", "Hi!") + second + turn("assistant", close=False)
-    )
-    chat.say("bye")
-    assert script.prompts[2] == (
-        start + turn("assistant", "Hi!") + second
-        + turn("assistant", [*b"Bye", CODE_0, AUDIO_START])  # as generated, nothing lost
-        + turn("human", "bye") + turn("assistant", close=False)
-    )  # fmt: skip
-    assert script.requests[2].counts == (13,)  # the generated <audio_start> is no clip
-
-
-def test_official_sampling_of_a_conversation(scripted, model):
-    script = scripted(b"Hi!")
-    model.chat().say("hello")
-    (options,) = script.options
-    assert options.sampling == Sampling(
-        temperature=0.7, top_k=50, top_p=0.9, repetition_penalty=1.05
-    )
-    assert options.stop_ids == (EOT,)
-
-
-def test_a_text_is_one_piece_with_the_head_of_its_turn(scripted, model, monkeypatch):
-    """As in the official template; a list of items is cut between them."""
-    seen = []
-    real = template.build_prompt
-
-    def spy(pieces, *rest):
-        seen.append([piece.text for piece in pieces if isinstance(piece, template.Text)])
-        return real(pieces, *rest)
-
-    monkeypatch.setattr(template, "build_prompt", spy)
-    scripted(b"", b"")
-    model.chat(system=None).say(" hello")
-    model.chat(system=None).say([" hello", "you"])
-    assert seen == [
-        ["<|BOT|>human\n hello<|EOT|>", "<|BOT|>assistant\n"],
-        ["<|BOT|>human\n", " hello", "you", "<|EOT|>", "<|BOT|>assistant\n"],
-    ]
-
-
-def test_no_system_and_tools(scripted, model):
-    script = scripted(b"ok")
-    model.chat(system=None, tools=[{"name": "search"}]).say("hi")
-    assert script.prompts == [
-        turn("tool_json_schemas", '[{"name": "search"}]')
-        + turn("human", "hi")
-        + turn("assistant", close=False)
-    ]
-
-
-def test_spoken_replies_stay_in_the_history_as_generated(scripted, model):
-    reply = [*b"Hi", CODE_0 + 7, TTS_END]
-    script = scripted(reply, b"ok")
-    chat = model.chat(system=None)
-    assert chat.say("hello", speak=True).text == "Hi"
-    chat.say("more")
-    first = turn("human", "hello")
-    assert script.prompts[0] == first + turn("assistant", [TTS_START], close=False)
-    assert script.prompts[1] == (
-        first + turn("assistant", [TTS_START, *reply])
-        + turn("human", "more") + turn("assistant", close=False)
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("speak", [False, True])
-def test_thinking(scripted, model, speak):
-    """Think first, stop at `</think>`, answer with the thoughts in sight, then forget them."""
-    script = scripted(b"two and two</think>", b"Four.", b"hm</think>", b"Yes.")
-    chat = model.chat(system=None, think=True)
-    reply = chat.say("2+2?", speak=speak)
-    assert (reply.thinking, reply.text) == ("two and two", "Four.")
-    human, spoken = turn("human", "2+2?"), [TTS_START] if speak else []
-    think = turn("assistant", "\n<think>\n", close=False)
-    assert script.prompts[0] == human + think
-    assert script.prompts[1] == [*human, *think, *b"two and two</think>\n\n", *spoken]
-    assert [options.stop_strings for options in script.options] == [("</think>",), ()]
-    chat.say("sure?", speak=speak)
-    history = human + turn("assistant", spoken, "Four.")
-    assert script.prompts[2] == history + turn("human", "sure?") + think
-
-
-def test_a_conversation_that_grew_too_long(model):
-    chat = model.chat(options=SHORT)
-    with pytest.raises(PromptError, match="expected 1 to 2047, since the model's context of 2048"):
-        chat.say("x" * 3000)
-    assert len(chat.history) == 1  # as before: a shorter question may follow
-
-
-def test_what_may_be_said(tmp_path):
-    path, clip = tmp_path / "x", (noise(1), RATE)
-    assert as_pieces("hello") == [template.Text("hello")]
-    assert as_pieces("a\n.wav") == [template.Text("a\n.wav")]
-    pieces = as_pieces([path, "b.WAV", b"bytes", clip, "text", {"type": "text", "text": "t"}])
-    sources = [piece.source for piece in pieces if isinstance(piece, template.Audio)]
-    assert sources == [path, "b.WAV", b"bytes", clip]
-    assert pieces[4:] == [template.Text("text"), template.Text("t")]
-    with pytest.raises(PromptError, match="unsupported content item"):
-        as_pieces(5)
-
-
 # --- loading ---
 
 
@@ -549,7 +404,7 @@ def test_tokenizer_object(model):
 
 def test_names_at_the_top():
     assert sa2jax.StepAudio2 is StepAudio2
-    assert (sa2jax.Chat, sa2jax.Reply) == (pipeline.Chat, pipeline.Reply)
+    assert (sa2jax.Chat, sa2jax.Reply) == (conversation.Chat, reply.Reply)
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         _ = sa2jax.Nothing
 

@@ -267,6 +267,14 @@ def _frozen(ids: Sequence[int]) -> Int32[np.ndarray, " T"]:
 # --- turns -------------------------------------------------------------------------------------
 
 
+def human_turn(pieces: Sequence[Piece]) -> Message:
+    """What a user says; text alone is one piece with the turn's head, as officially."""
+    match pieces:
+        case [Text(text)]:
+            return Message("human", text)
+    return Message("human", pieces)
+
+
 def reply_turn(*, spoken: bool = False) -> Message:
     """The open turn that the model writes: text, or speech (it then starts with `<tts_start>`)."""
     return Message("assistant", "<tts_start>", eot=False) if spoken else Message("assistant", None)
@@ -346,7 +354,7 @@ class Task:
 
     def messages(self, *content: Piece | str | Mapping[str, Any]) -> list[Message]:
         """Turns for a chat model: system, human, and the open reply."""
-        human = Message("human", [as_piece(item) for item in content])
+        human = human_turn([as_piece(item) for item in content])
         return [Message("system", self.system), human, reply_turn(spoken=self.spoken)]
 
     def raw(self, *content: Piece | str | Mapping[str, Any]) -> list[Piece]:
@@ -382,6 +390,18 @@ TASKS: Mapping[str, Task] = {
         system="请仔细聆听这段语音，然后将其内容翻译成英文并用语音播报。",
         system_en="Please listen carefully to this audio and then translate its content into "
         "English speech.",
+        spoken=True,
+        temperature=0.7,
+    ),
+    "t2st_en": Task(  # published for the Base model
+        system="将下面的文本翻译成英文，并用语音播报。\n",
+        system_en="Translate the following text into English and broadcast it with voice.\n",
+        spoken=True,
+        temperature=0.7,
+    ),
+    "t2st_zh": Task(  # not published: worded like the one above
+        system="将下面的文本翻译成中文，并用语音播报。\n",
+        system_en="Translate the following text into Chinese and broadcast it with voice.\n",
         spoken=True,
         temperature=0.7,
     ),

@@ -7,6 +7,7 @@ the official pipeline (`stepaudio2.py`): text below `<audio_start>`, audio from 
 
 import codecs
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ _QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_MARK = re.compile(r"<[^<>\s]+>")  # every added token is written like this
 _REQUIRED = {
     "end_of_text": "<|endoftext|>",
     "bot": "<|BOT|>",
@@ -212,6 +214,14 @@ class Tokenizer:
             ids += self.encode(piece) if isinstance(piece, str) else (int(i) for i in piece)
         return ids
 
+    def harmless(self, text: str) -> str:
+        """A text in which no special token is recognised: a space after the `<` of each.
+
+        For what comes from elsewhere, such as the results of tools: nobody opens a turn there.
+        """
+        known = self.backend.token_to_id
+        return _MARK.sub(lambda m: f"< {m[0][1:]}" if known(m[0]) is not None else m[0], text)
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, special tokens included; broken UTF-8 becomes U+FFFD."""
         return b"".join(self.token_bytes(i) for i in ids).decode("utf-8", "replace")
@@ -255,6 +265,11 @@ class Utf8Stream:
         if token_id >= self._tokenizer.special.audio_start:
             return ""
         return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the beginning of a character is held back."""
+        return bool(self._decoder.getstate()[0])
 
     def flush(self) -> str:
         """End the text: what is left of a broken character, as U+FFFD. Ready for a new text."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from sa2jax.errors import PromptError
 
-_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+CALL_START, CALL_END = "<tool_call>", "</tool_call>"
 _HEAD = re.compile(r"\s*function[ \t]*\r?\n[ \t]*([^\s<>{}\[\]]+)[ \t]*(?=\s|</tool_call>|\Z)\s*")
 
 
@@ -31,7 +31,7 @@ class ToolCall:
     def to_text(self) -> str:
         """The call as the model writes it."""
         arguments = json.dumps(self.arguments, ensure_ascii=False)
-        return f"{_OPEN}function\n{self.name}\n{arguments}{_CLOSE}"
+        return f"{CALL_START}function\n{self.name}\n{arguments}{CALL_END}"
 
 
 @dataclass(frozen=True)
@@ -89,21 +89,21 @@ def remove_tool_calls(text: str) -> str:
 def _scan(text: str) -> list[tuple[int, int, ToolCall | MalformedToolCall]]:
     """Start, end and content of every call."""
     calls = []
-    start = text.find(_OPEN)
+    start = text.find(CALL_START)
     while start >= 0:
         stop, call = _parse(text, start)
         calls.append((start, stop, call))
-        start = text.find(_OPEN, stop)
+        start = text.find(CALL_START, stop)
     return calls
 
 
 def _parse(text: str, start: int) -> tuple[int, ToolCall | MalformedToolCall]:
-    body = start + len(_OPEN)
+    body = start + len(CALL_START)
     # Where a call that cannot be read ends: at its close, else before the next call.
-    close, following = text.find(_CLOSE, body), text.find(_OPEN, body)
+    close, following = text.find(CALL_END, body), text.find(CALL_START, body)
     stop = len(text) if following < 0 else following
     if 0 <= close < stop:
-        stop = close + len(_CLOSE)
+        stop = close + len(CALL_END)
 
     def malformed(reason: str) -> tuple[int, MalformedToolCall]:
         return stop, MalformedToolCall(text[start:stop], reason)
@@ -112,7 +112,7 @@ def _parse(text: str, start: int) -> tuple[int, ToolCall | MalformedToolCall]:
     if head is None:
         return malformed("expected 'function', then the tool's name, each on its own line")
     name, arguments, end = head[1], {}, head.end()
-    if not text.startswith(_CLOSE, end):
+    if not text.startswith(CALL_END, end):
         if end == len(text):
             return malformed("the call is cut off before its arguments")
         try:
@@ -123,9 +123,9 @@ def _parse(text: str, start: int) -> tuple[int, ToolCall | MalformedToolCall]:
             return malformed(f"the arguments must be a JSON object, got {arguments!r}")
         while end < len(text) and text[end].isspace():
             end += 1
-        if not text.startswith(_CLOSE, end):
-            return malformed(f"expected {_CLOSE} after the arguments")
-    return end + len(_CLOSE), ToolCall(name, arguments)
+        if not text.startswith(CALL_END, end):
+            return malformed(f"expected {CALL_END} after the arguments")
+    return end + len(CALL_END), ToolCall(name, arguments)
 
 
 def _reject(constant: str) -> None:

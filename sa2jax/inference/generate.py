@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from sa2jax.config import StepAudio2Config
 from sa2jax.errors import PromptError
 from sa2jax.inference import programs
+from sa2jax.inference.loops import LoopWatch
 from sa2jax.inference.programs import Batch, State
 from sa2jax.inference.sampling import Sampling
 from sa2jax.models.audio_encoder import adapter_length, encoder_length
@@ -31,6 +32,9 @@ LENGTHS = tuple(2**n for n in range(6, 18))  # prompt and cache buckets, tokens
 MEL_FRAMES = (128, 256, 512, 1024, 1536, 2048, 2504)  # clip buckets, 10 ms frames
 CLIPS_AT_ONCE = 8
 PIECE = 512  # tokens that a conversation reads at once: bounds memory and the number of programs
+
+
+Finish = Literal["stop", "string", "length", "repeat"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ class Options:
         stop_strings: texts that end the reply; they are part of it.
         seed: same seed, same reply. Reply j to prompt i of a batch draws from (seed, i, j).
         samples: replies per prompt.
+        max_repeat: a reply that repeats the same few ids (at most `LoopWatch`'s period) is ended
+            after this many; 0 lets it go on.
     """
 
     sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0))
@@ -71,6 +77,7 @@ class Options:
     stop_strings: tuple[str, ...] = ()
     seed: int = 0
     samples: int = 1
+    max_repeat: int = 320
 
     def __post_init__(self):
         if self.max_new_tokens < 1 or self.samples < 1:
@@ -85,11 +92,12 @@ class Generation:
 
     Attributes:
         ids: the generated ids without the stop id.
-        finish: `stop` (a stop id), `string` (a stop string) or `length`.
+        finish: `stop` (a stop id), `string` (a stop string), `length`, or `repeat`: it went round
+            in circles.
     """
 
     ids: tuple[int, ...]
-    finish: Literal["stop", "string", "length"]
+    finish: Finish
 
 
 def bucket(size: int, sizes: Sequence[int]) -> int:
@@ -164,12 +172,19 @@ class Generator:
         state = self.start(requests, options, numbers)
         replies = [[token] for token in np.asarray(state.token).tolist()]
         made, done = np.asarray(state.made), np.asarray(state.done)
-        cut: dict[int, int] = {}  # row -> length of a reply that a stop string ended
+        watches = [LoopWatch(options.max_repeat) for _ in replies]
+        cut: dict[int, tuple[int, Finish]] = {}  # row -> where and why a reply ends before its time
+        before = np.zeros_like(made)
         while True:
-            if options.stop_strings and decode_text is not None:
-                for row in np.flatnonzero(made > 0).tolist():
-                    if row not in cut:
-                        cut |= _find_stop(row, replies[row], options, decode_text)
+            for row in np.flatnonzero(made > before).tolist():
+                reply, old = replies[row], int(before[row])
+                if options.stop_strings and decode_text is not None:
+                    end = _find_stop(reply, options, decode_text)
+                    if end is not None:
+                        cut[row] = (end, "string")
+                if row not in cut and (end := watches[row].push(reply[old:])) is not None:
+                    cut[row] = (old + end, "repeat")
+            if cut:
                 done = done | np.isin(np.arange(len(done)), list(cut))
                 state = replace(state, done=state.done | done)  # stays where it is on a mesh
             if done.all():
@@ -383,18 +398,16 @@ def check(number: int, request: Request, cfg: StepAudio2Config) -> None:
 
 
 def _find_stop(
-    row: int, ids: list[int], options: Options, decode_text: Callable[[Sequence[int]], str]
-) -> dict[int, int]:
-    """The shortest beginning of a reply that holds a stop string, if there is one."""
+    ids: list[int], options: Options, decode_text: Callable[[Sequence[int]], str]
+) -> int | None:
+    """Length of the shortest beginning of a reply that holds a stop string, if there is one."""
     holds = lambda n: any(s in decode_text(ids[:n]) for s in options.stop_strings)  # noqa: E731
-    if not holds(len(ids)):
-        return {}
-    return {row: bisect_left(range(len(ids)), True, key=holds)}
+    return bisect_left(range(len(ids)), True, key=holds) if holds(len(ids)) else None
 
 
-def _finish(ids: list[int], cut: int | None, options: Options) -> Generation:
+def _finish(ids: list[int], cut: tuple[int, Finish] | None, options: Options) -> Generation:
     if cut is not None:
-        return Generation(tuple(ids[:cut]), "string")
+        return Generation(tuple(ids[: cut[0]]), cut[1])
     if ids and ids[-1] in options.stop_ids:
         return Generation(tuple(ids[:-1]), "stop")
     return Generation(tuple(ids), "length")

@@ -10,7 +10,7 @@ were undone, cut or dropped reads what changed. Nothing has to be told.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections import abc
 from typing import Literal, Self
 
 import jax
@@ -47,7 +47,7 @@ class Session:
 
     def reply(
         self, request: Request, options: Options, *, number: int = 0, block: int = BLOCK
-    ) -> Iterator[list[int]]:
+    ) -> abc.Generator[list[int]]:
         """Continue a prompt; what was read and made is kept for the next one.
 
         The next block is under way while the caller handles one. The caller looks for stop strings
@@ -99,12 +99,13 @@ class Session:
                 ahead = None
                 ids += fresh
         finally:
-            if ahead is not None:  # made already, though nobody waits for them
-                ids += np.asarray(ahead)[0].tolist()
-            # The newest token is in the reply but not in the cache.
-            count = int(np.asarray(state.made)[0]) - 1
-            self._marks = np.concatenate([marks, np.array(ids[:count], np.int64)])
-            self._cache = state.cache
+            if not state.made.is_deleted():  # by a call that was interrupted
+                if ahead is not None:  # made already, though nobody waits for them
+                    ids += np.asarray(ahead)[0].tolist()
+                # The newest token is in the reply but not in the cache.
+                count = int(np.asarray(state.made)[0]) - 1
+                self._marks = np.concatenate([marks, np.array(ids[:count], np.int64)])
+                self._cache = state.cache
 
     def fork(self) -> Self:
         """Another conversation that has read the same."""

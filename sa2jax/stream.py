@@ -1,0 +1,294 @@
+"""An answer as it comes: thoughts, text and sound in pieces, cancelled at any time."""
+
+import logging
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal, Self
+
+import numpy as np
+
+from sa2jax.chat import template
+from sa2jax.chat.template import Ids, Message
+from sa2jax.chat.toolbox import ToolResult, results_text
+from sa2jax.chat.tools import MalformedToolCall, ToolCall
+from sa2jax.errors import AudioError, PromptError, VoiceError
+from sa2jax.inference.generate import Options, Request
+from sa2jax.inference.speaking import Speaker
+from sa2jax.inference.token2wav import CODE_RATE
+from sa2jax.inference.voices import Voice
+from sa2jax.reply import NO_SOUND, Clock, Finish, Reply, ReplyPiece, Step, Thoughts
+
+if TYPE_CHECKING:
+    from sa2jax.conversation import Chat
+
+log = logging.getLogger(__name__)
+
+
+class Stream(Iterator[ReplyPiece]):
+    """An answer as it comes; made by `Chat.stream`.
+
+    It ends by itself, or by `cancel`. One that is left without either counts as cancelled when the
+    conversation goes on.
+    """
+
+    def __init__(
+        self,
+        chat: "Chat",
+        turns: Sequence[Message],
+        rounds: Sequence[list[Message]],
+        *,
+        voice: Voice | None,
+        chunk: int,
+        first: int | None,
+        options: Options,
+    ):
+        self._chat, self._voice, self._spoken = chat, voice, voice is not None
+        self._rounds = list(rounds)  # before this one
+        self._turns = list(turns)  # of this one, complete
+        self._chunk, self._first = chunk, first
+        self._options = replace(options, stop_ids=options.stop_ids or chat.model.stop_ids)
+        self._steps: list[tuple[int, Step]] = []  # with how many turns there were before
+        self._calls: list[ToolCall | MalformedToolCall] = []
+        self._results: list[ToolResult] = []
+        self._notes: list[str] = []
+        self._thinking = ""
+        self._read = self._made = 0
+        self._finish: Finish = "cancelled"
+        self._clock = Clock()
+        self._reply: Reply | None = None
+        self._state: Literal["open", "done", "failed"] = "open"
+        self._pieces = self._run()
+
+    def __next__(self) -> ReplyPiece:
+        """The next piece.
+
+        Raises:
+            PromptError: if the conversation does not fit in the model's context.
+        """
+        try:
+            piece = next(self._pieces)
+        except StopIteration:
+            if self._state == "open":
+                self._settle()
+            raise
+        except Exception:
+            self._state = "failed"  # the history stays as it was
+            raise
+        self._clock.see(piece)
+        return piece
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @property
+    def reply(self) -> Reply:
+        """The whole answer, or what there was of it when it was cancelled.
+
+        Raises:
+            PromptError: if it is still under way, or failed.
+        """
+        if self._reply is None:
+            raise PromptError("no reply yet: take all pieces of the stream, or cancel it")
+        return self._reply
+
+    def close(self) -> None:
+        """Cancel the answer if it is still under way."""
+        if self._state == "open":
+            self.cancel()
+
+    def cancel(self, played: float | None = None) -> Reply:
+        """Interrupt the answer: the history keeps what was really spoken.
+
+        Of a spoken answer that are the codes whose sound was handed out (or played), of a written
+        one the text that was.
+
+        Args:
+            played: seconds of the sound that were really heard, where a player lags behind; also
+                for an answer that has ended, if it is the newest of its conversation.
+
+        Returns:
+            What there was of the answer.
+
+        Raises:
+            PromptError: if the conversation has gone on.
+        """
+        self._pieces.close()
+        if self._state == "failed" or (self._state == "done" and played is None):
+            return self.reply
+        rounds = self._chat.rounds
+        if self._state == "done" and not (rounds and rounds[-1] is self._turns):
+            raise PromptError("the conversation has gone on: only its newest answer can be cut")
+        rate = self._chat.model.sample_rate if self._spoken else CODE_RATE
+        heard = sum(step.samples for _, step in self._steps)
+        if played is not None:
+            heard = min(heard, round(max(played, 0) * rate))
+        kept = self._cut(heard, rate // CODE_RATE)
+        if self._state == "open" or kept is not self._turns:
+            self._finish = "cancelled"
+        self._turns = kept
+        self._settle(heard)
+        return self.reply
+
+    def abandon(self) -> None:
+        """Give the answer up: the history stays as it was before."""
+        self._pieces.close()
+        if self._state == "open":
+            self._state = "failed"
+
+    # --- how an answer comes about ----------------------------------------------------------
+
+    def _run(self) -> Generator[ReplyPiece]:
+        chat, spoken, said = self._chat, self._spoken, False
+        for count in range(chat.max_tool_rounds + 1):
+            last = template.reply_turn(spoken=spoken)
+            if chat.think:
+                yield from self._think()
+                last = template.answer_turn(self._thinking, spoken=spoken)
+            step = Step(chat.model.tokenizer)
+            request = self._request(last)
+            self._steps.append((len(self._turns), step))
+            speaker = None
+            if self._voice is not None:
+                speaker = Speaker(
+                    chat.model.speech.token2wav, self._voice, chunk=self._chunk,
+                    first=self._first, seed=self._options.seed,
+                )  # fmt: skip
+            pieces = step.run(
+                chat.session, request, self._options, number=self._number, speaker=speaker
+            )
+            fresh = True
+            for piece in pieces:
+                if piece.text and fresh:
+                    piece, fresh = replace(piece, text="\n" * said + piece.text), False
+                    said = True
+                yield piece
+            self._finish = step.finish
+            self._account(len(step.reader.ids))
+            self._turns.append(_answer(step.reader.ids, spoken))
+            calls = step.reader.calls
+            self._calls += calls
+            if not (calls and chat.tools):
+                return
+            if not all(map(chat.tools.can_run, calls)):
+                self._finish = "tool_calls"
+                return
+            if count == chat.max_tool_rounds:
+                self._finish = "tool_limit"
+                self._notes.append(f"the model called tools more than {count} times: not run again")
+                return
+            results = [self._revoiced(result) for result in chat.tools.run(calls)]
+            self._results += results
+            text = chat.model.tokenizer.harmless(results_text(results))
+            self._turns.append(template.tool_result_turn(text))
+            yield ReplyPiece(tool_results=tuple(results))
+
+    def _think(self) -> Iterator[ReplyPiece]:
+        thoughts = Thoughts(self._chat.model.tokenizer)
+        request = self._request(template.think_turn())
+        try:
+            yield from thoughts.run(self._chat.session, request, self._options, number=self._number)
+        finally:
+            self._thinking = thoughts.text
+        self._account(0)
+
+    @property
+    def _number(self) -> int:
+        """Of the reply in its conversation: what it draws depends on it."""
+        turns = [*(turn for turns in self._rounds for turn in turns), *self._turns]
+        return sum(turn.role == "assistant" for turn in turns)
+
+    def _request(self, last: Message) -> Request:
+        """The prompt; the oldest turns are dropped where it would be too long."""
+        chat, context = self._chat, self._chat.model.cfg.decoder.max_positions
+        room = min(self._options.max_new_tokens, context // 4)
+        dropped = 0
+        while True:
+            before = [turn for turns in self._rounds for turn in turns]
+            turns = [*chat.head, *before, *self._turns, last]
+            request = chat.model.request(template.render(turns))
+            if len(request.ids) + room <= context or not self._rounds:
+                break
+            if chat.overflow == "refuse":
+                raise PromptError(
+                    f"the conversation of {len(request.ids)} tokens and an answer of {room} do not "
+                    f"fit in the model's context of {context}: undo turns, start anew, or let the "
+                    "oldest be dropped (overflow='drop')"
+                )
+            self._rounds.pop(0)
+            dropped += 1
+        if dropped:
+            turns = "turn was" if dropped == 1 else f"{dropped} turns were"
+            note = f"the oldest {turns} dropped: the model's context holds {context} tokens"
+            log.warning(note)
+            self._notes.append(note)
+        return request
+
+    def _account(self, made: int) -> None:
+        self._read += self._chat.session.prefilled
+        self._made += made
+
+    def _revoiced(self, result: ToolResult) -> ToolResult:
+        """Take the voice that a tool gives, if there is such a voice."""
+        if result.voice is None or self._voice is None:
+            return result
+        try:
+            self._chat.voice = result.voice
+        except (AudioError, VoiceError) as error:
+            return replace(result, text=f"error: {error}", ok=False, voice=None)
+        self._voice = self._chat.voice
+        return result
+
+    def _cut(self, heard: int, samples: int) -> list[Message]:
+        """The turns of this round up to what was heard.
+
+        Args:
+            heard: samples of the answer that were heard.
+            samples: samples of a code.
+        """
+        for before, step in self._steps:
+            complete = step.finish != "cancelled"
+            if complete and heard >= step.samples:
+                heard -= step.samples
+                continue
+            reader = step.reader
+            if self._spoken:
+                return [*self._turns[:before], _answer(reader.until(heard // samples), True)]
+            return [*self._turns[:before], _answer(reader.ids[: reader.shown], False)]
+        if self._turns[-1].role == "assistant":
+            return self._turns
+        nothing = [self._chat.model.tokenizer.special.tts_end] if self._spoken else []
+        return [*self._turns, _answer(nothing, self._spoken)]
+
+    def _settle(self, heard: int | None = None) -> None:
+        """The answer is over: make it part of the history, and sum it up."""
+        chat, turns = self._chat, self._turns
+        self._state = "done"
+        chat.rounds = [*self._rounds, turns]
+        begun = self._steps[0][0] if self._steps else len(turns)
+        readers = [chat.read(turn) for turn in turns[begun:] if turn.role == "assistant"]
+        pieces = [piece for _, step in self._steps for piece in step.audio]
+        audio = np.concatenate([NO_SOUND, *pieces])[:heard]
+        rate = chat.model.sample_rate if self._spoken else Reply.sample_rate
+        self._reply = Reply(
+            text="\n".join(text for text, _ in readers if text),
+            ids=tuple(i for _, reader in readers for i in reader.ids),
+            finish=self._finish,
+            thinking=self._thinking,
+            audio=audio,
+            sample_rate=rate,
+            codes=tuple(c for _, reader in readers for c in reader.codes),
+            voice=self._voice.name if self._voice is not None else None,
+            tool_calls=tuple(self._calls),
+            tool_results=tuple(self._results),
+            notes=tuple(self._notes),
+            timings=self._clock.stop(
+                samples=len(audio), sample_rate=rate, read=self._read, made=self._made
+            ),
+        )
+
+
+def _answer(ids: Sequence[int], spoken: bool) -> Message:
+    return template.spoken_turn(ids) if spoken else Message("assistant", [Ids(tuple(ids))])

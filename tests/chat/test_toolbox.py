@@ -1,0 +1,505 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from sa2jax.chat import tool_schema, toolbox
+from sa2jax.chat.tool_schema import Tool
+from sa2jax.chat.toolbox import (
+    MAX_RESULT,
+    ToolAnswer,
+    Toolbox,
+    ToolResult,
+    get_date_time,
+    results_text,
+)
+from sa2jax.chat.tools import MalformedToolCall, ToolCall, parse_tool_calls, render_tools
+from sa2jax.errors import PromptError
+
+SEARCH = {
+    "type": "function",
+    "function": {
+        "name": "search",
+        "description": "搜索工具",
+        "parameters": {
+            "type": "object",
+            "properties": {"query": {"type": "string", "description": "搜索关键词"}},
+            "required": ["query"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+def search(query: str) -> str:
+    """Search the web."""
+    return f"found {query}"
+
+
+def weather(city: str, unit: Literal["C", "F"] = "C"):
+    return {"城市": city, "degrees": 21, "unit": unit}
+
+
+def schema(name, **properties):
+    return {"name": name, "parameters": {"type": "object", "properties": properties}}
+
+
+def run(box, name, **arguments) -> ToolResult:
+    (result,) = box.run([ToolCall(name, arguments)])
+    return result
+
+
+def answer(value) -> ToolResult:
+    """The result of a tool that returns `value`."""
+    return run(Toolbox([schema("f")], {"f": lambda: value}), "f")
+
+
+# --- a box -------------------------------------------------------------------------------------
+
+
+def test_json_is_shown_word_for_word():
+    text = json.dumps([SEARCH], indent=3) + " \n"
+    box = Toolbox(text, {"search": search})
+    assert box.text == text
+    assert run(box, "search", query="x").text == "found x"
+
+
+def test_all_kinds_mixed():
+    tool = Tool({"name": "mine"}, lambda: 1)
+    box = Toolbox([SEARCH, weather, tool, "get_date_time"])
+    assert box.names == ("search", "weather", "mine", "get_date_time")
+    assert len(box) == 4
+    schemas = [SEARCH, Tool.of(weather).schema, tool.schema, Tool.of(get_date_time).schema]
+    assert box.text == render_tools(schemas)
+    assert "搜索工具" in box.text
+
+
+def test_no_tools():
+    box = Toolbox()
+    assert not box
+    assert box.text == ""
+    assert box.names == ()
+    assert box.run([]) == []
+    assert run(box, "x").text == "error: there is no tool 'x', there are: none"
+
+
+@pytest.mark.parametrize(
+    ("tools", "functions", "why"),
+    [
+        ("[]", {}, "leave tools out"),
+        ("search", {}, "list of JSON schemas"),
+        ('{"name": "f"}', {}, "list of JSON schemas"),
+        ('["get_date_time"]', {}, "list of JSON schemas"),
+        ("[{}]", {}, "name"),
+        (SEARCH, {}, "must be a list, got dict"),
+        (search, {}, "must be a list, got function"),
+        ([3], {}, "got int"),
+        (["clock"], {}, "no built-in tool 'clock': expected get_date_time"),
+        ([SEARCH, search], {}, "two tools have the name 'search'"),
+        (["get_date_time", get_date_time], {}, "two tools have the name 'get_date_time'"),
+        ([SEARCH, weather], {"find": search}, "lists the tool 'find': expected one of search, wea"),
+        ([], {"find": search}, "no schema lists the tool 'find': there are none"),
+        ([search], {"search": search}, "'search' has two functions"),
+        ([Tool(SEARCH, search)], {"search": search}, "'search' has two functions"),
+        ([SEARCH], {"search": "x"}, "search: expected a function, got str"),
+        ([{"name": "f", "x": object()}], {}, "JSON"),
+        ([{"name": "f", "description": "\ud800"}], {}, "lone surrogates"),
+    ],
+)
+def test_a_bad_box(tools, functions, why):
+    with pytest.raises(PromptError, match=why):
+        Toolbox(tools, functions)
+
+
+def test_a_bad_timeout_of_a_box():
+    with pytest.raises(PromptError, match="timeout"):
+        Toolbox([search], timeout=0)
+
+
+def test_what_a_box_can_run():
+    box = Toolbox([SEARCH, weather])
+    assert not box.can_run(ToolCall("search", {"query": "x"}))
+    assert not box.can_run(ToolCall("search", {}))
+    assert box.can_run(ToolCall("weather", {}))
+    assert box.can_run(ToolCall("nothing", {}))
+    assert box.can_run(MalformedToolCall("<tool_call>", "bad"))
+    assert Toolbox([Tool(SEARCH)], {"search": search}).can_run(ToolCall("search", {}))
+
+
+def test_a_call_that_is_the_callers_to_answer_stops_all():
+    ran = []
+    box = Toolbox([SEARCH, Tool({"name": "f"}, lambda: ran.append(1))])
+    with pytest.raises(PromptError, match="'search' has no function"):
+        box.run([ToolCall("f", {}), ToolCall("search", {"query": "x"})])
+    assert not ran
+
+
+def test_the_built_in_clock(monkeypatch):
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime(2026, 3, 1, 8, 5, 9, 77, timezone(timedelta(hours=8)))
+
+    monkeypatch.setattr(toolbox, "datetime", Clock)
+    monkeypatch.setenv("TZ", "CST-8")
+    time.tzset()
+    try:
+        want = "2026-03-01 08:05:09 Sunday UTC+08:00"
+        assert get_date_time() == want
+        for tools in (["get_date_time"], [{"name": "get_date_time"}], '[{"name":"get_date_time"}]'):
+            assert run(Toolbox(tools), "get_date_time").text == want
+        result = run(Toolbox(["get_date_time"]), "get_date_time", timezone="UTC")
+        assert result.text.startswith("error: this call of get_date_time is wrong: ")
+        assert "'timezone'" in result.text
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+def test_the_clock_tells_the_time():
+    stamp = datetime.strptime(get_date_time(), "%Y-%m-%d %H:%M:%S %A UTC%z")
+    assert abs(datetime.now().astimezone() - stamp) < timedelta(seconds=5)
+
+
+def test_the_built_in_clock_can_be_replaced():
+    mine = {"get_date_time": lambda: "noon"}
+    assert run(Toolbox(["get_date_time"], mine), "get_date_time").text == "noon"
+    assert run(Toolbox([{"name": "get_date_time"}], mine), "get_date_time").text == "noon"
+    tool = Tool({"name": "get_date_time"})  # the caller answers
+    assert not Toolbox([tool]).can_run(ToolCall("get_date_time", {}))
+
+
+# --- answers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("晴\n", "晴\n"),
+        ("", ""),
+        ({"天气": ["晴", None]}, '{"天气": ["晴", null]}'),
+        ([], "[]"),
+        (3, "3"),
+        (0.5, "0.5"),
+        (False, "false"),
+        (ToolAnswer("done"), "done"),
+        (ToolAnswer({"a": 1}), '{"a": 1}'),
+    ],
+)
+def test_answers(value, text):
+    result = answer(value)
+    assert (result.text, result.ok, result.voice) == (text, True, None)
+    assert result.call == ToolCall("f", {})
+
+
+LOOP: list = []
+LOOP.append(LOOP)
+DEEP: list = []
+for _ in range(100_000):
+    DEEP = [DEEP]
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (None, "NoneType"),
+        (object(), "object"),
+        (b"x", "bytes"),
+        ((1, 2), "tuple"),
+        ({1, 2}, "set"),
+        (float("nan"), "float"),
+        (float("inf"), "float"),
+        ([float("nan")], "list"),
+        ({"a": object()}, "dict"),
+        ({(1, 2): 3}, "dict"),
+        (LOOP, "list"),
+        (DEEP, "list"),
+        ("\ud800", "str"),
+        ({"a": "\udfff"}, "dict"),
+        (ToolAnswer(None), "ToolAnswer"),
+        (ToolAnswer("\ud800"), "ToolAnswer"),
+        (ToolAnswer("x", voice=3), "ToolAnswer"),
+    ],
+)
+def test_nonsense(value, kind):
+    result = answer(value)
+    assert result.text == f"error: the tool f gave nothing that can be read ({kind})"
+    assert not result.ok
+    assert result.voice is None
+
+
+@pytest.mark.parametrize("voice", ["anna", Path("anna.safetensors")])
+def test_a_voice_by_name_or_path(voice):
+    result = answer(ToolAnswer("now as Anna", voice))
+    assert (result.text, result.voice) == ("now as Anna", voice)
+
+
+def test_a_voice(monkeypatch):
+    class Voice:
+        name = "小跃"
+
+    home = types.ModuleType("voices")
+    home.Voice = Voice
+    monkeypatch.setitem(sys.modules, "sa2jax.inference.voices", home)
+    voice = Voice()
+    result = answer(voice)
+    assert (result.text, result.ok, result.voice) == ('{"voice": "小跃"}', True, voice)
+    assert answer(ToolAnswer("changed", voice)).voice is voice
+    monkeypatch.delitem(sys.modules, "sa2jax.inference.voices")
+    assert not answer(voice).ok
+
+
+def test_long_answers_are_cut():
+    assert answer("x" * MAX_RESULT).text == "x" * MAX_RESULT
+    result = answer("字" * (MAX_RESULT + 1))
+    assert result.ok
+    assert result.text == (
+        "字" * MAX_RESULT + f"\n[cut: the first {MAX_RESULT} of {MAX_RESULT + 1} characters]"
+    )
+
+
+def test_the_module_needs_no_jax():
+    code = "import sys, sa2jax.chat.toolbox; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- wrong calls -------------------------------------------------------------------------------
+
+TYPED = schema(
+    "f",
+    s={"type": "string"},
+    i={"type": "integer"},
+    n={"type": "number"},
+    b={"type": "boolean"},
+    a={"type": "array"},
+    o={"type": "object"},
+    e={"enum": ["x", 1]},
+    m={"type": ["string", "null"]},
+    z={"type": "colour"},
+    w={},
+    t=True,
+)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"s": ""},
+        {"i": 0},
+        {"n": 1.5},
+        {"n": 1},
+        {"b": False},
+        {"a": []},
+        {"o": {}},
+        {"e": 1},
+        {"m": None},
+        {"m": "x"},
+        {"z": 3},
+        {"w": None},
+        {"t": [1]},
+        {"new": 1},
+    ],
+)
+def test_arguments_that_fit(arguments):
+    result = run(Toolbox([TYPED], {"f": lambda **given: given}), "f", **arguments)
+    assert result.ok
+    assert json.loads(result.text) == arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ({"s": 1}, "'s' must be of type string, got 1"),
+        ({"s": None}, "'s' must be of type string, got null"),
+        ({"i": "3"}, "'i' must be of type integer, got \"3\""),
+        ({"i": 1.5}, "'i' must be of type integer, got 1.5"),
+        ({"i": True}, "'i' must be of type integer, got true"),
+        ({"n": True}, "'n' must be of type number, got true"),
+        ({"b": 1}, "'b' must be of type boolean, got 1"),
+        ({"a": {"字": 1}}, "'a' must be of type array, got {\"字\": 1}"),
+        ({"o": []}, "'o' must be of type object, got []"),
+        ({"e": "y"}, '\'e\' must be one of ["x", 1], got "y"'),
+        ({"m": 1}, "'m' must be of type string or null, got 1"),
+        ({"i": "x" * 300}, f"'i' must be of type integer, got \"{'x' * 199}…"),
+        ({"i": DEEP}, "'i' must be of type integer, got list"),
+        ({"s": 1, "b": 1}, "'s' must be of type string, got 1; 'b' must be of type boolean, got 1"),
+    ],
+)
+def test_arguments_of_the_wrong_type(arguments, why):
+    result = run(Toolbox([TYPED], {"f": lambda **given: given}), "f", **arguments)
+    assert result.text == f"error: this call of f is wrong: {why}"
+    assert not result.ok
+
+
+def test_arguments_missing_or_unknown():
+    ran = []
+    box = Toolbox([SEARCH], {"search": lambda **given: ran.append(given)})
+    text = "error: this call of search is wrong: it lacks 'query'"
+    assert run(box, "search").text == text
+    assert run(box, "search", q="x").text == text + "; it takes no 'q'"
+    assert not ran
+
+
+def test_arguments_that_the_schema_allows_and_the_function_does_not():
+    box = Toolbox([schema("f", a={}, b={})], {"f": lambda a: a})
+    assert run(box, "f", a="x").ok
+    assert run(box, "f", a="x", b="y").text == (
+        "error: this call of f is wrong: got an unexpected keyword argument 'b'"
+    )
+    assert run(box, "f").text == "error: this call of f is wrong: missing a required argument: 'a'"
+
+
+def test_a_function_without_a_signature():
+    with pytest.raises(ValueError, match="no signature"):
+        tool_schema.inspect.signature(dict)
+    assert run(Toolbox([schema("f")], {"f": dict}), "f", a=1).text == '{"a": 1}'
+
+
+def test_surrogates_in_a_wrong_argument_are_replaced():
+    result = run(Toolbox([TYPED], {"f": lambda **given: given}), "f", i="\ud800")
+    assert result.text == "error: this call of f is wrong: 'i' must be of type integer, got \"?\""
+
+
+def test_unknown_and_malformed_calls():
+    box = Toolbox([search, weather])
+    calls = parse_tool_calls(
+        "<tool_call>function\nx\n{}</tool_call><tool_call>function\nsearch\n[1]</tool_call>"
+        '<tool_call>function\nsearch\n{"query": "上证"}</tool_call>'
+    )
+    unknown, malformed, good = box.run(calls)
+    assert unknown.text == "error: there is no tool 'x', there are: search, weather"
+    assert malformed.text == (
+        "error: this call cannot be read: the arguments must be a JSON object, got [1]"
+    )
+    assert good.text == "found 上证"
+    assert [r.ok for r in (unknown, malformed, good)] == [False, False, True]
+    assert [r.call for r in (unknown, malformed, good)] == calls
+
+
+# --- failures, time and threads ----------------------------------------------------------------
+
+
+class Silent(Exception):
+    def __str__(self):
+        raise RuntimeError
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ValueError("no network"), "ValueError: no network"),
+        (KeyError("x"), "KeyError: 'x'"),
+        (RuntimeError(), "RuntimeError"),
+        (Silent(), "Silent"),
+        (ValueError("\ud800"), "ValueError: ?"),
+        (SystemExit(2), "SystemExit: 2"),
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+        (PromptError("mine"), "PromptError: mine"),
+    ],
+)
+def test_a_tool_that_fails(error, text):
+    def f():
+        raise error
+
+    result = run(Toolbox([f]), "f")
+    assert (result.text, result.ok) == (f"error: the tool f failed: {text}", False)
+
+
+def test_a_long_failure_is_cut():
+    def f():
+        raise ValueError("x" * 2 * MAX_RESULT)
+
+    assert re.search(
+        r"x\n\[cut: the first 20000 of 400\d\d characters\]$", run(Toolbox([f]), "f").text
+    )
+
+
+def test_a_tool_that_is_late():
+    release = threading.Event()
+
+    def slow():
+        release.wait(10)
+        return "too late"
+
+    start = time.monotonic()
+    result = run(Toolbox([slow], timeout=0.1), "slow")
+    assert 0.1 <= time.monotonic() - start < 2
+    release.set()
+    assert result.text == "error: the tool slow did not answer within 0.1 s"
+    assert not result.ok
+    assert 0.1 <= result.seconds < 2
+
+
+def test_a_tools_own_timeout_counts():
+    def slow():
+        time.sleep(0.2)
+        return "there"
+
+    schema = {"name": "slow"}
+    assert run(Toolbox([Tool(schema, slow, timeout=5)], timeout=0.05), "slow").ok
+    assert not run(Toolbox([Tool(schema, slow, timeout=0.05)], timeout=5), "slow").ok
+    assert not run(Toolbox([schema], {"slow": slow}, timeout=0.05), "slow").ok
+
+
+def test_calls_run_at_the_same_time_and_answer_in_order():
+    def slow(n: int):
+        time.sleep(0.3)
+        return n
+
+    def quick():
+        return "quick"
+
+    box = Toolbox([slow, quick])
+    calls = [ToolCall("slow", {"n": 1}), ToolCall("quick", {}), ToolCall("slow", {"n": 2})]
+    start = time.monotonic()
+    results = box.run(calls)
+    assert time.monotonic() - start < 0.55
+    assert [result.text for result in results] == ["1", "quick", "2"]
+    assert results[1].seconds < 0.2
+    assert 0.3 <= results[0].seconds < 0.55
+
+
+def test_tools_run_in_daemon_threads():
+    seen = []
+    run(Toolbox([schema("f")], {"f": lambda: seen.append(threading.current_thread())}), "f")
+    assert seen[0] is not threading.current_thread()
+    assert seen[0].daemon
+
+
+def test_an_interrupt_of_the_caller_passes():
+    release = threading.Event()
+
+    def interrupt():
+        os.kill(os.getpid(), signal.SIGINT)
+        release.wait(10)
+
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run(Toolbox([interrupt]), "interrupt")
+    assert time.monotonic() - start < 5
+    release.set()
+
+
+# --- the text of results -----------------------------------------------------------------------
+
+
+def test_text_of_results():
+    def made(call, text):
+        return ToolResult(call, text, True)
+
+    one, two = made(ToolCall("a", {}), "1\n2"), made(ToolCall("b", {}), "三")
+    bad = made(MalformedToolCall("<tool_call>", "x"), "error: x")
+    assert results_text([]) == ""
+    assert results_text([one]) == "1\n2"
+    assert results_text([bad]) == "error: x"
+    assert results_text([two, one, bad, two]) == "b: 三\na: 1\n2\ntool_call: error: x\nb: 三"
