@@ -131,7 +131,7 @@ def test_the_language_side(monkeypatch):
     monkeypatch.setattr(package.language, "copy_bandwidth", lambda: 1.0)
     monkeypatch.setattr(StepAudio2Config, "preset", lambda name: tiny_config())
     result = package.bench("tiny", prompt=8, tokens=2, seconds=0.5, repeats=1, reference=False)
-    names = ["encode", "prefill", "decode", "weights read in decode", "copy bandwidth"]
+    names = ["encode", "prefill", "decode", "next turn", "weights read in decode", "copy bandwidth"]
     assert [r.name for r in result.rows] == names
     assert all(r.ours > 0 and r.reference is None for r in result.rows)
 

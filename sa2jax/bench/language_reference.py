@@ -14,6 +14,7 @@ from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncod
 
 from sa2jax import audio
 from sa2jax.bench.common import timed
+from sa2jax.bench.language import TURN
 from sa2jax.config import StepAudio2Config
 
 
@@ -54,7 +55,9 @@ class Reference:
     def parts(self, steps: int) -> dict[str, Callable[[], Any]]:
         """What is timed, in this order."""
         decode = lambda: self.decode(steps)  # noqa: E731
-        return {"encode": self.encode, "prefill": self.prefill, "decode": decode}
+        return {
+            "encode": self.encode, "prefill": self.prefill, "decode": decode, "turn": self.turn,
+        }  # fmt: skip
 
     @torch.inference_mode()
     def encode(self) -> None:
@@ -77,6 +80,13 @@ class Reference:
         for _ in range(steps):
             out = self.decoder(self.token, past_key_values=self.cache, logits_to_keep=1)
             self.token = out.logits[:, -1:].argmax(-1)
+
+    @torch.inference_mode()
+    def turn(self) -> None:
+        """The first token after another question: the whole conversation is read again."""
+        question = torch.randint(0, self.decoder.config.vocab_size, (1, TURN))
+        ids = torch.cat([self.ids, question], 1)
+        self.decoder(ids, use_cache=False, logits_to_keep=1).logits.argmax(-1)
 
     @torch.inference_mode()
     def loop_without_cache(self, tokens: int) -> float:
