@@ -93,6 +93,7 @@ class Token2Wav:
 
     def __init__(self):
         self.spoken: list[int] = []
+        self.delay = 0.0  # seconds that a chunk takes
 
     def stream(self, codes, voice, *, chunk=25, first=None, seed=0) -> Iterator[np.ndarray]:
         waiting, wanted, given = [], LOOK + (first or chunk), 0
@@ -109,6 +110,7 @@ class Token2Wav:
         yield self._wave(waiting)
 
     def _wave(self, codes) -> np.ndarray:
+        time.sleep(self.delay)
         self.spoken += codes
         return np.repeat(np.array(codes, np.float32), SAMPLES) / 1000
 

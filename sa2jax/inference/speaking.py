@@ -1,7 +1,9 @@
 """A voice that speaks in a thread of its own while the codes are still being made."""
 
+import atexit
 import queue
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -9,6 +11,8 @@ from jaxtyping import Float
 
 from sa2jax.inference.token2wav import CHUNK, Token2Wav
 from sa2jax.inference.voices import Voice
+
+_SPEAKING: "weakref.WeakSet[Speaker]" = weakref.WeakSet()
 
 
 class Speaker:
@@ -38,6 +42,7 @@ class Speaker:
             self._arriving(), voice, chunk=chunk, first=first, seed=seed
         )
         self._thread = threading.Thread(target=self._work, name="sa2jax-speaker", daemon=True)
+        _SPEAKING.add(self)
         self._thread.start()
 
     def say(self, codes: Sequence[int]) -> None:
@@ -68,10 +73,9 @@ class Speaker:
         self._thread.join()
 
     def stop(self) -> None:
-        """Be silent: no chunk is begun any more; waits for the one under way."""
+        """Be silent: no chunk is begun any more; the one under way is not waited for."""
         self._stopped.set()
         self._codes.put(None)
-        self._thread.join()
 
     def _arriving(self) -> Iterator[int]:
         nothing = True
@@ -94,6 +98,16 @@ class Speaker:
             self._pieces.put(error)
         finally:
             self._pieces.put(None)
+
+
+@atexit.register
+def _end_all() -> None:
+    """Let no thread be inside a computation when Python goes."""
+    speaking = [*_SPEAKING]
+    for speaker in speaking:
+        speaker.stop()
+    for speaker in speaking:
+        speaker._thread.join()
 
 
 class _StoppedError(Exception):

@@ -1,5 +1,10 @@
 """Answers as they come, and answers that are interrupted."""
 
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scripted import (
@@ -39,6 +44,40 @@ def test_text_is_there_before_the_sound_ends(script, model):
     kinds = ["text" if piece.text else "audio" for piece in pieces]
     assert kinds[0] == "text"
     assert kinds[-1] == "audio"
+
+
+def test_decoder_and_voice_work_at_the_same_time(slow, model):
+    slow.pace = 0.04
+    model.speech.token2wav.delay = 0.25
+    slow.will_say(groups("Hello", range(100)))  # 26 blocks and 4 chunks: a second each
+    reply = model.chat().say("a", speak=True)
+    assert 1.0 < reply.timings.total < 1.7
+    assert len(reply.codes) == 100
+
+
+def test_silence_comes_at_once(slow, model):
+    """A chunk under way is not waited for, and no other is begun."""
+    model.speech.token2wav.delay = 0.5
+    slow.will_say(groups("Hello", range(100)))
+    stream = model.chat().stream("a", speak=True)
+    until_sound(stream)
+    started = time.perf_counter()
+    stream.cancel()
+    assert time.perf_counter() - started < 0.2
+    time.sleep(0.7)
+    assert len(model.speech.token2wav.spoken) <= 50
+
+
+def test_a_stream_that_nobody_ends_does_not_keep_python_alive(tmp_path):
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+from scripted import Speech, Token2Wav
+from sa2jax.inference.speaking import Speaker
+speaker = Speaker(Token2Wav(), Speech().voice())
+speaker.say([1, 2, 3])
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_a_stream_has_its_reply_at_the_end(script, model):
