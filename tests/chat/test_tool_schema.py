@@ -2,52 +2,13 @@ import functools
 from typing import Annotated, Any, List, Literal, Optional, Union  # noqa: UP035
 
 import pytest
+from example_tools import SEARCH, run, search
 
 from sa2jax.chat.tool_schema import Tool
 from sa2jax.chat.toolbox import (
     Toolbox,
-    ToolResult,
 )
-from sa2jax.chat.tools import ToolCall
 from sa2jax.errors import PromptError
-
-SEARCH = {
-    "type": "function",
-    "function": {
-        "name": "search",
-        "description": "搜索工具",
-        "parameters": {
-            "type": "object",
-            "properties": {"query": {"type": "string", "description": "搜索关键词"}},
-            "required": ["query"],
-            "additionalProperties": False,
-        },
-    },
-}
-
-
-def search(query: str) -> str:
-    """Search the web."""
-    return f"found {query}"
-
-
-def weather(city: str, unit: Literal["C", "F"] = "C"):
-    return {"城市": city, "degrees": 21, "unit": unit}
-
-
-def schema(name, **properties):
-    return {"name": name, "parameters": {"type": "object", "properties": properties}}
-
-
-def run(box, name, **arguments) -> ToolResult:
-    (result,) = box.run([ToolCall(name, arguments)])
-    return result
-
-
-def answer(value) -> ToolResult:
-    """The result of a tool that returns `value`."""
-    return run(Toolbox([schema("f")], {"f": lambda: value}), "f")
-
 
 # --- a tool ------------------------------------------------------------------------------------
 

@@ -9,9 +9,9 @@ import time
 import types
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Literal
 
 import pytest
+from example_tools import SEARCH, answer, run, schema, search, weather
 
 from sa2jax.chat import tool_schema, toolbox
 from sa2jax.chat.tool_schema import Tool
@@ -25,44 +25,6 @@ from sa2jax.chat.toolbox import (
 )
 from sa2jax.chat.tools import MalformedToolCall, ToolCall, parse_tool_calls, render_tools
 from sa2jax.errors import PromptError
-
-SEARCH = {
-    "type": "function",
-    "function": {
-        "name": "search",
-        "description": "搜索工具",
-        "parameters": {
-            "type": "object",
-            "properties": {"query": {"type": "string", "description": "搜索关键词"}},
-            "required": ["query"],
-            "additionalProperties": False,
-        },
-    },
-}
-
-
-def search(query: str) -> str:
-    """Search the web."""
-    return f"found {query}"
-
-
-def weather(city: str, unit: Literal["C", "F"] = "C"):
-    return {"城市": city, "degrees": 21, "unit": unit}
-
-
-def schema(name, **properties):
-    return {"name": name, "parameters": {"type": "object", "properties": properties}}
-
-
-def run(box, name, **arguments) -> ToolResult:
-    (result,) = box.run([ToolCall(name, arguments)])
-    return result
-
-
-def answer(value) -> ToolResult:
-    """The result of a tool that returns `value`."""
-    return run(Toolbox([schema("f")], {"f": lambda: value}), "f")
-
 
 # --- a box -------------------------------------------------------------------------------------
 
