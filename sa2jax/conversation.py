@@ -96,6 +96,9 @@ class Chat:
     @voice.setter
     def voice(self, voice: "AnyVoice | None") -> None:
         self._voice = None if voice is None else self.model.speech.voice(voice)
+        name = None if self._voice is None else self._voice.name
+        is_file = isinstance(voice, str | Path) and Path(voice).is_file()
+        self._voice_name = str(Path(str(voice)).absolute()) if is_file else name
 
     def say(self, content: Content | ToolAnswer, **options: Any) -> Reply:
         """Say something and hear the whole answer.
@@ -184,6 +187,7 @@ class Chat:
             options=self.options, overflow=self.overflow, max_tool_rounds=self.max_tool_rounds,
         )  # fmt: skip
         other.rounds, other.session = list(self.rounds), self.session.fork()
+        other._voice_name = self._voice_name
         return other
 
     def save(self, path: str | Path) -> None:
@@ -193,29 +197,33 @@ class Chat:
             PromptError: if `path` does not end in .json or is another kind of file.
         """
         self._end_stream()
-        facts = {"voice": self._voice.name if self._voice is not None else None}
+        facts = {"voice": self._voice_name}
         files.save(path, self.history, model=self.model.fingerprint, facts=facts)
 
     def load(self, path: str | Path) -> Self:
         """Go on with a conversation that was saved: its turns replace those of this one.
 
-        Its voice is taken too, if this conversation has chosen none and the model knows it.
+        Its voice is taken too, if this conversation has chosen none and the model knows it, and so
+        are the schemas of its tools; they are run by the tools of the same names here.
 
         Raises:
             PromptError: if the file is damaged, no conversation, or one with another checkpoint;
                 this conversation is then as before.
         """
         saved = files.load(path, model=self.model.fingerprint)
-        self._end_stream()
         starts = [n for n, turn in enumerate(saved.turns) if turn.role == "human"]
         ends = [*starts[1:], len(saved.turns)]
+        head = list(saved.turns[: starts[0] if starts else None])
+        schemas = [turn.content for turn in head if turn.role == "tool_json_schemas"]
+        tools = self.tools.shown_as(str(schemas[0])) if schemas else Toolbox()
+        self._end_stream()
         name = saved.facts.get("voice")
         if self._voice is None and name is not None:
             try:
                 self.voice = name
             except Sa2jaxError as error:
                 log.warning("the conversation goes on without its voice: %s", error)
-        self.head = list(saved.turns[: starts[0] if starts else None])
+        self.head, self.tools = head, tools
         self.rounds = [list(saved.turns[a:b]) for a, b in zip(starts, ends, strict=True)]
         return self
 

@@ -194,10 +194,11 @@ class Thoughts:
 
     Attributes:
         text: the thoughts so far.
+        made: tokens that were generated.
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        self.text = ""
+        self.text, self.made = "", 0
         self._utf8, self._before = Utf8Stream(tokenizer), Before(THINK_END)
 
     def run(
@@ -209,6 +210,7 @@ class Thoughts:
         try:
             for ids in made:
                 looped = watch.push(ids)
+                self.made += len(ids)
                 text = self._before.push("".join(map(self._utf8.push, ids[:looped])))
                 self.text += text
                 if text:

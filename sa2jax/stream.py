@@ -1,6 +1,5 @@
 """An answer as it comes: thoughts, text and sound in pieces, cancelled at any time."""
 
-import logging
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, Self
@@ -20,8 +19,6 @@ from sa2jax.reply import NO_SOUND, Clock, Finish, Reply, ReplyPiece, Step, Thoug
 
 if TYPE_CHECKING:
     from sa2jax.conversation import Chat
-
-log = logging.getLogger(__name__)
 
 
 class Stream(Iterator[ReplyPiece]):
@@ -160,13 +157,17 @@ class Stream(Iterator[ReplyPiece]):
                 chat.session, request, self._options, number=self._number, speaker=speaker
             )
             fresh = True
-            for piece in pieces:
-                if piece.text and fresh:
-                    piece, fresh = replace(piece, text="\n" * said + piece.text), False
-                    said = True
-                yield piece
+            try:
+                for piece in pieces:
+                    if piece.text and fresh:
+                        piece, fresh = replace(piece, text="\n" * said + piece.text), False
+                        said = True
+                    yield piece
+            finally:
+                pieces.close()
+                self._read += chat.session.prefilled
+                self._made += len(step.reader.ids)
             self._finish = step.finish
-            self._account(len(step.reader.ids))
             self._turns.append(_answer(step.reader.ids, spoken))
             calls = step.reader.calls
             self._calls += calls
@@ -192,7 +193,8 @@ class Stream(Iterator[ReplyPiece]):
             yield from thoughts.run(self._chat.session, request, self._options, number=self._number)
         finally:
             self._thinking = thoughts.text
-        self._account(0)
+            self._read += self._chat.session.prefilled
+            self._made += thoughts.made
 
     @property
     def _number(self) -> int:
@@ -221,14 +223,10 @@ class Stream(Iterator[ReplyPiece]):
             dropped += 1
         if dropped:
             turns = "turn was" if dropped == 1 else f"{dropped} turns were"
-            note = f"the oldest {turns} dropped: the model's context holds {context} tokens"
-            log.warning(note)
-            self._notes.append(note)
+            self._notes.append(
+                f"the oldest {turns} dropped: the model's context holds {context} tokens"
+            )
         return request
-
-    def _account(self, made: int) -> None:
-        self._read += self._chat.session.prefilled
-        self._made += made
 
     def _revoiced(self, result: ToolResult) -> ToolResult:
         """Take the voice that a tool gives, if there is such a voice."""

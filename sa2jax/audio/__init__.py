@@ -12,7 +12,7 @@ from sa2jax.audio.features import (
     pad_mels,
     s3_log_mel,
 )
-from sa2jax.audio.io import Audio, load, read, resample, split, write
+from sa2jax.audio.io import Audio, load, pcm_16, read, resample, split, write
 
 __all__ = [
     "CHUNK_SAMPLES",
@@ -26,6 +26,7 @@ __all__ = [
     "num_frames",
     "num_tokens",
     "pad_mels",
+    "pcm_16",
     "read",
     "resample",
     "s3_log_mel",

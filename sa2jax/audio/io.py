@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, Literal, TypeAlias
 
 import numpy as np
 import soundfile
-from jaxtyping import Float
+from jaxtyping import Float, Int16
 
 from sa2jax.audio.features import CHUNK_SAMPLES, SAMPLE_RATE
 from sa2jax.errors import AudioError
@@ -308,6 +308,11 @@ def _kernel(p: int, q: int, first: int, last: int) -> tuple[int, Float[np.ndarra
 # ---- writing -------------------------------------------------------------------------------------
 
 
+def pcm_16(samples: Float[np.ndarray, "*N"]) -> Int16[np.ndarray, "*N"]:
+    """Samples in [-1, 1] as 16 bit: clipped and rounded to 1 / 32768."""
+    return np.clip(np.round(samples * np.float32(32768)), -32768, 32767).astype(np.int16)
+
+
 def write(
     path: str | os.PathLike[str],
     samples: Float[np.ndarray, "*C T"],
@@ -334,7 +339,7 @@ def write(
         raise AudioError(f"expected subtype 'FLOAT' or 'PCM_16', got {subtype!r}")
     data = _join(_slices(_as_samples(samples)), "the array").T  # [T, C]
     if subtype == "PCM_16":
-        data = np.clip(np.round(data * np.float32(32768)), -32768, 32767).astype(np.int16)
+        data = pcm_16(data)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         soundfile.write(temporary, data, rate, subtype=subtype, format="WAV")

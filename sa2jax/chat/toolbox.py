@@ -136,6 +136,22 @@ class Toolbox:
         """The tools' names, in the order shown."""
         return tuple(self._tools)
 
+    def shown_as(self, text: str) -> "Toolbox":
+        """The tools of these schemas, run by what runs the tools of the same names here.
+
+        Args:
+            text: JSON text of a list of schemas, such as that of an earlier conversation.
+
+        Raises:
+            PromptError: if it is none.
+        """
+        box = Toolbox(text)
+        for name, tool in box._tools.items():
+            known = self._tools.get(name)
+            if known is not None and known.run is not None:
+                box._tools[name] = replace(tool, run=known.run, timeout=known.timeout)
+        return box
+
     def can_run(self, call: ToolCall | MalformedToolCall) -> bool:
         """Whether `run` answers a call: all but those of tools that are the caller's to answer.
 

@@ -59,7 +59,7 @@ def render_tools(tools: str | Sequence[Mapping[str, Any]]) -> str:
     try:
         parsed = json.loads(tools) if isinstance(tools, str) else list(tools)
         text = tools if isinstance(tools, str) else json.dumps(parsed, ensure_ascii=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise PromptError(f"tools must be a list of JSON schemas ({error})") from None
     if not isinstance(parsed, list) or not all(isinstance(tool, Mapping) for tool in parsed):
         raise PromptError(f"tools must be a list of JSON schemas, got {text[:80]!r}")

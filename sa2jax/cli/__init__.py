@@ -13,7 +13,8 @@ import tyro
 
 from sa2jax.cli import common
 from sa2jax.cli.checkpoints import convert, export, inspect, verify
-from sa2jax.cli.hear import asr, caption, chat, translate
+from sa2jax.cli.converse import chat, tts
+from sa2jax.cli.hear import asr, caption, translate
 from sa2jax.cli.measure import bench
 from sa2jax.cli.speak import reconstruct, tokenize, vocode, voice
 from sa2jax.errors import Sa2jaxError
@@ -23,6 +24,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "translate": translate,
     "caption": caption,
     "chat": chat,
+    "tts": tts,
     "vocode": vocode,
     "tokenize": tokenize,
     "reconstruct": reconstruct,
@@ -47,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         sys.stdout.flush()
     except Sa2jaxError as error:
-        common.say(f"error: {' '.join(str(error).split())}")
+        common.say_error(error)
         sys.exit(2)
     except KeyboardInterrupt:
         common.say("interrupted")

@@ -27,7 +27,7 @@ def require_file(path: str | Path) -> None:
     """Fail before the model is loaded if a recording is not there."""
     from sa2jax.errors import AudioError
 
-    if not Path(path).is_file():
+    if not os.path.isfile(path):  # which, unlike a Path, never raises
         raise AudioError(f"no such file: {path}")
 
 
@@ -49,7 +49,12 @@ def wide() -> Console:
 
 def say(text: str) -> None:
     """Print to stderr."""
-    print(text, file=sys.stderr)
+    print(text, file=sys.stderr, flush=True)
+
+
+def say_error(error: Exception) -> None:
+    """Print an error to stderr, as one line."""
+    say(f"error: {' '.join(str(error).split())}")
 
 
 @contextmanager

@@ -1,14 +1,15 @@
-"""Commands that hear: `asr`, `translate`, `caption`, `chat`."""
+"""Commands that hear: `asr`, `translate`, `caption`."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from sa2jax.cli import common
+from sa2jax.cli import common, sound
 from sa2jax.cli.common import Dtype, Files
+from sa2jax.cli.sound import MaybeWavOut
 
 if TYPE_CHECKING:
     from sa2jax.pipeline import StepAudio2
@@ -26,6 +27,8 @@ class ModelOptions:
     """Devices to spread over, such as `tensor=4`."""
     tokenizer: Path | None = None
     """Folder of the tokenizer files, if not the model's own."""
+    detokenizer: Path | None = None
+    """Folder of the detokenizer and its voices, if not the model's own."""
     style: Literal["chat", "base"] = "chat"
     """`base` for a pre-trained model that knows no turns."""
     batch_size: int = 8
@@ -38,7 +41,8 @@ class ModelOptions:
         with common.bar("loading") as tick:
             return StepAudio2.from_pretrained(
                 self.model, dtype=self.dtype, mesh=self.mesh, tokenizer=self.tokenizer,
-                style=self.style, batch_size=self.batch_size, progress=tick,
+                speech=self.detokenizer, style=self.style, batch_size=self.batch_size,
+                progress=tick,
             )  # fmt: skip
 
 
@@ -67,26 +71,62 @@ def translate(
     options: Model,
     *,
     to: Literal["zh", "en"] = "zh",
+    speech: bool = False,
+    text: str | None = None,
+    out: MaybeWavOut = None,
+    voice: str | None = None,
     max_new_tokens: int | None = None,
     seed: int = 0,
     json: bool = False,
 ):
-    """Write down in another language what is said in recordings.
+    """Write down, or say, in another language what is said in recordings.
 
     Args:
-        files: Recordings: wav, flac, mp3 or ogg.
+        files: Recordings: wav, flac, mp3 or ogg; with --speech, one.
         options: Model.
         to: Language.
-        max_new_tokens: Limit of each text; by default 256 for each 25 s.
+        speech: Say the translation, too.
+        text: What to translate with --speech, instead of a recording.
+        out: Recording to write with --speech (wav, 24 kHz, 16 bit).
+        voice: Who speaks: name of a voice, a voice file, or a recording of the speaker.
+        max_new_tokens: Limit of each text; by default 256 for each 25 s, of speech 2048.
         seed: Same seed, same translation.
         json: Print JSON.
     """
-    _text_task(
-        files, options, json,
-        lambda model, tick: model.translate(
-            common.paths(files), to=to, max_new_tokens=max_new_tokens, seed=seed, progress=tick
-        ),
+    from sa2jax.errors import PromptError
+
+    if not speech:
+        if not (out is text is voice is None):
+            raise PromptError("-o, --text and --voice are for a spoken translation: add --speech")
+        _text_task(
+            files, options, json,
+            lambda model, tick: model.translate(
+                common.paths(files), to=to, max_new_tokens=max_new_tokens, seed=seed, progress=tick
+            ),
+        )  # fmt: skip
+        return
+    if len(files) + (text is not None) != 1:
+        raise PromptError("expected one recording, or --text, for a spoken translation")
+    if out is None:
+        raise PromptError("no file for the spoken translation: give -o")
+    from sa2jax.chat.template import Text
+
+    sound.check_out(out)
+    for path in files:
+        common.require_file(path)
+    model = options.load()
+    reply = model.translate(
+        files[0] if files else Text(text or ""), to=to, speech=True, voice=voice or "default",
+        max_new_tokens=max_new_tokens, seed=seed,
     )  # fmt: skip
+    made = sound.made_of(reply, out)
+    with sound.sink(out, model) as write:
+        write(reply.audio)
+    if json:
+        common.print_json(sound.as_json(reply, out))
+    else:
+        print(reply.text)
+        common.say(made)
 
 
 def caption(
@@ -107,63 +147,6 @@ def caption(
             common.paths(files), max_new_tokens=max_new_tokens, seed=seed, progress=tick
         ),
     )  # fmt: skip
-
-
-def chat(
-    files: Files,
-    options: Model,
-    *,
-    text: str | None = None,
-    system: str = "You are a helpful assistant.",
-    think: bool = False,
-    temperature: float = 0.7,
-    top_p: float = 0.9,
-    top_k: int = 50,
-    repetition_penalty: float = 1.05,
-    max_new_tokens: int = 1024,
-    seed: int = 0,
-    json: bool = False,
-):
-    """Ask one question, by recordings, text or both, and get the answer as text.
-
-    Args:
-        files: Recordings that belong to the question.
-        options: Model.
-        text: Written part of the question; it follows the recordings.
-        system: System prompt.
-        think: Let a Think model think first; the thoughts go to stderr.
-        temperature: Divides the logits, 0 for the most likely answer.
-        top_p: Keep the most likely tokens that together reach this probability.
-        top_k: Keep this many most likely tokens, 0 for all.
-        repetition_penalty: Above 1, repeating becomes less likely.
-        max_new_tokens: Limit of the answer.
-        seed: Same seed, same answer.
-        json: Print JSON.
-    """
-    from sa2jax.chat.template import Text
-    from sa2jax.errors import PromptError
-    from sa2jax.inference.generate import Options
-    from sa2jax.inference.sampling import Sampling
-
-    if not files and text is None:
-        raise PromptError("nothing to ask: give a recording or --text")
-    sampling = Sampling(
-        temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty
-    )
-    generation = Options(sampling=sampling, max_new_tokens=max_new_tokens, seed=seed)
-    for path in common.paths(files):
-        common.require_file(path)
-    model = options.load()
-    conversation = model.chat(system, think=think, options=generation)
-    # As a piece: a text that ends in ".wav" is a text here.
-    question = [*common.paths(files), *([Text(text)] if text is not None else [])]
-    reply = conversation.say(question)
-    if json:
-        common.print_json(asdict(reply))
-        return
-    if reply.thinking:
-        common.say(reply.thinking.strip())
-    print(reply.text)
 
 
 def _text_task(

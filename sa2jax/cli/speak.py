@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from sa2jax.cli import common
+from sa2jax.cli import common, sound
 from sa2jax.cli.common import Files
+from sa2jax.cli.sound import WavOut
 
 if TYPE_CHECKING:
     from sa2jax.speech import Speech
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 Name = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="NAME")]]
 Recording = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="WAV")]]
 CodesFile = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="CODES")]]
-WavOut = Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="WAV")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ def vocode(codes: CodesFile, options: Options, *, out: WavOut, voice: str = "def
         voice: Name of a voice, a voice file, or a recording of the speaker.
     """
     line = _read_codes(codes)
-    _check_out(out)
+    sound.check_out(out)
     speech = options.load()
     _speak(speech, line, speech.voice(voice), options, out)
 
@@ -108,7 +108,7 @@ def reconstruct(wav: Recording, options: Options, *, out: WavOut):
         out: Recording to write (wav, 24 kHz, 16 bit).
     """
     common.require_file(wav)
-    _check_out(out)
+    sound.check_out(out)
     speech = options.load()
     codes, voice = speech.analyze(wav)
     _speak(speech, codes, voice, options, out)
@@ -209,7 +209,7 @@ def _speak(speech: "Speech", codes: Any, voice: Any, options: SpeechOptions, out
         wave = speech.vocode(codes, voice, seed=options.seed)
     audio.write(out, wave, speech.sample_rate, subtype="PCM_16")
     length, took = len(wave) / speech.sample_rate, time.perf_counter() - started
-    print(f"{out}: {length:.2f} s in the voice {voice.name}, made in {took:.1f} s")
+    print(sound.made(out, length, voice.name, took))
 
 
 def _read_codes(path: Path) -> list[int]:
@@ -233,17 +233,3 @@ def _read_codes(path: Path) -> list[int]:
     if not codes:
         raise CodeError(f"{path}: no codes, expected at least one")
     return codes
-
-
-def _check_out(out: Path) -> None:
-    """Refuse before anything is loaded what could not be written in the end.
-
-    Raises:
-        AudioError: for another suffix or a missing folder.
-    """
-    from sa2jax.errors import AudioError
-
-    if out.suffix.lower() != ".wav":
-        raise AudioError(f"expected a file name ending in .wav, got {out}; rename it")
-    if not out.absolute().parent.is_dir():
-        raise AudioError(f"no folder {out.parent}: make it first")

@@ -1,6 +1,16 @@
-import pytest
+from pathlib import Path
 
-from sa2jax import cli
+import numpy as np
+import pytest
+import soundfile
+from scripted import Script, Speech
+
+from sa2jax import cli, conversation, testing
+from sa2jax.chat.tokenizer import Tokenizer
+from sa2jax.cli import hear
+from sa2jax.pipeline import StepAudio2
+
+CTRL_C = "\a"  # an answer with this is interrupted
 
 
 @pytest.fixture
@@ -31,3 +41,54 @@ def refused(run):
         return err
 
     return call
+
+
+@pytest.fixture(scope="module")
+def tiny() -> StepAudio2:
+    """A model that is told what to say, in the voices of anna and bert."""
+    cfg = testing.tiny_config(max_positions=2048)
+    tokenizer = Tokenizer(testing.byte_tokenizer(testing.AUDIO_START, 512))
+    return StepAudio2(cfg, testing.tiny_params(cfg), tokenizer, speech=lambda: Speech())
+
+
+@pytest.fixture
+def script(monkeypatch, tiny, tmp_path) -> Script:
+    """What the model says; commands run in a folder of their own."""
+    script = Script()
+
+    def session(generator):
+        made = script.session(generator)
+        reply = made.reply
+
+        def interrupted(request, options, **others):
+            for ids in reply(request, options, **others):
+                yield ids
+                if ord(CTRL_C) in ids:
+                    raise KeyboardInterrupt
+
+        made.reply = interrupted
+        return made
+
+    monkeypatch.setattr(conversation, "Session", session)
+    monkeypatch.setattr(hear.ModelOptions, "load", lambda self: tiny)
+    monkeypatch.chdir(tmp_path)
+    return script
+
+
+@pytest.fixture
+def recording(tmp_path) -> Path:
+    path = tmp_path / "a.wav"
+    soundfile.write(path, np.random.default_rng(0).standard_normal(16_000) / 10, 16_000)
+    return path
+
+
+@pytest.fixture
+def pcm():
+    """Reads what a command spoke."""
+
+    def read(path: str | Path) -> np.ndarray:
+        info = soundfile.info(path)
+        assert (info.samplerate, info.channels, info.subtype) == (24_000, 1, "PCM_16")
+        return soundfile.read(path, dtype="int16")[0]
+
+    return read

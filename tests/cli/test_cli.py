@@ -153,33 +153,9 @@ def test_hugging_face_folder_is_taken_as_it_is(run, scripted, source, recordings
 # --- chat ---
 
 
-def test_chat(run, scripted, ours, recordings):
-    script = scripted("Hello.")
-    code, out, err = run("chat", recordings[0], "--text", "play a.wav", "--model", ours)
-    assert (code, out, err) == (0, "Hello.\n", "")
-    ((request,), options), *_ = script.asked
-    assert len(request.mels) == 1  # the text is text, whatever it ends in
-    assert b"play a.wav" in bytes(i for i in request.ids.tolist() if i < 245)
-    assert (options.sampling.temperature, options.max_new_tokens) == (0.7, 1024)
-
-
-def test_chat_json(run, scripted, ours):
-    scripted("Hi")
-    code, out, _ = run("chat", "--text", "hello", "--model", ours, "--json")
-    assert code == 0
-    assert json.loads(out) == {"text": "Hi", "ids": [72, 105], "finish": "stop", "thinking": ""}
-
-
-def test_thoughts_go_to_stderr(run, scripted, ours):
-    scripted("well\n</think>")
-    code, out, err = run("chat", "--text", "2+2?", "--think", "--model", ours)
-    assert (code, out, err) == (0, "well\n</think>\n", "well\n")
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((), "nothing to ask: give a recording or --text"),
         (("--text", "x" * 2000), "expected 1 to 1023, since the model's context of 1024 must also"),
         (("--text", "x", "--temperature", "-1"), "temperature=-1.0: expected at least 0"),
         (("--text", "x", "--max-new-tokens", "0"), "max_new_tokens=0, samples=1: expected at lea"),

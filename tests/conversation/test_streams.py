@@ -124,6 +124,8 @@ def test_cancelled_after_the_first_chunk(slow, model):
     assert ids[31] == CODE_0 + 24
     assert reply.ids == tuple(kept)
     assert slow.left == 1  # the decoder was stopped
+    assert reply.timings.read == len(slow.prompts[0])
+    assert 32 <= reply.timings.made < len(ids)
     assert chat.say("b", speak=True).text == "Yes"
     assert slow.prompts[1] == (
         turn("human", "a") + turn("assistant", [TTS_START, *kept]) + turn("human", "b") + SPOKEN
