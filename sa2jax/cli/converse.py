@@ -189,7 +189,7 @@ def _read_tools(path: Path) -> str:
     text = _read_text(path)
     try:
         Toolbox(text)
-    except (PromptError, RecursionError) as error:
+    except PromptError as error:
         raise PromptError(f"{path}: {error}") from None
     return text
 

@@ -131,11 +131,14 @@ class Generator:
         # With clips or without, features have one dtype and one sharding: one program for both.
         self._compute = model.bind(model.abstract).decoder.policy.compute
         self._everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-        self._place = jax.jit(programs.place, donate_argnums=(0,), out_shardings=self._everywhere)
+        # Partials of their own: what one generator has traced does not hide what another needs.
+        self._place = jax.jit(
+            partial(programs.place), donate_argnums=(0,), out_shardings=self._everywhere
+        )
         self._prefill = jit(programs.prefill, static_argnames=("samples", "size"))
         self._decode = jit(programs.decode, static_argnames=("block",), donate_argnums=(1,))
         self._empty = jit(programs.empty, static_argnames=("rows", "size"))
-        self._grow = jax.jit(programs.grow, static_argnames=("size",))
+        self._grow = jax.jit(partial(programs.grow), static_argnames=("size",))
         self._extend = jit(programs.extend, donate_argnums=(1,))
         self._begin = jit(programs.begin, donate_argnums=(1,))
 

@@ -222,7 +222,7 @@ def test_an_answer_is_not_lost_where_history_cannot_be_kept(run, script):
         (b"[{", "tools.json: tools must be a list of JSON schemas (Expecting"),
         (b"{}", "tools.json: tools must be a list of JSON schemas, got"),
         (b"[]", "tools.json: an empty list of tools"),
-        (b"[" * 100_000, "tools.json: maximum recursion depth"),
+        (b"[" * 100_000, "tools.json: tools must be a list of JSON schemas (maximum recursion"),
     ],
 )
 def test_bad_tools(refused, script, text, message):
