@@ -90,17 +90,58 @@ class Tasks(ABC):
         """
         return self._over_audio(TASKS["asr"], sources, (), max_new_tokens, progress)
 
+    @overload
     def translate(
         self,
-        sources: Any,
+        sources: list,
         *,
         to: str = "zh",
-        speech: bool = False,
+        speech: Literal[False] = False,
         voice: AnyVoice = "default",
         max_new_tokens: int | None = None,
         seed: int = 0,
         progress: Progress | None = None,
-    ) -> Any:
+    ) -> list[str]: ...
+    @overload
+    def translate(
+        self,
+        sources: audio.Audio,
+        *,
+        to: str = "zh",
+        speech: Literal[False] = False,
+        voice: AnyVoice = "default",
+        max_new_tokens: int | None = None,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> str: ...
+    @overload
+    def translate(
+        self,
+        sources: list,
+        *,
+        to: str = "zh",
+        speech: Literal[True],
+        voice: AnyVoice = "default",
+        max_new_tokens: int | None = None,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> list[Reply]: ...
+    @overload
+    def translate(
+        self,
+        sources: audio.Audio | template.Text,
+        *,
+        to: str = "zh",
+        speech: Literal[True],
+        voice: AnyVoice = "default",
+        max_new_tokens: int | None = None,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> Reply: ...
+    def translate(
+        self, sources, *, to="zh", speech=False, voice="default", max_new_tokens=None, seed=0,
+        progress=None,
+    ):  # fmt: skip
         """Write down, or say, in another language what is said.
 
         Args:
@@ -186,15 +227,27 @@ class Tasks(ABC):
         text = template.choice_question(question, choices) if choices else question
         return self._over_audio(TASKS["mmau"], source, (text,), max_new_tokens, None)
 
+    @overload
     def tts(
         self,
-        text: Any,
+        text: list[str],
         voice: AnyVoice = "default",
         *,
         max_new_tokens: int | None = None,
         seed: int = 0,
         progress: Progress | None = None,
-    ) -> Any:
+    ) -> list[Reply]: ...
+    @overload
+    def tts(
+        self,
+        text: str,
+        voice: AnyVoice = "default",
+        *,
+        max_new_tokens: int | None = None,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> Reply: ...
+    def tts(self, text, voice="default", *, max_new_tokens=None, seed=0, progress=None):
         """Read text aloud.
 
         Args:

@@ -82,11 +82,10 @@ class Session:
         state = generator.begin(cache, hidden, request.ids, options, number, limit)
         made, fresh = 1, np.asarray(state.token).tolist()
         ids = list(fresh)
+        ahead: Array | None = None
         try:
             while True:
-                done = bool(np.asarray(state.done)[0])
-                ahead: Array | None = None
-                if not done:
+                if not np.asarray(state.done)[0]:
                     state, ahead = generator.run(state, options, block)
                 stopped = fresh[-1] in options.stop_ids
                 if words := fresh[: len(fresh) - stopped]:
