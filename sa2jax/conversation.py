@@ -9,7 +9,6 @@ The history holds what the model was trained on: spoken replies as their own ids
 out. What the model has read stays in its cache, see `inference.session`.
 """
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,7 +21,7 @@ from sa2jax.chat import template
 from sa2jax.chat.history import Heard
 from sa2jax.chat.reading import ReplyReader
 from sa2jax.chat.template import Audio, Ids, Message, Piece, Text
-from sa2jax.chat.toolbox import ToolAnswer, Toolbox
+from sa2jax.chat.toolbox import ToolAnswer, Toolbox, read_answer
 from sa2jax.errors import PromptError, Sa2jaxError
 from sa2jax.inference.generate import Options
 from sa2jax.inference.session import Session
@@ -155,9 +154,9 @@ class Chat:
         turns, rounds = self._turns_of(content), self.rounds
         if isinstance(content, ToolAnswer):
             turns, rounds = [*rounds[-1], *turns], rounds[:-1]
-            if content.voice is not None and voice is None:
-                self.voice = content.voice
         speak = (voice or self._voice) is not None if speak is None else speak
+        if isinstance(content, ToolAnswer) and content.voice is not None and speak:
+            self.voice = content.voice  # as when a function returns it: only speech has a voice
         chosen = None
         if speak:
             known = voice or self._voice or "default"
@@ -204,7 +203,8 @@ class Chat:
         """Go on with a conversation that was saved: its turns replace those of this one.
 
         Its voice is taken too, if this conversation has chosen none and the model knows it, and so
-        are the schemas of its tools; they are run by the tools of the same names here.
+        are the schemas of its tools; they are run by the tools of the same names here. If it had
+        none, those of this conversation stay.
 
         Raises:
             PromptError: if the file is damaged, no conversation, or one with another checkpoint;
@@ -212,10 +212,13 @@ class Chat:
         """
         saved = files.load(path, model=self.model.fingerprint)
         starts = [n for n, turn in enumerate(saved.turns) if turn.role == "human"]
-        ends = [*starts[1:], len(saved.turns)]
+        ends = [*starts[1:], len(saved.turns)] if starts else []
+        rounds = [list(saved.turns[a:b]) for a, b in zip(starts, ends, strict=True)]
         head = list(saved.turns[: starts[0] if starts else None])
         schemas = [turn.content for turn in head if turn.role == "tool_json_schemas"]
-        tools = self.tools.shown_as(str(schemas[0])) if schemas else Toolbox()
+        tools = self.tools.shown_as(str(schemas[0])) if schemas else self.tools
+        if tools and not schemas:  # begun without tools, it goes on with those of this one
+            head.append(template.tools_turn(tools.text))
         self._end_stream()
         name = saved.facts.get("voice")
         if self._voice is None and name is not None:
@@ -224,8 +227,14 @@ class Chat:
             except Sa2jaxError as error:
                 log.warning("the conversation goes on without its voice: %s", error)
         self.head, self.tools = head, tools
-        self.rounds = [list(saved.turns[a:b]) for a, b in zip(starts, ends, strict=True)]
+        self.rounds = rounds
         return self
+
+    def ends_with(self, stream: Stream, turns: list[Message]) -> bool:
+        """Whether these turns are the newest, and no answer but this one is under way."""
+        other = self._stream
+        alone = other is None or other is stream or not other.is_open
+        return alone and bool(self.rounds) and self.rounds[-1] is turns
 
     def read(self, turn: Message) -> tuple[str, ReplyReader]:
         """Text of an answer in the history, and the answer taken apart."""
@@ -237,8 +246,12 @@ class Chat:
         if isinstance(content, ToolAnswer):
             if not (self.rounds and self.read(self.rounds[-1][-1])[1].calls):
                 raise PromptError("no call of a tool waits for an answer")
-            text = content.text
-            text = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
+            try:
+                text, _ = read_answer(content)
+            except (TypeError, ValueError, RecursionError):
+                raise PromptError(
+                    f"expected a tool's answer as text or something for JSON, got {content!r:.80}"
+                ) from None
             return [template.tool_result_turn(self.model.tokenizer.harmless(text))]
         pieces = as_pieces(content)
         if any(not isinstance(piece, Text) or piece.text.strip() for piece in pieces):

@@ -1,5 +1,6 @@
 """An answer as it comes: thoughts, text and sound in pieces, cancelled at any time."""
 
+import threading
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, Self
@@ -9,7 +10,6 @@ import numpy as np
 from sa2jax.chat import template
 from sa2jax.chat.template import Ids, Message
 from sa2jax.chat.toolbox import ToolResult, results_text
-from sa2jax.chat.tools import MalformedToolCall, ToolCall
 from sa2jax.errors import AudioError, PromptError, VoiceError
 from sa2jax.inference.generate import Options, Request
 from sa2jax.inference.speaking import Speaker
@@ -45,15 +45,17 @@ class Stream(Iterator[ReplyPiece]):
         self._chunk, self._first = chunk, first
         self._options = replace(options, stop_ids=options.stop_ids or chat.model.stop_ids)
         self._steps: list[tuple[int, Step]] = []  # with how many turns there were before
-        self._calls: list[ToolCall | MalformedToolCall] = []
         self._results: list[ToolResult] = []
         self._notes: list[str] = []
-        self._thinking = ""
+        self._thoughts: list[str] = []
         self._read = self._made = 0
         self._finish: Finish = "cancelled"
         self._clock = Clock()
         self._reply: Reply | None = None
         self._state: Literal["open", "done", "failed"] = "open"
+        self._lock, self._stopped = threading.RLock(), threading.Event()
+        self._whole = False  # whether it has ended by itself
+        self._heard: int | None = None  # samples, if it was cut
         self._pieces = self._run()
 
     def __next__(self) -> ReplyPiece:
@@ -62,17 +64,20 @@ class Stream(Iterator[ReplyPiece]):
         Raises:
             PromptError: if the conversation does not fit in the model's context.
         """
-        try:
-            piece = next(self._pieces)
-        except StopIteration:
-            if self._state == "open":
-                self._settle()
-            raise
-        except Exception:
-            self._state = "failed"  # the history stays as it was
-            raise
-        self._clock.see(piece)
-        return piece
+        with self._lock:
+            if self._stopped.is_set():
+                raise StopIteration
+            try:
+                piece = next(self._pieces)
+            except StopIteration:
+                if self._state == "open":
+                    self._settle() if self._whole else self.cancel()
+                raise
+            except Exception:
+                self._state = "failed"  # the history stays as it was
+                raise
+            self._clock.see(piece)
+            return piece
 
     def __enter__(self) -> Self:
         return self
@@ -91,6 +96,11 @@ class Stream(Iterator[ReplyPiece]):
             raise PromptError("no reply yet: take all pieces of the stream, or cancel it")
         return self._reply
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the answer is still under way."""
+        return self._state == "open"
+
     def close(self) -> None:
         """Cancel the answer if it is still under way."""
         if self._state == "open":
@@ -102,6 +112,8 @@ class Stream(Iterator[ReplyPiece]):
         Of a spoken answer that are the codes whose sound was handed out (or played), of a written
         one the text that was.
 
+        From any thread; a block of ids or a tool that is under way is waited for.
+
         Args:
             played: seconds of the sound that were really heard, where a player lags behind; also
                 for an answer that has ended, if it is the newest of its conversation.
@@ -112,38 +124,47 @@ class Stream(Iterator[ReplyPiece]):
         Raises:
             PromptError: if the conversation has gone on.
         """
-        self._pieces.close()
-        if self._state == "failed" or (self._state == "done" and played is None):
+        self._stopped.set()  # whoever takes the pieces, in whatever thread, gets no more
+        with self._lock:
+            self._pieces.close()
+            if self._state == "failed" or (self._state == "done" and played is None):
+                return self.reply
+            if self._state == "done" and not self._chat.ends_with(self, self._turns):
+                raise PromptError("the conversation has gone on: only its newest answer can be cut")
+            rate = self._chat.model.sample_rate if self._spoken else CODE_RATE
+            heard = sum(step.samples for _, step in self._steps)
+            if self._heard is not None:
+                heard = min(heard, self._heard)
+            if played is not None:
+                heard = min(heard, round(max(played, 0) * rate))
+            kept = self._cut(heard, rate // CODE_RATE)
+            if self._state == "open" or kept is not self._turns:
+                self._finish, self._heard = "cancelled", heard
+            self._turns = kept
+            self._settle()
             return self.reply
-        rounds = self._chat.rounds
-        if self._state == "done" and not (rounds and rounds[-1] is self._turns):
-            raise PromptError("the conversation has gone on: only its newest answer can be cut")
-        rate = self._chat.model.sample_rate if self._spoken else CODE_RATE
-        heard = sum(step.samples for _, step in self._steps)
-        if played is not None:
-            heard = min(heard, round(max(played, 0) * rate))
-        kept = self._cut(heard, rate // CODE_RATE)
-        if self._state == "open" or kept is not self._turns:
-            self._finish = "cancelled"
-        self._turns = kept
-        self._settle(heard)
-        return self.reply
 
     def abandon(self) -> None:
         """Give the answer up: the history stays as it was before."""
-        self._pieces.close()
-        if self._state == "open":
-            self._state = "failed"
+        self._stopped.set()
+        with self._lock:
+            self._pieces.close()
+            if self._state == "open":
+                self._state = "failed"
 
     # --- how an answer comes about ----------------------------------------------------------
 
     def _run(self) -> Generator[ReplyPiece]:
+        yield from self._steps_of_it()
+        self._whole = True
+
+    def _steps_of_it(self) -> Generator[ReplyPiece]:
         chat, spoken, said = self._chat, self._spoken, False
         for count in range(chat.max_tool_rounds + 1):
             last = template.reply_turn(spoken=spoken)
             if chat.think:
                 yield from self._think()
-                last = template.answer_turn(self._thinking, spoken=spoken)
+                last = template.answer_turn(self._thoughts[-1], spoken=spoken)
             step = Step(chat.model.tokenizer)
             request = self._request(last)
             self._steps.append((len(self._turns), step))
@@ -168,9 +189,10 @@ class Stream(Iterator[ReplyPiece]):
                 self._read += chat.session.prefilled
                 self._made += len(step.reader.ids)
             self._finish = step.finish
-            self._turns.append(_answer(step.reader.ids, spoken))
+            closed = spoken and step.finish != "stop"  # cut by a limit: speech ends here
+            ids = step.reader.closed() if closed else step.reader.ids
+            self._turns.append(_answer(ids, spoken))
             calls = step.reader.calls
-            self._calls += calls
             if not (calls and chat.tools):
                 return
             if not all(map(chat.tools.can_run, calls)):
@@ -192,7 +214,7 @@ class Stream(Iterator[ReplyPiece]):
         try:
             yield from thoughts.run(self._chat.session, request, self._options, number=self._number)
         finally:
-            self._thinking = thoughts.text
+            self._thoughts.append(thoughts.text)
             self._read += self._chat.session.prefilled
             self._made += thoughts.made
 
@@ -260,31 +282,41 @@ class Stream(Iterator[ReplyPiece]):
         nothing = [self._chat.model.tokenizer.special.tts_end] if self._spoken else []
         return [*self._turns, _answer(nothing, self._spoken)]
 
-    def _settle(self, heard: int | None = None) -> None:
+    def _settle(self) -> None:
         """The answer is over: make it part of the history, and sum it up."""
         chat, turns = self._chat, self._turns
         self._state = "done"
         chat.rounds = [*self._rounds, turns]
         begun = self._steps[0][0] if self._steps else len(turns)
-        readers = [chat.read(turn) for turn in turns[begun:] if turn.role == "assistant"]
+        answers = [chat.read(turn) for turn in turns[begun:] if turn.role == "assistant"]
+        ids: list[int] = []
+        for n, (_, reader) in enumerate(answers):
+            raw = self._steps[n][1].reader.ids if n < len(self._steps) else reader.ids
+            # A whole answer as it was generated, without what closes it in the history.
+            ids += raw if reader.ids[: len(raw)] == raw else reader.ids
+        calls = [call for _, reader in answers for call in reader.calls]
         pieces = [piece for _, step in self._steps for piece in step.audio]
-        audio = np.concatenate([NO_SOUND, *pieces])[:heard]
+        audio = np.concatenate([NO_SOUND, *pieces])[: self._heard]
         rate = chat.model.sample_rate if self._spoken else Reply.sample_rate
+        if self._reply is not None and self._reply.timings is not None:  # cut after its end
+            timings = replace(self._reply.timings, speech=len(audio) / rate)
+        else:
+            timings = self._clock.stop(
+                samples=len(audio), sample_rate=rate, read=self._read, made=self._made
+            )
         self._reply = Reply(
-            text="\n".join(text for text, _ in readers if text),
-            ids=tuple(i for _, reader in readers for i in reader.ids),
+            text="\n".join(text for text, _ in answers if text),
+            ids=tuple(ids),
             finish=self._finish,
-            thinking=self._thinking,
+            thinking="\n".join(self._thoughts),
             audio=audio,
             sample_rate=rate,
-            codes=tuple(c for _, reader in readers for c in reader.codes),
+            codes=tuple(c for _, reader in answers for c in reader.codes),
             voice=self._voice.name if self._voice is not None else None,
-            tool_calls=tuple(self._calls),
-            tool_results=tuple(self._results),
+            tool_calls=tuple(calls),
+            tool_results=tuple(self._results[: len(calls)]),
             notes=tuple(self._notes),
-            timings=self._clock.stop(
-                samples=len(audio), sample_rate=rate, read=self._read, made=self._made
-            ),
+            timings=timings,
         )
 
 

@@ -89,6 +89,17 @@ class ReplyReader:
         """Calls of tools in the reply so far."""
         return parse_tool_calls(self.text)
 
+    def closed(self) -> tuple[int, ...]:
+        """The ids of a spoken reply, speech ended if a limit cut it: a whole group and its end."""
+        special = self._special
+        if special.tts_end in self.ids:
+            return tuple(self.ids)
+        slots = next(
+            (n for n, i in enumerate(reversed(self.ids)) if not is_code(i, special)), len(self.ids)
+        )
+        pads = [special.code_pad] * (GROUP - slots if 0 <= slots < GROUP and self.ids else 0)
+        return (*self.ids, *pads, special.tts_end)
+
     def until(self, codes: int) -> tuple[int, ...]:
         """The ids of a spoken reply of which only the first codes were heard.
 

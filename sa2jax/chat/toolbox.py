@@ -231,7 +231,7 @@ class _Running:
             self._made = _failure(self._call, failure, self._seconds)
             return
         try:
-            text, voice = _read(value)
+            text, voice = read_answer(value)
             self._made = ToolResult(self._call, _cut(text), True, voice, self._seconds)
         except (TypeError, ValueError, RecursionError):
             failure = f"the tool {name} gave nothing that can be read ({type(value).__name__})"
@@ -267,7 +267,7 @@ def _as_tool(item: Any, functions: Mapping[str, Callable[..., Any]], timeout: fl
     return replace(tool, run=functions[tool.name])
 
 
-def _read(value: Any) -> tuple[str, Any]:
+def read_answer(value: Any) -> tuple[str, Any]:
     """Text and voice of what a tool returned.
 
     Raises:

@@ -17,6 +17,7 @@ from scripted import (
     SUMMARISE,
     SYSTEM,
     TTS_END,
+    TTS_PAD,
     TTS_START,
     Speech,
     call,
@@ -167,6 +168,15 @@ def test_spoken_tasks_refused(tiny):
 # --- conversations ---
 
 
+def closed(message, reply) -> list[int]:
+    """Ids of an answer that the limit cut, as the history has them: speech is ended."""
+    ids = list(message.content[1].ids)
+    assert ids[: len(reply.ids)] == list(reply.ids)
+    assert ids[-1] == TTS_END
+    assert set(ids[len(reply.ids) : -1]) <= {TTS_PAD}
+    return ids
+
+
 def test_paralinguistic(tiny, prompts):
     task = TASKS["paralinguistic"]
     options = options_of(task)
@@ -189,7 +199,7 @@ def test_several_turns_with_spoken_answers(tiny, prompts):
     first = chat.say([CLIP])
     chat.say([CLIP])
     assert prompts[0] == SYSTEM + HEARD + SPOKEN
-    spoken = turn("assistant", [TTS_START, *first.ids])
+    spoken = turn("assistant", [TTS_START, *closed(chat.history[2], first)])
     assert prompts[1] == SYSTEM + HEARD + spoken + HEARD + SPOKEN
 
 
@@ -231,7 +241,7 @@ def test_think(tiny, prompts):
     thoughts = tiny.tokenizer.encode(reply.thinking + "</think>\n\n")
     assert prompts[1] == [*system, *HEARD, *think, *thoughts, TTS_START]
     chat.say("sure?")
-    spoken = turn("assistant", [TTS_START, *reply.ids])
+    spoken = turn("assistant", [TTS_START, *closed(chat.history[2], reply)])
     assert prompts[2] == system + HEARD + spoken + turn("human", "sure?") + think
 
 

@@ -10,6 +10,7 @@ from scripted import (
     TTS_END,
     TTS_PAD,
     TTS_START,
+    call,
     groups,
     sound,
     turn,
@@ -135,6 +136,9 @@ def test_the_length_limit_ends_with_what_was_spoken(script, model):
     assert (reply.finish, reply.ids) == ("length", tuple(ids[:23]))
     assert reply.codes == tuple(range(18))
     np.testing.assert_array_equal(reply.audio, sound(range(18)))
+    # The history gets a whole group and the end of speech, as in training.
+    closed = [*ids[:23], TTS_PAD, TTS_PAD, TTS_END]
+    assert chat.history[-1] == template.spoken_turn(closed)
 
 
 @pytest.mark.parametrize("loop", [[7], [7, 8, 9], groups("ab", [1] * 8, end=False), [TTS_PAD]])
@@ -168,6 +172,13 @@ def test_thinking(script, model, speak):
     chat.say("sure?", speak=speak)
     history = human + turn("assistant", spoken, "Four.")
     assert script.prompts[2] == history + turn("human", "sure?") + think
+
+
+def test_thoughts_of_every_round(script, model):
+    """Before and after a tool."""
+    script.will_say(b"look</think>", call("get_date_time"), b"noon</think>", b"Noon.")
+    reply = model.chat(think=True, tools=["get_date_time"]).say("time?")
+    assert (reply.thinking, reply.text) == ("look\nnoon", "Noon.")
 
 
 def test_thoughts_without_an_end(script, model):

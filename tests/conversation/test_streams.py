@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from scripted import (
     TTS_END,
     TTS_PAD,
     TTS_START,
+    call,
     groups,
     interrupt,
     turn,
@@ -22,6 +24,7 @@ from scripted import (
 )
 
 from sa2jax.chat import template
+from sa2jax.chat.toolbox import ToolAnswer
 from sa2jax.errors import PromptError
 
 # --- streams ---
@@ -231,3 +234,69 @@ def test_an_interrupt_in_a_stream_is_a_barge_in(slow, model, monkeypatch):
             list(stream)
     assert stream.cancel().codes == tuple(range(25))
     assert len(chat.rounds) == 1
+
+
+def test_cancelled_from_another_thread(slow, model):
+    """The one that takes the pieces gets no more; nobody is told an error."""
+    slow.will_say(groups("Hello", range(100)), b"ok")
+    chat = model.chat(system=None)
+    stream, first = chat.stream("a", speak=True), threading.Event()
+
+    def listen():
+        for piece in stream:
+            if len(piece.audio):
+                first.set()
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    assert first.wait(10)
+    reply = stream.cancel()
+    listener.join(10)
+    assert not listener.is_alive()
+    assert reply.finish == "cancelled"
+    assert 25 <= len(reply.codes) < 100
+    assert chat.say("b").text == "ok"
+
+
+def test_taking_more_after_an_interrupt_is_a_cancel(slow, model, monkeypatch):
+    """As when a cell of a notebook is run again."""
+    slow.will_say(groups("Hello", range(100)))
+    chat = model.chat(system=None)
+    stream = chat.stream("a", speak=True)
+    until_sound(stream)
+    with monkeypatch.context() as patch:
+        patch.setattr("sa2jax.inference.speaking.Speaker.say", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            list(stream)
+    assert list(stream) == []
+    assert stream.reply.codes == tuple(range(25))
+    assert chat.history[-1].role == "assistant"
+
+
+def test_an_old_answer_is_not_cut_while_a_new_one_comes(script, model):
+    script.will_say(groups("Hello", range(16)), b"ok")
+    chat = model.chat(system=None)
+    old = chat.stream("a", speak=True)
+    list(old)
+    new = chat.stream("b")
+    with pytest.raises(PromptError, match="only its newest answer can be cut"):
+        old.cancel(played=0.16)
+    list(new)
+    assert chat.read(chat.history[1])[1].codes == list(range(16))
+
+
+def test_later_cuts_only_shorten(script, model):
+    script.will_say([*groups("Hello", range(50)), *call("search")])
+    chat = model.chat(system=None, tools=[{"name": "search"}])
+    stream = chat.stream("a", speak=True)
+    list(stream)
+    whole = stream.reply
+    assert whole.finish == "tool_calls"
+    cut = stream.cancel(played=0.4)
+    assert (cut.codes, cut.tool_calls, len(cut.audio)) == (tuple(range(10)), (), 10 * SAMPLES)
+    again = stream.cancel(played=9)
+    assert (again.codes, len(again.audio)) == (cut.codes, len(cut.audio))
+    assert again.timings.total == whole.timings.total
+    assert again.timings.speech == pytest.approx(0.4)
+    with pytest.raises(PromptError, match="no call of a tool waits"):
+        chat.say(ToolAnswer("late"))

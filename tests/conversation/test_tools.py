@@ -127,6 +127,19 @@ def test_calls_that_the_caller_answers(script, model):
         model.chat().say(ToolAnswer("first"))
 
 
+def test_a_callers_answer_is_treated_as_a_functions(script, model):
+    script.will_say(call("search"), b"ok", call("search"), groups("Hi", range(4)))
+    chat = model.chat(tools=[{"name": "search"}])
+    chat.say("a")
+    for nonsense in (object(), float("nan"), None):
+        with pytest.raises(PromptError, match="expected a tool's answer as text or something"):
+            chat.say(ToolAnswer(nonsense))
+    assert chat.say(ToolAnswer("x", "bert")).voice is None  # a written answer has no voice
+    assert chat.voice is None
+    chat.say("b")
+    assert chat.say(ToolAnswer("x", "bert"), speak=True).voice == "bert"
+
+
 def test_a_call_without_tools_is_not_run(script, model):
     script.will_say([*b"Hm ", *call("search")])
     reply = model.chat().say("a")

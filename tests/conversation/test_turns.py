@@ -239,6 +239,20 @@ def test_tools_come_back_with_a_conversation(script, model, tmp_path):
     assert not plain.tools.can_run(ToolCall("search", {}))
 
 
+def test_a_conversation_without_questions(script, model, tmp_path):
+    model.chat("T").save(tmp_path / "talk.json")
+    chat = model.chat("S").load(tmp_path / "talk.json")
+    assert chat.history == (template.Message("system", "T"),)
+
+
+def test_tools_stay_where_the_file_has_none(script, model, tmp_path):
+    script.will_say(call("get_date_time"), b"now")
+    model.chat("T").save(tmp_path / "talk.json")
+    chat = model.chat("S", tools=["get_date_time"]).load(tmp_path / "talk.json")
+    assert [turn.role for turn in chat.history] == ["system", "tool_json_schemas"]
+    assert chat.say("time?").text == "now"
+
+
 def test_a_voice_of_a_recording_comes_back(script, model, tmp_path):
     (tmp_path / "me.wav").write_bytes(b"")
     speech = model.speech
