@@ -29,7 +29,6 @@ def flow_rules(cfg: FlowConfig) -> list[Rule]:
     """The table: released name, our leaf, what happens between."""
     est, hf_est = "estimator", "decoder.estimator"
     dit = Split(0, (cfg.estimator.heads, cfg.estimator.head_dim))
-    dit_out = Split(1, (cfg.estimator.heads, cfg.estimator.head_dim))
     nine, two = Split(0, (PARTS, cfg.estimator.embed)), Split(0, (2, cfg.estimator.embed))
     block, hf_block = f"{est}.blocks", f"{hf_est}.blocks.{{layer}}"
     rules = [
@@ -52,7 +51,7 @@ def flow_rules(cfg: FlowConfig) -> list[Rule]:
         *_both(f"{hf_block}.attn.to_v", f"{block}.attn.v", dit, dit),
         *_norm(f"{hf_block}.attn.q_norm", f"{block}.attn.q_norm"),
         *_norm(f"{hf_block}.attn.k_norm", f"{block}.attn.k_norm"),
-        *_both(f"{hf_block}.attn.proj", f"{block}.attn.o", dit_out),
+        *_both(f"{hf_block}.attn.proj", f"{block}.attn.o"),
         *_both(f"{hf_block}.mlp.fc1", f"{block}.up"),
         *_both(f"{hf_block}.mlp.fc2", f"{block}.down"),
         *_both(f"{hf_block}.conv.block.1", f"{block}.convs.conv1", CONV),
@@ -174,7 +173,7 @@ def _entry(source: str, target: str) -> list[Rule]:
 
 def _conformer_layers(source: str, target: str, cfg: FlowConfig) -> list[Rule]:
     heads = (cfg.encoder.heads, cfg.encoder.head_dim)
-    into, out = Split(0, heads), Split(1, heads)
+    into = Split(0, heads)
     hf, own = f"encoder.{source}.{{layer}}", f"encoder.{target}"
     attn, own_attn = f"{hf}.self_attn", f"{own}.attn"
     return [
@@ -182,7 +181,7 @@ def _conformer_layers(source: str, target: str, cfg: FlowConfig) -> list[Rule]:
         *_both(f"{attn}.linear_q", f"{own_attn}.q", into, into),
         *_both(f"{attn}.linear_k", f"{own_attn}.k", into, into),
         *_both(f"{attn}.linear_v", f"{own_attn}.v", into, into),
-        *_both(f"{attn}.linear_out", f"{own_attn}.o", out),
+        *_both(f"{attn}.linear_out", f"{own_attn}.o"),
         rule(f"{attn}.linear_pos.weight", f"{own_attn}.position.kernel", into),
         rule(f"{attn}.pos_bias_u", f"{own_attn}.content_bias"),
         rule(f"{attn}.pos_bias_v", f"{own_attn}.position_bias"),

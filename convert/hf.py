@@ -32,6 +32,7 @@ from sa2jax.convert.transfer import (
     share,
     unpack_dtypes,
     usual_dtype,
+    with_int8,
     write,
 )
 from sa2jax.convert.weights import (
@@ -44,6 +45,8 @@ from sa2jax.convert.weights import (
 )
 from sa2jax.errors import CheckpointError
 from sa2jax.models.step_audio import step_audio2
+from sa2jax.nn import Policy
+from sa2jax.quantize import quantized_leaves, scale_of
 
 SPEECH = token2wav.KIND
 
@@ -64,7 +67,7 @@ def llm_rules(cfg: StepAudio2Config) -> list[Rule]:
         rule(f"{hf_dec}.self_attn.k_proj.bias", f"{dec}.attn.k.bias", Split(0, kv)),
         rule(f"{hf_dec}.self_attn.v_proj.weight", f"{dec}.attn.v.kernel", Split(0, kv)),
         rule(f"{hf_dec}.self_attn.v_proj.bias", f"{dec}.attn.v.bias", Split(0, kv)),
-        rule(f"{hf_dec}.self_attn.o_proj.weight", f"{dec}.attn.o.kernel", Split(1, q)),
+        rule(f"{hf_dec}.self_attn.o_proj.weight", f"{dec}.attn.o.kernel"),
         rule(f"{hf_dec}.post_attention_layernorm.weight", f"{dec}.mlp_norm.scale"),
         rule(f"{hf_dec}.mlp.gate_proj.weight", f"{dec}.mlp.gate.kernel"),
         rule(f"{hf_dec}.mlp.up_proj.weight", f"{dec}.mlp.up.kernel"),
@@ -83,7 +86,7 @@ def llm_rules(cfg: StepAudio2Config) -> list[Rule]:
         rule(f"{hf_enc}.attn.key.weight", f"{enc}.attn.k.kernel", Split(0, heads)),
         rule(f"{hf_enc}.attn.value.weight", f"{enc}.attn.v.kernel", Split(0, heads)),
         rule(f"{hf_enc}.attn.value.bias", f"{enc}.attn.v.bias", Split(0, heads)),
-        rule(f"{hf_enc}.attn.out.weight", f"{enc}.attn.o.kernel", Split(1, heads)),
+        rule(f"{hf_enc}.attn.out.weight", f"{enc}.attn.o.kernel"),
         rule(f"{hf_enc}.attn.out.bias", f"{enc}.attn.o.bias"),
         rule(f"{hf_enc}.mlp_ln.weight", f"{enc}.mlp_norm.scale"),
         rule(f"{hf_enc}.mlp_ln.bias", f"{enc}.mlp_norm.bias"),
@@ -108,11 +111,18 @@ def leaf_shapes(cfg: StepAudio2Config) -> dict[str, tuple[int, ...]]:
     return {name: tuple(leaf.shape) for name, leaf in leaves.items()}
 
 
+def int8_kernels(cfg: StepAudio2Config, *, float_head: bool = False) -> list[str]:
+    """The leaves that `dtype="int8"` makes whole numbers of."""
+    policy = Policy(kernel=np.int8, head=np.float32 if float_head else None)
+    return quantized_leaves(checkpoint.flatten(step_audio2(cfg, policy).abstract))
+
+
 def convert(
     source: str | Path,
     out: str | Path,
     *,
     dtype: str | None = None,
+    float_head: bool = False,
     tokenizer: str | Path | None = None,
     overwrite: bool = False,
     progress: Tick | None = None,
@@ -126,7 +136,9 @@ def convert(
         source: folder with config.json and safetensors.
         out: folder to make; appears only when it is complete.
         dtype: `float32`, `bfloat16` or `float16`, of the language model; by default each tensor
-            keeps its own, as those of the detokenizer always do.
+            keeps its own, as those of the detokenizer always do. `int8` is that of the matrices,
+            with a scale for each output; embeddings, norms, biases and convolutions are bfloat16.
+        float_head: with int8, keep the matrix that makes logits in bfloat16.
         tokenizer: folder of the tokenizer files, by default `source`.
         overwrite: replace a checkpoint at `out`.
         progress: told about bytes done and bytes in all; see `weights.progress_bar`.
@@ -140,7 +152,12 @@ def convert(
     for folder in (source, source / SPEECH):
         if checkpoint.is_checkpoint(folder):
             raise CheckpointError(f"{folder} is converted already: expected a released folder")
-    cast = parse_dtype(dtype)
+    whole = dtype == "int8"
+    if float_head and not whole:
+        raise CheckpointError(
+            "float_head is for dtype int8: other dtypes are those of the head too"
+        )
+    cast = parse_dtype("bfloat16" if whole else dtype)
     if token2wav.stands_alone(source):
         done = token2wav.convert(source, out, overwrite=overwrite, progress=progress)
         return replace(done, notes=(*done.notes, *_kept(cast)))
@@ -149,6 +166,8 @@ def convert(
     speaks = token2wav.is_official(source / SPEECH)
     with SafetensorsFolder(source) as weights:
         plan = _plan(source, weights, cast)
+        if whole:
+            plan = with_int8(plan, int8_kernels(cfg, float_head=float_head))
         speech = token2wav.Official(source / SPEECH) if speaks else None
         total = plan.bytes + (speech.bytes if speech else 0)
         with folders.new_folder(out, overwrite=overwrite) as folder:
@@ -170,6 +189,8 @@ def convert(
                 "dtype": usual_dtype(plan.leaves).name,
                 "source_dtypes": pack_dtypes(weights.tensors),
             }
+            if whole:
+                info |= {"dtype": "int8", "int8": {"head": not float_head}}
             text = json.dumps(info, indent=2) + "\n"
             (folder / checkpoint.INFO).write_text(text, encoding="utf-8")
     return report(weights.tensors | _prefixed(speech), total, started, left_out, notes)
@@ -180,6 +201,7 @@ def export(
     out: str | Path,
     *,
     dtype: str | None = None,
+    dequantize: bool = False,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     progress: Tick | None = None,
@@ -191,6 +213,7 @@ def export(
         out: folder to make; appears only when it is complete.
         dtype: `float32`, `bfloat16` or `float16`, of the language model; by default what each
             tensor had before `convert`, as those of the detokenizer always do.
+        dequantize: write the numbers that int8 matrices stand for; without it, they are refused.
         max_shard_size: largest file of the language model, in bytes or such as `"5GB"`.
         overwrite: replace a checkpoint at `out`.
         progress: told about bytes done and bytes in all; see `weights.progress_bar`.
@@ -205,6 +228,12 @@ def export(
         done = token2wav.export(source, out, overwrite=overwrite, progress=progress)
         return replace(done, notes=(*done.notes, *_kept(cast)))
     weights = ModelFolder(source)
+    if weights.int8 and not dequantize:
+        raise CheckpointError(
+            f"{source} has int8 matrices, which a Hugging Face checkpoint of this model cannot "
+            "have: export it with --dequantize (rounded numbers in their old dtype), or export "
+            "the folder it was made from"
+        )
     speaks = token2wav.is_ours(source / SPEECH)
     speech = token2wav.Ours(source / SPEECH) if speaks else None
     tensors = {
@@ -223,23 +252,27 @@ def export(
         if cast is not None:
             _write_config_dtype(folder / "config.json", cast.name)
     notes = _kept(cast) if speech else ()
+    if weights.int8:
+        notes = (*notes, "the matrices were int8: their numbers are rounded")
     return report(tensors | _prefixed(speech), total, started, left_out, notes)
 
 
 def load_hf(
     folder: str | Path,
+    like: Mapping[str, Any] | None = None,
     *,
-    shardings: Mapping[str, Any] | None = None,
     dtype: Any = None,
+    change: checkpoint.Change | None = None,
     progress: Tick | None = None,
 ) -> checkpoint.Params:
     """Read a Hugging Face folder straight onto devices; host memory holds one tensor at a time.
 
     Args:
         folder: folder with config.json and safetensors.
-        shardings: `jax.sharding.Sharding` of each leaf, a nested dict as the model's parameters;
-            by default all on the first device.
-        dtype: cast to this on the way; by default as stored.
+        like: the wanted tree, of `jax.ShapeDtypeStruct` or of `jax.sharding.Sharding`; by default
+            all leaves as stored and on the first device.
+        dtype: cast to this on the way; by default as `like` says, or as stored.
+        change: what becomes of each leaf as soon as it is read.
         progress: told about bytes done and bytes in all.
 
     Returns:
@@ -251,12 +284,14 @@ def load_hf(
     """
     folder = Path(folder)
     with SafetensorsFolder(folder) as weights:
-        plan = _plan(folder, weights, None if dtype is None else np.dtype(dtype))
-        places = checkpoint.flatten(shardings) if shardings else dict.fromkeys(plan.leaves)
+        plan = _plan(folder, weights, None)
+        wanted = checkpoint.flatten(like) if like else dict.fromkeys(plan.leaves)
         done, params = 0, {}
         for name, info in plan.leaves.items():
+            kind, place = checkpoint.form_of(wanted[name], info.dtype, dtype)
             read = partial(read_part, plan, name)
-            params[name] = checkpoint.assemble(info.shape, info.dtype, places[name], read)
+            leaf = checkpoint.assemble(info.shape, kind, place, read)
+            params |= {name: leaf} if change is None else change(name, leaf)
             done += info.nbytes
             if progress:
                 progress(done, plan.bytes)
@@ -277,7 +312,12 @@ class ModelFolder(Stored):
         cfg = StepAudio2Config.from_hf(folder)
         leaves = checkpoint.open_leaves(folder)
         shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
-        checkpoint.require_fit(folder, shapes, leaf_shapes(cfg))
+        whole = info.get("int8")
+        wanted = leaf_shapes(cfg)
+        if whole is not None:
+            kernels = int8_kernels(cfg, float_head=not whole["head"])
+            wanted |= {scale_of(name): wanted[name][:-1] for name in kernels}
+        checkpoint.require_fit(folder, shapes, wanted)
         super().__init__(leaves, llm_rules(cfg))
         self.source_dtypes = unpack_dtypes(info.get("source_dtypes"), self.tensors)
 

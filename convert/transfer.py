@@ -9,7 +9,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -22,6 +22,7 @@ from sa2jax import checkpoint
 from sa2jax.convert.rules import OF_CONFIG, Placement, Rule, Shape, expand, match
 from sa2jax.convert.weights import DTYPES, TensorInfo, Tick, Weights, blocks, peak_memory
 from sa2jax.errors import CheckpointError
+from sa2jax.quantize import dequantize_block, quantize_block, quantized_leaves, scale_of
 
 SIDE_FILE_BYTES = 64 << 20
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".gguf", ".h5", ".npz")
@@ -174,14 +175,39 @@ def write(plan: Plan, arrays: Mapping[str, ts.TensorStore], tick: Tick) -> None:
     done, total = 0, plan.bytes
     for p in plan.placements:
         part = p.rule.forward([plan.weights.get(name) for name in p.sources])
-        target = arrays[p.leaf] if p.layer is None else arrays[p.leaf][p.layer]
-        for index in blocks(part, chunk_of(target)):
-            block = np.asarray(part[index], plan.leaves[p.leaf].dtype)
+        target, dtype = layer_of(arrays[p.leaf], p.layer), plan.leaves[p.leaf].dtype
+        chunk = chunk_of(target)
+        scales = None
+        if dtype == np.int8:
+            scales = layer_of(arrays[scale_of(p.leaf)], p.layer)
+            chunk = (*chunk[:-1], part.shape[-1])  # a row has one scale
+        for index in blocks(part, chunk, row_major=scales is not None):
+            if scales is not None:
+                block, scale = map(np.asarray, quantize_block(np.asarray(part[index])))
+                scales[index[:-1]].write(scale).result()
+                done += scale.nbytes
+            else:
+                block = np.asarray(part[index], dtype)
             target[index].write(block).result()
             for name in p.sources:
                 plan.weights.drop(name)
             done += block.nbytes
             tick(done, total)
+
+
+def with_int8(plan: Plan, kernels: Iterable[str]) -> Plan:
+    """The plan with these leaves as int8 numbers and float32 scales."""
+    leaves = dict(plan.leaves)
+    for name in kernels:
+        shape = leaves[name].shape
+        leaves[name] = TensorInfo(shape, np.dtype(np.int8))
+        leaves[scale_of(name)] = TensorInfo(shape[:-1], np.dtype(np.float32))
+    return replace(plan, leaves=leaves)
+
+
+def layer_of(leaf: ts.TensorStore, layer: int | None) -> ts.TensorStore:
+    """One layer of a stacked leaf, or the leaf."""
+    return leaf if layer is None else leaf[layer]
 
 
 def read_part(plan: Plan, leaf: str, index: tuple[slice, ...], out: np.ndarray) -> None:
@@ -220,11 +246,14 @@ class Stored:
 
     Attributes:
         tensors: shape and stored dtype by name.
+        int8: leaves that are int8 numbers with scales.
     """
 
     def __init__(self, leaves: Mapping[str, ts.TensorStore], rules: Iterable[Rule]):
         self._leaves = leaves
-        shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+        self.int8 = set(quantized_leaves(leaves))
+        scales = {scale_of(name) for name in self.int8}
+        shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items() if name not in scales}
         self.tensors: dict[str, TensorInfo] = {}
         self._found: dict[str, tuple[Placement, int]] = {}
         for p in expand(rules, shapes):
@@ -234,10 +263,13 @@ class Stored:
         self.tensors = dict(sorted(self.tensors.items(), key=lambda item: _natural(item[0])))
 
     def get(self, name: str) -> np.ndarray:
-        """Read one tensor, in its stored dtype."""
+        """Read one tensor, in its stored dtype; of int8 ones the float32 numbers they stand for."""
         p, i = self._found[name]
-        leaf = self._leaves[p.leaf] if p.layer is None else self._leaves[p.leaf][p.layer]
-        return p.rule.inverse(read_stored(leaf, name))[i]
+        array = read_stored(layer_of(self._leaves[p.leaf], p.layer), name)
+        if p.leaf in self.int8:
+            scales = layer_of(self._leaves[scale_of(p.leaf)], p.layer)
+            array = np.asarray(dequantize_block(array, read_stored(scales, name)))
+        return p.rule.inverse(array)[i]
 
     def drop(self, name: str) -> None:
         """Nothing is kept."""

@@ -25,6 +25,7 @@ from sa2jax.convert.weights import SafetensorsFolder, TensorInfo, Tick, Weights,
 from sa2jax.errors import CheckpointError
 from sa2jax.inference.speech_folder import find as find_speech
 from sa2jax.pipeline import StepAudio2
+from sa2jax.quantize import round_to_int8
 
 # First component of a released name -> the part it belongs to; our leaves start with the part.
 PARTS = {"model": "decoder", "lm_head": "decoder", "encoder": "audio_encoder"}
@@ -91,8 +92,8 @@ def verify(a: str | Path, b: str | Path, *, progress: Tick | None = None) -> Com
 
     The language model goes by its released names, the detokenizer by ours under `token2wav.`.
     Tensors of one dtype are compared bit by bit. Where the dtypes differ, both are first rounded to
-    the coarser one, which is what a conversion with `dtype` does. Kernels with a norm folded into
-    them may differ by `FOLD_TOLERANCE`.
+    the coarser one (int8 numbers with their scales, too), which is what a conversion with `dtype`
+    does. Kernels with a norm folded into them may differ by `FOLD_TOLERANCE`.
 
     Args:
         a: a Hugging Face folder or a model folder of this library, or a detokenizer's.
@@ -177,6 +178,9 @@ class _Whole:
 def _compare(name: str, first: Weights, second: Weights) -> tuple[float | None, float]:
     """The largest difference of one tensor, None where all bits agree, and its largest number."""
     x, y = np.atleast_1d(first.get(name)), np.atleast_1d(second.get(name))
+    kinds = [part.tensors[name].dtype == np.int8 for part in (first, second)]
+    if any(kinds):  # rounded to whole numbers and back, as the other was
+        x, y = (z if kind else round_to_int8(z) for z, kind in zip((x, y), kinds, strict=True))
     coarse = min(x.dtype, y.dtype, key=lambda dtype: dtype.itemsize)
     bits = np.dtype(f"u{coarse.itemsize}")
     distance, size = None, 0.0
@@ -314,7 +318,7 @@ class Inspection:
         parts: the model's parts, then `total`.
         rows: every tensor, layers folded together.
         memory: bytes that the parameters take when loaded in each dtype; a detokenizer keeps its
-            own.
+            own, and so do int8 matrices.
     """
 
     folder: str
@@ -360,12 +364,15 @@ def inspect(folder: str | Path) -> Inspection:
     total = _describe("total", everything)
     model = total.parameters - sum(info.size for info in spoken.values())
     fixed = sum(info.nbytes for info in spoken.values())
+    memory = {"float32": 4 * model + fixed, "bfloat16": 2 * model + fixed}
+    if any(info.dtype == np.int8 for info in everything):
+        memory = {"int8": total.bytes}
     return Inspection(
         folder=str(folder),
         kind=kind,
         parts=(*described, total),
         rows=tuple(sorted(rows, key=lambda row: (row.part, row.name))),
-        memory={"float32": 4 * model + fixed, "bfloat16": 2 * model + fixed},
+        memory=memory,
     )
 
 

@@ -142,7 +142,7 @@ def speech_tokenizer_rules(cfg: SpeechTokenizerConfig) -> list[Rule]:
         rule(f"{block}.attn.key.weight", f"{layers}.attn.k.kernel", Split(0, heads)),
         rule(f"{block}.attn.value.weight", f"{layers}.attn.v.kernel", Split(0, heads)),
         rule(f"{block}.attn.value.bias", f"{layers}.attn.v.bias", Split(0, heads)),
-        rule(f"{block}.attn.out.weight", f"{layers}.attn.o.kernel", Split(1, heads)),
+        rule(f"{block}.attn.out.weight", f"{layers}.attn.o.kernel"),
         rule(f"{block}.attn.out.bias", f"{layers}.attn.o.bias"),
         rule(f"{block}.attn.fsmn_block.weight", f"{layers}.attn.memory", conv),
         rule(f"{block}.mlp_ln.weight", f"{layers}.mlp_norm.scale"),

@@ -34,7 +34,7 @@ import tensorstore as ts
 from sa2jax.errors import CheckpointError
 from sa2jax.folders import disk_errors
 
-FORMAT = 1
+FORMAT = 2  # 1: the output matrices of attention had their heads apart
 INFO = "sa2jax.json"
 PARAMS = "params"
 CHUNK_BYTES = 16 << 20
@@ -42,6 +42,8 @@ PART_BYTES = 64 << 20  # read from disk at a time
 SMALL_BYTES = 1 << 20  # leaves up to this size are one chunk, layers and all
 
 Params = dict[str, Any]
+Tick = Callable[[int, int], None]  # told about bytes done and bytes in all
+Change = Callable[[str, jax.Array], dict[str, jax.Array]]  # a leaf by name to one or several
 
 
 def is_checkpoint(folder: str | Path) -> bool:
@@ -66,7 +68,9 @@ def read_info(folder: str | Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): convert the model again") from None
     if version != FORMAT:
-        raise CheckpointError(f"{path} has format {version}, expected {FORMAT}: update sa2jax")
+        newer = isinstance(version, int) and version > FORMAT
+        cure = "update sa2jax" if newer else "convert the model again"
+        raise CheckpointError(f"{path} has format {version}, expected {FORMAT}: {cure}")
     return info
 
 
@@ -90,7 +94,12 @@ def save(path: str | Path, params: Params, *, overwrite: bool = False) -> None:
 
 
 def load(
-    path: str | Path, like: Params | None = None, dtype: Any = None, *, branch: str = ""
+    path: str | Path,
+    like: Params | None = None,
+    dtype: Any = None,
+    *,
+    branch: str = "",
+    change: Change | None = None,
 ) -> Params:
     """Read parameters straight onto their devices; each host reads only what it holds.
 
@@ -100,6 +109,7 @@ def load(
             used) or of `jax.sharding.Sharding`. By default all leaves on the first device.
         dtype: cast floating leaves to this on the way; by default as `like` says, or as stored.
         branch: read only what lies under this dotted path.
+        change: what becomes of each leaf as soon as it is read.
 
     Raises:
         CheckpointError: if it is no checkpoint, is damaged, or does not fit `like`; all
@@ -116,16 +126,30 @@ def load(
     require_fit(Path(path), {name: tuple(leaf.shape) for name, leaf in leaves.items()}, shapes)
     params = {}
     for name, leaf in leaves.items():
-        want, stored = wanted[name], leaf.dtype.numpy_dtype
-        is_place = isinstance(want, jax.sharding.Sharding)
-        place = want if is_place else getattr(want, "sharding", None)
-        kind = dtype or (None if is_place else getattr(want, "dtype", None))
-        kind = kind if kind is not None and jnp.issubdtype(stored, jnp.floating) else stored
+        kind, place = form_of(wanted[name], leaf.dtype.numpy_dtype, dtype)
         try:
-            params[name] = assemble(tuple(leaf.shape), kind, place, partial(_read, leaf))
+            array = assemble(tuple(leaf.shape), kind, place, partial(_read, leaf))
         except (ValueError, OSError) as error:
             raise _damaged(_params_folder(path) / branch / name, error) from None
+        params |= {name: array} if change is None else change(name, array)
     return unflatten(params)
+
+
+def form_of(
+    want: Any, stored: np.dtype, dtype: Any = None
+) -> tuple[Any, jax.sharding.Sharding | None]:
+    """The dtype and the place of a leaf.
+
+    Args:
+        want: a `jax.ShapeDtypeStruct`, a `jax.sharding.Sharding`, or None.
+        stored: the dtype on disk; what is not floating keeps it.
+        dtype: the dtype asked for, if not that of `want`.
+    """
+    is_place = isinstance(want, jax.sharding.Sharding)
+    place = want if is_place else getattr(want, "sharding", None)
+    kind = dtype or (None if is_place else getattr(want, "dtype", None))
+    keep = kind is None or not jnp.issubdtype(stored, jnp.floating)
+    return stored if keep else kind, place
 
 
 def assemble(

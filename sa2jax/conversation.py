@@ -53,6 +53,7 @@ class Chat:
         options: sampling and limits.
         overflow: what happens when the context is full: `drop` the oldest turns, or `refuse`.
         max_tool_rounds: how often the model may call tools before an answer must stand.
+        replica: the part of the mesh that it runs on.
         session: the cache of what the model has read.
     """
 
@@ -77,7 +78,8 @@ class Chat:
         self.overflow: Overflow = overflow
         self.max_tool_rounds = max_tool_rounds
         self.rounds: list[list[Message]] = []
-        self.session = Session(model.generator)
+        self.replica = model.next_replica()
+        self.session = Session(model.replicas[self.replica])
         self._stream: Stream | None = None
         self._voice: Voice | None = None
         self.voice = voice
@@ -186,6 +188,7 @@ class Chat:
             options=self.options, overflow=self.overflow, max_tool_rounds=self.max_tool_rounds,
         )  # fmt: skip
         other.rounds, other.session = list(self.rounds), self.session.fork()
+        other.replica = self.replica
         other._voice_name = self._voice_name
         return other
 

@@ -38,3 +38,11 @@ class PromptError(Sa2jaxError):
 
 class ShardingError(Sa2jaxError):
     """A device mesh that does not fit the devices at hand."""
+
+
+class PlanError(Sa2jaxError):
+    """A plan for hardware that is unknown, or that cannot be made here."""
+
+
+class TrainError(Sa2jaxError):
+    """A training that cannot be set up as asked."""

@@ -7,20 +7,22 @@ joins it again inside a traced function.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from operator import itemgetter
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from sa2jax import sharding
+from sa2jax import kernels, sharding
 
 Params = dict[Any, Any]
+Remat = Literal["full", "dots"]
 M = TypeVar("M", bound=nnx.Module)
 
 
@@ -31,11 +33,23 @@ class Policy:
     Attributes:
         param: dtype of stored parameters.
         compute: dtype of activations and matrix products.
+        kernel: dtype of the matrices of `Linear`, by default that of parameters; int8 comes with a
+            float32 scale for each output, see `quantize`.
+        head: dtype of the matrix that makes logits, by default that of the other matrices.
+        cache: dtype of cached keys and values, by default that of activations; int8 likewise.
     Norms, softmax, rotary angles and losses are always float32.
     """
 
     param: DTypeLike = jnp.float32
     compute: DTypeLike = jnp.float32
+    kernel: DTypeLike | None = None
+    head: DTypeLike | None = None
+    cache: DTypeLike | None = None
+
+    @property
+    def of_head(self) -> "Policy":
+        """The policy of the head alone."""
+        return self if self.head is None else replace(self, kernel=self.head)
 
     @property
     def precision(self) -> jax.lax.Precision:
@@ -70,6 +84,13 @@ class Functional(Generic[M]):
             self.axes, self.abstract, is_leaf=is_axes,
         )  # fmt: skip
 
+    def placed(self, mesh: Mesh | None) -> Params:
+        """`abstract` with `shardings`: what a checkpoint is read into."""
+        if mesh is None:
+            return self.abstract
+        place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)  # noqa: E731
+        return jax.tree.map(place, self.abstract, self.shardings(mesh))
+
 
 def functional(make: Callable[[], M]) -> Functional[M]:
     """Describe the module that `make` builds without allocating any memory."""
@@ -79,9 +100,14 @@ def functional(make: Callable[[], M]) -> Functional[M]:
     return Functional(graphdef, nnx.to_pure_dict(state), nnx.to_pure_dict(axes))
 
 
-def init_params(make: Callable[[], nnx.Module]) -> Params:
-    """Random parameters of the module that `make` builds, as a plain nested dict."""
-    return jax.jit(lambda: nnx.to_pure_dict(nnx.state(make())))()
+def init_params(make: Callable[[], nnx.Module], shardings: Params | None = None) -> Params:
+    """Random parameters of the module that `make` builds, as a plain nested dict.
+
+    Args:
+        make: builds the module.
+        shardings: where they go, see `Functional.shardings`; by default the first device.
+    """
+    return jax.jit(lambda: nnx.to_pure_dict(nnx.state(make())), out_shardings=shardings)()
 
 
 def param(
@@ -126,9 +152,25 @@ def unstack(params: Params) -> Params:
 
 
 def over_layers(
-    body: Callable[[Any, tuple[Any, Any]], tuple[Any, Any]], carry: Any, layers: Any
+    body: Callable[[Any, tuple[Any, Any]], tuple[Any, Any]],
+    carry: Any,
+    layers: Any,
+    remat: Remat | None = None,
 ) -> tuple[Any, Any]:
-    """`jax.lax.scan` of `body` over (layer, index): stacked modules in a scan, a list in a loop."""
+    """`jax.lax.scan` of `body` over (layer, index): stacked modules in a scan, a list in a loop.
+
+    Args:
+        body: `(carry, (layer, index))` to the next carry and an output.
+        carry: the first one.
+        layers: a stacked module, or a list of modules.
+        remat: what a gradient computes a second time: everything but each layer's input (`full`),
+            or all but the results of matrix products (`dots`).
+    """
+    if remat is not None:
+        saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        body = jax.checkpoint(
+            body, prevent_cse=False, policy=saved if remat == "dots" else None
+        )  # fmt: skip
     if isinstance(layers, nnx.List):
         outputs = []
         for index, layer in enumerate(layers):
@@ -144,7 +186,8 @@ class Linear(nnx.Module):
 
     The kernel is stored outputs first, inputs last: one output's weights lie side by side, which is
     the layout that a matrix-vector product reads at full bandwidth on every backend, and that
-    released checkpoints have.
+    released checkpoints have. Several inputs are one axis, under the name of the first: a TPU would
+    move a kernel whose last two axes are heads and their width to another layout.
     """
 
     def __init__(
@@ -158,23 +201,41 @@ class Linear(nnx.Module):
     ):
         self.inputs = len(inputs)
         self.policy = policy
-        sizes, axes = (*outputs.values(), *inputs.values()), (*outputs, *inputs)
-        scale = math.prod(inputs.values()) ** -0.5
-        self.kernel = param(rngs, sizes, axes, dtype=policy.param, scale=scale)
         shape, names = tuple(outputs.values()), tuple(outputs)
+        width = math.prod(inputs.values())
+        sizes, axes = (*shape, width), (*names, next(iter(inputs)))
+        deviation = width**-0.5
+        kernel = jnp.dtype(policy.param if policy.kernel is None else policy.kernel)
+        whole = kernel == jnp.int8
+        self.kernel = param(rngs, sizes, axes, dtype=kernel, scale=32.0 if whole else deviation)
+        self.scale = param(rngs, shape, names, constant=deviation / 32) if whole else None
         self.bias = param(rngs, shape, names, dtype=policy.param, scale=0.02) if bias else None
+        # A low-rank product to be added, see `sa2jax.train.lora`.
+        self.lora_a: nnx.Param | None = None
+        self.lora_b: nnx.Param | None = None
+        self.lora_scale = 1.0
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
         """Contract the last dimensions of x with the kernel's inputs."""
         compute, kernel = self.policy.compute, self.kernel[...]
-        outputs, inputs = kernel.shape[: -self.inputs], kernel.shape[-self.inputs :]
-        # One plain matrix: with several axes a side XLA would transpose the kernel on every call.
-        matrix = kernel.reshape(math.prod(outputs), math.prod(inputs)).astype(compute)
+        outputs = kernel.shape[:-1]
         x = x.reshape(*x.shape[: x.ndim - self.inputs], -1).astype(compute)
-        contract = (((x.ndim - 1,), (1,)), ((), ()))
-        y = jax.lax.dot_general(x, matrix, contract, precision=self.policy.precision)
+        # One plain matrix: with several axes a side XLA would transpose the kernel on every call.
+        y = self._product(x, kernel.reshape(math.prod(outputs), -1))
+        if self.scale is not None:  # of each output: after the product it is exact, and cheaper
+            y = (y * self.scale[...].reshape(-1)).astype(compute)
+        if self.lora_a is not None and self.lora_b is not None:
+            a, b = self.lora_a[...], self.lora_b[...]
+            low = self._product(x, a)
+            y = y + self.lora_scale * self._product(low, b.reshape(-1, b.shape[-1]))
         y = y.reshape(*y.shape[:-1], *outputs)
         return y if self.bias is None else y + self.bias[...].astype(compute)
+
+    def _product(self, x: Float[Array, "*B D"], matrix: Array) -> Float[Array, "*B F"]:
+        contract = (((x.ndim - 1,), (1,)), ((), ()))
+        return jax.lax.dot_general(
+            x, matrix.astype(x.dtype), contract, precision=self.policy.precision
+        )
 
 
 class Conv1d(nnx.Module):
@@ -273,43 +334,86 @@ def rotary(
     return turned.astype(x.dtype)
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["keys", "segments"], meta_fields=["causal"])
+@dataclass(frozen=True, kw_only=True)
+class Mask:
+    """Which keys a query may look at: what all of the rules given allow.
+
+    Attributes:
+        causal: those of its own place and before.
+        keys: those that are marked, [B, S].
+        segments: those of its own segment, [B, T].
+    """
+
+    causal: bool = False
+    keys: Bool[Array, "B S"] | None = None
+    segments: Int[Array, "B T"] | None = None
+
+    def dense(self, steps: int) -> Bool[Array, "B T S"]:
+        """The whole table; one row for the batch if all its rows are alike."""
+        shape = (1, steps, steps)
+        mask = jnp.tril(jnp.ones(shape, bool)) if self.causal else jnp.ones(shape, bool)
+        if self.keys is not None:
+            mask = mask & self.keys[:, None]
+        if self.segments is not None:
+            mask = mask & (self.segments[:, :, None] == self.segments[:, None])
+        return mask
+
+
 def attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    mask: Bool[Array, "B T S"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    mask: Mask,
 ) -> Float[Array, "B T N H"]:
     """Scaled dot-product attention with a float32 softmax; float32 inputs are multiplied exactly.
+
+    The back end is chosen by the platform that a program is compiled for: one head after the other
+    on a CPU, splash attention on a TPU and cuDNN's flash attention on a GPU where they fit (half
+    precision, causal, heads of 128), `jax.nn.dot_product_attention` otherwise.
 
     Args:
         q: queries; N is a multiple of K, and each group of N/K queries shares one key head.
         k: keys.
         v: values.
-        mask: True where a query may look. A row without any True yields a mean over all keys.
+        mask: which keys a query may look at. A query that sees none yields a mean over all keys.
     """
     exact = "highest" if q.dtype == jnp.float32 else None
-    mesh = jax.sharding.get_abstract_mesh()
+    # Heads that are spread over devices are not gone through one by one.
+    choices = {"cpu": _all_heads if sharding.is_spread() else _head_by_head}
+    if mask.causal and mask.keys is None:
+        if kernels.splash_fits(q, k):
+            choices["tpu"] = _splash
+        if kernels.cudnn_fits(q) and mask.segments is None:
+            choices["cuda"] = _cudnn
     with jax.default_matmul_precision(exact):
-        if not mesh.empty and mesh.size > 1:  # heads are spread over devices: no loop over them
-            return _all_heads(q, k, v, mask)
-        return jax.lax.platform_dependent(q, k, v, mask, cpu=_head_by_head, default=_all_heads)
+        return jax.lax.platform_dependent(q, k, v, mask, **choices, default=_all_heads)
 
 
-def _all_heads(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
+def _all_heads(q: Array, k: Array, v: Array, mask: Mask) -> Array:
+    return jax.nn.dot_product_attention(q, k, v, mask=mask.dense(q.shape[1])[:, None])
 
 
-def _head_by_head(q: Array, k: Array, v: Array, mask: Array) -> Array:
+def _cudnn(q: Array, k: Array, v: Array, mask: Mask) -> Array:
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+
+
+def _splash(q: Array, k: Array, v: Array, mask: Mask) -> Array:
+    return kernels.splash(q, k, v, mask.segments)
+
+
+def _head_by_head(q: Array, k: Array, v: Array, mask: Mask) -> Array:
     """One key head after the other: its scores stay in a CPU's cache (2-3 times faster there)."""
     B, T, N, H = q.shape
     K = k.shape[2]
     rows = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B * K, N // K * T, H)
     keys, values = (x.swapaxes(1, 2).reshape(B * K, -1, H) for x in (k, v))
+    dense = mask.dense(T)
 
     def head(index_rows_keys_values):
         index, q, k, v = index_rows_keys_values
         scores = jnp.einsum("mh,sh->ms", q, k, preferred_element_type=jnp.float32) * H**-0.5
-        seen = jnp.tile(mask[index // K], (N // K, 1))  # [G*T, S]
+        seen = jnp.tile(dense[index // K % len(dense)], (N // K, 1))  # [G*T, S]
         scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
         return jax.nn.softmax(scores, axis=-1).astype(v.dtype) @ v
 
@@ -319,23 +423,49 @@ def _head_by_head(q: Array, k: Array, v: Array, mask: Array) -> Array:
 
 def cached_attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
-    mask: Bool[Array, "B T S"],
+    k: Shaped[Array, "L B K S H"],
+    v: Shaped[Array, "L B K S H"],
+    layer: Int[Array, ""] | int,
+    positions: Int[Array, "B T"],
+    scales: tuple[Float[Array, "L B K S"], Float[Array, "L B K S"]] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """`attention` over keys and values that lie heads first, as a cache holds them.
+    """Attention over the keys and values of one layer of a cache, as far as each query's position.
 
-    Queries of one key head are folded into rows of one matrix, so that both products are plain
-    batched matrix products and nothing of the cache is moved (on a CPU 3-4 times faster).
+    Args:
+        q: queries.
+        k: keys of all layers, heads before slots.
+        v: values of all layers.
+        layer: the layer to look at.
+        positions: the last slot that each query may look at; a query of a position that no slot
+            has is padding, and its result has no meaning.
+        scales: of int8 keys and values, one for each head and slot.
+    """
+    exact = "highest" if q.dtype == jnp.float32 else None
+    choices = {"tpu": kernels.decode} if kernels.decode_fits(q, k) else {}
+    with jax.default_matmul_precision(exact):
+        return jax.lax.platform_dependent(
+            q, k, v, layer, positions, scales, **choices, default=_folded
+        )
+
+
+def _folded(q, k, v, layer, positions, scales) -> Array:
+    """Queries of one key head are folded into rows of one matrix.
+
+    Both products are then plain batched matrix products, and nothing of the cache is moved (on a
+    CPU 3-4 times faster).
     """
     B, T, N, H = q.shape
-    K = k.shape[1]
-    exact = "highest" if q.dtype == jnp.float32 else None
-    with jax.default_matmul_precision(exact):
-        rows = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
-        scores = jnp.einsum("bkmh,bksh->bkms", rows, k, preferred_element_type=jnp.float32)
-        scores = scores.reshape(B, N, T, -1) * H**-0.5
-        scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, K, -1, k.shape[2])
-        out = jnp.einsum("bkms,bksh->bkmh", weights, v)
+    K, S = k.shape[2:4]
+    k, v = k[layer].astype(q.dtype), v[layer].astype(q.dtype)
+    rows = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
+    scores = jnp.einsum("bkmh,bksh->bkms", rows, k, preferred_element_type=jnp.float32)
+    if scales is not None:
+        scores = scores * scales[0][layer][:, :, None]
+    seen = jnp.arange(S)[None, None] <= positions[..., None]  # [B, T, S]
+    scores = scores.reshape(B, N, T, S) * H**-0.5
+    scores = jnp.where(seen[:, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).reshape(B, K, -1, S)
+    if scales is not None:
+        weights = weights * scales[1][layer][:, :, None]
+    out = jnp.einsum("bkms,bksh->bkmh", weights.astype(v.dtype), v)
     return out.reshape(B, N, T, H).swapaxes(1, 2)

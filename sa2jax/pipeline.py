@@ -8,6 +8,7 @@ chat.say("question.wav").audio
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -30,12 +31,14 @@ from sa2jax.chat.tool_schema import TIMEOUT
 from sa2jax.chat.toolbox import Toolbox
 from sa2jax.config import StepAudio2Config
 from sa2jax.conversation import Chat, Overflow
-from sa2jax.errors import CheckpointError, ConfigError, PromptError
+from sa2jax.errors import CheckpointError, PromptError
 from sa2jax.inference.generate import Generation, Generator, Options, Request
+from sa2jax.inference.loading import load, policy_of
+from sa2jax.inference.token2wav import Token2Wav
+from sa2jax.models.heads import spread_heads
 from sa2jax.models.step_audio import step_audio2, unstack_decoder
 from sa2jax.nn import Params, Policy
-from sa2jax.runtime import default_dtype, enable_compilation_cache
-from sa2jax.sharding import make_mesh
+from sa2jax.runtime import enable_compilation_cache
 from sa2jax.speech import AnyVoice, Speech
 from sa2jax.tasks import Progress, Style, Tasks, options_of
 
@@ -48,8 +51,8 @@ class StepAudio2(Tasks):
         params: its parameters, decoder layers stacked, as checkpoints have them.
         tokenizer: its tokenizer, or a function that reads it when it is first needed.
         speech: its detokenizer and voices, or a function that opens them when first needed.
-        dtype: dtype to compute in.
-        mesh: the device mesh the parameters are sharded over.
+        policy: its dtypes; by default those of the platform, see `loading.policy_of`.
+        mesh: the device mesh the parameters are sharded over, heads spread as it needs them.
         style: `chat` for models with turns, `base` for the pre-trained model without.
         batch_size: prompts that are answered at once.
     """
@@ -61,18 +64,18 @@ class StepAudio2(Tasks):
         tokenizer: Tokenizer | Callable[[], Tokenizer],
         *,
         speech: Speech | Callable[[], Speech] | None = None,
-        dtype: Any = None,
+        policy: Policy | None = None,
         mesh: Mesh | None = None,
         style: Style = "chat",
         batch_size: int = 8,
     ):
         self.cfg, self.style, self.batch_size = cfg, style, batch_size
-        self._tokenizer, self._speech = tokenizer, speech
-        compute = default_dtype() if dtype is None else jnp.dtype(dtype)
+        self._tokenizer, self._speech, self._turns = tokenizer, speech, itertools.count()
         # A scan over stacked layers copies each layer's weights on a CPU, see `nn.unstack`.
         stacked = jax.default_backend() != "cpu" or (mesh is not None and mesh.size > 1)
         params = params if stacked else unstack_decoder(params)
-        model = step_audio2(cfg, Policy(param=compute, compute=compute), stacked=stacked)
+        policy = policy_of(None) if policy is None else policy
+        model = step_audio2(spread_heads(cfg, mesh), policy, stacked=stacked)
         self.generator = Generator(model, params, cfg, mesh=mesh)
 
     @classmethod
@@ -82,6 +85,7 @@ class StepAudio2(Tasks):
         *,
         dtype: str | None = None,
         mesh: str | Mesh | None = None,
+        int8_cache: bool = False,
         tokenizer: str | Path | None = None,
         speech: str | Path | Speech | None = None,
         style: Style = "chat",
@@ -95,8 +99,10 @@ class StepAudio2(Tasks):
         Args:
             folder: made by `sa2jax convert`, or a Hugging Face checkpoint.
             dtype: dtype of weights and computation; by default bfloat16 on TPU and GPU, and float32
-                on a CPU, where bfloat16 is emulated.
+                on a CPU, where bfloat16 is emulated. `int8` is that of the matrices alone; they
+                have it always if the folder was made with it.
             mesh: devices to spread over, such as `"tensor=4"`; by default one device.
+            int8_cache: keep what was read (keys and values) as int8: half the memory.
             tokenizer: folder of the tokenizer files, if not the model's own.
             speech: the detokenizer and its voices, or their folder, if not the model's own.
             style: `chat`, or `base` for a pre-trained model that knows no turns.
@@ -106,30 +112,16 @@ class StepAudio2(Tasks):
         Raises:
             CheckpointError: if the folder is damaged, incomplete or of another model.
             ConfigError: if its config.json is not understood, or for another dtype.
-            ShardingError: for a mesh that does not fit the devices.
+            ShardingError: for a mesh that does not fit the devices or the model.
         """
         enable_compilation_cache()
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise CheckpointError(f"no folder {folder}: expected a model folder")
-        cfg = StepAudio2Config.from_hf(folder)
-        if dtype not in (None, "float32", "bfloat16", "float16"):
-            raise ConfigError(f"dtype {dtype!r}: expected float32, bfloat16 or float16")
-        kind = default_dtype() if dtype is None else jnp.dtype(dtype)
-        mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
-        model = step_audio2(cfg, Policy(param=kind, compute=kind))
-        shardings = None if mesh is None else model.shardings(mesh)
-        if checkpoint.is_checkpoint(folder):
-            params = checkpoint.load(folder, shardings, dtype=kind)
-        else:
-            from sa2jax.convert.hf import load_hf
-
-            params = load_hf(folder, shardings=shardings, dtype=kind, progress=progress)
+        found = load(folder, dtype=dtype, mesh=mesh, int8_cache=int8_cache, progress=progress)
+        home = folder if speech is None else speech
         return cls(
-            cfg, params, lambda: Tokenizer.from_folder(tokenizer or folder),
-            speech=speech if isinstance(speech, Speech)
-            else lambda: Speech.from_pretrained(folder if speech is None else speech),
-            dtype=kind, mesh=mesh, style=style, batch_size=batch_size,
+            found.cfg, found.params, lambda: Tokenizer.from_folder(tokenizer or folder),
+            speech=home if isinstance(home, Speech)
+            else lambda: Speech.from_pretrained(home, mesh=found.mesh),
+            policy=found.policy, mesh=found.mesh, style=style, batch_size=batch_size,
         )  # fmt: skip
 
     @cached_property
@@ -152,6 +144,19 @@ class StepAudio2(Tasks):
         if self._speech is None:
             raise CheckpointError("this model was made without a detokenizer: it cannot speak")
         return self._speech if isinstance(self._speech, Speech) else self._speech()
+
+    @cached_property
+    def replicas(self) -> list[Generator]:
+        """Generators that work apart: one for each index of the mesh's data axis."""
+        return self.generator.replicas()
+
+    def next_replica(self) -> int:
+        """The replica of the next conversation: each in turn."""
+        return next(self._turns) % len(self.replicas)
+
+    def token2wav(self, replica: int) -> Token2Wav:
+        """What speaks where a replica thinks."""
+        return self.speech.token2wav if len(self.replicas) == 1 else self.speech.replicas[replica]
 
     @property
     def sample_rate(self) -> int:

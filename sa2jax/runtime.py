@@ -6,6 +6,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from sa2jax.errors import ShardingError
+
 BUCKETS = 8  # per doubling: at most an eighth of a padded array is padding
 
 
@@ -19,6 +21,33 @@ def enable_compilation_cache() -> None:
     if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(home) / "sa2jax" / "xla"))
+
+
+def start_distributed() -> int:
+    """Join the processes of a multi-host run; to be called before anything is computed.
+
+    On TPU pods, Slurm, Kubernetes and Open MPI everything is found out; elsewhere
+    `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` say it.
+
+    Returns:
+        The number of this process.
+
+    Raises:
+        ShardingError: if the others cannot be found.
+    """
+    count, own = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
+    try:
+        jax.distributed.initialize(
+            num_processes=None if count is None else int(count),
+            process_id=None if own is None else int(own),
+        )
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ShardingError(
+            f"the hosts of this run cannot be joined ({reason}): where they cannot find each "
+            "other, set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+        ) from None
+    return jax.process_index()
 
 
 def round_up(size: int, unit: int = 1) -> int:

@@ -6,7 +6,8 @@ that its mesh axis does not divide stays replicated, and that is logged once.
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -22,6 +23,7 @@ MESH_AXES = ("data", "fsdp", "tensor")
 # Logical axis -> mesh axis or axes. Axes that are not listed are never split.
 RULES: Mapping[str, str | tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
+    "rows": "data",  # a batch whose widths are split over fsdp, on their way
     "embed": "fsdp",
     "vocab": "tensor",
     "heads": "tensor",
@@ -48,7 +50,7 @@ def make_mesh(spec: str | Mapping[str, int] | None = None, devices: Any = None) 
     if spec is None:
         sizes = {"tensor": len(devices)}
     elif isinstance(spec, str):
-        sizes = _parse(spec)
+        sizes = parse_mesh(spec)
     else:
         sizes = dict(spec)
     unknown = set(sizes) - set(MESH_AXES)
@@ -86,7 +88,8 @@ def spec_of(
         target = RULES.get(axis) if axis is not None else None
         ways = _ways(mesh, target)
         if target is not None and ways > 1 and size % ways:
-            _say_once(str(axis), size, str(target), ways)
+            if size > 1:  # a single row cannot be meant to be split
+                _say_once(str(axis), size, str(target), ways)
             target = None
         entries.append(target if ways > 1 else None)
     return PartitionSpec(*entries)
@@ -99,13 +102,66 @@ def sharding_of(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh) ->
 
 def shard(x: jax.Array, *axes: str | None) -> jax.Array:
     """Constrain an activation to its rule on the mesh in use; without a mesh, nothing happens."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if not is_spread():
         return x
-    return jax.lax.with_sharding_constraint(x, spec_of(x.shape, axes, mesh))
+    spec = spec_of(x.shape, axes, jax.sharding.get_abstract_mesh())
+    return jax.lax.with_sharding_constraint(x, spec)
 
 
-def _parse(spec: str) -> dict[str, int]:
+def is_spread() -> bool:
+    """Whether XLA spreads arrays over devices here: on a mesh, and not in one device's part."""
+    mesh = jax.sharding.get_abstract_mesh()
+    alone = mesh.empty or mesh.size == 1
+    return not alone and AxisType.Manual not in mesh.axis_types
+
+
+def ways_of(axis: str) -> int:
+    """Size of a mesh axis of the mesh in use; 1 without a mesh."""
+    return _ways(jax.sharding.get_abstract_mesh(), axis) if is_spread() else 1
+
+
+def using(mesh: Mesh | None) -> AbstractContextManager:
+    """Run what is inside on a mesh, if there is one."""
+    return nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def tensor_ways(mesh: Mesh | None) -> int:
+    """Shards of one matrix on a mesh."""
+    return 1 if mesh is None else _ways(mesh, "tensor")
+
+
+def batch_ways(mesh: Mesh | None) -> int:
+    """Parts of a batch on a mesh."""
+    return 1 if mesh is None else _ways(mesh, RULES["batch"])
+
+
+def on_each_device(
+    run: Callable[..., jax.Array],
+    inputs: Sequence[Sequence[str | None]],
+    output: Sequence[str | None],
+) -> Callable[..., jax.Array]:
+    """A kernel that runs on each device's own part; without a mesh, on all there is.
+
+    Args:
+        run: what XLA cannot split by itself.
+        inputs: logical axes of each argument; arrays of one argument share them.
+        output: logical axes of the result, which is split as the argument with the same axes.
+    """
+    if not is_spread():
+        return run
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def split(*args):
+        of = lambda axes: lambda x: spec_of(x.shape, axes, mesh)  # noqa: E731
+        specs = tuple(jax.tree.map(of(axes), arg) for axes, arg in zip(inputs, args, strict=True))
+        out = specs[[tuple(axes) for axes in inputs].index(tuple(output))]
+        return jax.shard_map(run, in_specs=specs, out_specs=out, check_vma=False)(*args)
+
+    return split
+
+
+def parse_mesh(spec: str) -> dict[str, int]:
+    """Sizes of the axes that a spec such as `data=2,tensor=4` names."""
     try:
         pairs = [item.split("=") for item in spec.replace(" ", "").split(",") if item]
         sizes = {name: int(size) for name, size in pairs}
@@ -116,6 +172,53 @@ def _parse(spec: str) -> dict[str, int]:
         raise ShardingError(
             f"mesh {spec!r}: expected one axis=size pair per axis, such as 'data=2,tensor=4'"
         ) from None
+
+
+def over_rows(
+    run: Callable[..., Any], mesh: Mesh | None, rows: int, in_axes: Any, out_axes: Any
+) -> Callable[..., Any]:
+    """Deal out the rows of a batch to all devices; each computes its own, and nothing is sent.
+
+    Args:
+        run: what is computed for some rows as for all.
+        mesh: the devices; rows that they do not divide are computed by each of them.
+        rows: of the batch.
+        in_axes: the axis of the rows in each argument, −1 for none, as `jax.vmap` takes it.
+        out_axes: likewise of the results.
+    """
+    if mesh is None or mesh.size == 1:
+        return run
+
+    def spec(axis: int) -> PartitionSpec:
+        whole = axis < 0 or rows % mesh.size
+        return PartitionSpec() if whole else PartitionSpec(*[None] * axis, MESH_AXES)
+
+    specs = {"in_specs": jax.tree.map(spec, in_axes), "out_specs": jax.tree.map(spec, out_axes)}
+    return jax.shard_map(run, mesh=mesh, check_vma=False, **specs)
+
+
+def replicas(mesh: Mesh) -> list[Mesh]:
+    """One mesh for each index of the data axis: what works on its own batch, alone."""
+    auto = (AxisType.Auto,) * len(MESH_AXES)
+    return [Mesh(devices[None], MESH_AXES, axis_types=auto) for devices in mesh.devices]
+
+
+def replica_of(tree: Any, mesh: Mesh) -> Any:
+    """The copies of arrays that lie on a replica's devices already; nothing is moved.
+
+    Args:
+        tree: arrays on the whole mesh, replicated over its data axis.
+        mesh: one of its `replicas`.
+    """
+    devices = {device.id for device in mesh.devices.flat}
+
+    def take(x: jax.Array) -> jax.Array:
+        assert isinstance(x.sharding, NamedSharding)
+        here = NamedSharding(mesh, x.sharding.spec)
+        own = [part.data for part in x.addressable_shards if part.device.id in devices]
+        return jax.make_array_from_single_device_arrays(x.shape, here, own)
+
+    return jax.tree.map(take, tree)
 
 
 def _ways(mesh: Mesh | AbstractMesh, target: str | tuple[str, ...] | None) -> int:

@@ -14,6 +14,7 @@ from typing import Any, Self, overload
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from sa2jax import audio
@@ -22,6 +23,7 @@ from sa2jax.inference.speech_folder import SPEAKING, SpeechFolder
 from sa2jax.inference.token2wav import CHUNK, Codes, Token2Wav
 from sa2jax.inference.voices import MAX_SECONDS, Voice
 from sa2jax.runtime import enable_compilation_cache
+from sa2jax.sharding import make_mesh
 
 AnyVoice = Voice | str | Path
 WHOLE = 1500  # codes (a minute) of a reply that is spoken in one piece; longer ones are streamed
@@ -36,6 +38,7 @@ class Speech:
         steps: Euler steps of the flow: fewer are faster and rougher.
         guidance: weight of what the voice and the codes change, by default the checkpoint's.
         batch_size: replies that are made at once.
+        mesh: devices to spread over.
     """
 
     def __init__(
@@ -46,12 +49,14 @@ class Speech:
         steps: int = 10,
         guidance: float | None = None,
         batch_size: int = 8,
+        mesh: str | Mesh | None = None,
     ):
         if steps < 1 or batch_size < 1:
             raise ConfigError(f"expected steps and batch_size >= 1, got {steps} and {batch_size}")
         self.folder = folder
         self._options = {
             "dtype": dtype, "steps": steps, "guidance": guidance, "batch_size": batch_size,
+            "mesh": make_mesh(mesh) if isinstance(mesh, str) else mesh,
         }  # fmt: skip
 
     @classmethod
@@ -64,6 +69,7 @@ class Speech:
 
         Raises:
             CheckpointError: if the folder has no detokenizer, or a damaged one.
+            ShardingError: for a mesh that does not fit the devices.
         """
         enable_compilation_cache()
         return cls(SpeechFolder(home), **options)
@@ -72,6 +78,11 @@ class Speech:
     def token2wav(self) -> Token2Wav:
         """Flow and vocoder, loaded."""
         return Token2Wav(self.folder.cfg, self.folder.params(SPEAKING), **self._options)
+
+    @cached_property
+    def replicas(self) -> list[Token2Wav]:
+        """One for each index of the mesh's data axis, for conversations."""
+        return self.token2wav.replicas()
 
     @property
     def sample_rate(self) -> int:

@@ -171,7 +171,7 @@ class Stream(Iterator[ReplyPiece]):
             speaker = None
             if self._voice is not None:
                 speaker = Speaker(
-                    chat.model.speech.token2wav, self._voice, chunk=self._chunk,
+                    chat.model.token2wav(chat.replica), self._voice, chunk=self._chunk,
                     first=self._first, seed=self._options.seed,
                 )  # fmt: skip
             pieces = step.run(

@@ -140,12 +140,18 @@ def tiny_params(cfg: StepAudio2Config, *, seed: int = 0) -> Params:
     """Random float32 parameters under which greedy replies vary with every part of a prompt."""
     rng = np.random.default_rng(seed)
 
-    def fill(name: str, tree: Any) -> Any:
+    def fill(name: str, tree: Any, width: int | None = None) -> Any:
         if isinstance(tree, dict):
-            return {key: fill(key, tree[key]) for key in sorted(tree)}
+            # What heads found weighs as much as if there were one.
+            head_dim = tree["q"]["kernel"].shape[-2] if "q" in tree else width
+            return {
+                key: fill(key, tree[key], head_dim if key in ("o", "kernel") else None)
+                for key in sorted(tree)
+            }
         noise = rng.standard_normal(tree.shape, np.float32)
         plain = {"scale": 1 + noise / 10, "bias": noise / 10}
-        return jnp.asarray(plain.get(name, noise * np.float32(2 * tree.shape[-1] ** -0.5)))
+        size = width or tree.shape[-1]
+        return jnp.asarray(plain.get(name, noise * np.float32(2 * size**-0.5)))
 
     return fill("", step_audio2(cfg).abstract)
 

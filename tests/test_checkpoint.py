@@ -168,7 +168,8 @@ def test_chunks_stay_within_a_layer_and_a_size(shape, chunk):
     [
         ("{", "is damaged"),
         ("[]", "is damaged"),
-        (json.dumps({"format": 99}), "format 99, expected 1: update sa2jax"),
+        (json.dumps({"format": 99}), "format 99, expected 2: update sa2jax"),
+        (json.dumps({"format": 1}), "format 1, expected 2: convert the model again"),
     ],
 )
 def test_info_that_cannot_be_understood(tmp_path, text, message):

@@ -365,7 +365,12 @@ def test_loading_tells_its_progress(folder):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"dtype": "int8"}, ConfigError, "dtype 'int8': expected float32, bfloat16 or float16"),
+        (
+            {"dtype": "int4"},
+            ConfigError,
+            "dtype 'int4': expected float32, bfloat16, float16 or int8",
+        ),
+        ({"mesh": "tensor=5"}, ShardingError, "5 devices, but"),
         ({"dtype": "big"}, ConfigError, "dtype 'big'"),
         ({"mesh": "tensor=1024"}, ShardingError, "needs 1024 devices"),
         ({"mesh": "model=1"}, ShardingError, "expected sizes of at least 1 for data"),

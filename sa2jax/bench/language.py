@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from sa2jax import audio
 from sa2jax.bench.common import (
@@ -26,10 +27,13 @@ from sa2jax.bench.common import (
 from sa2jax.config import StepAudio2Config
 from sa2jax.errors import ConfigError
 from sa2jax.inference.generate import Generator, Options, Request
+from sa2jax.inference.loading import policy_of
 from sa2jax.inference.session import Session
+from sa2jax.models.heads import spread_heads
 from sa2jax.models.step_audio import StepAudio2Model, step_audio2, unstack_decoder
 from sa2jax.nn import Policy, init_params
-from sa2jax.runtime import default_dtype, enable_compilation_cache
+from sa2jax.runtime import enable_compilation_cache
+from sa2jax.sharding import make_mesh
 
 TURN = 48  # tokens of a conversation's next question
 
@@ -42,6 +46,7 @@ def bench(
     seconds: float = 25.0,
     repeats: int = 3,
     dtype: str | None = None,
+    mesh: str | None = None,
     reference: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Bench:
@@ -53,20 +58,24 @@ def bench(
         tokens: length of the reply that the official loop without a cache is charged for.
         seconds: length of the recording that is encoded, at most 25.
         repeats: rounds.
-        dtype: dtype of weights and computation; by default bfloat16, float32 on a CPU.
+        dtype: dtype of weights and computation; by default bfloat16, float32 on a CPU. int8 is that
+            of the matrices; the reference has the dtype of the computation.
+        mesh: devices to spread over, such as `tensor=4`.
         reference: time transformers as well, if torch is installed.
         progress: told about rounds done and rounds in all.
 
     Raises:
         ConfigError: for an unknown size, or lengths that cannot be timed.
+        ShardingError: for a mesh that does not fit the devices.
     """
     if repeats < 1 or tokens < 2 or prompt < 1 or not 0.1 <= seconds <= 25:
         raise ConfigError("expected repeats >= 1, tokens >= 2, prompt >= 1, seconds in 0.1..25")
     enable_compilation_cache()
     cfg = StepAudio2Config.preset(size)
-    kind = default_dtype() if dtype is None else jnp.dtype(dtype)
-    ours = Ours(cfg, kind, prompt, seconds)
-    theirs = _reference(cfg, kind.name, prompt, seconds) if reference else None
+    policy = policy_of(dtype)
+    where = None if mesh is None else make_mesh(mesh)
+    ours = Ours(cfg, policy, prompt, seconds, where)
+    theirs = _reference(cfg, jnp.dtype(policy.compute).name, prompt, seconds) if reference else None
     steps = min(tokens, 32)
     sides = {OURS: ours.parts(steps)} | ({} if theirs is None else {REFERENCE: theirs.parts(steps)})
     times = take_turns(sides, repeats, progress)
@@ -101,16 +110,26 @@ def bench(
 class Ours:
     """This library with random weights."""
 
-    def __init__(self, cfg: StepAudio2Config, dtype: Any, prompt: int, seconds: float):
-        stacked = jax.default_backend() != "cpu"
-        policy = Policy(param=dtype, compute=dtype)
-        params = init_params(lambda: StepAudio2Model(cfg, policy=policy, rngs=nnx.Rngs(0)))
+    def __init__(
+        self,
+        cfg: StepAudio2Config,
+        policy: Policy,
+        prompt: int,
+        seconds: float,
+        mesh: Mesh | None = None,
+    ):
+        wide = spread_heads(cfg, mesh)
+        make = lambda: StepAudio2Model(wide, policy=policy, rngs=nnx.Rngs(0))  # noqa: E731
+        places = None if mesh is None else step_audio2(wide, policy).shardings(mesh)
+        params = init_params(make, places)
+        stacked = jax.default_backend() != "cpu" or (mesh is not None and mesh.size > 1)
         decoder = params["decoder"]
         # Of the embedding table a step reads one row; everything else it reads whole.
         read = [decoder["layers"], decoder["head"]]
         self.decoder_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(read))
         params = params if stacked else unstack_decoder(params)
-        self.generator = Generator(step_audio2(cfg, policy, stacked=stacked), params, cfg)
+        model = step_audio2(wide, policy, stacked=stacked)
+        self.generator = Generator(model, params, cfg, mesh=mesh)
         rng = np.random.default_rng(0)
         self.request = Request(rng.integers(0, cfg.decoder.vocab, prompt).astype(np.int32))
         frames = int(audio.num_frames(int(seconds * audio.SAMPLE_RATE)))

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from sa2jax import audio
 from sa2jax.bench.common import OURS, REFERENCE, Bench, Row, Times, machine, row, take_turns
@@ -23,6 +24,7 @@ from sa2jax.models.speech_tokenizer import speech_tokenizer
 from sa2jax.models.vocoder import vocoder
 from sa2jax.nn import Params
 from sa2jax.runtime import enable_compilation_cache
+from sa2jax.sharding import make_mesh
 from sa2jax.speech_config import Token2WavConfig
 
 SECONDS, FACTOR = "s, less is better", "s/s, less is better"
@@ -38,6 +40,7 @@ def bench_speech(
     prompt_seconds: float = 3.0,
     repeats: int = 3,
     dtype: str = "float32",
+    mesh: str | None = None,
     reference: bool = True,
     progress: Callable[[int, int], None] | None = None,
     cfg: Token2WavConfig | None = None,
@@ -51,6 +54,7 @@ def bench_speech(
         prompt_seconds: length of the voice that streams speak with.
         repeats: rounds.
         dtype: of the flow's weights and computation; the other networks are float32.
+        mesh: devices to deal streams out to, such as `data=4`.
         reference: time the official code as well, if it is installed.
         progress: told about rounds done and rounds in all.
         cfg: sizes, by default the released ones.
@@ -66,7 +70,7 @@ def bench_speech(
     enable_compilation_cache()
     cfg = Token2WavConfig.released() if cfg is None else cfg
     work = cfg, round(seconds * CODE_RATE), round(prompt_seconds * CODE_RATE), chunk
-    sides = {OURS: Ours(*work, dtype).parts(streams)}
+    sides = {OURS: Ours(*work, dtype, None if mesh is None else make_mesh(mesh)).parts(streams)}
     theirs = _reference(*work) if reference else None
     if theirs is not None:
         sides[REFERENCE] = theirs.parts(streams)
@@ -84,16 +88,25 @@ class Ours:
         prompt: codes of the voice that streams speak with.
         chunk: codes of a chunk.
         dtype: of the flow.
+        mesh: devices to deal streams out to.
     """
 
-    def __init__(self, cfg: Token2WavConfig, codes: int, prompt: int, chunk: int, dtype: str):
+    def __init__(
+        self,
+        cfg: Token2WavConfig,
+        codes: int,
+        prompt: int,
+        chunk: int,
+        dtype: str,
+        mesh: Mesh | None = None,
+    ):
         params = {
             "flow": random_params(flow_model(cfg.flow).abstract),
             "vocoder": random_params(vocoder(cfg.vocoder).abstract),
             "speech_tokenizer": random_params(speech_tokenizer(cfg.speech_tokenizer).abstract),
             "speaker_encoder": random_params(speaker_encoder(cfg.speaker_encoder).abstract),
         }
-        self.speak = Token2Wav(cfg, params, dtype=dtype)
+        self.speak = Token2Wav(cfg, params, dtype=dtype, mesh=mesh)
         self.analyzer = VoiceAnalyzer(cfg, params, analysis="")
         self.rng, self.cfg, self.chunk, self.seed = np.random.default_rng(0), cfg, chunk, 0
         self.clip = self._normal(codes * audio.SAMPLE_RATE // CODE_RATE) / 10

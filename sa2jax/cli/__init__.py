@@ -16,6 +16,7 @@ from sa2jax.cli.checkpoints import convert, export, inspect, verify
 from sa2jax.cli.converse import chat, tts
 from sa2jax.cli.hear import asr, caption, translate
 from sa2jax.cli.measure import bench
+from sa2jax.cli.plan import plan
 from sa2jax.cli.speak import reconstruct, tokenize, vocode, voice
 from sa2jax.errors import Sa2jaxError
 
@@ -34,6 +35,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "verify": verify,
     "inspect": inspect,
     "bench": bench,
+    "plan": plan,
 }
 
 

@@ -3,7 +3,7 @@
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -15,7 +15,8 @@ def convert(
     source: Source,
     out: Out,
     *,
-    dtype: Dtype | None = None,
+    dtype: Dtype | Literal["int8"] | None = None,
+    float_head: bool = False,
     tokenizer: Path | None = None,
     overwrite: bool = False,
     json: bool = False,
@@ -25,7 +26,8 @@ def convert(
     Args:
         source: Hugging Face folder.
         out: Folder to make; it appears only when it is complete.
-        dtype: Dtype to store; by default each tensor keeps its own.
+        dtype: Dtype to store; by default each tensor keeps its own. int8 is that of the matrices.
+        float_head: With int8, keep the matrix that makes logits in bfloat16.
         tokenizer: Folder of the tokenizer files, if the source has none.
         overwrite: Replace a checkpoint at OUT.
         json: Print JSON.
@@ -35,8 +37,9 @@ def convert(
 
     with common.bar("converting") as tick:
         report = convert(
-            source, out, dtype=dtype, tokenizer=tokenizer, overwrite=overwrite, progress=tick
-        )
+            source, out, dtype=dtype, float_head=float_head, tokenizer=tokenizer,
+            overwrite=overwrite, progress=tick,
+        )  # fmt: skip
     _report(report, out, json)
 
 
@@ -45,6 +48,7 @@ def export(
     out: Out,
     *,
     dtype: Dtype | None = None,
+    dequantize: bool = False,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
     json: bool = False,
@@ -55,6 +59,7 @@ def export(
         source: Folder made by `sa2jax convert`.
         out: Folder to make; it appears only when it is complete.
         dtype: Dtype to store; by default what each tensor had before it was converted.
+        dequantize: Write the numbers that int8 matrices stand for.
         max_shard_size: Largest file.
         overwrite: Replace a checkpoint at OUT.
         json: Print JSON.
@@ -64,8 +69,8 @@ def export(
 
     with common.bar("exporting") as tick:
         report = export(
-            source, out, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite,
-            progress=tick,
+            source, out, dtype=dtype, dequantize=dequantize, max_shard_size=max_shard_size,
+            overwrite=overwrite, progress=tick,
         )  # fmt: skip
     _report(report, out, json)
 

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,26 @@ Files = tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="
 Source = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="SOURCE")]]
 Out = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
 Dtype = Literal["float32", "bfloat16", "float16"]
+ModelDtype = Literal["float32", "bfloat16", "float16", "int8"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Devices:
+    """What a command runs on."""
+
+    mesh: str | None = None
+    """Devices to spread over, such as `tensor=4` or `data=2,tensor=4`; by default one."""
+    distributed: bool = False
+    """Join the other hosts of a multi-host machine first; all of them run the same command."""
+
+    def join_hosts(self) -> None:
+        """Start the multi-host run, if this is one; only the first host prints."""
+        if not self.distributed:
+            return
+        from sa2jax.runtime import start_distributed
+
+        if start_distributed() > 0:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def stay_on_host() -> None:

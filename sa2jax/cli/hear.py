@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from sa2jax.cli import common, sound
-from sa2jax.cli.common import Dtype, Files
+from sa2jax.cli.common import Devices, Files, ModelDtype
 from sa2jax.cli.sound import MaybeWavOut
 
 if TYPE_CHECKING:
@@ -16,15 +16,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions:
+class ModelOptions(Devices):
     """Which model to use, and how."""
 
     model: Path
     """Model folder made by `sa2jax convert`, or a Hugging Face folder."""
-    dtype: Dtype | None = None
-    """Dtype of weights and computation; by default bfloat16, float32 on a CPU."""
-    mesh: str | None = None
-    """Devices to spread over, such as `tensor=4`."""
+    dtype: ModelDtype | None = None
+    """Dtype of weights and computation; by default bfloat16, float32 on a CPU. int8 is that of
+    the matrices alone."""
+    int8_cache: bool = False
+    """Keep what was read as int8: half the memory for long or many conversations."""
     tokenizer: Path | None = None
     """Folder of the tokenizer files, if not the model's own."""
     detokenizer: Path | None = None
@@ -36,13 +37,14 @@ class ModelOptions:
 
     def load(self) -> "StepAudio2":
         """Read the model, with a progress bar."""
+        self.join_hosts()
         from sa2jax.pipeline import StepAudio2
 
         with common.bar("loading") as tick:
             return StepAudio2.from_pretrained(
-                self.model, dtype=self.dtype, mesh=self.mesh, tokenizer=self.tokenizer,
-                speech=self.detokenizer, style=self.style, batch_size=self.batch_size,
-                progress=tick,
+                self.model, dtype=self.dtype, mesh=self.mesh, int8_cache=self.int8_cache,
+                tokenizer=self.tokenizer, speech=self.detokenizer, style=self.style,
+                batch_size=self.batch_size, progress=tick,
             )  # fmt: skip
 
 

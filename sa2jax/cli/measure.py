@@ -5,7 +5,7 @@ from dataclasses import asdict
 import tyro
 
 from sa2jax.cli import common
-from sa2jax.cli.common import Dtype
+from sa2jax.cli.common import ModelDtype
 
 
 def bench(
@@ -17,7 +17,8 @@ def bench(
     streams: tuple[int, ...] = (1, 8),
     chunk: int = 25,
     repeats: int = 3,
-    dtype: Dtype | None = None,
+    dtype: ModelDtype | None = None,
+    mesh: str | None = None,
     reference: bool = True,
     json: bool = False,
 ):
@@ -35,7 +36,8 @@ def bench(
         chunk: Codes of a stream's chunk; 25 are a second.
         repeats: Rounds; each times everything once, the median counts.
         dtype: Dtype of weights and computation; by default bfloat16, float32 on a CPU and for
-            `token2wav`.
+            `token2wav`. int8 is that of the language model's matrices.
+        mesh: Devices to spread over, such as `tensor=4`.
         reference: Time transformers, or the official detokenizer, in the same rounds, if torch is
             installed.
         json: Print JSON.
@@ -46,12 +48,12 @@ def bench(
         if size == "token2wav":
             result = bench.bench_speech(
                 seconds=seconds or 12.0, streams=streams, chunk=chunk, repeats=repeats,
-                dtype=dtype or "float32", reference=reference, progress=tick,
+                dtype=dtype or "float32", mesh=mesh, reference=reference, progress=tick,
             )  # fmt: skip
         else:
             result = bench.bench(
                 size, prompt=prompt, tokens=tokens, seconds=seconds or 25.0, repeats=repeats,
-                dtype=dtype, reference=reference, progress=tick,
+                dtype=dtype, mesh=mesh, reference=reference, progress=tick,
             )  # fmt: skip
     if json:
         common.print_json(asdict(result))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from sa2jax.cli import common, sound
-from sa2jax.cli.common import Files
+from sa2jax.cli.common import Devices, Files
 from sa2jax.cli.sound import WavOut
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Home:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeechOptions(Home):
+class SpeechOptions(Home, Devices):
     """Which detokenizer to use, and how."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -50,10 +50,11 @@ class SpeechOptions(Home):
 
     def load(self) -> "Speech":
         """Open the detokenizer."""
+        self.join_hosts()
         from sa2jax.speech import Speech
 
         return Speech.from_pretrained(
-            self.model, dtype=self.dtype, steps=self.steps, guidance=self.guidance
+            self.model, dtype=self.dtype, steps=self.steps, guidance=self.guidance, mesh=self.mesh
         )
 
 

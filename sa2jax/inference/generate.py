@@ -6,17 +6,18 @@ Shapes are padded to buckets, so requests of any length share a handful of compi
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from sa2jax import sharding
 from sa2jax.config import StepAudio2Config
 from sa2jax.errors import PromptError
 from sa2jax.inference import programs
@@ -135,6 +136,9 @@ class Generator:
         self._place = jax.jit(
             partial(programs.place), donate_argnums=(0,), out_shardings=self._everywhere
         )
+        self._draws = jax.jit(
+            partial(programs.draws), static_argnames=("samples",), out_shardings=self._everywhere
+        )
         self._prefill = jit(programs.prefill, static_argnames=("samples", "size"))
         self._decode = jit(programs.decode, static_argnames=("block",), donate_argnums=(1,))
         self._empty = jit(programs.empty, static_argnames=("rows", "size"))
@@ -214,13 +218,13 @@ class Generator:
         groups: list[Array] = []
         for first in range(0, len(mels), CLIPS_AT_ONCE):
             group = mels[first : first + CLIPS_AT_ONCE]
-            frames = np.zeros(_power_of_two(len(group)), np.int32)
+            frames = np.zeros(self._rows(len(group)), np.int32)
             frames[: len(group)] = [mel.shape[1] for mel in group]
             length = bucket(int(frames.max()), MEL_FRAMES)
             batch = np.zeros((len(frames), group[0].shape[0], length), np.float32)
             for padded, mel in zip(batch, group, strict=False):
                 padded[:, : mel.shape[1]] = mel
-            with self._mesh():
+            with sharding.using(self.mesh):
                 groups.append(self._listen(self.params, batch, frames))  # [C, S, D]
         return groups
 
@@ -229,10 +233,14 @@ class Generator:
     def room(self, size: int, cache: KVCache | None = None) -> KVCache:
         """A cache for one conversation with at least `size` slots; uses up the one given."""
         size = min(bucket(size, LENGTHS), self.cfg.decoder.max_positions)
-        with self._mesh():
+        with sharding.using(self.mesh):
             if cache is None:
                 return self._empty(rows=1, size=size)
             return cache if cache.size >= size else self._grow(cache, size=size)
+
+    def rewind(self, cache: KVCache, length: int) -> KVCache:
+        """The cache with only its first slots filled."""
+        return replace(cache, length=self._put(np.full(1, length, np.int32)))
 
     def read(
         self, cache: KVCache, request: Request, start: int
@@ -262,12 +270,12 @@ class Generator:
                 homes.append(np.where(inside, places - first, steps))
                 slots[0, places[inside] - first] = places[inside] - first
             batch = Batch(
-                ids=jnp.asarray(padded),
-                lengths=jnp.asarray([len(ids)], jnp.int32),
+                ids=self._put(padded),
+                lengths=self._put(np.array([len(ids)], np.int32)),
                 features=self._arrange(clips, homes, steps),
-                slots=jnp.asarray(slots),
+                slots=self._put(slots),
             )
-            with self._mesh():
+            with sharding.using(self.mesh):
                 cache, hidden = self._extend(self.params, cache, batch)
         assert hidden is not None, "nothing to read"
         return cache, hidden
@@ -284,19 +292,50 @@ class Generator:
         """Choose the first token of the reply to a prompt that was read; uses up the cache."""
         seen = np.zeros((1, self.cfg.decoder.vocab), bool)
         seen[0, ids] = True
-        with self._mesh():
+        with sharding.using(self.mesh):
             return self._begin(
-                self.params, cache, hidden, seen, _keys(options, [number]),
+                self.params, cache, hidden, seen, self._keys(options, [number]),
                 np.array([limit], np.int32), _stop_array(options), options.sampling.knobs(),
             )  # fmt: skip
 
-    def _mesh(self) -> AbstractContextManager:
-        return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+    def replicas(self) -> list[Self]:
+        """A generator for each index of the mesh's data axis, with the copies that lie there.
+
+        Each works on its own: conversations are dealt out to them. In a multi-host program, those
+        of this host.
+        """
+        if self.mesh is None or self.mesh.shape["data"] == 1:
+            return [self]
+        here = [
+            mesh for mesh in sharding.replicas(self.mesh)
+            if all(device.process_index == jax.process_index() for device in mesh.devices.flat)
+        ]  # fmt: skip
+        return [
+            type(self)(
+                self.model, sharding.replica_of(self.params, mesh), self.cfg, mesh=mesh,
+                block=self.block,
+            )
+            for mesh in here
+        ]  # fmt: skip
+
+    def _keys(self, options: Options, numbers: Sequence[int]) -> PRNGKeyArray:
+        """The random key of each reply to prompts of these numbers."""
+        seed = np.uint32(options.seed % 2**32)
+        return self._draws(seed, np.asarray(numbers, np.uint32), samples=options.samples)
+
+    def _put(self, x: Any) -> Array:
+        """An input on every device; of a multi-host mesh, too."""
+        return jax.device_put(x, self._everywhere)
+
+    def _rows(self, count: int) -> int:
+        """Rows of a batch: a power of two, and a multiple of the parts it is split into."""
+        ways = sharding.batch_ways(self.mesh)
+        return -(-_power_of_two(count) // ways) * ways
 
     def run(self, state: State, options: Options, block: int) -> tuple[State, Array]:
         """Up to `block` further tokens for each row that is not done; uses up the state."""
         knobs = options.sampling.knobs()
-        with self._mesh():
+        with sharding.using(self.mesh):
             return self._decode(self.params, state, _stop_array(options), knobs, block=block)
 
     def start(
@@ -313,17 +352,20 @@ class Generator:
             own = request.max_new_tokens or options.max_new_tokens
             limit[row] = min(own, options.max_new_tokens, context - len(request.ids))
         padded = [*numbers, *[0] * (rows - len(requests))]
-        with self._mesh():
+        with sharding.using(self.mesh):
             return self._prefill(
-                self.params, batch, _keys(options, padded), np.repeat(limit, options.samples),
+                self.params, batch, self._keys(options, padded), np.repeat(limit, options.samples),
                 _stop_array(options), options.sampling.knobs(), samples=options.samples, size=size,
             )  # fmt: skip
 
     def logits(self, request: Request) -> Float[np.ndarray, "T V"]:
         """Scores of the next token after each position of a prompt."""
         batch = self._pad([request], [0])
-        with self._mesh():
-            return np.asarray(self._score(self.params, batch)[0, : len(request.ids)])
+        with sharding.using(self.mesh):
+            scores = self._score(self.params, batch)
+        if not scores.is_fully_addressable:
+            scores = multihost_utils.process_allgather(scores, tiled=True)
+        return np.asarray(scores[0, : len(request.ids)])
 
     def _pad(self, requests: Sequence[Request], numbers: Sequence[int]) -> Batch:
         """Check requests, encode their clips, and pad everything to buckets."""
@@ -332,7 +374,7 @@ class Generator:
             check(number, request, self.cfg)
         longest = max(len(request.ids) for request in requests)
         steps = min(bucket(longest, LENGTHS), decoder.max_positions)
-        rows = _power_of_two(len(requests))
+        rows = self._rows(len(requests))
 
         ids, slots = np.zeros((rows, steps), np.int32), np.full((rows, steps), -1, np.int32)
         lengths = np.zeros(rows, np.int32)
@@ -345,10 +387,10 @@ class Generator:
                 slots[row, start : start + count] = homes[-1]
         clips = self.listen([mel for request in requests for mel in request.mels])
         return Batch(
-            ids=jnp.asarray(ids),
-            lengths=jnp.asarray(lengths),
+            ids=self._put(ids),
+            lengths=self._put(lengths),
             features=self._arrange(clips, homes, rows * steps),
-            slots=jnp.asarray(slots),
+            slots=self._put(slots),
         )
 
     def _arrange(
@@ -414,12 +456,6 @@ def _finish(ids: list[int], cut: tuple[int, Finish] | None, options: Options) ->
     if ids and ids[-1] in options.stop_ids:
         return Generation(tuple(ids[:-1]), "stop")
     return Generation(tuple(ids), "length")
-
-
-def _keys(options: Options, numbers: Sequence[int]) -> PRNGKeyArray:
-    """The random key of each reply to prompts of these numbers."""
-    seeds = (jax.random.fold_in(jax.random.key(options.seed), n) for n in numbers)
-    return jnp.stack([jax.random.fold_in(s, n) for s in seeds for n in range(options.samples)])
 
 
 def _stop_array(options: Options) -> Int[np.ndarray, "Z"]:

@@ -5,18 +5,21 @@ There is a single `step`; `decode` runs a block of them. A whole batch of prompt
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
 from sa2jax.inference.sampling import Knobs, sample
-from sa2jax.models.decoder import KVCache
+from sa2jax.models.decoder import CACHE_AXES, KVCache
 from sa2jax.models.step_audio import StepAudio2Model
 from sa2jax.nn import Functional, Params
-from sa2jax.sharding import shard
+from sa2jax.sharding import shard, sharding_of
 
 TRACES: Counter[str] = Counter()  # how often each program has been traced, by name
 
@@ -79,7 +82,7 @@ def listen(
 ) -> Float[Array, "C S D"]:
     """Encode clips; see `StepAudio2Model.listen`."""
     TRACES["listen"] += 1
-    return model.bind(params).listen(mels, frames)
+    return model.bind(params).listen(shard(mels, "batch", None, None), frames)
 
 
 def place(
@@ -97,7 +100,14 @@ def score(
     TRACES["score"] += 1
     net = model.bind(params)
     hidden, _ = net(batch.ids, batch.features[None], batch.slots, None, batch.lengths)
-    return net.decoder.logits(hidden)
+    return shard(net.decoder.logits(hidden), "batch", None, "vocab")
+
+
+def draws(seed: UInt32[Array, ""], numbers: UInt32[Array, "B"], *, samples: int) -> PRNGKeyArray:
+    """Random keys of replies: reply j to prompt n has the key (seed, n, j); [B * samples]."""
+    fold = jax.random.fold_in
+    one = lambda n: jax.vmap(partial(fold, fold(jax.random.key(seed), n)))(jnp.arange(samples))  # noqa: E731
+    return jax.vmap(one)(numbers).reshape(-1)
 
 
 def prefill(
@@ -129,7 +139,7 @@ def prefill(
     net = model.bind(params)
     count, steps = batch.ids.shape
     lengths = batch.lengths
-    cache = KVCache.zeros(net.cfg.decoder, count, size, net.decoder.policy.compute)
+    cache = KVCache.zeros(net.cfg.decoder, count, size, net.decoder.cache_dtype)
     hidden, cache = net(batch.ids, batch.features[None], batch.slots, cache, lengths, fresh=True)
     assert cache is not None
     hidden = hidden[jnp.arange(count), jnp.maximum(lengths - 1, 0)]  # [B, D]
@@ -140,12 +150,8 @@ def prefill(
     seen = seen.at[rows, jnp.where(valid, batch.ids, nowhere)].set(True, mode="drop")
 
     repeat = partial(jnp.repeat, repeats=samples, axis=0)
-    cache = replace(
-        cache,
-        k=jnp.repeat(cache.k, samples, axis=1),
-        v=jnp.repeat(cache.v, samples, axis=1),
-        length=repeat(cache.length),
-    )
+    cache = cache.resize(partial(jnp.repeat, repeats=samples, axis=1))
+    cache = replace(cache, length=repeat(cache.length))
     return _first(net, cache, repeat(hidden), repeat(seen), keys, limit, stop_ids, knobs)
 
 
@@ -196,14 +202,44 @@ def empty(model: Functional[StepAudio2Model], *, rows: int, size: int) -> KVCach
     """A cache of nothing."""
     TRACES["empty"] += 1
     net = model.bind(model.abstract)
-    return KVCache.zeros(net.cfg.decoder, rows, size, net.decoder.policy.compute)
+    return KVCache.zeros(net.cfg.decoder, rows, size, net.decoder.cache_dtype)
 
 
 def grow(cache: KVCache, *, size: int) -> KVCache:
     """The same cache with more slots."""
     TRACES["grow"] += 1
     more = [(0, 0)] * 3 + [(0, size - cache.size), (0, 0)]
-    return replace(cache, k=jnp.pad(cache.k, more), v=jnp.pad(cache.v, more))
+    return cache.resize(lambda x: jnp.pad(x, more[: x.ndim]))
+
+
+def abstract_state(
+    model: Functional[StepAudio2Model], mesh: Mesh | None, *, rows: int, size: int
+) -> State:
+    """The shapes, dtypes and shardings of a batch of replies, to compile ahead of time.
+
+    Args:
+        model: the model's structure.
+        mesh: the mesh it is spread over.
+        rows: replies.
+        size: slots of the cache.
+    """
+
+    def nothing() -> State:
+        net, none = model.bind(model.abstract), jnp.zeros(rows, jnp.int32)
+        return State(
+            cache=KVCache.zeros(net.cfg.decoder, rows, size, net.decoder.cache_dtype),
+            token=none, seen=jnp.zeros((rows, net.cfg.decoder.vocab), bool),
+            keys=jax.random.split(jax.random.key(0), rows), made=none, limit=none, done=none > 0,
+        )  # fmt: skip
+
+    state = jax.eval_shape(nothing)
+    if mesh is None:
+        return state
+
+    def place(x: Any, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of(x.shape, axes, mesh))
+
+    return _on_mesh(state, place)
 
 
 def step(net: StepAudio2Model, state: State, stop_ids: Int[Array, "Z"], knobs: Knobs) -> State:
@@ -245,7 +281,7 @@ def decode(
         return i + 1, state, tokens.at[:, i].set(state.token)
 
     _, state, tokens = jax.lax.while_loop(going, body, (0, state, tokens))
-    return state, tokens
+    return _pinned(state), shard(tokens, None, None)
 
 
 def _first(
@@ -264,7 +300,23 @@ def _first(
         cache=cache, token=nothing, seen=seen, keys=keys, made=nothing, limit=limit,
         done=limit == 0,
     )  # fmt: skip
-    return _choose(net, state, hidden, stop_ids, knobs)
+    return _pinned(_choose(net, state, hidden, stop_ids, knobs))
+
+
+def _on_mesh(state: State, place: Callable[[Any, tuple[str | None, ...]], Any]) -> State:
+    """Give each array of a state to `place` with its logical axes.
+
+    What the host reads is whole on every device, and so on every host.
+    """
+    whole = jax.tree.map(lambda x: place(x, (None,) * x.ndim), state)
+    cache = jax.tree.map(lambda x: place(x, CACHE_AXES[: x.ndim]), state.cache)
+    cache = replace(cache, length=place(state.cache.length, ("batch",)))
+    return replace(whole, cache=cache, seen=place(state.seen, ("batch", None)))
+
+
+def _pinned(state: State) -> State:
+    """The state as every program returns it and takes it: one sharding, one program."""
+    return _on_mesh(state, lambda x, axes: shard(x, *axes))
 
 
 def _choose(

@@ -75,8 +75,7 @@ class Session:
         # The last position is always read: its hidden state chooses the first token.
         known = min(_shared(self._marks, marks), length - 1)
         cache, self._cache, self._marks = self._cache, None, _nothing()  # if this fails, start anew
-        cache = generator.room(max(length + limit, SLOTS), cache)
-        cache = KVCache(cache.k, cache.v, jnp.full(1, known, jnp.int32))
+        cache = generator.rewind(generator.room(max(length + limit, SLOTS), cache), known)
         self.prefilled, self.finish = length - known, "left"
         cache, hidden = generator.read(cache, request, known)
         state = generator.begin(cache, hidden, request.ids, options, number, limit)

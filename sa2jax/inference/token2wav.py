@@ -18,14 +18,17 @@ streaming, quirks included.
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import replace
-from typing import Any, overload
+from typing import Any, Self, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from sa2jax import sharding
 from sa2jax.errors import CodeError
 from sa2jax.inference.streams import StreamState, join
 from sa2jax.inference.voices import Voice
@@ -35,11 +38,13 @@ from sa2jax.models.flow.flow_matching import (
     STEPS,
     FlowState,
     reserve,
+    rows_of,
 )
 from sa2jax.models.vocoder import vocoder
 from sa2jax.models.vocoder_stream import VocoderState, vocoder_state, vocoder_step
 from sa2jax.nn import Params, Policy
 from sa2jax.runtime import round_up
+from sa2jax.sharding import shard
 from sa2jax.speech_config import Token2WavConfig
 
 TRACES: Counter[str] = Counter()  # how often each program has been traced, by name
@@ -49,6 +54,7 @@ CHUNK = 25  # codes of a stream's chunk
 SHORT_CHUNKS = (1, 5, 10, 15, 20)  # sizes of a step's program below a second
 ROOM = 512  # codes that a stream holds at first: 20 s, the prompt's included
 STARTS = 4  # voices whose started streams are kept
+ALL = -1  # of an argument that has no rows: each device has all of it
 
 Codes = Sequence[int] | Int[np.ndarray, "T"]
 
@@ -65,6 +71,8 @@ class Token2Wav:
         flow_noise: start noise of each frame [S, M], the prompt's included, for comparisons with
             other implementations; by default it is drawn from the seed.
         batch_size: replies that are made at once.
+        mesh: devices to spread over. The networks are small: each device holds them, and the
+            replies of a batch are dealt out.
     """
 
     def __init__(
@@ -77,15 +85,15 @@ class Token2Wav:
         guidance: float | None = None,
         flow_noise: Float[np.ndarray, "S M"] | None = None,
         batch_size: int = 8,
+        mesh: Mesh | None = None,
     ):
-        self.cfg, self.steps, self.batch_size = cfg, steps, batch_size
+        self.cfg, self.steps, self.batch_size, self.mesh = cfg, steps, batch_size, mesh
         self.sample_rate = cfg.vocoder.sample_rate
         self._guidance = cfg.flow.guidance if guidance is None else guidance
         self._flow_noise = flow_noise
-        self._starts: OrderedDict[tuple, StreamState] = OrderedDict()
         dtype = jnp.dtype(dtype)
         # A scan over stacked layers copies each layer's weights on a CPU, see `nn.unstack`.
-        stacked = jax.default_backend() != "cpu"
+        stacked = jax.default_backend() != "cpu" or (mesh is not None and mesh.size > 1)
         flow = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params["flow"])
         self.params = {
             "flow": flow if stacked else unstack_flow(flow),
@@ -93,12 +101,31 @@ class Token2Wav:
         }
         self.flow = flow_model(cfg.flow, Policy(param=dtype, compute=dtype), stacked=stacked)
         self.vocoder = vocoder(cfg.vocoder)
+        if mesh is not None:
+            self.params = jax.device_put(self.params, NamedSharding(mesh, PartitionSpec()))
+        self._compile()
+
+    def _compile(self) -> None:
+        """Programs and kept streams of these devices."""
+        self._starts: OrderedDict[tuple, StreamState] = OrderedDict()
         self._mel = jax.jit(self._make_mel)
         self._wave = jax.jit(self._make_wave)
         self._begin = jax.jit(self._make_start, static_argnames=("keep", "parity"))
         self._advance = jax.jit(
             self._make_step, static_argnames=("hop", "parity"), donate_argnames=("flow", "vocoder")
         )
+
+    def replicas(self) -> list[Self]:
+        """One for each index of the mesh's data axis that this host holds; nothing is copied."""
+        if self.mesh is None or self.mesh.shape["data"] == 1:
+            return [self]
+        found = []
+        for mesh in sharding.replicas(self.mesh):
+            other = copy(self)
+            other.mesh, other.params = mesh, sharding.replica_of(self.params, mesh)
+            other._compile()
+            found.append(other)
+        return found
 
     # --- whole replies ---------------------------------------------------------------------
 
@@ -147,16 +174,24 @@ class Token2Wav:
 
     def _speak(self, replies, voices, seed, source_noise) -> list[Float[np.ndarray, "N"]]:
         """One batch."""
+        count = len(replies)
+        more = 0 if self.mesh is None else -count % self.mesh.size  # each device has as many rows
+        if more:
+            replies, voices = [*replies, *replies[:1] * more], [*voices, *voices[:1] * more]
+            if source_noise is not None:
+                source_noise = np.concatenate([source_noise, *[source_noise[:1]] * more])
         codes, lengths = _pad(replies)
         prompts = self._prompts(voices)
-        mel = self._mel(
-            self.params["flow"], *prompts, codes, lengths, self._guidance, self._flow_noise, seed
-        )
         frames = self.cfg.flow.encoder.upsample * lengths
-        noise = _widen(source_noise, self.cfg.vocoder.samples * mel.shape[1])
-        speech = np.asarray(self._wave(self.params["vocoder"], mel, frames, noise, seed))
+        with sharding.using(self.mesh):
+            mel = self._mel(
+                self.params["flow"], *prompts, codes, lengths, self._guidance, self._flow_noise,
+                seed,
+            )  # fmt: skip
+            noise = _widen(source_noise, self.cfg.vocoder.samples * mel.shape[1])
+            speech = np.asarray(self._wave(self.params["vocoder"], mel, frames, noise, seed))
         samples = self.cfg.vocoder.samples * frames
-        return [row[:count] for row, count in zip(speech, samples, strict=True)]
+        return [row[:n] for row, n in zip(speech[:count], samples, strict=False)]
 
     # --- streams ---------------------------------------------------------------------------
 
@@ -218,11 +253,13 @@ class Token2Wav:
         hop = _hop(int(spoken.max()))
         frames = self.cfg.vocoder.carry + self.cfg.flow.encoder.upsample * hop
         noise = _widen(source_noise, self.cfg.vocoder.samples * frames)
-        flow, voc, speech, counts = self._advance(
-            self.params, reserve(state.flow, int(state.seen.max()) + hop), state.vocoder,
-            _pad(lines, hop + look)[0], present, ends, self._guidance, self._flow_noise,
-            noise, state.seed, hop=hop, parity=state.parity,
-        )  # fmt: skip
+        flow = reserve(state.flow, int(state.seen.max()) + hop)
+        with sharding.using(self.mesh):
+            flow, voc, speech, counts = self._advance(
+                self.params, flow, state.vocoder, _pad(lines, hop + look)[0],
+                present, ends, self._guidance, self._flow_noise, noise, state.seed, hop=hop,
+                parity=state.parity,
+            )  # fmt: skip
         pieces = [row[:n] for row, n in zip(np.asarray(speech), np.asarray(counts), strict=True)]
         return replace(state, flow=flow, vocoder=voc, **after), pieces
 
@@ -303,10 +340,11 @@ class Token2Wav:
         key = voice.hash, seed, parity, keep
         if key not in self._starts:
             prompts = self._prompts([voice])
-            flow = self._begin(
-                self.params["flow"], *prompts, self._guidance, self._flow_noise, seed, keep=keep,
-                parity=parity,
-            )  # fmt: skip
+            with sharding.using(self.mesh):
+                flow = self._begin(
+                    self.params["flow"], *prompts, self._guidance, self._flow_noise, seed,
+                    keep=keep, parity=parity,
+                )  # fmt: skip
             look = self.cfg.flow.encoder.lookahead
             state = StreamState(
                 flow=flow,
@@ -340,24 +378,41 @@ class Token2Wav:
         self, params, prompt, mel, speaker, prompts, codes, lengths, guidance, noise, seed
     ) -> Float[Array, "B R M"]:
         TRACES["mel"] += 1
-        return self.flow.bind(params)(
-            prompt, mel, speaker, codes, prompts, lengths, steps=self.steps, guidance=guidance,
-            noise=noise, seed=seed,
-        )  # fmt: skip
+
+        def run(params, prompt, mel, speaker, prompts, codes, lengths, guidance, noise, seed):
+            return self.flow.bind(params)(
+                prompt, mel, speaker, codes, prompts, lengths, steps=self.steps,
+                guidance=guidance, noise=noise, seed=seed,
+            )  # fmt: skip
+
+        axes = (ALL, 0, 0, 0, 0, 0, 0, ALL, ALL, ALL)
+        rows = sharding.over_rows(run, self.mesh, len(codes), axes, 0)
+        return rows(params, prompt, mel, speaker, prompts, codes, lengths, guidance, noise, seed)
 
     def _make_wave(self, params, mel, frames, noise, seed) -> Float[Array, "B N"]:
         TRACES["wave"] += 1
-        keys = _keys(seed, len(mel))
-        return self.vocoder.bind(params)(mel, frames, noise=noise, key=keys)[0]
+
+        def run(params, mel, frames, noise, seed):
+            keys = _keys(seed, len(mel))
+            return self.vocoder.bind(params)(mel, frames, noise=noise, key=keys)[0]
+
+        rows = sharding.over_rows(run, self.mesh, len(mel), (ALL, 0, 0, 0, ALL), 0)
+        return shard(rows(params, mel, frames, noise, seed), None, None)  # for every host to read
 
     def _make_start(
         self, params, prompt, mel, speaker, prompts, guidance, noise, seed, keep, *, parity
     ) -> FlowState:
         TRACES["start"] += 1
-        return self.flow.bind(params).start(
-            prompt, mel, speaker, prompts, steps=self.steps, guidance=guidance, noise=noise,
-            seed=seed, keep=keep, capacity=ROOM, parity=parity,
-        )  # fmt: skip
+
+        def run(params, prompt, mel, speaker, prompts, guidance, noise, seed):
+            return self.flow.bind(params).start(
+                prompt, mel, speaker, prompts, steps=self.steps, guidance=guidance, noise=noise,
+                seed=seed, keep=keep, capacity=ROOM, parity=parity,
+            )  # fmt: skip
+
+        axes = (ALL, 0, 0, 0, 0, ALL, ALL, ALL)
+        rows = sharding.over_rows(run, self.mesh, len(prompt), axes, rows_of(keep, parity))
+        return rows(params, prompt, mel, speaker, prompts, guidance, noise, seed)
 
     def _make_step(
         self, params, flow, vocoder, codes, lengths, last, guidance, flow_noise, source_noise, seed,
@@ -365,15 +420,26 @@ class Token2Wav:
     ) -> tuple[FlowState, VocoderState, Float[Array, "B N"], Int[Array, "B"]]:  # fmt: skip
         TRACES["step"] += 1
         look, ratio = self.cfg.flow.encoder.lookahead, self.cfg.flow.encoder.upsample
-        flow, mel = self.flow.bind(params["flow"]).step(
-            flow, codes, lengths, last, hop=hop, guidance=guidance, noise=flow_noise, seed=seed
+
+        def run(
+            params, flow, vocoder, codes, lengths, last, guidance, flow_noise, source_noise, seed
+        ):
+            flow, mel = self.flow.bind(params["flow"]).step(
+                flow, codes, lengths, last, hop=hop, guidance=guidance, noise=flow_noise, seed=seed
+            )
+            spoken = jnp.where(last, lengths, jnp.maximum(lengths - look, 0))
+            net = self.vocoder.bind(params["vocoder"])
+            return flow, *vocoder_step(
+                net, vocoder, mel, ratio * spoken, last=last, noise=source_noise, flat=not parity
+            )
+
+        states = rows_of(flow.keep, parity), 0
+        axes = (ALL, *states, 0, 0, 0, ALL, ALL, 0, 0)
+        rows = sharding.over_rows(run, self.mesh, len(codes), axes, (*states, 0, 0))
+        flow, vocoder, speech, counts = rows(
+            params, flow, vocoder, codes, lengths, last, guidance, flow_noise, source_noise, seed
         )
-        spoken = jnp.where(last, lengths, jnp.maximum(lengths - look, 0))
-        net = self.vocoder.bind(params["vocoder"])
-        vocoder, speech, counts = vocoder_step(
-            net, vocoder, mel, ratio * spoken, last=last, noise=source_noise, flat=not parity
-        )
-        return flow, vocoder, speech, counts
+        return flow, vocoder, shard(speech, None, None), shard(counts, None)
 
 
 def _keys(seed: int | Array, rows: int) -> Array:

@@ -13,7 +13,19 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from sa2jax.config import AdapterConfig, AudioEncoderConfig
-from sa2jax.nn import Conv1d, LayerNorm, Linear, Policy, attention, note, over_layers, param, stack
+from sa2jax.nn import (
+    Conv1d,
+    LayerNorm,
+    Linear,
+    Mask,
+    Policy,
+    Remat,
+    attention,
+    note,
+    over_layers,
+    param,
+    stack,
+)
 from sa2jax.sharding import shard
 
 MEL_TAIL = 2  # frames at the end of each clip that the released code does not count as its length
@@ -40,9 +52,7 @@ class SelfAttention(nnx.Module):
         self.v = Linear(embed, heads, policy=policy, rngs=rngs)
         self.o = Linear(heads, embed, policy=policy, rngs=rngs)
 
-    def __call__(
-        self, x: Float[Array, "B T D"], mask: Bool[Array, "B T T"]
-    ) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], mask: Mask) -> Float[Array, "B T D"]:
         """Attend where the mask allows."""
         return self.o(attention(self.q(x), self.k(x), self.v(x), mask))
 
@@ -69,9 +79,7 @@ class EncoderLayer(nnx.Module):
         self.mlp_norm = LayerNorm(cfg.embed, policy=policy, rngs=rngs)
         self.mlp = Mlp(cfg, policy=policy, rngs=rngs)
 
-    def __call__(
-        self, x: Float[Array, "B T D"], mask: Bool[Array, "B T T"]
-    ) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], mask: Mask) -> Float[Array, "B T D"]:
         """Add attention, then the MLP."""
         x = x + self.attn(self.attn_norm(x), mask)
         return x + self.mlp(self.mlp_norm(x))
@@ -98,6 +106,7 @@ class AudioEncoder(nnx.Module):
         frames: Int[Array, "B"],
         *,
         official_batch: bool = False,
+        remat: Remat | None = None,
         trace: dict[str, Array] | None = None,
     ) -> Float[Array, "B S D"]:
         """Encode a right-padded batch of clips.
@@ -106,6 +115,7 @@ class AudioEncoder(nnx.Module):
             mels: log-mel frames (100 Hz), zero beyond each clip's own frames.
             frames: mel frames of each clip, 0 for an empty row.
             official_batch: let clips feel the batch's padding as the released code does.
+            remat: what a gradient computes again, see `nn.over_layers`.
             trace: filled with intermediate results by name, to compare implementations.
 
         Returns:
@@ -128,7 +138,7 @@ class AudioEncoder(nnx.Module):
         # The released mask picks every second mel position, from the parity of the padded length.
         first = (total + 1) % 2 if official_batch else (frames[:, None] + 1) % 2
         keys = first + 2 * jnp.arange(steps)[None] < valid[:, None]  # [B, S]
-        mask = jnp.broadcast_to(keys[:, None], (x.shape[0], steps, steps))
+        mask = Mask(keys=keys)
 
         def layer(x, layer_and_index):
             module, _ = layer_and_index
@@ -136,7 +146,7 @@ class AudioEncoder(nnx.Module):
             return x, x if trace is not None else None
 
         with jax.named_scope("layers"):
-            x, outputs = over_layers(layer, x, self.layers)
+            x, outputs = over_layers(layer, x, self.layers, remat)
         note(trace, "layers", outputs)
         with jax.named_scope("pool"):
             x = x[:, : steps // 2 * 2].reshape(x.shape[0], steps // 2, 2, -1).mean(2)  # [B, S, D]

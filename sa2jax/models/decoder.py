@@ -5,20 +5,23 @@ with an untied output matrix, as the Step-Audio 2 release uses it. Attention is 
 config turns the sliding window off.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from sa2jax.config import DecoderConfig
 from sa2jax.nn import (
     Linear,
+    Mask,
     Policy,
+    Remat,
     RMSNorm,
     attention,
     cached_attention,
@@ -27,10 +30,16 @@ from sa2jax.nn import (
     rotary,
     stack,
 )
-from sa2jax.sharding import shard
+from sa2jax.quantize import quantize_rows
+from sa2jax.sharding import on_each_device, shard
+
+CACHE_AXES = (None, "batch", "kv_heads", None, None)  # layers, rows, heads, slots, head_dim
+NEW_AXES = ("batch", None, "kv_heads", None)  # rows, new tokens, heads, head_dim
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "length"], meta_fields=[])
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["k", "v", "length", "scales"], meta_fields=[]
+)
 @dataclass(frozen=True)
 class KVCache:
     """Keys and values of the tokens a row has seen, always contiguous from slot 0.
@@ -40,39 +49,90 @@ class KVCache:
             by side, as attention reads them.
         v: values, [L, B, K, S, H].
         length: filled slots of each row, [B].
+        scales: of int8 keys and of int8 values, [L, B, K, S] each.
     """
 
-    k: Float[Array, "L B K S H"]
-    v: Float[Array, "L B K S H"]
+    k: Shaped[Array, "L B K S H"]
+    v: Shaped[Array, "L B K S H"]
     length: Int[Array, "B"]
+    scales: tuple[Float[Array, "L B K S"], Float[Array, "L B K S"]] | None = None
 
     @classmethod
     def zeros(cls, cfg: DecoderConfig, batch: int, size: int, dtype: DTypeLike) -> Self:
-        """An empty cache with room for `size` tokens a row."""
+        """An empty cache with room for `size` tokens a row; int8 ones have scales."""
         shape = (cfg.layers, batch, cfg.kv_heads, size, cfg.head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+        empty = lambda shape, dtype: shard(jnp.zeros(shape, dtype), *CACHE_AXES[: len(shape)])  # noqa: E731
+        scales = None
+        if jnp.dtype(dtype) == jnp.int8:
+            scales = empty(shape[:-1], jnp.float32), empty(shape[:-1], jnp.float32)
+        length = shard(jnp.zeros(batch, jnp.int32), "batch")
+        return cls(empty(shape, dtype), empty(shape, dtype), length, scales)
 
     @property
     def size(self) -> int:
         """Slots per row."""
         return self.k.shape[3]
 
+    def resize(self, change: Callable[[Array], Array]) -> Self:
+        """The same cache with `change` applied to all that has layers, rows and slots."""
+        scales = None if self.scales is None else tuple(map(change, self.scales))
+        return replace(self, k=change(self.k), v=change(self.v), scales=scales)
+
     def write(
         self,
         layer: Int[Array, ""] | int,
-        slots: Int[Array, "B T"],
+        start: Int[Array, "B"],
+        lengths: Int[Array, "B"],
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K H"],
     ) -> Self:
-        """Put new keys and values in their slots; slots beyond the cache are dropped."""
-        rows = jnp.arange(slots.shape[0])[:, None]
-        at = lambda cache: cache.at[layer, rows, :, slots]  # noqa: E731
-        put = {"mode": "drop", "unique_indices": True}
-        return replace(
-            self,
-            k=at(self.k).set(k.astype(self.k.dtype), **put),
-            v=at(self.v).set(v.astype(self.v.dtype), **put),
-        )
+        """Put the first `lengths` of new keys and values in the slots from `start` on."""
+        layer = jnp.asarray(layer, jnp.int32)
+
+        def put(cache: Array, new: Array) -> Array:
+            axes, new_axes = CACHE_AXES[: cache.ndim], NEW_AXES[: new.ndim]
+            write = on_each_device(_write, (axes, new_axes, (), ("batch",), ("batch",)), axes)
+            return write(cache, new.astype(cache.dtype), layer, start, lengths)
+
+        if self.scales is None:
+            return replace(self, k=put(self.k, k), v=put(self.v, v))
+        (k, of_k), (v, of_v) = quantize_rows(k), quantize_rows(v)
+        scales = put(self.scales[0], of_k), put(self.scales[1], of_v)
+        return replace(self, k=put(self.k, k), v=put(self.v, v), scales=scales)
+
+
+def _write(
+    cache: Shaped[Array, "L B K S *H"],
+    new: Shaped[Array, "B T K *H"],
+    layer: Int[Array, ""],
+    start: Int[Array, "B"],
+    lengths: Int[Array, "B"],
+) -> Shaped[Array, "L B K S *H"]:
+    """One slice after the other: a TPU's scatter would move the whole cache to another layout."""
+    rows, size = new.shape[0], cache.shape[3]
+    new = new[:, :size].swapaxes(1, 2)  # [B, K, T, *H]
+    steps = new.shape[2]
+
+    def write_row(row, cache):
+        # A slice that does not fit is moved by XLA so that it does; its contents stay in place.
+        first = jnp.minimum(start[row], size - steps)
+        at = (layer, row, 0, first, 0)[: cache.ndim]
+        ahead = start[row] - first
+        old = jax.lax.dynamic_slice(cache, at, (1, 1, *new.shape[1:]))
+        offsets = jnp.arange(steps).reshape(-1, *[1] * (new.ndim - 3))
+        own = (offsets >= ahead) & (offsets < ahead + lengths[row])
+        moved = new[row] if steps == 1 else jnp.roll(new[row], ahead, axis=1)
+        return jax.lax.dynamic_update_slice(cache, jnp.where(own, moved, old[0, 0])[None, None], at)
+
+    if rows == 1:
+        return write_row(0, cache)
+    # A loop lets a TPU keep the cache in another layout inside than outside; a CPU compiles it
+    # sooner.
+    return jax.lax.platform_dependent(
+        cache,
+        tpu=lambda cache: reduce(lambda cache, row: write_row(row, cache), range(rows), cache),
+        default=lambda cache: jax.lax.fori_loop(0, rows, write_row, cache),
+    )
 
 
 class SelfAttention(nnx.Module):
@@ -92,7 +152,7 @@ class SelfAttention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
-        mask: Bool[Array, "B T S"],
+        lengths: Int[Array, "B"],
         cache: KVCache | None,
         layer: Int[Array, ""] | int,
         fresh: bool,
@@ -102,11 +162,11 @@ class SelfAttention(nnx.Module):
         k = rotary(self.k(x), positions, self.rope_theta)
         v = self.v(x)
         if cache is not None:
-            cache = cache.write(layer, positions, k, v)
+            cache = cache.write(layer, cache.length, lengths, k, v)
         if cache is None or fresh:
-            return self.o(attention(q, k, v, mask)), cache
-        k, v = cache.k[layer].astype(q.dtype), cache.v[layer].astype(q.dtype)
-        return self.o(cached_attention(q, k, v, mask)), cache
+            return self.o(attention(q, k, v, Mask(causal=True))), cache
+        y = cached_attention(q, cache.k, cache.v, layer, positions, cache.scales)
+        return self.o(y), cache
 
 
 class Mlp(nnx.Module):
@@ -132,9 +192,9 @@ class DecoderLayer(nnx.Module):
         self.mlp_norm = RMSNorm(cfg.embed, eps=cfg.norm_eps, policy=policy, rngs=rngs)
         self.mlp = Mlp(cfg, policy=policy, rngs=rngs)
 
-    def __call__(self, x, positions, mask, cache, layer, fresh):
+    def __call__(self, x, positions, lengths, cache, layer, fresh):
         """Add attention, then the MLP."""
-        y, cache = self.attn(self.attn_norm(x), positions, mask, cache, layer, fresh)
+        y, cache = self.attn(self.attn_norm(x), positions, lengths, cache, layer, fresh)
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), cache
 
@@ -158,12 +218,19 @@ class Decoder(nnx.Module):
             self.layers = nnx.List([make(rngs) for _ in range(cfg.layers)])
         self.norm = RMSNorm(cfg.embed, eps=cfg.norm_eps, policy=policy, rngs=rngs)
         self.head = Linear(
-            {"embed": cfg.embed}, {"vocab": cfg.vocab}, bias=False, policy=policy, rngs=rngs
+            {"embed": cfg.embed}, {"vocab": cfg.vocab}, bias=False, policy=policy.of_head, rngs=rngs
         )
+
+    @property
+    def cache_dtype(self) -> DTypeLike:
+        """Of keys and values in a cache."""
+        return self.policy.compute if self.policy.cache is None else self.policy.cache
 
     def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Token embeddings."""
-        return self.table[...][ids].astype(self.policy.compute)
+        x = self.table[...][ids].astype(self.policy.compute)
+        # First widths, then rows: in one step XLA would gather the whole on each device.
+        return shard(shard(x, "rows", None, "embed"), "batch", None, None)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Scores of each token as the next one, float32."""
@@ -177,6 +244,7 @@ class Decoder(nnx.Module):
         lengths: Int[Array, "B"] | None = None,
         *,
         fresh: bool = False,
+        remat: Remat | None = None,
         trace: dict[str, Array] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Run the layers over new tokens.
@@ -187,6 +255,7 @@ class Decoder(nnx.Module):
             lengths: valid tokens of each row in `x`, by default all. Padding is not cached, and
                 what comes out at its positions has no meaning.
             fresh: the cache is known to be empty: fill it, but look at the new tokens only.
+            remat: what a gradient computes again, see `nn.over_layers`.
             trace: filled with intermediate results by name, to compare implementations.
 
         Returns:
@@ -197,19 +266,17 @@ class Decoder(nnx.Module):
         lengths = jnp.full(batch, steps, jnp.int32) if lengths is None else lengths
         offsets = jnp.arange(steps)[None]
         size = steps if cache is None else cache.size
-        # Padding gets a position that no slot has: it is never written, so never seen.
+        # Padding gets a position that no slot has.
         positions = jnp.where(offsets < lengths[:, None], start[:, None] + offsets, size + offsets)
-        seen = steps if fresh else size
-        mask = jnp.arange(seen)[None, None] <= positions[..., None]  # [B, T, S]
 
         def layer(carry, xs):
             (x, cache), (module, index) = carry, xs
-            x, cache = module(x, positions, mask, cache, index, fresh)
+            x, cache = module(x, positions, lengths, cache, index, fresh)
             x = shard(x, "batch", None, None)
             return (x, cache), x if trace is not None else None
 
         with jax.named_scope("layers"):
-            (x, cache), outputs = over_layers(layer, (x, cache), self.layers)
+            (x, cache), outputs = over_layers(layer, (x, cache), self.layers, remat)
         x = self.norm(x)
         if trace is not None:
             trace |= {"layers": outputs, "norm": x}

@@ -18,6 +18,7 @@ from sa2jax.nn import (
     Functional,
     LayerNorm,
     Linear,
+    Mask,
     Params,
     Policy,
     attention,
@@ -65,8 +66,7 @@ class FsmnAttention(nnx.Module):
         q = rotary(self.q(x), positions, ROPE_THETA)
         k = rotary(self.k(x), positions, ROPE_THETA)
         v = self.v(x)
-        mask = jnp.broadcast_to(own[:, None], (*own.shape, own.shape[1]))
-        return self.o(attention(q, k, v, mask)) + self._remember(v.reshape(x.shape), own)
+        return self.o(attention(q, k, v, Mask(keys=own))) + self._remember(v.reshape(x.shape), own)
 
     def _remember(self, v: Float[Array, "B T D"], own: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
         v = jnp.where(own[..., None], v, 0)

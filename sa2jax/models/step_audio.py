@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int
 from sa2jax.config import StepAudio2Config
 from sa2jax.models.audio_encoder import Adapter, AudioEncoder, adapter_length, encoder_length
 from sa2jax.models.decoder import Decoder, KVCache
-from sa2jax.nn import Functional, Params, Policy, functional, unstack
+from sa2jax.nn import Functional, Params, Policy, Remat, functional, unstack
+from sa2jax.sharding import shard
 
 
 class StepAudio2Model(nnx.Module):
@@ -37,6 +38,7 @@ class StepAudio2Model(nnx.Module):
         frames: Int[Array, "C"],
         *,
         official_batch: bool = False,
+        remat: Remat | None = None,
         trace: dict[str, Array] | None = None,
     ) -> Float[Array, "C S D"]:
         """Turn clips into decoder embeddings (12.5 Hz).
@@ -45,13 +47,16 @@ class StepAudio2Model(nnx.Module):
             mels: right-padded log-mel frames (100 Hz) of C clips.
             frames: mel frames of each clip.
             official_batch: see `AudioEncoder`.
+            remat: what a gradient computes again, see `nn.over_layers`.
             trace: filled with intermediate results by name.
 
         Returns:
             Embeddings; clip c's own are the first `feature_length(frames[c])`.
         """
         with jax.named_scope("audio_encoder"):
-            x = self.audio_encoder(mels, frames, official_batch=official_batch, trace=trace)
+            x = self.audio_encoder(
+                mels, frames, official_batch=official_batch, remat=remat, trace=trace
+            )
         with jax.named_scope("adapter"):
             return self.adapter(x, trace=trace)
 
@@ -77,7 +82,7 @@ class StepAudio2Model(nnx.Module):
         if features is None or slots is None:
             return x
         flat = features.reshape(-1, features.shape[-1]).astype(x.dtype)
-        return jnp.where(slots[..., None] >= 0, flat[slots], x)
+        return jnp.where(slots[..., None] >= 0, shard(flat[slots], "batch", None, None), x)
 
     def __call__(
         self,
@@ -88,6 +93,7 @@ class StepAudio2Model(nnx.Module):
         lengths: Int[Array, "B"] | None = None,
         *,
         fresh: bool = False,
+        remat: Remat | None = None,
         trace: dict[str, Array] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Hidden states of a batch of right-padded prompts; see `embed` and `Decoder`."""
@@ -95,7 +101,7 @@ class StepAudio2Model(nnx.Module):
         if trace is not None:
             trace["embed"] = x
         with jax.named_scope("decoder"):
-            return self.decoder(x, kv_cache, lengths, fresh=fresh, trace=trace)
+            return self.decoder(x, kv_cache, lengths, fresh=fresh, remat=remat, trace=trace)
 
 
 @cache

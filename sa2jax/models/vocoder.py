@@ -23,7 +23,6 @@ from sa2jax.models.vocoder_signal import (
     stft,
 )
 from sa2jax.nn import Functional, Linear, Policy, before, functional, note, param
-from sa2jax.sharding import shard
 from sa2jax.speech_config import VocoderConfig
 
 MAX_MAGNITUDE = 100.0
@@ -356,7 +355,7 @@ class Vocoder(nnx.Module):
                 keep = inside(frames * rate + last, mel.shape[1] * rate + last)
             with jax.named_scope(f"stage{i}"):
                 x = getattr(self, f"stage{i}")(x, spectrum, keep, note_here)
-                x = shard(silence(x, keep), "batch", None, None)
+                x = silence(x, keep)
         with jax.named_scope("post"):
             x = jax.nn.leaky_relu(x, LAST_SLOPE)
             x = note(trace, "conv_post", self.post(x)).astype(jnp.float32)

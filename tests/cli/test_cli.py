@@ -518,7 +518,7 @@ def test_help_does_not_import_jax():
         (["transcribe"], "transcribe"),
         (["asr", "a.wav"], "--model"),
         (["asr", "a.wav", "--model", "m", "--beams", "4"], "--beams"),
-        (["convert", "a", "b", "--dtype", "int8"], "int8"),
+        (["convert", "a", "b", "--dtype", "int4"], "int4"),
     ],
 )
 def test_mistyped_command(run, arguments, message):

@@ -195,7 +195,7 @@ def test_both_ways_of_loading_fill_shards(source, tmp_path):
         plain = hf.load_hf(source)
         mesh = make_mesh("fsdp=2,tensor=2")
         shardings = step_audio2(StepAudio2Config.from_hf(source)).shardings(mesh)
-        for loaded in (hf.load_hf(source, shardings=shardings), checkpoint.load(out, shardings)):
+        for loaded in (hf.load_hf(source, shardings), checkpoint.load(out, shardings)):
             jax.tree.map(np.testing.assert_array_equal, loaded, plain)
             for leaf, place in zip(jax.tree.leaves(loaded), jax.tree.leaves(shardings)):
                 assert leaf.sharding == place, (leaf.sharding, place)
@@ -259,8 +259,8 @@ def test_unknown_dtype_is_refused(source, tmp_path, action):
     if action is hf.export:
         hf.convert(source, tmp_path / "ours")
         source = tmp_path / "ours"
-    with pytest.raises(CheckpointError, match="'int8': expected one of float32, float16, bfloat16"):
-        action(source, tmp_path / "out", dtype="int8")
+    with pytest.raises(CheckpointError, match="'int4': expected one of float32, float16, bfloat16"):
+        action(source, tmp_path / "out", dtype="int4")
     assert not (tmp_path / "out").exists()
 
 

@@ -426,17 +426,29 @@ def test_refused_options(generator, prompts):
 # --- cache and layout ---
 
 
-def test_cache_drops_what_does_not_fit():
-    cache = KVCache.zeros(CFG.decoder, batch=2, size=4, dtype=jnp.float32)
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_cache_keeps_what_is_meant_to_be_kept(dtype):
+    """Padding is not written, slots beyond the last are dropped, the rest stays as it was."""
+    cache = KVCache.zeros(CFG.decoder, batch=3, size=4, dtype=dtype)
     assert cache.size == 4
-    new = np.arange(1, 2 * 3 * 2 * 8 + 1, dtype=np.float32).reshape(2, 3, 2, 8)  # [B, T, K, H]
-    slots = np.array([[2, 3, 4], [6, 0, 9]])
-    written = cache.write(1, slots, new, -new)
-    expected = np.zeros((2, 2, 4, 2, 8), np.float32)  # [L, B, S, K, H]
-    expected[1, 0, 2:4], expected[1, 1, 0] = new[0, :2], new[1, 1]
+    rng = np.random.default_rng(0)
+    first, new = rng.standard_normal((2, 3, 3, 2, 8)).astype(np.float32)  # [B, T, K, H]
+    expected = np.zeros((2, 3, 4, 2, 8), np.float32)  # [L, B, S, K, H]
+    for values, start, lengths in ((first, [0, 0, 0], [2, 3, 1]), (new, [2, 3, 1], [3, 1, 0])):
+        start, lengths = jnp.asarray(start), jnp.asarray(lengths)
+        cache = cache.write(1, start, lengths, jnp.asarray(values), jnp.asarray(-values))
+        for row in range(3):
+            kept = values[row, : lengths[row]][: 4 - start[row]]
+            expected[1, row, start[row] : start[row] + len(kept)] = kept
     slot_axis = cache.k.shape.index(cache.size)
-    np.testing.assert_array_equal(np.moveaxis(written.k, slot_axis, 2), expected)
-    np.testing.assert_array_equal(np.moveaxis(written.v, slot_axis, 2), -expected)
+    numbers = {"k": np.asarray(cache.k, np.float32), "v": np.asarray(cache.v, np.float32)}
+    if dtype == "int8":
+        assert cache.k.dtype == jnp.int8
+        for name, scale in zip(numbers, cache.scales, strict=True):
+            numbers[name] = numbers[name] * np.asarray(scale)[..., None]
+    tolerance = 0.015 if dtype == "int8" else 0
+    np.testing.assert_allclose(np.moveaxis(numbers["k"], slot_axis, 2), expected, atol=tolerance)
+    np.testing.assert_allclose(np.moveaxis(numbers["v"], slot_axis, 2), -expected, atol=tolerance)
 
 
 def test_layers_in_a_loop_equal_layers_in_a_scan(generator, prompts, params):

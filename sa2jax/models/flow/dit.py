@@ -27,7 +27,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sa2jax.models.flow.layers import attend, window
 from sa2jax.nn import Conv1d, LayerNorm, Linear, Policy, note, over_layers, stack
-from sa2jax.sharding import shard
 from sa2jax.speech_config import EstimatorConfig
 
 EPS = 1e-6  # of the norms that adaLN modulates
@@ -341,7 +340,6 @@ class DiT(nnx.Module):
             inner = None if trace is None else {}
             cache = cached(state.conv, i), cached(state.kv, i, 2)
             x, fresh = module(x, parts[0][i].astype(x.dtype), mask, counts, cache, inner)
-            x = shard(x, "batch", None, None)
             return x, (fresh, None if inner is None else inner | {"blocks": x})
 
         with jax.named_scope("blocks"):

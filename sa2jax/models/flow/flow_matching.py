@@ -78,7 +78,6 @@ class FlowState:
     parity: bool
 
 
-# The axis of the rows in each array of a state; −1 for none.
 _ROWS = FlowState(
     speaker=0,  # type: ignore[arg-type]
     prompt=0,  # type: ignore[arg-type]
@@ -137,6 +136,11 @@ def reserve(state: FlowState, codes: int) -> FlowState:
     return replace(state, encoder=state.encoder.grown(capacity_for(codes)))
 
 
+def rows_of(keep: int, parity: bool) -> FlowState:
+    """The axis of the rows in each array of a state; −1 for none."""
+    return replace(_ROWS, keep=keep, parity=parity)
+
+
 def join(states: Sequence[FlowState]) -> FlowState:
     """Several streams as one batch, in this order; caches are padded to the longest."""
     capacity = max(state.encoder.capacity for state in states)
@@ -145,7 +149,7 @@ def join(states: Sequence[FlowState]) -> FlowState:
         replace(s, encoder=s.encoder.grown(capacity), estimator=s.estimator.grown(slots))
         for s in states
     ]
-    axes = replace(_ROWS, keep=states[0].keep, parity=states[0].parity)
+    axes = rows_of(states[0].keep, states[0].parity)
 
     def line_up(axis, *parts):  # copies, so that a donated batch takes nothing from the parts
         alone = axis < 0 or len(parts) == 1
@@ -156,7 +160,7 @@ def join(states: Sequence[FlowState]) -> FlowState:
 
 def pick(state: FlowState, rows: Sequence[int] | Int[Array, "R"]) -> FlowState:
     """Some streams of a batch, as a batch."""
-    axes = replace(_ROWS, keep=state.keep, parity=state.parity)
+    axes = rows_of(state.keep, state.parity)
     rows = jnp.asarray(rows)
 
     def take(axis, part):

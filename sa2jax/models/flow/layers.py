@@ -29,11 +29,7 @@ def attend(
     mask = jnp.repeat(mask, N, axis=0)  # [B*N, S]
     q, k, v = (x.reshape(B * N, -1, H) for x in (q, k, v))
     operands = (q, k, v, mask, None if bias is None else bias.reshape(B * N, T, -1))
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.size > 1:  # heads are spread over devices: no loop over them
-        y = _at_once(operands)
-    else:
-        y = jax.lax.platform_dependent(operands, cpu=_in_turns, default=_at_once)
+    y = jax.lax.platform_dependent(operands, cpu=_in_turns, default=_at_once)
     return y.reshape(B, N, T, H).swapaxes(1, 2)
 
 

@@ -28,7 +28,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sa2jax.models.flow.layers import attend, window
 from sa2jax.nn import Conv1d, LayerNorm, Linear, Policy, before, note, over_layers, param, stack
-from sa2jax.sharding import shard
 from sa2jax.speech_config import ConformerConfig
 
 LAYER_EPS = 1e-12  # of the norms inside layers; the others have 1e-5
@@ -278,7 +277,6 @@ class UpsampleConformer(nnx.Module):
         def layer(x, layer_and_index):
             module, i = layer_and_index
             x, kv = module(x, table, mask, cache[i])
-            x = shard(x, "batch", None, None)
             return x, (kv, x if trace is not None else None)
 
         x, (kv, outputs) = over_layers(layer, x, layers)

@@ -1,0 +1,108 @@
+"""Attention heads for a tensor axis that they do not divide over, as 28 and 4 over 8.
+
+Key heads are repeated until each shard has one, and each group of queries is dealt out to the
+copies of its key head, padded with heads that are zero. The result is the same to the last bit of
+each head; a decoder of 28 heads with 4 key heads becomes one of 32 with 8.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from sa2jax.config import DecoderConfig, StepAudio2Config
+from sa2jax.errors import ShardingError
+from sa2jax.nn import Functional, Params
+from sa2jax.sharding import tensor_ways
+
+
+def spread_heads(cfg: StepAudio2Config, mesh: Mesh | None) -> StepAudio2Config:
+    """The config whose decoder has heads for every shard of a mesh's tensor axis.
+
+    Raises:
+        ShardingError: if there are more shards than heads.
+    """
+    decoder, ways = cfg.decoder, tensor_ways(mesh)
+    if ways > decoder.heads:
+        raise ShardingError(
+            f"{ways} tensor shards for {decoder.heads} heads: expected tensor={decoder.heads} at "
+            "most; spread the rest over data or fsdp"
+        )
+    if ways <= decoder.kv_heads or ways % decoder.kv_heads:
+        return cfg
+    copies = ways // decoder.kv_heads
+    each = -(-decoder.heads // decoder.kv_heads // copies)
+    wide = replace(decoder, heads=ways * each, kv_heads=ways)
+    return replace(cfg, decoder=wide)
+
+
+def spread_params(
+    params: Params, cfg: DecoderConfig, wide: DecoderConfig, model: Functional, mesh: Mesh
+) -> Params:
+    """Parameters of `cfg` as those of the decoder that `spread_heads` made of it.
+
+    Args:
+        params: stacked, of the whole model, where `loading_shardings` put them; used up.
+        cfg: sizes of the checkpoint.
+        wide: sizes of the decoder on the mesh.
+        model: the model on the mesh.
+        mesh: the mesh.
+    """
+    if cfg == wide:
+        return params
+    attn = params["decoder"]["layers"].pop("attn")
+    places = model.shardings(mesh)["decoder"]["layers"]["attn"]
+    # One leaf at a time: two copies of all of them need not fit.
+    for name, part in attn.items():
+        for kind in list(part):
+            change = jax.jit(
+                partial(_spread, name=name, kind=kind, cfg=cfg, wide=wide),
+                out_shardings=places[name][kind],
+            )
+            part[kind] = change(part[kind])
+    params["decoder"]["layers"]["attn"] = attn
+    return params
+
+
+def loading_shardings(narrow: Functional, model: Functional, mesh: Mesh) -> Params:
+    """Where the leaves of a checkpoint go: those that `spread_params` changes are split otherwise.
+
+    Args:
+        narrow: the model as the checkpoint has it.
+        model: the model on the mesh.
+        mesh: the mesh.
+    """
+    places = model.shardings(mesh)
+    if narrow == model:
+        return places
+    attn = narrow.abstract["decoder"]["layers"]["attn"]
+    places["decoder"]["layers"]["attn"] = jax.tree.map(partial(_anywhere, mesh), attn)
+    return places
+
+
+def _anywhere(mesh: Mesh, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+    """Split over the largest axis that divides."""
+    ways = mesh.shape["tensor"]
+    entries: list[str | None] = [None] * leaf.ndim
+    fits = [axis for axis in range(1, leaf.ndim) if leaf.shape[axis] % ways == 0]
+    if fits:
+        entries[max(fits, key=lambda axis: leaf.shape[axis])] = "tensor"
+    return NamedSharding(mesh, PartitionSpec(*entries))
+
+
+def _spread(x: Array, *, name: str, kind: str, cfg: DecoderConfig, wide: DecoderConfig) -> Array:
+    """One leaf of an attention layer, [L, ...]."""
+    if name in "kv":  # [L, K, ...]
+        return jnp.repeat(x, wide.kv_heads // cfg.kv_heads, axis=1)
+    if name == "o" and kind != "kernel":  # outputs are no heads
+        return x
+    axis = 2 if name == "o" else 1
+    width = x.shape[axis] // cfg.heads  # the heads of inputs are one axis with their width
+    before, after = x.shape[:axis], x.shape[axis + 1 :]
+    groups = x.reshape(*before, cfg.kv_heads, cfg.heads // cfg.kv_heads, width, *after)
+    more = wide.heads // cfg.kv_heads - groups.shape[axis + 1]
+    pads = [(0, more) if i == axis + 1 else (0, 0) for i in range(groups.ndim)]
+    return jnp.pad(groups, pads).reshape(*before, wide.heads * width, *after)

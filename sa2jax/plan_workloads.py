@@ -1,0 +1,288 @@
+"""Programs that `plan` compiles ahead of time, one function each; nothing here has numbers.
+
+To add one: a function of a spec and a mesh that gives a `Work`, and a line in `WORKLOADS`.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from sa2jax.config import StepAudio2Config
+from sa2jax.errors import PlanError
+from sa2jax.inference import programs
+from sa2jax.inference.loading import policy_of
+from sa2jax.inference.sampling import Sampling
+from sa2jax.inference.token2wav import ALL
+from sa2jax.models.heads import spread_heads
+from sa2jax.models.step_audio import StepAudio2Model, step_audio2
+from sa2jax.nn import Functional, Policy, functional
+from sa2jax.sharding import over_rows
+
+if TYPE_CHECKING:
+    from sa2jax.plan import Spec
+
+Where = Any  # a Mesh, or an AbstractMesh where nothing is compiled
+
+BLOCK = 32  # decode steps in one program
+TOKENS_PER_SECOND = 31.25  # of speech that is generated: 25 codes and 6.25 words' tokens
+MEL_RATE, CODE_RATE = 100, 25  # frames of what is heard, codes of what is spoken, per second
+VOICE_SECONDS = 5  # of the recording whose voice speaks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """A program to compile and what it is for.
+
+    Attributes:
+        lower: traces it; may take a while.
+        weights: parameters that it reads, with shardings.
+        rest: parameters of the model's other parts, which stay in memory beside it.
+        cache: keys and values, with shardings.
+        moments: the optimizer's memory, with shardings.
+        ideal: bytes that each chip must move in a step, whatever the program; 0 if nobody knows.
+        exact: whether products are of float32 numbers.
+        turns: steps that one run makes.
+        made: what a step makes, of all rows: tokens, or seconds of sound.
+        unit: `tokens` or `seconds`.
+        real: how many of them are a second of conversation; 0 if that means nothing.
+    """
+
+    lower: Callable[[], jax.stages.Lowered]
+    weights: Any
+    rest: Any = field(default_factory=dict)
+    cache: Any = field(default_factory=dict)
+    moments: Any = field(default_factory=dict)
+    ideal: float = 0
+    exact: bool = False
+    turns: int = 1
+    made: float
+    unit: str = "tokens"
+    real: float = 0
+
+
+def policy(spec: "Spec") -> Policy:
+    """The dtypes of a spec."""
+    found = policy_of("bfloat16" if spec.dtype == "int8" else spec.dtype)
+    if spec.workload in TRAINING:  # float32 parameters are master weights
+        found = replace(found, compute=jnp.dtype(jnp.bfloat16))
+    if spec.dtype == "int8":
+        head = found.param if spec.float_head else None
+        found = replace(found, kernel=jnp.dtype(jnp.int8), head=head)
+    return replace(found, cache=jnp.dtype(jnp.int8) if spec.int8_cache else None)
+
+
+def config(spec: "Spec") -> StepAudio2Config:
+    """A preset's, or that of a folder."""
+    if Path(spec.model).is_dir():
+        return StepAudio2Config.from_hf(Path(spec.model))
+    return StepAudio2Config.preset(spec.model)
+
+
+def per_chip(tree: Any) -> float:
+    """Bytes of the abstract arrays of a tree on one device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def decode(spec: "Spec", mesh: Where) -> Work:
+    """A block of steps of a batch of replies; `length` is the cache's slots."""
+    model, weights = _model(spec, mesh)
+    state = programs.abstract_state(model, mesh, rows=spec.batch, size=spec.length)
+    reads = _thinking(weights)
+
+    def lower() -> jax.stages.Lowered:
+        run = jax.jit(
+            partial(programs.decode, model), static_argnames=("block",), donate_argnums=(1,)
+        )
+        knobs = Sampling(temperature=0).knobs()
+        return run.lower(weights, state, _everywhere(mesh, 1), knobs, block=BLOCK)
+
+    cache = {"k": state.cache.k, "v": state.cache.v, "scales": state.cache.scales}
+    return Work(
+        lower=lower, weights=reads, rest=_others(weights), cache=cache, turns=BLOCK,
+        ideal=_reading(spec, mesh, reads) + per_chip(cache), made=spec.batch,
+        exact=spec.dtype == "float32", real=TOKENS_PER_SECOND,
+    )  # fmt: skip
+
+
+def prefill(spec: "Spec", mesh: Where) -> Work:
+    """Prompts of `length` tokens, read at once into caches of that size."""
+    model, weights = _model(spec, mesh)
+    rows, length = spec.batch, spec.length
+    state = programs.abstract_state(model, mesh, rows=rows, size=length)
+    embed = config(spec).decoder.embed
+    compute = model.abstract["decoder"]["table"].dtype
+    batch = programs.Batch(
+        ids=_everywhere(mesh, rows, length), lengths=_everywhere(mesh, rows),
+        features=_everywhere(mesh, rows * length, embed, dtype=compute),
+        slots=_everywhere(mesh, rows, length),
+    )  # fmt: skip
+
+    def lower() -> jax.stages.Lowered:
+        run = jax.jit(partial(programs.prefill, model), static_argnames=("samples", "size"))
+        keys = jax.ShapeDtypeStruct(
+            state.keys.shape, state.keys.dtype, sharding=NamedSharding(mesh, PartitionSpec())
+        )
+        return run.lower(
+            weights, batch, keys, _everywhere(mesh, rows), _everywhere(mesh, 1),
+            Sampling(temperature=0).knobs(), samples=1, size=length,
+        )  # fmt: skip
+
+    reads = _thinking(weights)
+    cache = {"k": state.cache.k, "v": state.cache.v, "scales": state.cache.scales}
+    return Work(
+        lower=lower, weights=reads, rest=_others(weights), cache=cache,
+        ideal=_reading(spec, mesh, reads, tokens=length) + per_chip(cache), made=rows * length,
+        exact=spec.dtype == "float32",
+    )  # fmt: skip
+
+
+def encode(spec: "Spec", mesh: Where) -> Work:
+    """Clips of `length` seconds, heard in one batch."""
+    model, weights = _model(spec, mesh)
+    cfg = config(spec).audio_encoder
+    mels = _everywhere(mesh, spec.batch, cfg.mels, MEL_RATE * spec.length, dtype=jnp.float32)
+
+    def lower() -> jax.stages.Lowered:
+        run = jax.jit(partial(programs.listen, model))
+        return run.lower(weights, mels, _everywhere(mesh, spec.batch))
+
+    return Work(
+        lower=lower, weights=_others(weights), rest=_thinking(weights),
+        ideal=per_chip(_others(weights)), made=spec.batch * spec.length, unit="seconds", real=1,
+        exact=spec.dtype == "float32",
+    )  # fmt: skip
+
+
+def token2wav(spec: "Spec", mesh: Where) -> Work:
+    """Codes of `length` seconds to sound, with a voice of `VOICE_SECONDS`."""
+    from sa2jax.models.flow import flow_model
+    from sa2jax.models.vocoder import vocoder
+    from sa2jax.speech_config import Token2WavConfig
+
+    if spec.dtype == "int8":
+        raise PlanError("token2wav in int8: expected bfloat16 or float32")
+    cfg, dtype = Token2WavConfig.released(), jnp.dtype(spec.dtype)
+    flow = flow_model(cfg.flow, Policy(param=dtype, compute=dtype))
+    vocode = vocoder(cfg.vocoder)
+    place = lambda leaf: _everywhere(mesh, *leaf.shape, dtype=leaf.dtype)  # noqa: E731
+    weights = jax.tree.map(place, {"flow": flow.abstract, "vocoder": vocode.abstract})
+    rows, codes, voice = spec.batch, CODE_RATE * spec.length, CODE_RATE * VOICE_SECONDS
+    ratio = cfg.flow.encoder.upsample
+
+    def run(weights, prompt, mel, speaker, codes, lengths):
+        made = flow.bind(weights["flow"])(prompt, mel, speaker, codes, None, lengths)
+        keys = jax.random.split(jax.random.key(0), len(codes))
+        return vocode.bind(weights["vocoder"])(made, ratio * lengths, key=keys)[0]
+
+    def lower() -> jax.stages.Lowered:
+        dealt = over_rows(run, mesh, rows, (ALL, 0, 0, 0, 0, 0), 0)
+        return jax.jit(dealt).lower(
+            weights, _everywhere(mesh, rows, voice),
+            _everywhere(mesh, rows, ratio * voice, cfg.flow.mels, dtype=jnp.float32),
+            _everywhere(mesh, rows, cfg.flow.speaker, dtype=jnp.float32),
+            _everywhere(mesh, rows, codes), _everywhere(mesh, rows),
+        )  # fmt: skip
+
+    return Work(
+        lower=lower, weights=weights, ideal=per_chip(weights), made=rows * spec.length,
+        unit="seconds", real=1, exact=spec.dtype == "float32",
+    )  # fmt: skip
+
+
+def train(spec: "Spec", mesh: Where) -> Work:
+    """A step of fine-tuning on sequences of `length` tokens, everything trained."""
+    from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
+
+    if spec.dtype == "int8":
+        raise PlanError("train in int8: expected bfloat16, float32 (master weights), or lora")
+    model = step_audio2(config(spec), policy(spec))
+    return _training(spec, mesh, model, make_optimizer(OptimizerConfig()))
+
+
+def lora(spec: "Spec", mesh: Where) -> Work:
+    """A step that trains low-rank additions to the decoder's matrices; int8 is QLoRA."""
+    from sa2jax.train.lora import ONLY_LORA, add_lora
+    from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
+
+    def make() -> StepAudio2Model:
+        rngs = nnx.Rngs(0)
+        net = StepAudio2Model(config(spec), policy=policy(spec), rngs=rngs)
+        add_lora(net, RANK, 2.0 * RANK, rngs=rngs)
+        return net
+
+    optimizer = make_optimizer(OptimizerConfig(rates=ONLY_LORA))
+    return _training(spec, mesh, functional(make), optimizer)
+
+
+def _training(spec: "Spec", mesh: Where, model: Functional, optimizer: Any) -> Work:
+    from sa2jax.train.step import abstract_batch, abstract_state, make_step
+
+    rows = spec.batch
+    state = abstract_state(model, optimizer, mesh)
+    batch = abstract_batch(config(spec), mesh, rows, spec.length)
+    return Work(
+        lower=lambda: make_step(model, optimizer, mesh).lower(state, batch),
+        weights=state.params, moments=state.opt_state, made=rows * spec.length,
+    )  # fmt: skip
+
+
+WORKLOADS: dict[str, Callable[["Spec", Where], Work]] = {
+    "decode": decode,
+    "prefill": prefill,
+    "encode": encode,
+    "token2wav": token2wav,
+    "train": train,
+    "lora": lora,
+}
+TRAINING = ("train", "lora")
+RANK = 16  # of LoRA
+# What `length` counts, and its usual value.
+LENGTHS: dict[str, tuple[str, int]] = {
+    "decode": ("slots of the cache", 4096),
+    "prefill": ("tokens of a prompt", 2048),
+    "encode": ("seconds of a clip", 25),
+    "token2wav": ("seconds of sound", 10),
+    "train": ("tokens of a sequence", 4096),
+    "lora": ("tokens of a sequence", 2048),
+}
+
+
+def _model(spec: "Spec", mesh: Where) -> tuple[Functional[StepAudio2Model], dict[str, Any]]:
+    """The model on a mesh, and where its parameters are."""
+    model = step_audio2(spread_heads(config(spec), mesh), policy(spec))
+    return model, model.placed(mesh)
+
+
+def _everywhere(mesh: Where, *shape: int, dtype: Any = jnp.int32) -> Any:
+    """An input that every device has: small ones are not split."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+
+def _thinking(weights: dict[str, Any]) -> Any:
+    """The language model's parameters."""
+    return {"decoder": weights["decoder"]}
+
+
+def _others(weights: dict[str, Any]) -> Any:
+    """What hears."""
+    return {name: part for name, part in weights.items() if name != "decoder"}
+
+
+def _reading(spec: "Spec", mesh: Where, reads: Any, tokens: int = 1) -> float:
+    """Bytes of the language model that a chip reads in a step: of the table, the tokens' rows."""
+    decoder = dict(reads["decoder"])
+    table = decoder.pop("table")
+    rows = spec.batch * tokens * table.shape[1] * table.dtype.itemsize
+    ways = math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
+    return per_chip(decoder) + min(per_chip(table), rows / ways)

@@ -1,0 +1,92 @@
+"""Every program on every kind of mesh gives what one device gives."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import on_meshes
+import pytest
+
+from sa2jax import testing
+
+HERE = Path(__file__).parent
+# The last one divides neither the heads nor the vocabularies nor, alone, the rows.
+MESHES = (
+    "data=1,fsdp=1,tensor=1", "data=2,fsdp=2,tensor=2", "tensor=8", "data=8", "fsdp=2,tensor=4",
+    "data=2,tensor=3",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    cfg = replace(testing.tiny_config(), decoder=on_meshes.DECODER)
+    return testing.save_tiny_checkpoint(tmp_path_factory.mktemp("model"), cfg)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_every_program_on_a_mesh(mesh, folder, golden, tmp_path):
+    run = run_on_devices(8, [HERE / "on_meshes.py", folder, golden, mesh], tmp_path)
+    assert "rematerialization" not in run.stderr, run.stderr
+    report = json.loads(run.stdout.splitlines()[-1])
+    assert report["devices"] == 8
+    (found,) = report["meshes"].values()
+    assert found["logits"] <= 1e-4
+    assert found["ids"]
+    assert found["length"] == [on_meshes.TOKENS] * 3
+    assert found["wave"] <= 1e-4
+    assert found["traces"] == {"listen": 1, "place": 2, "prefill": 1, "decode": 1, "score": 1}
+    assert found["sound_traces"] == {"mel": 1, "wave": 1, "start": 1, "step": 1}
+    assert found["new"], "the second time nothing is traced but a block of another size"
+    check_places(mesh, found)
+
+
+def check_places(mesh, found):
+    """Where the arrays of a batch under way are, as one host reads it off their shardings."""
+    sizes = dict(pair.split("=") for pair in mesh.split(","))
+    data, fsdp, tensor = (int(sizes.get(axis, 1)) for axis in ("data", "fsdp", "tensor"))
+    split = lambda ways, axis: axis if ways > 1 else "None"  # noqa: E731
+    layers, rows, heads, slots, width = found["cache_shape"]
+    # 14 heads on 2 key heads become 16 on 4, and 16 on 8.
+    assert heads == {4: 4, 8: 8}.get(tensor, 2)
+    divides = tensor in (1, 2, 4, 8)
+    ways = tensor if divides else 1
+    whole_batch = data * fsdp > 1
+    assert found["cache_shard"] == [layers, rows // (data * fsdp), heads // ways, slots, width]
+    rows_on = "('data', 'fsdp')" if whole_batch else "None"
+    assert padded(found["cache"], 5) == ["None", rows_on, split(ways, "tensor"), "None", "None"]
+    assert padded(found["token"], 1) == ["None"]
+    assert padded(found["seen"], 2) == [rows_on, "None"]
+    if data * fsdp * tensor > 1:
+        assert padded(found["q"], 4) == ["None", split(ways, "tensor"), "None", split(fsdp, "fsdp")]
+        assert padded(found["k"], 4)[1] == split(ways, "tensor")
+        vocab = split(ways, "tensor")  # 512 divides as the heads do
+        assert padded(found["head"], 2) == [vocab, split(fsdp, "fsdp")]
+    on_all = found["kv"][4] % (data * fsdp * tensor) == 0 and data * fsdp * tensor > 1
+    rows_at = padded(found["stream"], 8)[4]
+    assert rows_at == ("('data', 'fsdp', 'tensor')" if on_all else "None")
+
+
+def padded(spec, count):
+    """A spec leaves out what it does not split at its end."""
+    return spec + ["None"] * (count - len(spec))
+
+
+def run_on_devices(count, command, home):
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+    run = subprocess.run(
+        [sys.executable, *map(str, command)],
+        env=os.environ
+        | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "XDG_CACHE_HOME": str(home)}
+        | {
+            "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path]),
+            "TF_CPP_MIN_LOG_LEVEL": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert run.returncode == 0, run.stderr
+    return run

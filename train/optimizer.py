@@ -1,0 +1,214 @@
+"""Which parameters are trained, how fast, and how a gradient becomes an update: AdamW, by optax.
+
+Parts are named by regular expressions that match the beginning of a parameter's dotted name:
+
+    adapter   audio_encoder   decoder.table   decoder.head   decoder.layers
+
+Frozen parts have neither gradients nor moments: they are split off before either is made.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from sa2jax.errors import TrainError
+from sa2jax.nn import Params
+
+# The leaves that are matrices. Stacked vectors have several dimensions too, so names tell.
+MATRICES = ("kernel", "table", "lora_a", "lora_b")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with warm-up and a cosine.
+
+    Attributes:
+        rate: learning rate after warm-up.
+        end: share of it that is left after the last step.
+        warmup: steps of linear warm-up.
+        steps: steps in all.
+        rates: other rates by part; the first match counts, and 0 freezes.
+        betas: decay of the first and second moment.
+        eps: added to the square root of the second moment.
+        decay: weight decay of matrices; vectors have none.
+        clip: largest norm of the whole gradient, None for any.
+        moments: dtype of moments, by default that of their parameters. bfloat16 keeps 8 bits: a
+            second moment with a decay above 0.99 would stand still in it.
+    """
+
+    rate: float = 1e-5
+    end: float = 0.1
+    warmup: int = 100
+    steps: int = 1000
+    rates: Mapping[str, float] = field(default_factory=dict, hash=False)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    decay: float = 0.1
+    clip: float | None = 1.0
+    moments: DTypeLike | None = None
+
+    def rate_of(self, name: str) -> float:
+        """The learning rate after warm-up of the parameter of this dotted name."""
+        found = (rate for part, rate in self.rates.items() if re.match(part, name))
+        return next(found, self.rate)
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """What a train step needs to know.
+
+    Attributes:
+        transform: of the gradients of trained parameters, and only of those.
+        schedule: learning rate of each step, of parts without a rate of their own.
+        trains: whether the parameter of a dotted name is trained.
+    """
+
+    transform: optax.GradientTransformation
+    schedule: Callable[[Int[Array, ""]], Float[Array, ""]]
+    trains: Callable[[str], bool]
+
+    def split(self, params: Params) -> tuple[Params, Params]:
+        """Trained and frozen leaves of parameters, or of any tree like them.
+
+        Raises:
+            TrainError: if nothing is trained, or if whole numbers would be.
+        """
+        trained, frozen = split(params, self.trains)
+        if not trained:
+            raise TrainError(
+                "nothing to train: every part has a rate of 0. Give one in `rates` a rate"
+            )
+        for path, leaf in jax.tree.leaves_with_path(trained):
+            if not jnp.issubdtype(getattr(leaf, "dtype", jnp.float32), jnp.floating):
+                raise TrainError(
+                    f"{name_of(path)} is {leaf.dtype} and cannot be trained: load the model in "
+                    "bfloat16 or float32, or train LoRA alone"
+                )
+        return trained, frozen
+
+
+def make_optimizer(config: OptimizerConfig) -> Optimizer:
+    """AdamW as the config says.
+
+    Raises:
+        TrainError: if the numbers make no schedule.
+    """
+    if not (0 <= config.warmup <= config.steps and config.steps > 0 and config.rate > 0):
+        raise TrainError(
+            f"expected a rate above 0 and 0 <= warmup <= steps, got rate {config.rate}, warmup "
+            f"{config.warmup}, steps {config.steps}"
+        )
+
+    def schedule(step):  # counts from 0: the first step already moves, the last still does
+        warm = jnp.minimum((step + 1) / max(config.warmup, 1), 1)
+        done = (step - config.warmup) / max(config.steps - config.warmup, 1)
+        cosine = (1 + jnp.cos(jnp.pi * jnp.clip(done, 0, 1))) / 2
+        return config.rate * warm * (config.end + (1 - config.end) * cosine)
+
+    def of_part(updates, params):
+        del params
+        share = lambda path, x: x * (config.rate_of(name_of(path)) / config.rate)  # noqa: E731
+        return jax.tree.map_with_path(share, updates)
+
+    first, second = config.betas
+    transform = optax.chain(
+        optax.stateless(lambda updates, params: _float32(updates)),
+        optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip),
+        _kept_as(config.moments, optax.scale_by_adam(first, second, config.eps)),
+        optax.add_decayed_weights(config.decay, mask=are_matrices),
+        optax.stateless(of_part),
+        optax.scale_by_learning_rate(schedule),
+    )
+    return Optimizer(transform, schedule, lambda name: config.rate_of(name) > 0)
+
+
+def apply_updates(params: Params, updates: Params, step: Int[Array, ""]) -> Params:
+    """Parameters plus updates; bfloat16 is rounded up or down by chance.
+
+    The nearest bfloat16 to a sum is the parameter itself if the update is less than about 1/256 of
+    it, as nearly all are at usual rates: nothing would be learnt. By chance a sum comes out right
+    on average.
+    """
+    leaves, structure = jax.tree.flatten(params)
+    moved = []
+    for place, (leaf, update) in enumerate(zip(leaves, jax.tree.leaves(updates), strict=True)):
+        total = leaf.astype(jnp.float32) + update.astype(jnp.float32)
+        if leaf.dtype == jnp.bfloat16:
+            key = jax.random.fold_in(jax.random.key(step), place)
+            moved.append(rounded_by_chance(total, key))
+        else:
+            moved.append(total.astype(leaf.dtype))
+    return jax.tree.unflatten(structure, moved)
+
+
+def rounded_by_chance(x: Float[Array, "*B"], key: Array) -> Float[Array, "*B"]:
+    """bfloat16 neighbours of float32 numbers, the nearer the likelier."""
+    # bfloat16 is the upper half of float32: whatever the lower half carries over, it rounds up.
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    bits = bits + jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    upper = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
+    return upper.astype(jnp.bfloat16)
+
+
+# --- parts of a plain dict --------------------------------------------------------------------
+
+
+def name_of(path: Any) -> str:
+    """The dotted name of a leaf."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def split(tree: Params, chosen: Callable[[str], bool], prefix: str = "") -> tuple[Params, Params]:
+    """Two nested dicts: the leaves whose dotted names are chosen, and the others."""
+    ours: Params = {}
+    others: Params = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            inner = split(value, chosen, f"{name}.")
+            for part, found in zip((ours, others), inner, strict=True):
+                if found:
+                    part[key] = found
+        else:
+            (ours if chosen(name) else others)[key] = value
+    return ours, others
+
+
+def join(first: Params, second: Params) -> Params:
+    """What `split` split."""
+    tree = dict(first)
+    for key, value in second.items():
+        tree[key] = join(tree[key], value) if key in tree else value
+    return tree
+
+
+def are_matrices(tree: Any) -> Any:
+    """True for the leaves that are matrices, in the same tree."""
+    return jax.tree.map_with_path(lambda path, _: name_of(path[-1:]) in MATRICES, tree)
+
+
+def _float32(tree: Any) -> Any:
+    floating = lambda x: jnp.issubdtype(x.dtype, jnp.floating)  # noqa: E731
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if floating(x) else x, tree)
+
+
+def _kept_as(
+    dtype: DTypeLike | None, inner: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """The same computation in float32 with its state in another dtype between steps."""
+
+    def init(params):
+        return inner.init(optax.tree.cast(params, dtype))
+
+    def update(updates, state, params=None):
+        updates, moved = inner.update(updates, _float32(state), params)
+        return updates, jax.tree.map(lambda new, old: new.astype(old.dtype), moved, state)
+
+    return optax.GradientTransformation(init, update)
