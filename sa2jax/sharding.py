@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -188,13 +188,22 @@ def over_rows(
     """
     if mesh is None or mesh.size == 1:
         return run
-
-    def spec(axis: int) -> PartitionSpec:
-        whole = axis < 0 or rows % mesh.size
-        return PartitionSpec() if whole else PartitionSpec(*[None] * axis, MESH_AXES)
-
+    spec = partial(_spec_of_rows, mesh, rows)
     specs = {"in_specs": jax.tree.map(spec, in_axes), "out_specs": jax.tree.map(spec, out_axes)}
     return jax.shard_map(run, mesh=mesh, check_vma=False, **specs)
+
+
+def deal_out(tree: Any, mesh: Mesh | None, rows: int, axes: Any) -> Any:
+    """Put arrays where `over_rows` takes them from, and leaves them; nothing if they are there."""
+    if mesh is None:
+        return tree
+    place = lambda axis, x: jax.device_put(x, NamedSharding(mesh, _spec_of_rows(mesh, rows, axis)))  # noqa: E731
+    return jax.tree.map(lambda axis, x: jax.tree.map(partial(place, axis), x), axes, tree)
+
+
+def _spec_of_rows(mesh: Mesh, rows: int, axis: int) -> PartitionSpec:
+    whole = axis < 0 or rows % mesh.size
+    return PartitionSpec() if whole else PartitionSpec(*[None] * axis, MESH_AXES)
 
 
 def replicas(mesh: Mesh) -> list[Mesh]:

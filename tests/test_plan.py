@@ -318,23 +318,6 @@ def test_nothing_is_large_enough():
 
 @pytest.mark.slow
 @needs_libtpu
-@pytest.mark.parametrize(
-    ("topology", "dtype", "most"),
-    [("v5e:1x1", "int8", 1.05), ("v6e:1x1", "bfloat16", 1.05), ("v5e:2x2", "bfloat16", 1.05)],
-)
-def test_decode_of_mini(topology, dtype, most):
-    made = plan.plan(Spec(topology=topology, dtype=dtype))
-    assert made.fits
-    assert made.peak == pytest.approx(made.weights + made.cache + made.temporaries, rel=0.01)
-    assert made.temporaries <= 0.02 * made.cache
-    assert 0.99 <= made.hbm_bytes / made.ideal_bytes <= most
-    assert made.bound == "memory"
-    assert made.realtime > 1
-    assert bool(made.collectives) == (made.chips > 1)
-
-
-@pytest.mark.slow
-@needs_libtpu
 def test_text_where_a_sparse_core_gathers(tmp_path):
     """Of a program that jaxlib 0.10 cannot print."""
     where = SingleDeviceSharding(chips.devices(chips.topology("v6e:1x1"))[0])

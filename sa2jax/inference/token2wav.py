@@ -254,9 +254,11 @@ class Token2Wav:
         frames = self.cfg.vocoder.carry + self.cfg.flow.encoder.upsample * hop
         noise = _widen(source_noise, self.cfg.vocoder.samples * frames)
         flow = reserve(state.flow, int(state.seen.max()) + hop)
+        axes = rows_of(flow.keep, state.parity), 0
+        flow, vocoder = sharding.deal_out((flow, state.vocoder), self.mesh, rows, axes)
         with sharding.using(self.mesh):
             flow, voc, speech, counts = self._advance(
-                self.params, flow, state.vocoder, _pad(lines, hop + look)[0],
+                self.params, flow, vocoder, _pad(lines, hop + look)[0],
                 present, ends, self._guidance, self._flow_noise, noise, state.seed, hop=hop,
                 parity=state.parity,
             )  # fmt: skip

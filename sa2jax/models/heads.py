@@ -55,14 +55,14 @@ def spread_params(
         return params
     attn = params["decoder"]["layers"].pop("attn")
     places = model.shardings(mesh)["decoder"]["layers"]["attn"]
-    # One leaf at a time: two copies of all of them need not fit.
+    # One leaf at a time: two copies of all of them need not fit. First on the way, where no head
+    # is split and nothing is sent, then to its place.
     for name, part in attn.items():
         for kind in list(part):
-            change = jax.jit(
-                partial(_spread, name=name, kind=kind, cfg=cfg, wide=wide),
-                out_shardings=places[name][kind],
-            )
-            part[kind] = change(part[kind])
+            change = partial(_spread, name=name, kind=kind, cfg=cfg, wide=wide)
+            here = part[kind].sharding
+            part[kind] = jax.jit(change, out_shardings=here)(part[kind])
+            part[kind] = jax.jit(lambda x: x, out_shardings=places[name][kind])(part[kind])
     params["decoder"]["layers"]["attn"] = attn
     return params
 
@@ -79,17 +79,19 @@ def loading_shardings(narrow: Functional, model: Functional, mesh: Mesh) -> Para
     if narrow == model:
         return places
     attn = narrow.abstract["decoder"]["layers"]["attn"]
-    places["decoder"]["layers"]["attn"] = jax.tree.map(partial(_anywhere, mesh), attn)
+    places["decoder"]["layers"]["attn"] = {
+        name: {kind: _on_the_way(name, kind, leaf, mesh) for kind, leaf in part.items()}
+        for name, part in attn.items()
+    }
     return places
 
 
-def _anywhere(mesh: Mesh, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-    """Split over the largest axis that divides."""
-    ways = mesh.shape["tensor"]
-    entries: list[str | None] = [None] * leaf.ndim
-    fits = [axis for axis in range(1, leaf.ndim) if leaf.shape[axis] % ways == 0]
-    if fits:
-        entries[max(fits, key=lambda axis: leaf.shape[axis])] = "tensor"
+def _on_the_way(name: str, kind: str, leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> NamedSharding:
+    """Split over the model's width, which no head has a part in; vectors are whole."""
+    entries: list[tuple[str, str] | None] = [None] * leaf.ndim
+    axis, ways = 1 if name == "o" else leaf.ndim - 1, mesh.shape["fsdp"] * mesh.shape["tensor"]
+    if kind == "kernel" and leaf.shape[axis] % ways == 0:
+        entries[axis] = ("fsdp", "tensor")
     return NamedSharding(mesh, PartitionSpec(*entries))
 
 

@@ -13,7 +13,7 @@ from sa2jax.inference import programs, token2wav
 from sa2jax.inference.generate import Options, Request
 from sa2jax.inference.token2wav import Token2Wav
 from sa2jax.pipeline import StepAudio2
-from sa2jax.sharding import make_mesh
+from sa2jax.sharding import batch_ways, make_mesh
 
 # 14 heads on 2 key heads: like mini's 28 on 4, they divide over no tensor axis above 2.
 DECODER = DecoderConfig(
@@ -37,14 +37,14 @@ def answers(model):
 
 
 def spoken(speak, voices):
-    """Whole replies, and two streams of two steps each."""
+    """Two whole replies, and eight streams of two steps each."""
     rng = np.random.default_rng(1)
     # Both steps speak at most 15 codes: one program.
     codes = [rng.integers(0, speak.cfg.flow.codes, n).tolist() for n in (20, 30)]
     waves = speak(codes, voices)
-    state = speak.start(voices)
-    state, first = speak.step(state, [line[:18] for line in codes])
-    state, rest = speak.step(state, [line[18:] for line in codes], last=True)
+    state = speak.start(voices * 4)
+    state, first = speak.step(state, [line[:18] for line in codes] * 4)
+    state, rest = speak.step(state, [line[18:] for line in codes] * 4, last=True)
     streamed = [np.concatenate(pieces) for pieces in zip(first, rest, strict=True)]
     return [*waves, *streamed], state
 
@@ -69,12 +69,12 @@ def far(a, b):
 
 
 def main(folder, golden, meshes):
+    """One line of JSON for each mesh."""
     cfg, params = recorded_token2wav(Path(golden))
     voices = [recorded_voice(Path(golden)), other_voice(3, 40, cfg)]
     alone = StepAudio2.from_pretrained(folder)
     logits, ids = answers(alone)
     waves, _ = spoken(Token2Wav(cfg, params), voices)
-    report = {}
     for spec in meshes:
         programs.TRACES.clear()
         token2wav.TRACES.clear()
@@ -89,7 +89,8 @@ def main(folder, golden, meshes):
         sound, stream = spoken(speak, voices)
         sounds = dict(token2wav.TRACES)
         spoken(speak, voices)
-        report[spec] = {
+        report = {
+            "mesh": spec, "devices": jax.device_count(), "ways": batch_ways(model.generator.mesh),
             "logits": far([got], [logits]), "ids": same == ids == again, "wave": far(sound, waves),
             "length": [len(line) for line in same], "traces": traces, "sound_traces": sounds,
             "new": dict(programs.TRACES) == traces | {"decode": 2}  # blocks of another size
@@ -97,7 +98,7 @@ def main(folder, golden, meshes):
             "stream": [*map(str, stream.flow.estimator.kv.sharding.spec)],
             "kv": stream.flow.estimator.kv.shape,
         } | places(model, state)  # fmt: skip
-    print(json.dumps({"devices": jax.device_count(), "meshes": report}))
+        print(json.dumps(report), flush=True)
 
 
 if __name__ == "__main__":
