@@ -76,7 +76,7 @@ CHIPS: dict[str, Chip] = {
     chip.name: chip
     for chip in (
         # 6 links of 50 GB/s: Jouppi et al., "TPU v4", 2023. int8 runs at the bfloat16 rate.
-        _tpu("v4", 32, 30.75, 1228, 275, 275, 300, f"{_CLOUD} v4; links: arXiv:2304.01433"),
+        _tpu("v4", 32, 30.75, 1200, 275, 275, 300, f"{_CLOUD} v4; links: arXiv:2304.01433"),
         _tpu("v5e", 16, 15.75, 819, 197, 393, 200, f"{_CLOUD} v5e"),
         _tpu("v5p", 96, 95.73, 2765, 459, 918, 600, f"{_CLOUD} v5p"),
         _tpu("v6e", 32, 31.24, 1640, 918, 1836, 400, f"{_CLOUD} v6e"),
