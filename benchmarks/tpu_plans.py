@@ -60,11 +60,16 @@ def line(made: Plan) -> str:
     cells.append(f"{made.peak / GIB:.1f} / {made.usable / GIB:.1f}{'' if made.fits else ' **no**'}")
     if made.bound:
         ratio = f"{made.hbm_bytes / made.ideal_bytes:.2f}" if made.ideal_bytes else ""
-        cells += [ratio, f"{1e3 * made.seconds:.3g}", made.bound, f"{made.rate:.4g}"]
-        cells.append(f"{made.realtime:.3g}" if made.realtime else "")
+        cells += [ratio, f"{1e3 * made.seconds:.3g}", made.bound, rounded(made.rate)]
+        cells.append(rounded(made.realtime) if made.realtime else "")
     else:
         cells += [""] * 5
     return f"| {' | '.join(cells)} | `{command(made.spec)}` |"
+
+
+def rounded(x: float) -> str:
+    """Three or more digits, thousands apart."""
+    return f"{float(f'{x:.4g}'):,.0f}".replace(",", " ") if x >= 100 else f"{x:.3g}"
 
 
 def main(workloads: list[str]) -> None:

@@ -12,6 +12,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sa2jax.errors import ShardingError
@@ -65,7 +66,9 @@ def make_mesh(spec: str | Mapping[str, int] | None = None, devices: Any = None) 
         raise ShardingError(f"mesh {spec!r} needs {needed} devices, but there are {len(devices)}")
     # Explicit axes are the default of recent jax; this library places shardings by rule instead.
     auto = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=auto, devices=devices[:needed])
+    # An axis may need a part of a physical one: tensor=4 on a grid of 8 x 8 chips.
+    grid = mesh_utils.create_device_mesh(shape, devices[:needed], allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=auto)
 
 
 def spec_of(

@@ -7,6 +7,7 @@ import pytest
 from sa2jax import chips
 from sa2jax.chips import CHIPS, GIB, SHAPES
 from sa2jax.errors import PlanError
+from sa2jax.sharding import make_mesh
 
 needs_libtpu = pytest.mark.skipif(
     find_spec("libtpu") is None, reason="needs libtpu: pip install 'sa2jax[plan]'"
@@ -97,3 +98,14 @@ def test_without_libtpu(monkeypatch):
     monkeypatch.setattr(chips, "find_spec", lambda name: None)
     with pytest.raises(PlanError, match=r"needs libtpu.*pip install 'sa2jax\[plan\]'"):
         chips.devices(chips.topology("v5e:2x2"))
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("topology", "mesh"), [("v6e:8x8", "data=16,tensor=4"), ("v5p:4x4x4", "fsdp=8,tensor=8")]
+)
+def test_a_mesh_may_split_a_side_of_the_grid(topology, mesh):
+    made = make_mesh(mesh, devices=chips.devices(chips.topology(topology)))
+    assert made.size == 64
+    assert len({device.id for device in made.devices.flat}) == 64
