@@ -71,9 +71,7 @@ def test_bfloat16_fits_one_v6e():
     assert made.peak + made.rest < 0.6 * made.usable
 
 
-@pytest.mark.skipif(
-    "SA2JAX_PLAN_TRAINING" not in os.environ, reason="minutes: SA2JAX_PLAN_TRAINING"
-)
+@pytest.mark.skipif("SA2JAX_LONG" not in os.environ, reason="minutes each: set SA2JAX_LONG")
 @pytest.mark.parametrize(
     ("topology", "dtype"),
     [("v6e:2x4", "float32"), ("v6e:2x2", "bfloat16"), ("v5e:2x4", "bfloat16")],

@@ -83,6 +83,7 @@ def test_tokenize_many(run, model, recording):
     assert both == [single, single]
 
 
+@pytest.mark.slow
 def test_stream(run, model, codes, tmp_path):
     whole, stream, official = (tmp_path / f"{name}.wav" for name in ("whole", "stream", "official"))
     where = ["--model", model]

@@ -161,6 +161,7 @@ def warm_up(model, speech, options) -> None:
         list(speech.token2wav.stream(range(last), speech.voice()))
 
 
+@pytest.mark.slow
 def test_fifty_turns_compile_nothing_new(model, speech):
     """Text and recordings, written and spoken, with turns dropped on the way."""
     options = Options(sampling=DRAWN.sampling, max_new_tokens=60, stop_ids=model.stop_ids, seed=1)
