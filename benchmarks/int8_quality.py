@@ -20,7 +20,8 @@ from sa2jax import testing
 from sa2jax.config import AudioEncoderConfig, DecoderConfig, StepAudio2Config
 from sa2jax.convert.hf import load_hf
 from sa2jax.convert.verify import compare_logits
-from sa2jax.inference.generate import Generator, Request
+from sa2jax.inference.generate import Generator
+from sa2jax.inference.requests import Request
 from sa2jax.models.step_audio import step_audio2
 from sa2jax.nn import Policy
 from sa2jax.quantize import quantize_params

@@ -5,10 +5,10 @@ python benchmarks/tpu_plans.py [decode|prefill|encode|train|lora …] >> plans.m
 
 import sys
 
-from sa2jax import plan
 from sa2jax.cli.common import stay_on_host
 from sa2jax.errors import Sa2jaxError
 from sa2jax.plan import Plan, Spec
+from sa2jax.plan import planner as plan
 
 GIB = 2**30
 ONE, FOUR, EIGHT = ("v5e:1x1", "v6e:1x1", "v5p:1x1x1"), ("v5e:2x2", "v6e:2x2"), ("v5e:2x4",)

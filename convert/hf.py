@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from sa2jax import checkpoint, folders
+from sa2jax.checkpoint import Tick
 from sa2jax.config import StepAudio2Config
 from sa2jax.convert import token2wav
 from sa2jax.convert import tokenizer as tokenizers
@@ -38,7 +39,6 @@ from sa2jax.convert.transfer import (
 from sa2jax.convert.weights import (
     SafetensorsFolder,
     TensorInfo,
-    Tick,
     parse_dtype,
     parse_size,
     write_safetensors,

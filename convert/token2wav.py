@@ -21,11 +21,12 @@ from typing import Any
 import numpy as np
 
 from sa2jax import checkpoint, folders
+from sa2jax.checkpoint import Tick
 from sa2jax.convert import flow, torch_file, transfer, vocoder, voice_analysis
 from sa2jax.convert.rules import Rule
 from sa2jax.convert.transfer import Network, Report, Stored, share
 from sa2jax.convert.voice_analysis import Converted
-from sa2jax.convert.weights import TensorInfo, Tick
+from sa2jax.convert.weights import TensorInfo
 from sa2jax.errors import CheckpointError, VoiceError
 from sa2jax.inference.speech_folder import (
     HEARING,

@@ -19,8 +19,9 @@ import numpy as np
 import tensorstore as ts
 
 from sa2jax import checkpoint
+from sa2jax.checkpoint import Tick
 from sa2jax.convert.rules import OF_CONFIG, Placement, Rule, Shape, expand, match
-from sa2jax.convert.weights import DTYPES, TensorInfo, Tick, Weights, blocks, peak_memory
+from sa2jax.convert.weights import DTYPES, TensorInfo, Weights, blocks, peak_memory
 from sa2jax.errors import CheckpointError
 from sa2jax.quantize import dequantize_block, quantize_block, quantized_leaves, scale_of
 

@@ -16,12 +16,13 @@ from rich.table import Table
 
 from sa2jax import checkpoint
 from sa2jax.chat.template import Audio, Message, Text, render, reply_turn
+from sa2jax.checkpoint import Tick
 from sa2jax.config import StepAudio2Config
 from sa2jax.convert import token2wav
 from sa2jax.convert.hf import ModelFolder
 from sa2jax.convert.rules import fold
 from sa2jax.convert.tokenizer import find
-from sa2jax.convert.weights import SafetensorsFolder, TensorInfo, Tick, Weights, blocks
+from sa2jax.convert.weights import SafetensorsFolder, TensorInfo, Weights, blocks
 from sa2jax.errors import CheckpointError
 from sa2jax.inference.speech_folder import find as find_speech
 from sa2jax.pipeline import StepAudio2

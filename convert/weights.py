@@ -12,7 +12,7 @@ import os
 import re
 import resource
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
+from sa2jax.checkpoint import Tick
 from sa2jax.errors import CheckpointError
 
 SINGLE = "model.safetensors"
@@ -34,8 +35,6 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
-
-Tick = Callable[[int, int], None]  # bytes done, bytes in all
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from sa2jax.chat.reading import ReplyReader
 from sa2jax.chat.template import Audio, Ids, Message, Piece, Text
 from sa2jax.chat.toolbox import ToolAnswer, Toolbox, read_answer
 from sa2jax.errors import PromptError, Sa2jaxError
-from sa2jax.inference.generate import Options
+from sa2jax.inference.requests import Options
 from sa2jax.inference.session import Session
 from sa2jax.inference.token2wav import CHUNK
 from sa2jax.inference.voices import Voice

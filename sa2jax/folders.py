@@ -29,7 +29,7 @@ def new_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     out = Path(os.path.realpath(out))
     _refuse(out, overwrite)
-    temp, old = (out.with_name(f".{out.name}.sa2jax-{end}") for end in ("partial", "replaced"))
+    temp, old = partial_of(out), out.with_name(f".{out.name}.sa2jax-replaced")
     with disk_errors(out):
         temp.mkdir(parents=True, exist_ok=True)
     lock = os.open(temp, os.O_RDONLY)
@@ -56,6 +56,12 @@ def new_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
             raise
     finally:
         os.close(lock)
+
+
+def partial_of(out: str | Path) -> Path:
+    """The temporary folder that `new_folder` gives for `out`."""
+    out = Path(os.path.realpath(out))
+    return out.with_name(f".{out.name}.sa2jax-partial")
 
 
 @contextmanager

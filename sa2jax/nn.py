@@ -88,8 +88,7 @@ class Functional(Generic[M]):
         """`abstract` with `shardings`: what a checkpoint is read into."""
         if mesh is None:
             return self.abstract
-        place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)  # noqa: E731
-        return jax.tree.map(place, self.abstract, self.shardings(mesh))
+        return sharding.placed(self.abstract, self.shardings(mesh))
 
 
 def functional(make: Callable[[], M]) -> Functional[M]:
@@ -168,9 +167,8 @@ def over_layers(
     """
     if remat is not None:
         saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        body = jax.checkpoint(
-            body, prevent_cse=False, policy=saved if remat == "dots" else None
-        )  # fmt: skip
+        policy = saved if remat == "dots" else None
+        body = jax.checkpoint(body, prevent_cse=False, policy=policy)
     if isinstance(layers, nnx.List):
         outputs = []
         for index, layer in enumerate(layers):
@@ -380,45 +378,14 @@ def attention(
     """
     exact = "highest" if q.dtype == jnp.float32 else None
     # Heads that are spread over devices are not gone through one by one.
-    choices = {"cpu": _all_heads if sharding.is_spread() else _head_by_head}
+    choices = {"cpu": kernels.all_heads if sharding.is_spread() else kernels.head_by_head}
     if mask.causal and mask.keys is None:
         if kernels.splash_fits(q, k):
-            choices["tpu"] = _splash
+            choices["tpu"] = kernels.splash
         if kernels.cudnn_fits(q) and mask.segments is None:
-            choices["cuda"] = _cudnn
+            choices["cuda"] = kernels.cudnn
     with jax.default_matmul_precision(exact):
-        return jax.lax.platform_dependent(q, k, v, mask, **choices, default=_all_heads)
-
-
-def _all_heads(q: Array, k: Array, v: Array, mask: Mask) -> Array:
-    return jax.nn.dot_product_attention(q, k, v, mask=mask.dense(q.shape[1])[:, None])
-
-
-def _cudnn(q: Array, k: Array, v: Array, mask: Mask) -> Array:
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
-
-
-def _splash(q: Array, k: Array, v: Array, mask: Mask) -> Array:
-    return kernels.splash(q, k, v, mask.segments)
-
-
-def _head_by_head(q: Array, k: Array, v: Array, mask: Mask) -> Array:
-    """One key head after the other: its scores stay in a CPU's cache (2-3 times faster there)."""
-    B, T, N, H = q.shape
-    K = k.shape[2]
-    rows = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B * K, N // K * T, H)
-    keys, values = (x.swapaxes(1, 2).reshape(B * K, -1, H) for x in (k, v))
-    dense = mask.dense(T)
-
-    def head(index_rows_keys_values):
-        index, q, k, v = index_rows_keys_values
-        scores = jnp.einsum("mh,sh->ms", q, k, preferred_element_type=jnp.float32) * H**-0.5
-        seen = jnp.tile(dense[index // K % len(dense)], (N // K, 1))  # [G*T, S]
-        scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
-        return jax.nn.softmax(scores, axis=-1).astype(v.dtype) @ v
-
-    out = jax.lax.map(head, (jnp.arange(B * K), rows, keys, values))
-    return out.reshape(B, N, T, H).swapaxes(1, 2)
+        return jax.lax.platform_dependent(q, k, v, mask, **choices, default=kernels.all_heads)
 
 
 def cached_attention(
@@ -444,28 +411,5 @@ def cached_attention(
     choices = {"tpu": kernels.decode} if kernels.decode_fits(q, k) else {}
     with jax.default_matmul_precision(exact):
         return jax.lax.platform_dependent(
-            q, k, v, layer, positions, scales, **choices, default=_folded
+            q, k, v, layer, positions, scales, **choices, default=kernels.folded
         )
-
-
-def _folded(q, k, v, layer, positions, scales) -> Array:
-    """Queries of one key head are folded into rows of one matrix.
-
-    Both products are then plain batched matrix products, and nothing of the cache is moved (on a
-    CPU 3-4 times faster).
-    """
-    B, T, N, H = q.shape
-    K, S = k.shape[2:4]
-    k, v = k[layer].astype(q.dtype), v[layer].astype(q.dtype)
-    rows = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
-    scores = jnp.einsum("bkmh,bksh->bkms", rows, k, preferred_element_type=jnp.float32)
-    if scales is not None:
-        scores = scores * scales[0][layer][:, :, None]
-    seen = jnp.arange(S)[None, None] <= positions[..., None]  # [B, T, S]
-    scores = scores.reshape(B, N, T, S) * H**-0.5
-    scores = jnp.where(seen[:, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).reshape(B, K, -1, S)
-    if scales is not None:
-        weights = weights * scales[1][layer][:, :, None]
-    out = jnp.einsum("bkms,bksh->bkmh", weights.astype(v.dtype), v)
-    return out.reshape(B, N, T, H).swapaxes(1, 2)

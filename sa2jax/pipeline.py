@@ -32,13 +32,14 @@ from sa2jax.chat.toolbox import Toolbox
 from sa2jax.config import StepAudio2Config
 from sa2jax.conversation import Chat, Overflow
 from sa2jax.errors import CheckpointError, PromptError
-from sa2jax.inference.generate import Generation, Generator, Options, Request
+from sa2jax.inference.generate import Generator
 from sa2jax.inference.loading import load, policy_of
+from sa2jax.inference.requests import Generation, Options, Request
 from sa2jax.inference.token2wav import Token2Wav
 from sa2jax.models.heads import spread_heads
 from sa2jax.models.step_audio import step_audio2, unstack_decoder
 from sa2jax.nn import Params, Policy
-from sa2jax.runtime import enable_compilation_cache
+from sa2jax.runtime import enable_compilation_cache, scans_layers
 from sa2jax.speech import AnyVoice, Speech
 from sa2jax.tasks import Progress, Style, Tasks, options_of
 
@@ -71,8 +72,7 @@ class StepAudio2(Tasks):
     ):
         self.cfg, self.style, self.batch_size = cfg, style, batch_size
         self._tokenizer, self._speech, self._turns = tokenizer, speech, itertools.count()
-        # A scan over stacked layers copies each layer's weights on a CPU, see `nn.unstack`.
-        stacked = jax.default_backend() != "cpu" or (mesh is not None and mesh.size > 1)
+        stacked = scans_layers(mesh)
         params = params if stacked else unstack_decoder(params)
         policy = policy_of(None) if policy is None else policy
         model = step_audio2(spread_heads(cfg, mesh), policy, stacked=stacked)
@@ -156,7 +156,10 @@ class StepAudio2(Tasks):
 
     def token2wav(self, replica: int) -> Token2Wav:
         """What speaks where a replica thinks."""
-        return self.speech.token2wav if len(self.replicas) == 1 else self.speech.replicas[replica]
+        if len(self.replicas) == 1:
+            return self.speech.token2wav
+        voices = self.speech.replicas  # one, if it was opened without the mesh
+        return voices[replica % len(voices)]
 
     @property
     def sample_rate(self) -> int:

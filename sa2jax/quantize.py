@@ -41,13 +41,15 @@ def quantized_leaves(leaves: Mapping[str, Any]) -> list[str]:
 def quantize_leaf(
     name: str, leaf: Float[Array, "*B D"], goals: Mapping[str, Any]
 ) -> dict[str, jax.Array]:
-    """A kernel as int8 numbers and scales under their dotted names, each where its goal says.
+    """A float leaf as the int8 model has it: a kernel is numbers and scales under their names.
 
     Args:
-        name: of the kernel.
+        name: of the leaf, dotted.
         leaf: its numbers.
         goals: leaves of the int8 model, `jax.ShapeDtypeStruct` with or without a sharding.
     """
+    if goals[name].dtype != jnp.int8:
+        return {name: leaf.astype(goals[name].dtype)}
     names = name, scale_of(name)
     places = [goals[n].sharding for n in names]
     if None in places:
@@ -67,10 +69,7 @@ def quantize_params(params: Any, like: Any) -> Any:
     have, goals = flatten(params), flatten(like)
     done: dict[str, Any] = {}
     for name, leaf in have.items():
-        if goals[name].dtype == jnp.int8:
-            done |= quantize_leaf(name, leaf, goals)
-        else:
-            done[name] = leaf.astype(goals[name].dtype)
+        done |= quantize_leaf(name, leaf, goals)
     return unflatten(done)
 
 

@@ -13,8 +13,8 @@ from sa2jax.chat.template import THINK_END
 from sa2jax.chat.tokenizer import Tokenizer, Utf8Stream
 from sa2jax.chat.toolbox import ToolResult
 from sa2jax.chat.tools import MalformedToolCall, ToolCall
-from sa2jax.inference.generate import Options, Request
 from sa2jax.inference.loops import LoopWatch
+from sa2jax.inference.requests import Options, Request
 from sa2jax.inference.session import Session
 from sa2jax.inference.speaking import Speaker
 

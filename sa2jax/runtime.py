@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from sa2jax.errors import ShardingError
 
@@ -14,6 +15,11 @@ BUCKETS = 8  # per doubling: at most an eighth of a padded array is padding
 def default_dtype() -> jnp.dtype:
     """bfloat16 where the hardware has it; a CPU emulates it, so float32 there."""
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+
+
+def scans_layers(mesh: Mesh | None = None) -> bool:
+    """Whether layers run in a scan; on one CPU device in a loop, see `nn.unstack`."""
+    return jax.default_backend() != "cpu" or (mesh is not None and mesh.size > 1)
 
 
 def enable_compilation_cache() -> None:

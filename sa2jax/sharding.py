@@ -12,6 +12,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -20,6 +21,7 @@ from sa2jax.errors import ShardingError
 log = logging.getLogger(__name__)
 
 MESH_AXES = ("data", "fsdp", "tensor")
+ALL = -1  # the axis of the rows in what has none: each device has all of it
 
 # Logical axis -> mesh axis or axes. Axes that are not listed are never split.
 RULES: Mapping[str, str | tuple[str, ...]] = {
@@ -64,11 +66,9 @@ def make_mesh(spec: str | Mapping[str, int] | None = None, devices: Any = None) 
     needed = math.prod(shape)
     if needed > len(devices):
         raise ShardingError(f"mesh {spec!r} needs {needed} devices, but there are {len(devices)}")
-    # Explicit axes are the default of recent jax; this library places shardings by rule instead.
-    auto = (AxisType.Auto,) * len(MESH_AXES)
     # An axis may need a part of a physical one: tensor=4 on a grid of 8 x 8 chips.
     grid = mesh_utils.create_device_mesh(shape, devices[:needed], allow_split_physical_axes=True)
-    return Mesh(grid, MESH_AXES, axis_types=auto)
+    return _mesh(grid)
 
 
 def spec_of(
@@ -178,22 +178,26 @@ def parse_mesh(spec: str) -> dict[str, int]:
 
 
 def over_rows(
-    run: Callable[..., Any], mesh: Mesh | None, rows: int, in_axes: Any, out_axes: Any
+    run: Callable[..., Any], mesh: Mesh | None, in_axes: Sequence[Any], out_axes: Any
 ) -> Callable[..., Any]:
     """Deal out the rows of a batch to all devices; each computes its own, and nothing is sent.
 
     Args:
         run: what is computed for some rows as for all.
         mesh: the devices; rows that they do not divide are computed by each of them.
-        rows: of the batch.
-        in_axes: the axis of the rows in each argument, −1 for none, as `jax.vmap` takes it.
+        in_axes: the axis of the rows in each argument, `ALL` for none, as `jax.vmap` takes it.
         out_axes: likewise of the results.
     """
     if mesh is None or mesh.size == 1:
         return run
-    spec = partial(_spec_of_rows, mesh, rows)
-    specs = {"in_specs": jax.tree.map(spec, in_axes), "out_specs": jax.tree.map(spec, out_axes)}
-    return jax.shard_map(run, mesh=mesh, check_vma=False, **specs)
+
+    def dealt(*args: Any) -> Any:
+        first = next(arg for axis, arg in zip(in_axes, args, strict=True) if axis == 0)
+        spec = partial(_spec_of_rows, mesh, len(jax.tree.leaves(first)[0]))
+        ins, outs = jax.tree.map(spec, tuple(in_axes)), jax.tree.map(spec, out_axes)
+        return jax.shard_map(run, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False)(*args)
+
+    return dealt
 
 
 def deal_out(tree: Any, mesh: Mesh | None, rows: int, axes: Any) -> Any:
@@ -209,10 +213,35 @@ def _spec_of_rows(mesh: Mesh, rows: int, axis: int) -> PartitionSpec:
     return PartitionSpec() if whole else PartitionSpec(*[None] * axis, MESH_AXES)
 
 
-def replicas(mesh: Mesh) -> list[Mesh]:
-    """One mesh for each index of the data axis: what works on its own batch, alone."""
-    auto = (AxisType.Auto,) * len(MESH_AXES)
-    return [Mesh(devices[None], MESH_AXES, axis_types=auto) for devices in mesh.devices]
+def placed(abstract: Any, shardings: Any) -> Any:
+    """Shapes and dtypes with the places where they go."""
+    place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)  # noqa: E731
+    return jax.tree.map(place, abstract, shardings)
+
+
+def replicas(mesh: Mesh | None) -> list[Mesh]:
+    """One mesh for each index of the data axis that this host holds whole; none without others."""
+    if mesh is None or mesh.shape["data"] == 1:
+        return []
+    parts = [_mesh(devices[None]) for devices in mesh.devices]
+    return [part for part in parts if _is_here(part)]
+
+
+def local_part(mesh: Mesh | None) -> Mesh | None:
+    """The mesh, or that of this host's own devices if it spans several hosts."""
+    if mesh is None or _is_here(mesh):
+        return mesh
+    here = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    return _mesh(np.array(here).reshape(1, 1, -1))
+
+
+def _mesh(devices: np.ndarray) -> Mesh:
+    # Explicit axes are the default of recent jax; this library places shardings by rule instead.
+    return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _is_here(mesh: Mesh) -> bool:
+    return all(device.process_index == jax.process_index() for device in mesh.devices.flat)
 
 
 def replica_of(tree: Any, mesh: Mesh) -> Any:

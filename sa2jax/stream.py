@@ -11,7 +11,7 @@ from sa2jax.chat import template
 from sa2jax.chat.template import Ids, Message
 from sa2jax.chat.toolbox import ToolResult, results_text
 from sa2jax.errors import AudioError, PromptError, VoiceError
-from sa2jax.inference.generate import Options, Request
+from sa2jax.inference.requests import Options, Request
 from sa2jax.inference.speaking import Speaker
 from sa2jax.inference.token2wav import CODE_RATE
 from sa2jax.inference.voices import Voice

@@ -18,7 +18,7 @@ from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.config import StepAudio2Config
 from sa2jax.conversation import Content, as_pieces
 from sa2jax.errors import PromptError
-from sa2jax.inference.generate import Generation, Options, Request
+from sa2jax.inference.requests import Generation, Options, Request
 from sa2jax.inference.sampling import Sampling
 from sa2jax.reply import NO_SOUND, Reply, Timings
 from sa2jax.speech import AnyVoice, Speech

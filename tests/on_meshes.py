@@ -9,8 +9,8 @@ import numpy as np
 from recorded_speech import other_voice, recorded_token2wav, recorded_voice
 
 from sa2jax.config import DecoderConfig
-from sa2jax.inference import programs, token2wav
-from sa2jax.inference.generate import Options, Request
+from sa2jax.inference import programs, speech_programs
+from sa2jax.inference.requests import Options, Request
 from sa2jax.inference.token2wav import Token2Wav
 from sa2jax.pipeline import StepAudio2
 from sa2jax.sharding import batch_ways, make_mesh
@@ -77,7 +77,7 @@ def main(folder, golden, meshes):
     waves, _ = spoken(Token2Wav(cfg, params), voices)
     for spec in meshes:
         programs.TRACES.clear()
-        token2wav.TRACES.clear()
+        speech_programs.TRACES.clear()
         model = StepAudio2.from_pretrained(folder, mesh=spec)
         got, same = answers(model)
         traces = dict(programs.TRACES)
@@ -87,14 +87,14 @@ def main(folder, golden, meshes):
         state, _ = model.generator.run(model.generator.start(requests, options), options, 4)
         speak = Token2Wav(cfg, params, mesh=make_mesh(spec))
         sound, stream = spoken(speak, voices)
-        sounds = dict(token2wav.TRACES)
+        sounds = dict(speech_programs.TRACES)
         spoken(speak, voices)
         report = {
             "mesh": spec, "devices": jax.device_count(), "ways": batch_ways(model.generator.mesh),
             "logits": far([got], [logits]), "ids": same == ids == again, "wave": far(sound, waves),
             "length": [len(line) for line in same], "traces": traces, "sound_traces": sounds,
             "new": dict(programs.TRACES) == traces | {"decode": 2}  # blocks of another size
-            and dict(token2wav.TRACES) == sounds,
+            and dict(speech_programs.TRACES) == sounds,
             "stream": [*map(str, stream.flow.estimator.kv.sharding.spec)],
             "kv": stream.flow.estimator.kv.shape,
         } | places(model, state)  # fmt: skip

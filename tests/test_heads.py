@@ -12,7 +12,8 @@ from jax.sharding import AbstractMesh
 from sa2jax import testing
 from sa2jax.config import DecoderConfig, StepAudio2Config
 from sa2jax.errors import ShardingError
-from sa2jax.inference.generate import Generator, Request
+from sa2jax.inference.generate import Generator
+from sa2jax.inference.requests import Request
 from sa2jax.models.heads import _spread, spread_heads
 from sa2jax.models.step_audio import step_audio2
 from sa2jax.nn import Policy

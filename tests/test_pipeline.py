@@ -24,8 +24,8 @@ from sa2jax.errors import (
     ShardingError,
     TokenizerError,
 )
-from sa2jax.inference.generate import Generation, Options
 from sa2jax.inference.programs import TRACES
+from sa2jax.inference.requests import Generation, Options
 from sa2jax.pipeline import StepAudio2, enable_compilation_cache
 
 RATE = audio.SAMPLE_RATE

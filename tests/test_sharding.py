@@ -2,14 +2,12 @@
 
 import json
 import logging
-import os
-import subprocess
-import sys
 import textwrap
 
 import jax
 import numpy as np
 import pytest
+from devices import run_on_devices
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from sa2jax import sharding, testing
@@ -162,7 +160,7 @@ def test_every_parameter_of_the_released_model_has_a_place():
 SHARDED = """
     import json, sys
     import jax, numpy as np
-    from sa2jax.inference.generate import Options, Request
+    from sa2jax.inference.requests import Options, Request
     from sa2jax.inference.programs import TRACES
     from sa2jax.inference.session import Session
     from sa2jax.pipeline import StepAudio2
@@ -215,16 +213,7 @@ SHARDED = """
 def test_sharded_model_gives_the_same_ids(tmp_path):
     """Eight devices, every kind of batch: same greedy ids, and one program of each kind."""
     folder = testing.save_tiny_checkpoint(tmp_path / "model")
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SHARDED), folder],
-        env=os.environ
-        | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "XDG_CACHE_HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr
+    run = run_on_devices(8, ["-c", textwrap.dedent(SHARDED), folder], tmp_path)
     result = json.loads(run.stdout)
     assert result["devices"] == 8
     layers, heads, head_dim, embed = result["whole"]

@@ -26,13 +26,14 @@ from sa2jax.bench.common import (
 )
 from sa2jax.config import StepAudio2Config
 from sa2jax.errors import ConfigError
-from sa2jax.inference.generate import Generator, Options, Request
+from sa2jax.inference.generate import Generator
 from sa2jax.inference.loading import policy_of
+from sa2jax.inference.requests import Options, Request
 from sa2jax.inference.session import Session
 from sa2jax.models.heads import spread_heads
 from sa2jax.models.step_audio import StepAudio2Model, step_audio2, unstack_decoder
 from sa2jax.nn import Policy, init_params
-from sa2jax.runtime import enable_compilation_cache
+from sa2jax.runtime import enable_compilation_cache, scans_layers
 from sa2jax.sharding import make_mesh
 
 TURN = 48  # tokens of a conversation's next question
@@ -122,7 +123,7 @@ class Ours:
         make = lambda: StepAudio2Model(wide, policy=policy, rngs=nnx.Rngs(0))  # noqa: E731
         places = None if mesh is None else step_audio2(wide, policy).shardings(mesh)
         params = init_params(make, places)
-        stacked = jax.default_backend() != "cpu" or (mesh is not None and mesh.size > 1)
+        stacked = scans_layers(mesh)
         decoder = params["decoder"]
         # Of the embedding table a step reads one row; everything else it reads whole.
         read = [decoder["layers"], decoder["head"]]

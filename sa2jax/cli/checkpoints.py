@@ -18,10 +18,16 @@ def convert(
     dtype: Dtype | Literal["int8"] | None = None,
     float_head: bool = False,
     tokenizer: Path | None = None,
+    init: bool = False,
+    encoder: Path | None = None,
+    seed: int = 0,
     overwrite: bool = False,
     json: bool = False,
 ):
     """Turn a Hugging Face checkpoint into a model folder of this library.
+
+    With --init SOURCE is a Qwen2.5, --encoder a Qwen2-Audio, and the result is untrained: what the
+    paper's training began with.
 
     Args:
         source: Hugging Face folder.
@@ -29,10 +35,17 @@ def convert(
         dtype: Dtype to store; by default each tensor keeps its own. int8 is that of the matrices.
         float_head: With int8, keep the matrix that makes logits in bfloat16.
         tokenizer: Folder of the tokenizer files, if the source has none.
+        init: Make an untrained model of a Qwen2.5 and the encoder of a Qwen2-Audio.
+        encoder: With --init, Hugging Face folder of the Qwen2-Audio.
+        seed: With --init, of what is drawn: the adapter and the rows of new tokens.
         overwrite: Replace a checkpoint at OUT.
         json: Print JSON.
     """
     common.stay_on_host()
+    if init or encoder is not None:
+        report = _init(source, out, dtype, tokenizer, init, encoder, seed, overwrite, float_head)
+        _report(report, out, json)
+        return
     from sa2jax.convert.hf import convert
 
     with common.bar("converting") as tick:
@@ -41,6 +54,28 @@ def convert(
             overwrite=overwrite, progress=tick,
         )  # fmt: skip
     _report(report, out, json)
+
+
+def _init(
+    source: Path, out: Path, dtype: str | None, tokenizer: Path | None, init: bool,
+    encoder: Path | None, seed: int, overwrite: bool, float_head: bool,
+) -> Any:  # fmt: skip
+    """`convert --init`."""
+    from sa2jax.convert.init import init as make
+    from sa2jax.errors import CheckpointError
+
+    if not init or encoder is None:
+        raise CheckpointError(
+            "--init and --encoder belong together: expected `sa2jax convert QWEN2.5 OUT --init "
+            "--encoder QWEN2_AUDIO`"
+        )
+    if dtype == "int8" or float_head:
+        raise CheckpointError("--init makes a model to train: int8 comes after that")
+    with common.bar("making") as tick:
+        return make(
+            source, out, encoder=encoder, tokenizer=tokenizer, seed=seed, dtype=dtype,
+            overwrite=overwrite, progress=tick,
+        )  # fmt: skip
 
 
 def export(

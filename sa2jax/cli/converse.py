@@ -69,7 +69,7 @@ def chat(
     """
     from sa2jax.chat.template import Text
     from sa2jax.errors import PromptError
-    from sa2jax.inference.generate import Options
+    from sa2jax.inference.requests import Options
     from sa2jax.inference.sampling import Sampling
 
     interactive = not files and text is None

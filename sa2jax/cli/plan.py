@@ -80,7 +80,7 @@ def _line(made: "Plan") -> str:
 
 def _table(made: "Plan") -> Table:
     """Everything about a plan, a line each."""
-    from sa2jax.plan_workloads import LENGTHS
+    from sa2jax.plan.workloads import LENGTHS
 
     spec = made.spec
     how = "on paper" if made.on_paper else f"compiled in {made.compile_seconds:.1f} s"

@@ -17,7 +17,7 @@ from sa2jax.models.heads import loading_shardings, spread_heads, spread_params
 from sa2jax.models.step_audio import step_audio2
 from sa2jax.nn import Params, Policy
 from sa2jax.runtime import default_dtype
-from sa2jax.sharding import make_mesh
+from sa2jax.sharding import make_mesh, placed
 
 FLOATS = ("float32", "bfloat16", "float16")
 
@@ -94,32 +94,47 @@ def load(
     if not folder.is_dir():
         raise CheckpointError(f"no folder {folder}: expected a model folder")
     cfg = StepAudio2Config.from_hf(folder)
-    ours = checkpoint.is_checkpoint(folder)
-    stored = checkpoint.read_info(folder).get("int8") if ours else None
-    policy = policy_of(dtype, stored=stored, int8_cache=int8_cache)
+    policy = policy_of(dtype, stored=stored_int8(folder), int8_cache=int8_cache)
     mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
     wide = spread_heads(cfg, mesh)
     narrow, model = step_audio2(cfg, policy), step_audio2(wide, policy)
     like = narrow.abstract
     if mesh is not None:
-        like = _placed(like, loading_shardings(narrow, model, mesh))
-    change = None
-    if policy.kernel is not None and stored is None:
-        like, change = _float_twin(like, policy), partial(_to_int8, checkpoint.flatten(like))
-    if ours:
-        params = checkpoint.load(folder, like, change=change)
-    else:
-        from sa2jax.convert.hf import load_hf
-
-        params = load_hf(folder, like, change=change, progress=progress)
+        like = placed(like, loading_shardings(narrow, model, mesh))
+    params = read(folder, like, policy, progress=progress)
     if mesh is not None:
         params = spread_params(params, cfg.decoder, wide.decoder, model, mesh)
     return Loaded(cfg, policy, params, mesh)
 
 
-def _placed(abstract: Params, shardings: Params) -> Params:
-    place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)  # noqa: E731
-    return jax.tree.map(place, abstract, shardings)
+def stored_int8(folder: str | Path) -> Any:
+    """What `sa2jax.json` of a model folder says of int8 matrices; None if it has none."""
+    return checkpoint.read_info(folder).get("int8") if checkpoint.is_checkpoint(folder) else None
+
+
+def read(
+    folder: str | Path, like: Params, policy: Policy, *, progress: Tick | None = None
+) -> Params:
+    """The numbers of a model folder, each tensor straight into its place.
+
+    Args:
+        folder: of this library, or a Hugging Face checkpoint.
+        like: the wanted tree of `jax.ShapeDtypeStruct`, with shardings or not.
+        policy: of `like`; int8 matrices of a float checkpoint are made on the way.
+        progress: told about bytes done and bytes in all.
+
+    Raises:
+        CheckpointError: if the folder is damaged, incomplete or of another model.
+    """
+    change = None
+    if policy.kernel is not None and stored_int8(folder) is None:
+        change = partial(quantize.quantize_leaf, goals=checkpoint.flatten(like))
+        like = _float_twin(like, policy)
+    if checkpoint.is_checkpoint(folder):
+        return checkpoint.load(folder, like, change=change)
+    from sa2jax.convert.hf import load_hf
+
+    return load_hf(folder, like, change=change, progress=progress)
 
 
 def _float_twin(like: Params, policy: Policy) -> Params:
@@ -131,10 +146,3 @@ def _float_twin(like: Params, policy: Policy) -> Params:
         leaves.pop(quantize.scale_of(name))
         leaves[name] = jax.ShapeDtypeStruct(leaf.shape, policy.param, sharding=leaf.sharding)
     return checkpoint.unflatten(leaves)
-
-
-def _to_int8(goals: dict[str, Any], name: str, leaf: jax.Array) -> dict[str, jax.Array]:
-    """What becomes of a float leaf."""
-    if quantize.scale_of(name) not in goals or goals[name].dtype != jnp.int8:
-        return {name: leaf}
-    return quantize.quantize_leaf(name, leaf, goals)

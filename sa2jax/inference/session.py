@@ -19,7 +19,8 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from sa2jax.errors import PromptError
-from sa2jax.inference.generate import Generator, Options, Request, check
+from sa2jax.inference.generate import Generator
+from sa2jax.inference.requests import Options, Request, check
 from sa2jax.models.decoder import KVCache
 
 BLOCK = 5  # steps per compiled call: a word and its four codes

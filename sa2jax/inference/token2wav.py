@@ -16,45 +16,37 @@ is from a whole reply either way, is in docs/performance.md; `start(parity=True)
 streaming, quirks included.
 """
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from typing import Any, Self, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from sa2jax import sharding
 from sa2jax.errors import CodeError
+from sa2jax.inference import speech_programs as programs
+from sa2jax.inference.speech_programs import Networks, row_keys
 from sa2jax.inference.streams import StreamState, join
 from sa2jax.inference.voices import Voice
-from sa2jax.models.flow import flow_model, unstack_flow
-from sa2jax.models.flow.flow_matching import (
-    KEEP,
-    STEPS,
-    FlowState,
-    reserve,
-    rows_of,
-)
+from sa2jax.models.flow import KEEP, STEPS, flow_model, reserve, rows_of, unstack_flow
 from sa2jax.models.vocoder import vocoder
-from sa2jax.models.vocoder_stream import VocoderState, vocoder_state, vocoder_step
+from sa2jax.models.vocoder_stream import vocoder_state
 from sa2jax.nn import Params, Policy
-from sa2jax.runtime import round_up
-from sa2jax.sharding import shard
+from sa2jax.runtime import round_up, scans_layers
 from sa2jax.speech_config import Token2WavConfig
-
-TRACES: Counter[str] = Counter()  # how often each program has been traced, by name
 
 CODE_RATE = 25  # codes per second
 CHUNK = 25  # codes of a stream's chunk
 SHORT_CHUNKS = (1, 5, 10, 15, 20)  # sizes of a step's program below a second
 ROOM = 512  # codes that a stream holds at first: 20 s, the prompt's included
 STARTS = 4  # voices whose started streams are kept
-ALL = -1  # of an argument that has no rows: each device has all of it
 
 Codes = Sequence[int] | Int[np.ndarray, "T"]
 
@@ -72,7 +64,7 @@ class Token2Wav:
             other implementations; by default it is drawn from the seed.
         batch_size: replies that are made at once.
         mesh: devices to spread over. The networks are small: each device holds them, and the
-            replies of a batch are dealt out.
+            replies of a batch are dealt out. Of several hosts, each speaks on its own devices.
     """
 
     def __init__(
@@ -92,8 +84,7 @@ class Token2Wav:
         self._guidance = cfg.flow.guidance if guidance is None else guidance
         self._flow_noise = flow_noise
         dtype = jnp.dtype(dtype)
-        # A scan over stacked layers copies each layer's weights on a CPU, see `nn.unstack`.
-        stacked = jax.default_backend() != "cpu" or (mesh is not None and mesh.size > 1)
+        stacked = scans_layers(mesh)
         flow = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params["flow"])
         self.params = {
             "flow": flow if stacked else unstack_flow(flow),
@@ -101,31 +92,34 @@ class Token2Wav:
         }
         self.flow = flow_model(cfg.flow, Policy(param=dtype, compute=dtype), stacked=stacked)
         self.vocoder = vocoder(cfg.vocoder)
-        if mesh is not None:
-            self.params = jax.device_put(self.params, NamedSharding(mesh, PartitionSpec()))
-        self._compile()
+        self._settle(mesh)
 
-    def _compile(self) -> None:
-        """Programs and kept streams of these devices."""
+    def _settle(self, mesh: Mesh | None) -> None:
+        """Move to these devices: parameters, programs, and no stream started yet."""
+        self._mesh = sharding.local_part(mesh)
+        if self._mesh is not None:
+            self.params = jax.device_put(self.params, NamedSharding(self._mesh, PartitionSpec()))
         self._starts: OrderedDict[tuple, StreamState] = OrderedDict()
-        self._mel = jax.jit(self._make_mel)
-        self._wave = jax.jit(self._make_wave)
-        self._begin = jax.jit(self._make_start, static_argnames=("keep", "parity"))
-        self._advance = jax.jit(
-            self._make_step, static_argnames=("hop", "parity"), donate_argnames=("flow", "vocoder")
+        encoder = self.cfg.flow.encoder
+        nets = Networks(
+            self.flow, self.vocoder, encoder.lookahead, encoder.upsample, self.steps, self._mesh
+        )
+        jit = lambda f, **options: jax.jit(partial(f, nets), **options)  # noqa: E731
+        self._mel, self._wave = jit(programs.mel), jit(programs.wave)
+        self._begin = jit(programs.start, static_argnames=("keep", "capacity", "parity"))
+        self._advance = jit(
+            programs.step, static_argnames=("hop", "parity"), donate_argnames=("flow", "vocoder")
         )
 
     def replicas(self) -> list[Self]:
         """One for each index of the mesh's data axis that this host holds; nothing is copied."""
-        if self.mesh is None or self.mesh.shape["data"] == 1:
-            return [self]
         found = []
         for mesh in sharding.replicas(self.mesh):
             other = copy(self)
             other.mesh, other.params = mesh, sharding.replica_of(self.params, mesh)
-            other._compile()
+            other._settle(mesh)
             found.append(other)
-        return found
+        return found or [self]
 
     # --- whole replies ---------------------------------------------------------------------
 
@@ -175,7 +169,7 @@ class Token2Wav:
     def _speak(self, replies, voices, seed, source_noise) -> list[Float[np.ndarray, "N"]]:
         """One batch."""
         count = len(replies)
-        more = 0 if self.mesh is None else -count % self.mesh.size  # each device has as many rows
+        more = 0 if self._mesh is None else -count % self._mesh.size  # each has as many rows
         if more:
             replies, voices = [*replies, *replies[:1] * more], [*voices, *voices[:1] * more]
             if source_noise is not None:
@@ -183,7 +177,7 @@ class Token2Wav:
         codes, lengths = _pad(replies)
         prompts = self._prompts(voices)
         frames = self.cfg.flow.encoder.upsample * lengths
-        with sharding.using(self.mesh):
+        with sharding.using(self._mesh):
             mel = self._mel(
                 self.params["flow"], *prompts, codes, lengths, self._guidance, self._flow_noise,
                 seed,
@@ -255,8 +249,8 @@ class Token2Wav:
         noise = _widen(source_noise, self.cfg.vocoder.samples * frames)
         flow = reserve(state.flow, int(state.seen.max()) + hop)
         axes = rows_of(flow.keep, state.parity), 0
-        flow, vocoder = sharding.deal_out((flow, state.vocoder), self.mesh, rows, axes)
-        with sharding.using(self.mesh):
+        flow, vocoder = sharding.deal_out((flow, state.vocoder), self._mesh, rows, axes)
+        with sharding.using(self._mesh):
             flow, voc, speech, counts = self._advance(
                 self.params, flow, vocoder, _pad(lines, hop + look)[0],
                 present, ends, self._guidance, self._flow_noise, noise, state.seed, hop=hop,
@@ -342,15 +336,15 @@ class Token2Wav:
         key = voice.hash, seed, parity, keep
         if key not in self._starts:
             prompts = self._prompts([voice])
-            with sharding.using(self.mesh):
+            with sharding.using(self._mesh):
                 flow = self._begin(
                     self.params["flow"], *prompts, self._guidance, self._flow_noise, seed,
-                    keep=keep, parity=parity,
+                    keep=keep, capacity=ROOM, parity=parity,
                 )  # fmt: skip
             look = self.cfg.flow.encoder.lookahead
             state = StreamState(
                 flow=flow,
-                vocoder=vocoder_state(self.cfg.vocoder, 1, _keys(seed, 1)),
+                vocoder=vocoder_state(self.cfg.vocoder, 1, row_keys(seed, 1)),
                 pending=np.zeros((1, look), np.int32),
                 waiting=np.zeros(1, np.int32),
                 seen=np.array([len(voice.codes)], np.int32),
@@ -375,78 +369,6 @@ class Token2Wav:
 
     def _silence(self, codes: int) -> Float[np.ndarray, "N"]:
         return np.zeros(codes * self.sample_rate // CODE_RATE, np.float32)
-
-    def _make_mel(
-        self, params, prompt, mel, speaker, prompts, codes, lengths, guidance, noise, seed
-    ) -> Float[Array, "B R M"]:
-        TRACES["mel"] += 1
-
-        def run(params, prompt, mel, speaker, prompts, codes, lengths, guidance, noise, seed):
-            return self.flow.bind(params)(
-                prompt, mel, speaker, codes, prompts, lengths, steps=self.steps,
-                guidance=guidance, noise=noise, seed=seed,
-            )  # fmt: skip
-
-        axes = (ALL, 0, 0, 0, 0, 0, 0, ALL, ALL, ALL)
-        rows = sharding.over_rows(run, self.mesh, len(codes), axes, 0)
-        return rows(params, prompt, mel, speaker, prompts, codes, lengths, guidance, noise, seed)
-
-    def _make_wave(self, params, mel, frames, noise, seed) -> Float[Array, "B N"]:
-        TRACES["wave"] += 1
-
-        def run(params, mel, frames, noise, seed):
-            keys = _keys(seed, len(mel))
-            return self.vocoder.bind(params)(mel, frames, noise=noise, key=keys)[0]
-
-        rows = sharding.over_rows(run, self.mesh, len(mel), (ALL, 0, 0, 0, ALL), 0)
-        return shard(rows(params, mel, frames, noise, seed), None, None)  # for every host to read
-
-    def _make_start(
-        self, params, prompt, mel, speaker, prompts, guidance, noise, seed, keep, *, parity
-    ) -> FlowState:
-        TRACES["start"] += 1
-
-        def run(params, prompt, mel, speaker, prompts, guidance, noise, seed):
-            return self.flow.bind(params).start(
-                prompt, mel, speaker, prompts, steps=self.steps, guidance=guidance, noise=noise,
-                seed=seed, keep=keep, capacity=ROOM, parity=parity,
-            )  # fmt: skip
-
-        axes = (ALL, 0, 0, 0, 0, ALL, ALL, ALL)
-        rows = sharding.over_rows(run, self.mesh, len(prompt), axes, rows_of(keep, parity))
-        return rows(params, prompt, mel, speaker, prompts, guidance, noise, seed)
-
-    def _make_step(
-        self, params, flow, vocoder, codes, lengths, last, guidance, flow_noise, source_noise, seed,
-        *, hop, parity,
-    ) -> tuple[FlowState, VocoderState, Float[Array, "B N"], Int[Array, "B"]]:  # fmt: skip
-        TRACES["step"] += 1
-        look, ratio = self.cfg.flow.encoder.lookahead, self.cfg.flow.encoder.upsample
-
-        def run(
-            params, flow, vocoder, codes, lengths, last, guidance, flow_noise, source_noise, seed
-        ):
-            flow, mel = self.flow.bind(params["flow"]).step(
-                flow, codes, lengths, last, hop=hop, guidance=guidance, noise=flow_noise, seed=seed
-            )
-            spoken = jnp.where(last, lengths, jnp.maximum(lengths - look, 0))
-            net = self.vocoder.bind(params["vocoder"])
-            return flow, *vocoder_step(
-                net, vocoder, mel, ratio * spoken, last=last, noise=source_noise, flat=not parity
-            )
-
-        states = rows_of(flow.keep, parity), 0
-        axes = (ALL, *states, 0, 0, 0, ALL, ALL, 0, 0)
-        rows = sharding.over_rows(run, self.mesh, len(codes), axes, (*states, 0, 0))
-        flow, vocoder, speech, counts = rows(
-            params, flow, vocoder, codes, lengths, last, guidance, flow_noise, source_noise, seed
-        )
-        return flow, vocoder, shard(speech, None, None), shard(counts, None)
-
-
-def _keys(seed: int | Array, rows: int) -> Array:
-    """The same key for each row: what a reply sounds like does not depend on its neighbours."""
-    return jnp.broadcast_to(jax.random.key(seed), (rows,))
 
 
 def _widen(noise: Float[np.ndarray, "B N H"] | None, samples: int) -> np.ndarray | None:

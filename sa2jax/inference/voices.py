@@ -35,7 +35,7 @@ from sa2jax.models.speech_tokenizer import (
     unstack_speech_tokenizer,
 )
 from sa2jax.nn import Params
-from sa2jax.runtime import round_up
+from sa2jax.runtime import round_up, scans_layers
 from sa2jax.speech_config import Token2WavConfig
 
 log = logging.getLogger(__name__)
@@ -190,8 +190,7 @@ class VoiceAnalyzer:
 
     def __init__(self, cfg: Token2WavConfig, params: Params, analysis: str):
         self.cfg, self.analysis = cfg, analysis
-        # A scan over stacked layers copies each layer's weights on a CPU, see `nn.unstack`.
-        stacked = jax.default_backend() != "cpu"
+        stacked = scans_layers()
         heard = params["speech_tokenizer"]
         self._params = {
             "speech_tokenizer": heard if stacked else unstack_speech_tokenizer(heard),

@@ -19,7 +19,7 @@ import soundfile
 from sa2jax import cli, pipeline, testing
 from sa2jax.cli import common
 from sa2jax.convert.weights import SafetensorsFolder
-from sa2jax.inference.generate import Generation
+from sa2jax.inference.requests import Generation
 
 RATE = 16_000
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sa2jax import chips
+from sa2jax.plan import chips
 
 
 def test_table(run):

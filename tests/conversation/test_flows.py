@@ -30,7 +30,8 @@ from sa2jax import conversation, testing
 from sa2jax.chat.template import TASKS, Text
 from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.errors import CheckpointError, PromptError, VoiceError
-from sa2jax.inference.generate import Generator, Options
+from sa2jax.inference.generate import Generator
+from sa2jax.inference.requests import Options
 from sa2jax.pipeline import StepAudio2
 from sa2jax.tasks import options_of
 

@@ -12,9 +12,9 @@ from scripted import Speech, heard, turn
 
 from sa2jax import testing
 from sa2jax.chat import template
-from sa2jax.inference import token2wav
-from sa2jax.inference.generate import Options, Request
+from sa2jax.inference import speech_programs
 from sa2jax.inference.programs import TRACES
+from sa2jax.inference.requests import Options, Request
 from sa2jax.inference.sampling import Sampling
 from sa2jax.inference.session import Session
 from sa2jax.inference.token2wav import Token2Wav
@@ -166,13 +166,13 @@ def test_fifty_turns_compile_nothing_new(model, speech):
     """Text and recordings, written and spoken, with turns dropped on the way."""
     options = Options(sampling=DRAWN.sampling, max_new_tokens=60, stop_ids=model.stop_ids, seed=1)
     warm_up(model, speech, options)
-    before = Counter(TRACES), Counter(token2wav.TRACES)
+    before = Counter(TRACES), Counter(speech_programs.TRACES)
     chat, dropped = model.chat("S", options=options, voice="default"), 0
     for number in range(50):
         question = [noise(1 + number % 3, number), "?"] if number % 5 == 0 else "why? " * 8
         dropped += bool(chat.say(question, speak=number % 10 == 0).notes)
     assert dropped > 0
-    changed = (Counter(TRACES) - before[0], Counter(token2wav.TRACES) - before[1])
+    changed = (Counter(TRACES) - before[0], Counter(speech_programs.TRACES) - before[1])
     # A conversation's cache grows from size to size; that alone the warm-up has not done.
     assert changed == (Counter(grow=changed[0]["grow"]), Counter())
     assert changed[0]["grow"] <= 2

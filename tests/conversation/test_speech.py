@@ -19,7 +19,7 @@ from scripted import (
 
 from sa2jax.chat import template
 from sa2jax.errors import CheckpointError, VoiceError
-from sa2jax.inference.generate import Options
+from sa2jax.inference.requests import Options
 from sa2jax.pipeline import StepAudio2
 
 # --- speech ---

@@ -10,15 +10,9 @@ import pytest
 
 from sa2jax import audio, testing
 from sa2jax.errors import PromptError
-from sa2jax.inference.generate import (
-    LENGTHS,
-    MEL_FRAMES,
-    Generator,
-    Options,
-    Request,
-    bucket,
-)
+from sa2jax.inference.generate import LENGTHS, MEL_FRAMES, Generator, bucket
 from sa2jax.inference.programs import TRACES
+from sa2jax.inference.requests import Options, Request
 from sa2jax.inference.sampling import Sampling, sample
 from sa2jax.models.decoder import KVCache
 from sa2jax.models.step_audio import step_audio2, unstack_decoder

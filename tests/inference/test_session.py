@@ -9,8 +9,9 @@ import pytest
 
 from sa2jax import audio, testing
 from sa2jax.errors import PromptError
-from sa2jax.inference.generate import PIECE, Generator, Options, Request
+from sa2jax.inference.generate import PIECE, Generator
 from sa2jax.inference.programs import TRACES
+from sa2jax.inference.requests import Options, Request
 from sa2jax.inference.sampling import Sampling
 from sa2jax.inference.session import SLOTS, Session
 from sa2jax.models.step_audio import step_audio2

@@ -11,8 +11,9 @@ from recorded_speech import other_voice, recorded_token2wav, recorded_voice
 
 from sa2jax.errors import CodeError, ConfigError
 from sa2jax.inference import token2wav
+from sa2jax.inference.speech_programs import TRACES
 from sa2jax.inference.streams import join, pick
-from sa2jax.inference.token2wav import TRACES, Token2Wav
+from sa2jax.inference.token2wav import Token2Wav
 from sa2jax.runtime import round_up
 
 CLOSE = 1e-4

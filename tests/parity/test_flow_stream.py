@@ -15,9 +15,9 @@ import pytest
 from recorded import first_difference
 from recorded_flow import RecordedFlow, jit, stack_rows
 
-from sa2jax.models.flow import join, pick, reserve
+from sa2jax.models.flow import KEEP, join, pick, reserve
 from sa2jax.models.flow.dit import admit
-from sa2jax.models.flow.flow_matching import KEEP, capacity_for
+from sa2jax.models.flow.state import capacity_for
 
 ATOL = 1e-4  # measured: 2.2e-5
 BATCH = 1e-5  # measured: 1.9e-6

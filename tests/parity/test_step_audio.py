@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from recorded import audio_slots, clips_of, first_difference, forward
 
-from sa2jax.inference.generate import Generator, Options, Request
+from sa2jax.inference.generate import Generator
+from sa2jax.inference.requests import Options, Request
 from sa2jax.inference.sampling import Sampling
 from sa2jax.inference.session import Session
 from sa2jax.models.audio_encoder import adapter_length, encoder_length

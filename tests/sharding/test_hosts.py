@@ -1,7 +1,6 @@
 """Two processes that make one machine, as two hosts of a TPU pod do."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -11,11 +10,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from devices import environment
 
 from sa2jax import testing
 from sa2jax.cli import main
 from sa2jax.errors import ShardingError
-from sa2jax.inference.generate import Options, Request
+from sa2jax.inference.requests import Options, Request
 from sa2jax.pipeline import StepAudio2
 from sa2jax.runtime import start_distributed
 
@@ -25,7 +25,7 @@ RUN = """
     from sa2jax.runtime import start_distributed
 
     number = start_distributed()
-    from sa2jax.inference.generate import Options, Request
+    from sa2jax.inference.requests import Options, Request
     from sa2jax.pipeline import StepAudio2
 
     def answers(model):
@@ -52,7 +52,18 @@ RUN = """
     reply["replicas"] = len(dealt.replicas)
     chat = dealt.chat(system=None, options=Options(max_new_tokens=8))
     reply["said"] = chat.say("hello").text
-    print(json.dumps(reply))
+
+    # The detokenizer of a mesh of both hosts: each speaks on its own devices.
+    from pathlib import Path
+    from recorded_speech import recorded_token2wav, recorded_voice
+    from sa2jax.inference.token2wav import Token2Wav
+    from sa2jax.sharding import make_mesh
+    mesh = make_mesh("data=2,tensor=2")
+    speech = Token2Wav(*recorded_token2wav(Path(sys.argv[2])), steps=2, mesh=mesh)
+    wave = speech([1, 2, 3, 4, 5], recorded_voice(Path(sys.argv[2])))
+    reply["wave"] = [len(wave), float(np.abs(wave).sum()), len(speech.replicas())]
+    # What carries messages between processes on CPUs prints, too.
+    Path(sys.argv[3]).with_suffix(f".{number}").write_text(json.dumps(reply))
 """
 
 
@@ -62,11 +73,9 @@ def free_port():
         return s.getsockname()[1]
 
 
-def environment(number, count, port, home):
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "XDG_CACHE_HOME": str(home / str(number)),
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count),
+def place(number, port):
+    return {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2",
         "JAX_PROCESS_ID": str(number),
     }  # fmt: skip
 
@@ -76,7 +85,7 @@ def run_together(command, home):
     port = free_port()
     both = [
         subprocess.Popen(
-            command, env=environment(number, 2, port, home), text=True,
+            command, env=environment(2, home / str(number)) | place(number, port), text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for number in range(2)
@@ -88,17 +97,16 @@ def run_together(command, home):
             run.kill()
     for run, (_, err) in zip(both, results, strict=True):
         assert run.returncode == 0, err
-    # What carries messages between processes on CPUs says so on standard output.
-    said = [[line for line in out.splitlines() if "[Gloo]" not in line] for out, _ in results]
-    return ["\n".join(lines) for lines in said]
+    return [out for out, _ in results]
 
 
-def test_two_hosts_answer_as_one(tmp_path):
+def test_two_hosts_answer_as_one(tmp_path, golden):
     """Batches run over both; each reads its part of the checkpoint, and has its own replica."""
     source = testing.save_tiny_checkpoint(tmp_path / "hf")
     main(["convert", str(source), str(tmp_path / "model")])
-    command = [sys.executable, "-c", textwrap.dedent(RUN), str(tmp_path / "model")]
-    replies = [json.loads(out.splitlines()[-1]) for out in run_together(command, tmp_path)]
+    command = [sys.executable, "-c", textwrap.dedent(RUN), str(tmp_path / "model"), str(golden)]
+    run_together([*command, str(tmp_path / "reply")], tmp_path)
+    replies = [json.loads((tmp_path / f"reply.{number}").read_text()) for number in range(2)]
     assert [reply.pop("number") for reply in replies] == [0, 1]
     whole = sum(
         leaf.size * 4 for leaf in jax.tree.leaves(testing.tiny_params(testing.tiny_config()))
@@ -107,6 +115,7 @@ def test_two_hosts_answer_as_one(tmp_path):
         # Of what fsdp splits over the hosts half is read; biases and norms are on all.
         assert reply.pop("read") < 0.8 * whole
         assert (reply["devices"], reply["here"], reply["replicas"]) == (4, 2, 1)
+        assert (reply["wave"][0], reply["wave"][2]) == (5 * 960, 1)
     assert replies[0] == replies[1]
     model = StepAudio2.from_pretrained(tmp_path / "model")
     rng = np.random.default_rng(0)

@@ -1,14 +1,12 @@
 """Every program on every kind of mesh gives what one device gives."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import on_meshes
 import pytest
+from devices import QUICK, run_on_devices
 
 from sa2jax import testing
 
@@ -30,7 +28,8 @@ def folder(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("meshes", MESHES)
 def test_every_program_on_a_mesh(meshes, folder, golden, tmp_path):
-    run = run_on_devices(8, [HERE.parent / "on_meshes.py", folder, golden, *meshes], tmp_path)
+    command = [HERE.parent / "on_meshes.py", folder, golden, *meshes]
+    run = run_on_devices(8, command, tmp_path, QUICK)
     assert "rematerialization" not in run.stderr, run.stderr
     reports = [json.loads(line) for line in run.stdout.splitlines()]
     assert [found["mesh"] for found in reports] == list(meshes)
@@ -87,24 +86,3 @@ def named(**sizes):
 def padded(spec, count):
     """A spec leaves out what it does not split at its end."""
     return spec + ["None"] * (count - len(spec))
-
-
-def run_on_devices(count, command, home):
-    # Nearly all of the time goes into compiling; how fast the programs are does not matter.
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    count = f"--xla_force_host_platform_device_count={count}"
-    flags = f"{os.environ.get('XLA_FLAGS', '')} {count} {quick}"
-    run = subprocess.run(
-        [sys.executable, *map(str, command)],
-        env=os.environ
-        | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "XDG_CACHE_HOME": str(home)}
-        | {
-            "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path]),
-            "TF_CPP_MIN_LOG_LEVEL": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert run.returncode == 0, run.stderr
-    return run

@@ -1,17 +1,14 @@
 """What is promised of mini on TPUs, compiled for real: what fits, and what a step moves."""
 
 import os
-from importlib.util import find_spec
 
 import pytest
+from devices import needs_libtpu
 
-from sa2jax import plan
 from sa2jax.plan import Spec
+from sa2jax.plan import planner as plan
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(find_spec("libtpu") is None, reason="compiles for TPUs: sa2jax[plan]"),
-]
+pytestmark = [pytest.mark.slow, needs_libtpu]
 GIB = 2**30
 ONE = [
     (chip, dtype, batch)

@@ -21,10 +21,10 @@ import jax
 import jaxlib
 from jax.sharding import AbstractMesh, Mesh
 
-from sa2jax import chips, hlo
-from sa2jax.chips import Topology
 from sa2jax.errors import PlanError
-from sa2jax.plan_workloads import LENGTHS, TRAINING, WORKLOADS, Work, config, per_chip
+from sa2jax.plan import chips, hlo
+from sa2jax.plan.chips import Topology
+from sa2jax.plan.workloads import LENGTHS, TRAINING, WORKLOADS, Work, config, per_chip
 from sa2jax.sharding import MESH_AXES, make_mesh, parse_mesh
 
 DTYPES = ("bfloat16", "int8", "float32")
@@ -38,10 +38,10 @@ class Spec:
     Attributes:
         model: preset, or folder with a config.json.
         topology: such as `v5e:2x4` or `h100:8`.
-        workload: what to run, see `plan_workloads`.
+        workload: what to run, see `workloads`.
         batch: rows of all chips together; 0 for the usual: one, or in training one for each part
             that the mesh splits a batch into.
-        length: of each, see `plan_workloads.LENGTHS`; 0 for the usual.
+        length: of each, see `workloads.LENGTHS`; 0 for the usual.
         dtype: bfloat16, float32, or int8 for the matrices alone. In training it is that of the
             parameters: products are of bfloat16 numbers.
         float_head: with int8, the matrix that makes logits is not.

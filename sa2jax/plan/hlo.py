@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from sa2jax.errors import PlanError
-from sa2jax.hlo_text import Computation, Instruction, Shape, bits, parse, trips
+from sa2jax.plan.hlo_text import Computation, Instruction, Shape, bits, parse, trips
 
 FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",

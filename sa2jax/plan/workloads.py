@@ -20,14 +20,13 @@ from sa2jax.errors import PlanError
 from sa2jax.inference import programs
 from sa2jax.inference.loading import policy_of
 from sa2jax.inference.sampling import Sampling
-from sa2jax.inference.token2wav import ALL
 from sa2jax.models.heads import spread_heads
 from sa2jax.models.step_audio import StepAudio2Model, step_audio2
 from sa2jax.nn import Functional, Policy, functional
-from sa2jax.sharding import over_rows
+from sa2jax.sharding import ALL, over_rows
 
 if TYPE_CHECKING:
-    from sa2jax.plan import Spec
+    from sa2jax.plan.planner import Spec
 
 Where = Any  # a Mesh, or an AbstractMesh where nothing is compiled
 
@@ -186,7 +185,7 @@ def token2wav(spec: "Spec", mesh: Where) -> Work:
         return vocode.bind(weights["vocoder"])(made, ratio * lengths, key=keys)[0]
 
     def lower() -> jax.stages.Lowered:
-        dealt = over_rows(run, mesh, rows, (ALL, 0, 0, 0, 0, 0), 0)
+        dealt = over_rows(run, mesh, (ALL, 0, 0, 0, 0, 0), 0)
         return jax.jit(dealt).lower(
             weights, _everywhere(mesh, rows, voice),
             _everywhere(mesh, rows, ratio * voice, cfg.flow.mels, dtype=jnp.float32),

@@ -1,17 +1,12 @@
 """The table of chips, and names of topologies."""
 
-from importlib.util import find_spec
-
 import pytest
+from devices import needs_libtpu
 
-from sa2jax import chips
-from sa2jax.chips import CHIPS, GIB, SHAPES
 from sa2jax.errors import PlanError
+from sa2jax.plan import chips
+from sa2jax.plan.chips import CHIPS, GIB, SHAPES
 from sa2jax.sharding import make_mesh
-
-needs_libtpu = pytest.mark.skipif(
-    find_spec("libtpu") is None, reason="needs libtpu: pip install 'sa2jax[plan]'"
-)
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda chip: chip.name)

@@ -1,9 +1,9 @@
 """Counting what a compiled program sends to other devices, or leaves to others of its own parts."""
 
 import pytest
-from test_hlo import entry
+from hlo_programs import entry
 
-from sa2jax import hlo
+from sa2jax.plan import hlo
 
 SUM = """
     %sum (l: f32[], r: f32[]) -> f32[] {

@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 import pytest
+from devices import needs_libtpu
 from jax import ShapeDtypeStruct
 from jax.sharding import AbstractMesh, SingleDeviceSharding
-from test_chips import needs_libtpu
 
-from sa2jax import chips, hlo, plan
-from sa2jax.chips import CHIPS, GIB
 from sa2jax.errors import PlanError, ShardingError
-from sa2jax.plan import Spec
-from sa2jax.plan_workloads import Work
+from sa2jax.plan import Spec, chips, hlo
+from sa2jax.plan import planner as plan
+from sa2jax.plan.chips import CHIPS, GIB
+from sa2jax.plan.workloads import Work
 
 GPU = Spec(topology="h100")
 ONE = AbstractMesh((1, 1, 1), ("data", "fsdp", "tensor"))
@@ -369,7 +369,7 @@ def test_search_compiles():
 @needs_libtpu
 def test_token2wav_is_traced():
     """Compiling it takes minutes."""
-    from sa2jax.plan_workloads import per_chip, token2wav
+    from sa2jax.plan.workloads import per_chip, token2wav
     from sa2jax.sharding import make_mesh
 
     spec = Spec(workload="token2wav", length=1)

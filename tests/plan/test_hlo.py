@@ -1,27 +1,14 @@
 """Counting what a compiled program does: rule by rule, on a CPU, and on a TPU's compiler."""
 
-import textwrap
-from importlib.util import find_spec
-
 import jax
 import jax.numpy as jnp
 import pytest
+from devices import needs_libtpu
+from hlo_programs import entry
 from jax import ShapeDtypeStruct as Abstract
 
-from sa2jax import hlo
 from sa2jax.errors import PlanError
-
-
-def cost(text: str, turns: int = 1, header: str = "HloModule m, num_partitions=4") -> hlo.Cost:
-    return hlo.cost(f"{header}\n\n{textwrap.dedent(text)}", turns=turns)
-
-
-def entry(body: str, others: str = "", **options) -> hlo.Cost:
-    """Cost of a program whose parameters and instructions are given."""
-    lines = textwrap.indent(textwrap.dedent(body).strip(), "  ")
-    return cost(f"{textwrap.dedent(others)}\nENTRY %main (p: f32[]) -> f32[] {{\n{lines}\n}}\n",
-                **options)  # fmt: skip
-
+from sa2jax.plan import hlo
 
 # --- arithmetic ---
 
@@ -428,7 +415,7 @@ def test_nested_and_open_loops_on_a_cpu():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu: pip install 'sa2jax[plan]'")
+@needs_libtpu
 @pytest.mark.parametrize("rows", [1, 16])
 def test_scan_on_a_tpu(rows):
     """A stack of weights is read once, one layer in each turn."""

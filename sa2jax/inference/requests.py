@@ -1,0 +1,112 @@
+"""What is asked of a model and what comes back: prompts, options, replies."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from sa2jax.config import StepAudio2Config
+from sa2jax.errors import PromptError
+from sa2jax.inference.sampling import Sampling
+from sa2jax.models.audio_encoder import adapter_length, encoder_length
+
+Finish = Literal["stop", "string", "length", "repeat"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt.
+
+    Attributes:
+        ids: token ids, [T]; each clip's frames stand at a run of placeholder ids.
+        mels: log-mel frames of each clip, [M, L] each.
+        starts: position in `ids` of each clip's first frame.
+        counts: number of positions each clip fills.
+        max_new_tokens: limit of this reply, where it is lower than that of the options.
+    """
+
+    ids: Int[np.ndarray, "T"]
+    mels: tuple[Float[np.ndarray, "M L"], ...] = ()
+    starts: tuple[int, ...] = ()
+    counts: tuple[int, ...] = ()
+    max_new_tokens: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to continue a prompt.
+
+    Attributes:
+        sampling: how the next token is chosen.
+        max_new_tokens: upper limit of the reply's length; the context may be reached before.
+        stop_ids: ids that end the reply; they are not part of it.
+        stop_strings: texts that end the reply; they are part of it.
+        seed: same seed, same reply. Reply j to prompt i of a batch draws from (seed, i, j).
+        samples: replies per prompt.
+        max_repeat: a reply that repeats the same few ids (at most `LoopWatch`'s period) is ended
+            after this many; 0 lets it go on.
+    """
+
+    sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0))
+    max_new_tokens: int = 256
+    stop_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    seed: int = 0
+    samples: int = 1
+    max_repeat: int = 320
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1 or self.samples < 1:
+            raise PromptError(
+                f"max_new_tokens={self.max_new_tokens}, samples={self.samples}: expected at least 1"
+            )
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One reply.
+
+    Attributes:
+        ids: the generated ids without the stop id.
+        finish: `stop` (a stop id), `string` (a stop string), `length`, or `repeat`: it went round
+            in circles.
+    """
+
+    ids: tuple[int, ...]
+    finish: Finish
+
+
+def check(number: int, request: Request, cfg: StepAudio2Config) -> None:
+    """Raise a PromptError unless a prompt fits the model and leaves room for a reply."""
+    ids, vocab, context = request.ids, cfg.decoder.vocab, cfg.decoder.max_positions
+    if not 0 < len(ids) < context:
+        raise PromptError(
+            f"prompt {number} has {len(ids)} tokens: expected 1 to {context - 1}, since the "
+            f"model's context of {context} must also hold a reply"
+        )
+    if ids.min() < 0 or ids.max() >= vocab:
+        raise PromptError(
+            f"prompt {number} holds id {ids.max() if ids.min() >= 0 else ids.min()}, outside the "
+            f"vocabulary of {vocab}: is this the checkpoint's own tokenizer?"
+        )
+    clips = (request.mels, request.starts, request.counts)
+    if len({len(part) for part in clips}) > 1:
+        raise PromptError(
+            f"prompt {number} has {' and '.join(str(len(part)) for part in clips)} mels, starts "
+            "and counts: expected one of each per clip"
+        )
+    for mel, start, count in zip(*clips, strict=True):
+        frames = mel.shape[1]
+        embeddings = adapter_length(encoder_length(frames), cfg.adapter)
+        longest = 2 * cfg.audio_encoder.max_positions
+        if start < 0 or start + count > len(ids) or not 0 <= count <= max(embeddings, 0):
+            raise PromptError(
+                f"prompt {number}: a clip of {frames} frames gives {max(embeddings, 0)} embeddings "
+                f"and cannot fill {count} positions from {start} on of {len(ids)}"
+            )
+        if mel.shape[0] != cfg.audio_encoder.mels or frames > longest:
+            raise PromptError(
+                f"prompt {number}: expected clips of {cfg.audio_encoder.mels} mels and at most "
+                f"{longest} frames, got {list(mel.shape)}"
+            )
