@@ -46,3 +46,7 @@ class PlanError(Sa2jaxError):
 
 class TrainError(Sa2jaxError):
     """A training that cannot be set up as asked."""
+
+
+class DataError(TrainError):
+    """Training data that cannot be read or used."""

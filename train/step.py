@@ -10,7 +10,7 @@ parameters and bfloat16 computation the parameters are the master weights: each 
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -18,15 +18,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from sa2jax.config import StepAudio2Config
+from sa2jax.errors import TrainError
 from sa2jax.models.step_audio import StepAudio2Model
 from sa2jax.nn import Functional, Params, Remat
-from sa2jax.sharding import shard, sharding_of, using
+from sa2jax.sharding import placed, shard, sharding_of, using
 from sa2jax.train.objective import CHUNK, Sums, next_token_loss
 from sa2jax.train.optimizer import Optimizer, apply_updates, join
 
@@ -38,9 +40,12 @@ BATCH_AXES: Mapping[str, tuple[str | None, ...]] = {
     "targets": ("batch", None),
     "weights": ("batch", None),
     "mels": ("batch", None, None),
-    "frames": ("batch",),
+    "frames": ("batch", None),
+    "starts": ("batch", None),
     "slots": ("batch", None),
     "streams": ("batch", None),
+    "segments": ("batch", None),
+    "positions": ("batch", None),
 }
 
 
@@ -53,20 +58,27 @@ class Batch:
         ids: right-padded tokens, [B, T].
         targets: the token that follows each, [B, T].
         weights: of each target in the loss, 0 for none, [B, T].
-        mels: right-padded log-mel frames (100 Hz) of the batch's clips, [C, M, L].
-        frames: mel frames of each clip, 0 for an empty one, [C].
+        mels: rows of log-mel frames (100 Hz) with up to N packed clips each, [C, M, L].
+        frames: mel frames of each clip, 0 for none, [C, N].
+        starts: where in its row each clip begins, see `AudioEncoder`, [C, N].
         slots: for each position, which frame of the clips' embeddings (flattened) stands there, −1
             for a token, see `StepAudio2Model.embed`, [B, T].
         streams: positions whose loss is reported apart, by name, [B, T] each.
+        segments: which of its row's packed sequences each token belongs to, from 1; 0 for padding,
+            [B, T]. Without them a row is one sequence.
+        positions: of each token in its sequence, [B, T].
     """
 
     ids: Int[Array, "B T"]
     targets: Int[Array, "B T"]
     weights: Float[Array, "B T"]
     mels: Float[Array, "C M L"] | None = None
-    frames: Int[Array, "C"] | None = None
+    frames: Int[Array, "C N"] | None = None
+    starts: Int[Array, "C N"] | None = None
     slots: Int[Array, "B T"] | None = None
     streams: dict[str, Bool[Array, "B T"]] | None = None
+    segments: Int[Array, "B T"] | None = None
+    positions: Int[Array, "B T"] | None = None
 
 
 @partial(
@@ -107,12 +119,14 @@ def loss_of(
     net = model.bind(params)
     features = None
     if batch.mels is not None and batch.frames is not None:
-        features = net.listen(batch.mels, batch.frames, remat=remat)
+        features = net.listen(batch.mels, batch.frames, batch.starts, remat=remat)
         # All clips on every device: a row's clips may have been heard anywhere.
         features = shard(features, None, None, None)
     x = net.embed(batch.ids, features, batch.slots)
     with jax.named_scope("decoder"):
-        hidden, _ = net.decoder(x, remat=remat)
+        hidden, _ = net.decoder(
+            x, segments=batch.segments, positions=batch.positions, remat=remat
+        )  # fmt: skip
     return next_token_loss(
         net.decoder.head, hidden, batch.targets, batch.weights,
         streams=batch.streams, chunk=chunk,
@@ -174,7 +188,7 @@ def make_step(
     loss = partial(loss_of, model, remat=remat, chunk=chunk)
     places = None if mesh is None else optimizer.split(model.shardings(mesh))[0]
 
-    def placed(gradient: Params) -> Params:
+    def pinned(gradient: Params) -> Params:
         return gradient if mesh is None else jax.lax.with_sharding_constraint(gradient, places)
 
     def gradient_of(trained, frozen, part, total):
@@ -183,7 +197,7 @@ def make_step(
             return value / total, sums
 
         gradient, sums = jax.grad(mean, has_aux=True)(trained)
-        return placed(gradient), sums
+        return pinned(gradient), sums
 
     def step(state: TrainState, batch: Batch):
         TRACES["step"] += 1
@@ -202,7 +216,7 @@ def make_step(
 
             like = jax.tree.map(lambda leaf: leaf[0], batch)
             like = jax.eval_shape(gradient_of, trained, frozen, like, total)
-            zeros = placed(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, gradients), like[0]))
+            zeros = pinned(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, gradients), like[0]))
             nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like[1])
             (gradient, sums), _ = jax.lax.scan(add, (zeros, nothing), batch)
         with jax.named_scope("update"):
@@ -221,6 +235,30 @@ def make_step(
         whole = NamedSharding(mesh, PartitionSpec())
         options["out_shardings"] = (state_shardings(model, optimizer, mesh), whole)
     return Step(jax.jit(step, **options), mesh)
+
+
+def make_evaluation(
+    model: Functional[StepAudio2Model], mesh: Mesh | None = None, *, chunk: int = CHUNK
+) -> Callable[[Params, Batch], dict[str, Sums]]:
+    """What a step would report of a batch, as `Sums` to be added up; nothing is learnt.
+
+    Args:
+        model: the model's structure.
+        mesh: devices; None for one.
+        chunk: positions of each row whose logits are held at a time.
+    """
+
+    def evaluate(params: Params, batch: Batch) -> dict[str, Sums]:
+        TRACES["evaluation"] += 1
+        return loss_of(model, params, batch, remat=None, chunk=chunk)[1]
+
+    function = jax.jit(evaluate)
+
+    def run(params: Params, batch: Batch) -> dict[str, Sums]:
+        with using(mesh):
+            return function(params, batch)
+
+    return run
 
 
 # --- state and batches ------------------------------------------------------------------------
@@ -258,7 +296,7 @@ def abstract_state(
         return TrainState(params, optimizer.transform.init(trained), jnp.zeros((), jnp.int32))
 
     state = jax.eval_shape(make, model.abstract)
-    return state if mesh is None else _at(state, state_shardings(model, optimizer, mesh))
+    return state if mesh is None else placed(state, state_shardings(model, optimizer, mesh))
 
 
 def init_state(
@@ -292,8 +330,44 @@ def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
 
 
 def place_batch(batch: Batch, mesh: Mesh | None) -> Batch:
-    """A batch on its devices."""
-    return jax.device_put(batch, None if mesh is None else batch_shardings(batch, mesh))
+    """A batch on its devices; in a multi-host run of the rows that `host_part` gives this host."""
+    if mesh is None or jax.process_count() == 1:
+        return jax.device_put(batch, None if mesh is None else batch_shardings(batch, mesh))
+
+    def put(path, leaf):
+        axes = BATCH_AXES[path[0].name]
+        rows = leaf.ndim - len(axes)
+        shape = tuple(size * (parts if axis == rows else 1) for axis, size in enumerate(leaf.shape))
+        place = sharding_of(shape, axes, mesh)
+        return jax.make_array_from_process_local_data(place, np.asarray(leaf), shape)
+
+    parts = host_part(mesh, batch.ids.shape[-2] * jax.process_count())[1]
+    return jax.tree.map_with_path(put, batch)
+
+
+def host_part(mesh: Mesh | None, rows: int) -> tuple[int, int]:
+    """Which part of a batch's rows this host has to bring, and of how many.
+
+    Hosts whose devices share rows, as along a tensor axis, bring the same ones.
+
+    Raises:
+        TrainError: if hosts would need overlapping parts.
+    """
+    if mesh is None or jax.process_count() == 1:
+        return 0, 1
+    place = sharding_of((rows, 1), BATCH_AXES["ids"], mesh)
+    ranges = {
+        index[0].indices(rows)[:2]
+        for index in place.addressable_devices_indices_map((rows, 1)).values()
+    }
+    first, last = min(start for start, _ in ranges), max(stop for _, stop in ranges)
+    size = last - first
+    if rows % size or first % size or sum(stop - start for start, stop in ranges) != size:
+        raise TrainError(
+            f"rows {first} to {last} of {rows} are on this host's devices, which is no even part: "
+            "take a mesh whose data and fsdp axes follow the hosts"
+        )
+    return first // size, rows // size
 
 
 def abstract_batch(
@@ -304,6 +378,7 @@ def abstract_batch(
     *,
     clips: int = 0,
     frames: int = 3000,
+    packed: int = 0,
     parts: int = 0,
     streams: tuple[str, ...] = (),
 ) -> Batch:
@@ -314,8 +389,9 @@ def abstract_batch(
         mesh: devices; None for one.
         rows: of all devices together.
         length: tokens of each row.
-        clips: of all rows together.
-        frames: mel frames of each clip (100 Hz).
+        clips: rows of mel frames, of all rows of tokens together.
+        frames: mel frames of each such row (100 Hz).
+        packed: clips that each of them may hold; 0 where neither these nor tokens are packed.
         parts: that share one update; 0 for no axis of parts.
         streams: names of positions that are reported apart.
     """
@@ -329,15 +405,13 @@ def abstract_batch(
             targets=ids,
             weights=zeros(jnp.float32, rows, length),
             mels=zeros(jnp.float32, clips, cfg.audio_encoder.mels, frames) if clips else None,
-            frames=zeros(jnp.int32, clips) if clips else None,
+            frames=zeros(jnp.int32, clips, packed or 1) if clips else None,
+            starts=zeros(jnp.int32, clips, packed or 1) if clips else None,
             slots=ids if clips else None,
+            segments=ids if packed else None,
+            positions=ids if packed else None,
             streams={name: zeros(jnp.bool_, rows, length) for name in streams} or None,
         )
 
     batch = jax.eval_shape(make)
-    return batch if mesh is None else _at(batch, batch_shardings(batch, mesh))
-
-
-def _at(tree: Any, places: Any) -> Any:
-    place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)  # noqa: E731
-    return jax.tree.map(place, tree, places)
+    return batch if mesh is None else placed(batch, batch_shardings(batch, mesh))

@@ -7,6 +7,8 @@ end of a shorter clip. Here each clip is computed as if it were alone; `official
 reproduces the released behaviour.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -29,6 +31,7 @@ from sa2jax.nn import (
 from sa2jax.sharding import shard
 
 MEL_TAIL = 2  # frames at the end of each clip that the released code does not count as its length
+ALIGN, GAP = 8, 4  # packed clips begin at a frame of the adapter's, after zeros for convolutions
 
 
 def encoder_length(mel_frames):
@@ -103,7 +106,8 @@ class AudioEncoder(nnx.Module):
     def __call__(
         self,
         mels: Float[Array, "B M T"],
-        frames: Int[Array, "B"],
+        frames: Int[Array, "B"] | Int[Array, "B N"],
+        starts: Int[Array, "B N"] | None = None,
         *,
         official_batch: bool = False,
         remat: Remat | None = None,
@@ -114,6 +118,8 @@ class AudioEncoder(nnx.Module):
         Args:
             mels: log-mel frames (100 Hz), zero beyond each clip's own frames.
             frames: mel frames of each clip, 0 for an empty row.
+            starts: where each of a row's N packed clips begins: at a multiple of `ALIGN` frames,
+                with `GAP` empty ones or more after the clip before. Each is heard as if alone.
             official_batch: let clips feel the batch's padding as the released code does.
             remat: what a gradient computes again, see `nn.over_layers`.
             trace: filled with intermediate results by name, to compare implementations.
@@ -124,21 +130,23 @@ class AudioEncoder(nnx.Module):
         """
         x = mels.swapaxes(1, 2).astype(self.policy.compute)  # [B, T, M]
         total = x.shape[1]
+        clips = _clips(frames, starts, total)
         with jax.named_scope("conv"):
             x = note(trace, "conv1", self.conv1(x))
             x = jax.nn.gelu(x, approximate=False)
             if not official_batch:  # a clip alone sees the convolution's zeros after its last frame
-                x = jnp.where(_before(frames, total), x, 0)
+                x = jnp.where(clips.own[..., None], x, 0)
             x = note(trace, "conv2", self.conv2(x))
             x = jax.nn.gelu(x, approximate=False)
-            x = x + self.positions[...][: x.shape[1]].astype(x.dtype)
+            steps = x.shape[1]
+            table = self.positions[...].astype(x.dtype)
+            x = x + (table[:steps] if starts is None else table[clips.offset[:, ::2] // 2])
 
-        steps = x.shape[1]
-        valid = frames - MEL_TAIL
         # The released mask picks every second mel position, from the parity of the padded length.
-        first = (total + 1) % 2 if official_batch else (frames[:, None] + 1) % 2
-        keys = first + 2 * jnp.arange(steps)[None] < valid[:, None]  # [B, S]
-        mask = Mask(keys=keys)
+        length = clips.length[:, ::2]
+        first = (total + 1) % 2 if official_batch else (length + 1) % 2
+        keys = first + clips.offset[:, ::2] < length - MEL_TAIL  # [B, S]
+        mask = Mask(keys=keys, segments=None if starts is None else clips.number[:, ::2])
 
         def layer(x, layer_and_index):
             module, _ = layer_and_index
@@ -152,7 +160,8 @@ class AudioEncoder(nnx.Module):
             x = x[:, : steps // 2 * 2].reshape(x.shape[0], steps // 2, 2, -1).mean(2)  # [B, S, D]
             x = self.norm(x)
         if not official_batch:
-            x = jnp.where(_before((frames + 1) // 2 // 2, x.shape[1]), x, 0)
+            own = clips.own[:, ::2][:, : steps // 2 * 2].reshape(x.shape[0], -1, 2).all(-1)
+            x = jnp.where(own[..., None], x, 0)
         return x
 
 
@@ -179,5 +188,30 @@ class Adapter(nnx.Module):
         return self.down(jax.nn.relu(self.up(x)))
 
 
-def _before(lengths: Int[Array, "B"], size: int) -> Bool[Array, "B T 1"]:
-    return (jnp.arange(size)[None] < lengths[:, None])[..., None]
+class _Clips(NamedTuple):
+    """What each mel frame belongs to: one of its row's clips, or nothing.
+
+    Attributes:
+        own: whether it belongs to a clip.
+        number: of that clip in its row, from 1; 0 for none.
+        offset: frames since the clip's start.
+        length: the clip's frames, 0 for none.
+    """
+
+    own: Bool[Array, "B T"]
+    number: Int[Array, "B T"]
+    offset: Int[Array, "B T"]
+    length: Int[Array, "B T"]
+
+
+def _clips(frames: Array, starts: Array | None, total: int) -> _Clips:
+    place = jnp.arange(total)[None]
+    if starts is None:  # one clip a row: what lies behind it is the clip's, but for `own`
+        length = jnp.broadcast_to(frames[:, None], (len(frames), total))
+        own = place < length
+        return _Clips(own, own.astype(jnp.int32), jnp.broadcast_to(place, own.shape), length)
+    offset = place[..., None] - starts[:, None]  # [B, T, N]
+    inside = (offset >= 0) & (offset < frames[:, None])
+    pick = lambda x: jnp.sum(jnp.where(inside, x, 0), axis=-1)  # noqa: E731
+    number = pick(1 + jnp.arange(starts.shape[1]))
+    return _Clips(inside.any(-1), number, pick(offset), pick(frames[:, None]))

@@ -156,6 +156,7 @@ class SelfAttention(nnx.Module):
         cache: KVCache | None,
         layer: Int[Array, ""] | int,
         fresh: bool,
+        segments: Int[Array, "B T"] | None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Add this call's keys and values to the cache and attend to it, or to them if `fresh`."""
         q = rotary(self.q(x), positions, self.rope_theta)
@@ -164,7 +165,7 @@ class SelfAttention(nnx.Module):
         if cache is not None:
             cache = cache.write(layer, cache.length, lengths, k, v)
         if cache is None or fresh:
-            return self.o(attention(q, k, v, Mask(causal=True))), cache
+            return self.o(attention(q, k, v, Mask(causal=True, segments=segments))), cache
         y = cached_attention(q, cache.k, cache.v, layer, positions, cache.scales)
         return self.o(y), cache
 
@@ -192,9 +193,9 @@ class DecoderLayer(nnx.Module):
         self.mlp_norm = RMSNorm(cfg.embed, eps=cfg.norm_eps, policy=policy, rngs=rngs)
         self.mlp = Mlp(cfg, policy=policy, rngs=rngs)
 
-    def __call__(self, x, positions, lengths, cache, layer, fresh):
+    def __call__(self, x, positions, lengths, cache, layer, fresh, segments):
         """Add attention, then the MLP."""
-        y, cache = self.attn(self.attn_norm(x), positions, lengths, cache, layer, fresh)
+        y, cache = self.attn(self.attn_norm(x), positions, lengths, cache, layer, fresh, segments)
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), cache
 
@@ -244,6 +245,8 @@ class Decoder(nnx.Module):
         lengths: Int[Array, "B"] | None = None,
         *,
         fresh: bool = False,
+        segments: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
         remat: Remat | None = None,
         trace: dict[str, Array] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
@@ -255,6 +258,9 @@ class Decoder(nnx.Module):
             lengths: valid tokens of each row in `x`, by default all. Padding is not cached, and
                 what comes out at its positions has no meaning.
             fresh: the cache is known to be empty: fill it, but look at the new tokens only.
+            segments: without a cache, which of a row's packed sequences each token belongs to; it
+                looks at no other.
+            positions: without a cache, of each token in its own sequence; by default in the row.
             remat: what a gradient computes again, see `nn.over_layers`.
             trace: filled with intermediate results by name, to compare implementations.
 
@@ -267,11 +273,13 @@ class Decoder(nnx.Module):
         offsets = jnp.arange(steps)[None]
         size = steps if cache is None else cache.size
         # Padding gets a position that no slot has.
-        positions = jnp.where(offsets < lengths[:, None], start[:, None] + offsets, size + offsets)
+        if positions is None:
+            inside = offsets < lengths[:, None]
+            positions = jnp.where(inside, start[:, None] + offsets, size + offsets)
 
         def layer(carry, xs):
             (x, cache), (module, index) = carry, xs
-            x, cache = module(x, positions, lengths, cache, index, fresh)
+            x, cache = module(x, positions, lengths, cache, index, fresh, segments)
             x = shard(x, "batch", None, None)
             return (x, cache), x if trace is not None else None
 

@@ -35,7 +35,8 @@ class StepAudio2Model(nnx.Module):
     def listen(
         self,
         mels: Float[Array, "C M T"],
-        frames: Int[Array, "C"],
+        frames: Int[Array, "C"] | Int[Array, "C N"],
+        starts: Int[Array, "C N"] | None = None,
         *,
         official_batch: bool = False,
         remat: Remat | None = None,
@@ -44,18 +45,20 @@ class StepAudio2Model(nnx.Module):
         """Turn clips into decoder embeddings (12.5 Hz).
 
         Args:
-            mels: right-padded log-mel frames (100 Hz) of C clips.
+            mels: right-padded log-mel frames (100 Hz) of C clips, or C rows of packed clips.
             frames: mel frames of each clip.
+            starts: of packed clips, see `AudioEncoder`.
             official_batch: see `AudioEncoder`.
             remat: what a gradient computes again, see `nn.over_layers`.
             trace: filled with intermediate results by name.
 
         Returns:
-            Embeddings; clip c's own are the first `feature_length(frames[c])`.
+            Embeddings; a clip's own are the first `feature_length(frames)` from an eighth of its
+            start on.
         """
         with jax.named_scope("audio_encoder"):
             x = self.audio_encoder(
-                mels, frames, official_batch=official_batch, remat=remat, trace=trace
+                mels, frames, starts, official_batch=official_batch, remat=remat, trace=trace
             )
         with jax.named_scope("adapter"):
             return self.adapter(x, trace=trace)

@@ -1,9 +1,6 @@
 """A step learns, moves only what it should, and does the same on any mesh."""
 
 import json
-import os
-import subprocess
-import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from devices import QUICK, run_on_devices
 from flax import nnx
 
 from sa2jax import testing
@@ -149,8 +147,8 @@ SHARDED = """
     slots[:, 3:8] = np.arange(5) + 5 * np.arange(8)[::-1, None]  # clips in another order than rows
     batch = Batch(
         ids=ids[:, :-1], targets=ids[:, 1:], weights=rng.random((8, 24), np.float32),
-        mels=rng.standard_normal((8, 16, 40), np.float32), frames=np.full(8, 40, np.int32),
-        slots=slots, streams={"heard": slots >= 0},
+        mels=rng.standard_normal((8, 16, 40), np.float32), frames=np.full((8, 1), 40, np.int32),
+        starts=np.zeros((8, 1), np.int32), slots=slots, streams={"heard": slots >= 0},
     )
 
     def run(spec, steps):
@@ -189,17 +187,7 @@ SHARDED = """
 
 def test_a_sharded_step_is_the_same_step(tmp_path: Path):
     """Eight devices: equal losses and parameters, moments split as parameters, nothing gathered."""
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    flags = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SHARDED)],
-        env=os.environ
-        | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "XDG_CACHE_HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr
+    run = run_on_devices(8, ["-c", textwrap.dedent(SHARDED)], tmp_path, QUICK)
     assert "Involuntary full rematerialization" not in run.stderr
     result = json.loads(run.stdout)
     for spec, ways in (("data=2,fsdp=2,tensor=2", (1, 2, 2)), ("fsdp=8", (1, 1, 8))):
