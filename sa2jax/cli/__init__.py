@@ -6,8 +6,11 @@ runs, so that help comes at once.
 
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
+from types import FrameType
 
 import tyro
 
@@ -42,6 +45,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `sa2jax` command."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    own = threading.current_thread() is threading.main_thread()
+    if own and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS,
@@ -58,3 +64,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has gone, as in `sa2jax ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C. Python drops what is raised in a callback of its garbage collector: try again."""
+    inner = frame
+    while inner is not None:
+        if inner.f_code.co_name == "_xla_gc_callback":
+            threading.Timer(0.02, os.kill, (os.getpid(), number)).start()
+            return
+        inner = inner.f_back
+    raise KeyboardInterrupt

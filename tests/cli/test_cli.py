@@ -487,6 +487,30 @@ def test_process_interrupted(run, source, tmp_path):
     assert run("convert", source, tmp_path / "out")[0] == 0
 
 
+def test_an_interrupt_in_a_callback_of_the_garbage_collector_counts(tmp_path):
+    """Python itself would drop it there."""
+    script = """
+        import gc, os, signal, time
+        from sa2jax import cli
+
+        def _xla_gc_callback(*args):
+            gc.callbacks.remove(_xla_gc_callback)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        def command():
+            gc.callbacks.append(_xla_gc_callback)
+            gc.collect()
+            print("collected", flush=True)
+            time.sleep(20)
+
+        cli.COMMANDS = {"a": command, "b": command}
+        cli.main(["a"])
+    """
+    stopped = process(script=script)
+    expected = (130, "collected\n", "interrupted\n")
+    assert (stopped.returncode, stopped.stdout, stopped.stderr) == expected
+
+
 # --- help and mistyped commands ---
 
 
