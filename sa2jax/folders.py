@@ -10,7 +10,7 @@ from pathlib import Path
 from sa2jax.errors import CheckpointError
 
 # One of these names at its top makes a folder a checkpoint, which may be replaced when asked.
-MARKS = ("sa2jax.json", "*.safetensors", "flow.yaml")
+MARKS = ("sa2jax.json", "*.safetensors", "flow.yaml", "dataset.json")
 
 
 @contextmanager

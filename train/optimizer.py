@@ -10,7 +10,7 @@ Frozen parts have neither gradients nor moments: they are split off before eithe
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,13 +27,14 @@ MATRICES = ("kernel", "table", "lora_a", "lora_b")
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with warm-up and a cosine.
+    """AdamW with warm-up and a decaying rate.
 
     Attributes:
         rate: learning rate after warm-up.
         end: share of it that is left after the last step.
         warmup: steps of linear warm-up.
         steps: steps in all.
+        shape: of the decay, a half `cosine` or `linear`.
         rates: other rates by part; the first match counts, and 0 freezes.
         betas: decay of the first and second moment.
         eps: added to the square root of the second moment.
@@ -47,6 +48,7 @@ class OptimizerConfig:
     end: float = 0.1
     warmup: int = 100
     steps: int = 1000
+    shape: Literal["cosine", "linear"] = "cosine"
     rates: Mapping[str, float] = field(default_factory=dict, hash=False)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -100,6 +102,8 @@ def make_optimizer(config: OptimizerConfig) -> Optimizer:
     Raises:
         TrainError: if the numbers make no schedule.
     """
+    if config.shape not in ("cosine", "linear"):
+        raise TrainError(f"schedule {config.shape!r}: expected cosine or linear")
     if not (0 <= config.warmup <= config.steps and config.steps > 0 and config.rate > 0):
         raise TrainError(
             f"expected a rate above 0 and 0 <= warmup <= steps, got rate {config.rate}, warmup "
@@ -109,8 +113,9 @@ def make_optimizer(config: OptimizerConfig) -> Optimizer:
     def schedule(step):  # counts from 0: the first step already moves, the last still does
         warm = jnp.minimum((step + 1) / max(config.warmup, 1), 1)
         done = (step - config.warmup) / max(config.steps - config.warmup, 1)
-        cosine = (1 + jnp.cos(jnp.pi * jnp.clip(done, 0, 1))) / 2
-        return config.rate * warm * (config.end + (1 - config.end) * cosine)
+        done = jnp.clip(done, 0, 1)
+        left = 1 - done if config.shape == "linear" else (1 + jnp.cos(jnp.pi * done)) / 2
+        return config.rate * warm * (config.end + (1 - config.end) * left)
 
     def of_part(updates, params):
         del params

@@ -60,6 +60,14 @@ def test_schedule():
     np.testing.assert_allclose(found, [0.25, 1, 1, 0.55, 0.1, 0.1], rtol=1e-6)
 
 
+def test_a_linear_schedule():
+    config = OptimizerConfig(rate=1.0, warmup=2, steps=12, end=0.2, shape="linear")
+    rate = make_optimizer(config).schedule
+    np.testing.assert_allclose(
+        [rate(n) for n in (0, 1, 2, 7, 12)], [0.5, 1, 1, 0.6, 0.2], rtol=1e-6
+    )
+
+
 def test_rates_by_part(params):
     rates = {"adapter": 3e-3, r"decoder\.table": 0.0}
     config = OptimizerConfig(rate=1e-3, warmup=0, rates=rates, decay=0.0, clip=None)

@@ -1,0 +1,120 @@
+"""The commands of training data: `data prepare` and `data show`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.table import Table
+
+from sa2jax.cli import common
+
+Paths = tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="SOURCE ... OUT")]]
+Folder = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="FOLDER")]]
+
+
+def _prepare(
+    paths: Paths,
+    *,
+    model: Path | None = None,
+    reader: Literal["soundfile", "tfio"] = "soundfile",
+    tfio_python: Path | None = None,
+    shard_size: str = "1GB",
+    workers: int | None = None,
+    max_rejects: int = 100,
+    overwrite: bool = False,
+    json: bool = False,
+):
+    """Make shards of records and their recordings, which training reads at once.
+
+    Args:
+        paths: Records: .jsonl files, folders of them, or .tfrecord files (with --reader tfio); and,
+            last, the folder to make.
+        model: Folder of the model to train: its speech tokenizer makes audio codes of spoken
+            answers, its tokenizer counts text.
+        reader: Who reads recordings: libsndfile, or tensorflow-io, which also reads gs:// and
+            TFRecord, in an environment of its own.
+        tfio_python: Interpreter of tensorflow-io's environment, such as tfio/bin/python.
+        shard_size: Largest shard, such as 500MB, or a plain number of samples.
+        workers: Processes that read; by default one for each core.
+        max_rejects: Stop if more records than these cannot be used.
+        overwrite: Replace a prepared folder.
+        json: Print JSON.
+    """
+    from sa2jax.errors import DataError
+    from sa2jax.train.prepare import PrepareConfig, prepare
+
+    if len(paths) < 2:
+        raise DataError(f"expected SOURCE ... OUT, got {' '.join(paths) or 'nothing'}")
+    *sources, out = paths
+    config = PrepareConfig(
+        model=model, reader=reader, tfio_python=tfio_python, shard_size=shard_size,
+        workers=workers, max_rejects=max_rejects,
+    )  # fmt: skip
+    with common.bar("preparing", unit="records") as tick:
+        about = prepare(sources, out, config, overwrite=overwrite, progress=tick)
+    _print(about, Path(out), json)
+
+
+def _show(folder: Folder, *, json: bool = False):
+    """Show what a prepared folder holds.
+
+    Args:
+        folder: Made by `sa2jax data prepare`.
+        json: Print JSON.
+    """
+    common.stay_on_host()
+    from sa2jax.train.samples import read_about
+
+    _print(read_about(folder), folder, json)
+
+
+# Each action is run where it is parsed, as the value of `action`.
+def data(
+    action: Annotated[
+        Annotated[Any, tyro.conf.subcommand(name="prepare", constructor=_prepare)]
+        | Annotated[Any, tyro.conf.subcommand(name="show", constructor=_show)],
+        tyro.conf.arg(name=""),
+    ],
+):
+    """Prepare data for training.
+
+    Args:
+        action: What to do.
+    """
+
+
+def _print(about: Mapping[str, Any], folder: Path, json: bool) -> None:
+    if json:
+        common.print_json(about)
+    else:
+        common.wide().print(_table(about, folder))
+
+
+def _table(about: Mapping[str, Any], folder: Path) -> Table:
+    """What dataset.json says, a line each."""
+    table = Table(title=str(folder), show_header=False, title_justify="left")
+
+    def hours(seconds: float) -> str:
+        return f"{seconds / 3600:.2f} h" if seconds >= 3600 else f"{seconds:.1f} s"
+
+    shards = about["shards"]
+    size = sum(shard["bytes"] for shard in shards)
+    table.add_row("samples", f"{about['samples']} in {len(shards)} shards, {size / 1e6:.1f} MB")
+    rejected = about.get("rejected", 0)
+    table.add_row("rejected", f"{rejected}, see rejects.jsonl" if rejected else "none")
+    table.add_row("audio heard", hours(about["seconds"]))
+    table.add_row("speech to say", hours(about.get("seconds_spoken", 0)))
+    letters = {k: n for k, n in about.get("characters", {}).items() if n}
+    found = ", ".join(f"{script} {count}" for script, count in letters.items())
+    table.add_row("letters by script", found or "none")
+    if tokens := about.get("tokens"):
+        parts = (("text", "text"), ("audio heard", "heard"), ("audio codes", "codes"))
+        table.add_row("tokens", ", ".join(f"{name} {tokens[key]}" for name, key in parts))
+    if lengths := about.get("lengths"):
+        parts = (f"{name} {value:g}" for name, value in lengths.items() if name != "unit")
+        table.add_row(f"length in {lengths['unit']}", ", ".join(parts))
+    table.add_row("mel bands", str(about["n_mels"]))
+    table.add_row("speech tokenizer", str(about.get("speech_tokenizer") or "none was used"))
+    table.add_row("fingerprint", about["fingerprint"])
+    return table

@@ -1,0 +1,250 @@
+"""Training data as users have it: one line of jsonl, checked, before anything is read for it.
+
+The format is ms-swift's: `messages` with roles and text, `<audio>` where a clip goes, the clips'
+files in `audios`. One key is this library's own: an assistant's message may have `speech`, what it
+sounds like, as a recording or as audio codes.
+
+    {"messages": [{"role": "user", "content": "<audio>What did it say?"},
+                  {"role": "assistant", "content": "Good morning.", "speech": "reply.wav"}],
+     "audios": ["a.wav"]}
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from sa2jax.chat.tools import ToolCall, render_tools
+from sa2jax.errors import DataError, PromptError
+
+AUDIO = "<audio>"  # stands in a text where a clip goes
+ROLES = (
+    "system", "user", "human", "assistant", "tool_call", "tool_response", "tool", "input",
+    "function_output",
+)  # fmt: skip
+
+# Keys that would change what is learnt if they were left out without a word.
+_UNKNOWN = (
+    "images", "videos", "objects", "rejected_messages", "rejected_audios", "rejected_images",
+    "rejected_videos", "rejected_tools", "positive_messages", "negative_messages",
+)  # fmt: skip
+
+
+class RecordError(DataError):
+    """One record that cannot be used; the message says why and names no place."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of a conversation.
+
+    Attributes:
+        role: one of `ROLES`, as written.
+        content: its text, with `<audio>` marks.
+        loss: whether it is learnt; None for what its role says.
+        speech: what an assistant's turn sounds like: a recording's path or URL, or audio codes
+            (25 Hz); None if it is not spoken.
+    """
+
+    role: str
+    content: str
+    loss: bool | None = None
+    speech: str | tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of training data.
+
+    Attributes:
+        turns: the conversation.
+        audios: path or URL of each clip, in the order of the `<audio>` marks.
+        tools: schemas of the tools, a list or its JSON text, see `chat.tools.render_tools`.
+        rejected: a worse last answer, for learning from preferences.
+        solution: what a right answer is, for learning from rewards; of any JSON type.
+        where: file and line, such as "talks.jsonl:12".
+    """
+
+    turns: tuple[Turn, ...]
+    audios: tuple[str, ...] = ()
+    tools: str | list[Any] | None = None
+    rejected: str | None = None
+    solution: Any = None
+    where: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain JSON data."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`, also after a way through JSON."""
+        turns = tuple(Turn(**turn | {"speech": _tupled(turn["speech"])}) for turn in data["turns"])
+        changed: dict[str, Any] = {"turns": turns, "audios": tuple(data["audios"])}
+        return cls(**{**data, **changed})
+
+
+def parse(line: str | bytes, where: str, root: str | os.PathLike[str]) -> Record:
+    """Check one line of jsonl.
+
+    Args:
+        line: the line.
+        where: its file and number, for messages.
+        root: the folder (or URL of one) that relative paths start at.
+
+    Raises:
+        RecordError: for the first thing that is wrong with it.
+    """
+    row = _json(line)
+    for key in _UNKNOWN:
+        if row.get(key):
+            raise RecordError(f"{key!r} is not supported: expected text and audio only")
+    messages = row.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise RecordError(f"expected a list of messages under 'messages', got {_short(messages)}")
+    turns = tuple(_turn(n, message, root) for n, message in enumerate(messages, 1))
+    audios = _audios(row.get("audios"), root)
+    marks = sum(turn.content.count(AUDIO) for turn in turns)
+    if marks != len(audios):
+        raise RecordError(f"{marks} {AUDIO} in the messages, but {len(audios)} under 'audios'")
+    rejected = row.get("rejected_response")
+    if rejected is not None and not isinstance(rejected, str):
+        raise RecordError(f"expected text under 'rejected_response', got {_short(rejected)}")
+    tools = _tools(row.get("tools"))
+    return Record(turns, audios, tools, rejected, row.get("solution"), where)
+
+
+def tool_call_of(content: str) -> ToolCall:
+    """The call in a `tool_call` message: JSON with `name` and `arguments`.
+
+    Raises:
+        RecordError: if it is none.
+    """
+    try:
+        call = json.loads(content)
+        if isinstance(call, dict) and isinstance(call.get("arguments"), str):
+            call["arguments"] = json.loads(call["arguments"])  # as OpenAI's histories have it
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"a tool_call that is no JSON ({error}): {_short(content)}") from None
+    name = call.get("name") if isinstance(call, dict) else None
+    if not isinstance(name, str) or not name or any(c.isspace() for c in name):
+        raise RecordError(f"expected a tool_call with the name of a tool, got {_short(content)}")
+    arguments = call.get("arguments", {})
+    if not isinstance(arguments, dict):
+        raise RecordError(f"expected a tool_call's arguments by name, got {_short(arguments)}")
+    return ToolCall(name, arguments)
+
+
+def locate(path: str, root: str | os.PathLike[str]) -> str:
+    """A path or URL as seen from a folder: absolute, or a URL."""
+    root = os.fspath(root)
+    if "://" in path or os.path.isabs(path):
+        return path
+    if "://" in root:
+        return f"{root.rstrip('/')}/{path}"
+    return os.path.normpath(os.path.join(os.path.abspath(root), path))
+
+
+# --- parts of a record --------------------------------------------------------------------------
+
+
+def _json(line: str | bytes) -> dict[str, Any]:
+    try:
+        text = line.decode("utf-8") if isinstance(line, bytes) else line
+        row = json.loads(text.removeprefix("\ufeff"))
+        if "\\ud" in text.lower():  # half of a pair is no character, and no tokenizer takes it
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        raise RecordError(f"not UTF-8 ({error.reason})") from None
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise RecordError(f"expected a JSON object on each line, got {_short(row)}")
+    return row
+
+
+def _turn(number: int, message: Any, root: str | os.PathLike[str]) -> Turn:
+    """One message; `number` counts from 1."""
+    if not isinstance(message, dict):
+        raise RecordError(f"message {number}: expected an object, got {_short(message)}")
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise RecordError(f"message {number}: unknown role {role!r}, known: {', '.join(ROLES)}")
+    if not isinstance(content, str):
+        raise RecordError(f"message {number} ({role}): expected text, got {_short(content)}")
+    loss = message.get("loss")
+    if loss is not None and not isinstance(loss, bool):
+        raise RecordError(f"message {number}: expected true or false as loss, got {_short(loss)}")
+    if role == "tool_call":
+        tool_call_of(content)
+    speech = message.get("speech")
+    if speech is None:
+        return Turn(role, content, loss)
+    if role != "assistant":
+        raise RecordError(f"message {number}: only an assistant's may have speech, not a {role}'s")
+    if AUDIO in content:
+        raise RecordError(f"message {number}: a spoken text cannot hold {AUDIO}")
+    return Turn(role, content, loss, _speech(number, speech, root))
+
+
+def _speech(number: int, speech: Any, root: str | os.PathLike[str]) -> str | tuple[int, ...]:
+    if isinstance(speech, str):
+        return locate(_path(speech, f"message {number}: speech"), root)
+    if not isinstance(speech, list) or not all(type(c) is int and c >= 0 for c in speech):
+        raise RecordError(
+            f"message {number}: expected a recording or a list of codes as speech, got "
+            f"{_short(speech)}"
+        )
+    if not speech:
+        raise RecordError(f"message {number}: speech without codes; leave 'speech' out instead")
+    return tuple(speech)
+
+
+def _audios(audios: Any, root: str | os.PathLike[str]) -> tuple[str, ...]:
+    if audios is None:
+        return ()
+    entries: Sequence[Any] = [audios] if isinstance(audios, str) else audios
+    if not isinstance(entries, list):
+        raise RecordError(f"expected a list of files under 'audios', got {_short(audios)}")
+    found = []
+    for entry in entries:
+        if isinstance(entry, dict):
+            entry = entry.get("path") or (
+                "audio as bytes" if entry.get("bytes") is not None else entry
+            )
+            if entry == "audio as bytes":
+                raise RecordError(f"{entry} under 'audios' is not supported: give files")
+        if not isinstance(entry, str):
+            raise RecordError(f"expected files under 'audios', got {_short(entry)}")
+        found.append(locate(_path(entry, "audios"), root))
+    return tuple(found)
+
+
+def _path(path: str, what: str) -> str:
+    if not path or "\0" in path:
+        raise RecordError(f"{what}: {path!r} is no name of a file")
+    return path.removeprefix("file://")
+
+
+def _tools(tools: Any) -> str | list[Any] | None:
+    if not tools:
+        return None
+    if not isinstance(tools, str | list):
+        raise RecordError(f"expected a list under 'tools', or its JSON text, got {_short(tools)}")
+    try:
+        if isinstance(tools, str) and json.loads(tools) == []:
+            return None
+        render_tools(tools)
+    except (PromptError, ValueError, RecursionError) as error:
+        raise RecordError(f"tools: {error}") from None
+    return tools
+
+
+def _tupled(speech: Any) -> Any:
+    return tuple(speech) if isinstance(speech, list) else speech
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
