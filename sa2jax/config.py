@@ -143,7 +143,7 @@ class StepAudio2Config:
         audio.pop("llm_dim")
         if text_rest.get("max_seq_len"):
             text.setdefault("max_positions", text_rest["max_seq_len"])
-        adapter = {k: audio.pop(k) for k in ("kernel", "stride")}
+        adapter = {k: audio.pop(k) for k in ("hidden", "kernel", "stride")}
         dtype = text_rest.get("torch_dtype") or text_rest.get("dtype") or raw.get("torch_dtype")
         return cls(
             decoder=DecoderConfig(**text),
@@ -166,6 +166,8 @@ class StepAudio2Config:
         }
         text = {hf: decoder[own] for hf, own in _TEXT_KEYS.items() if own in decoder}
         audio = {hf: encoder[own] for hf, own in _AUDIO_KEYS.items()}
+        if self.adapter.hidden == AdapterConfig.hidden:  # the released code has no other
+            del audio["adapter_hidden"]
         kept = self.hf or {
             "top": {"architectures": [ARCHITECTURE], "model_type": MODEL_TYPE},
             "text_config": {"num_attention_groups": self.decoder.kv_heads, "rope_scaling": None,
@@ -224,9 +226,16 @@ _AUDIO_KEYS = {
     "llm_dim": "llm_dim",
     "kernel_size": "kernel",
     "adapter_stride": "stride",
+    "adapter_hidden": "hidden",  # ours
 }
-_OPTIONAL = {"head_dim", "max_position_embeddings", "kernel_size", "adapter_stride"}
-_DEFAULTS = {"kernel": 3, "stride": 2}
+_OPTIONAL = {
+    "head_dim",
+    "max_position_embeddings",
+    "kernel_size",
+    "adapter_stride",
+    "adapter_hidden",
+}
+_DEFAULTS = {"kernel": 3, "stride": 2, "hidden": 2048}
 _FLOATS = {"norm_eps", "rope_theta"}
 _NUMBERS: Mapping[Any, str] = {int: "a whole number above 0", float: "a number above 0"}
 # Keys that change nothing this library computes: kept for export.

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from sa2jax.errors import ShardingError
@@ -53,6 +54,8 @@ def start_distributed() -> int:
             f"the hosts of this run cannot be joined ({reason}): where they cannot find each "
             "other, set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
         ) from None
+    # What connects hosts waits for the slowest, but not long: let it connect while all are here.
+    multihost_utils.sync_global_devices("all hosts are here")
     return jax.process_index()
 
 

@@ -266,3 +266,12 @@ def test_sizes_are_checked_when_made_by_hand(sizes):
     assert DecoderConfig(**good).head_dim == 16
     with pytest.raises(ConfigError):
         DecoderConfig(**good | sizes)
+
+
+def test_an_adapter_of_another_width_survives():
+    """The released code has 2048 only, so its config.json has no key for it."""
+    cfg = StepAudio2Config.preset("smoke")
+    raw = cfg.to_hf()
+    assert raw["audio_encoder_config"]["adapter_hidden"] == cfg.adapter.hidden == 128
+    assert StepAudio2Config.from_hf(raw).adapter == cfg.adapter
+    assert "adapter_hidden" not in StepAudio2Config.preset("mini").to_hf()["audio_encoder_config"]

@@ -34,7 +34,7 @@ from sa2jax.train.samples import Reject, Sample, names_of, open_source
 from sa2jax.train.step import Batch
 
 READ = {"num_threads": 4, "prefetch_buffer_size": 16}  # samples that a process reads ahead
-AHEAD = 2  # rows that are ready before they are asked for, of each process
+AHEAD, MOST_AHEAD = 2, 16  # rows that are ready before they are asked for, of each process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +235,8 @@ def _rows(
     mixed = mixed.repeat(config.epochs).slice(slice(host, None, hosts))
     rows = Pack(mixed.to_iter_dataset(grain.ReadOptions(**READ)), shape, pack=config.pack)
     if not config.workers:
-        return grain.experimental.ThreadPrefetchIterDataset(rows, prefetch_buffer_size=AHEAD)
+        ahead = min(max(AHEAD, 2 * config.rows // hosts), MOST_AHEAD)
+        return grain.experimental.ThreadPrefetchIterDataset(rows, prefetch_buffer_size=ahead)
     _mark_flags()
     options = grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=AHEAD)
     return rows.mp_prefetch(options, worker_init_fn=_begin_worker)

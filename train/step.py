@@ -356,10 +356,8 @@ def host_part(mesh: Mesh | None, rows: int) -> tuple[int, int]:
     if mesh is None or jax.process_count() == 1:
         return 0, 1
     place = sharding_of((rows, 1), BATCH_AXES["ids"], mesh)
-    ranges = {
-        index[0].indices(rows)[:2]
-        for index in place.addressable_devices_indices_map((rows, 1)).values()
-    }
+    found = place.addressable_devices_indices_map((rows, 1)).values()
+    ranges = {index[0].indices(rows)[:2] for index in found if index is not None}
     first, last = min(start for start, _ in ranges), max(stop for _, stop in ranges)
     size = last - first
     if rows % size or first % size or sum(stop - start for start, stop in ranges) != size:

@@ -17,10 +17,12 @@ import tyro
 from sa2jax.cli import common
 from sa2jax.cli.checkpoints import convert, export, inspect, verify
 from sa2jax.cli.converse import chat, tts
+from sa2jax.cli.data import data
 from sa2jax.cli.hear import asr, caption, translate
 from sa2jax.cli.measure import bench
 from sa2jax.cli.plan import plan
 from sa2jax.cli.speak import reconstruct, tokenize, vocode, voice
+from sa2jax.cli.train import merge, train
 from sa2jax.errors import Sa2jaxError
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -39,6 +41,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "bench": bench,
     "plan": plan,
+    "data": data,
+    "train": train,
+    "merge": merge,
 }
 
 

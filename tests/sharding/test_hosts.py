@@ -10,7 +10,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import yaml
 from devices import environment
+from small_training import save_model, save_pairs, values
 
 from sa2jax import testing
 from sa2jax.cli import main
@@ -18,6 +20,7 @@ from sa2jax.errors import ShardingError
 from sa2jax.inference.requests import Options, Request
 from sa2jax.pipeline import StepAudio2
 from sa2jax.runtime import start_distributed
+from sa2jax.train.log import read_metrics
 
 RUN = """
     import json, sys
@@ -138,6 +141,31 @@ def test_a_command_on_two_hosts_prints_once(tmp_path):
     first, second = run_together(command, tmp_path)
     assert json.loads(first)
     assert second == ""
+
+
+def test_two_hosts_train_as_one(tmp_path):
+    """Each reads its own share of the data; checkpoints and the model are those of both."""
+    plan = values(save_model(tmp_path / "hf"), save_pairs(tmp_path / "pairs"))
+    plan |= {"mesh": "data=2,fsdp=2", "save_every": 1}
+    plan["data"]["rows"] = 4
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(plan))
+    command = [
+        sys.executable, "-m", "sa2jax.cli", "train", "--config", str(tmp_path / "own.yaml"),
+        "--out", str(tmp_path / "run"), "--distributed", "--steps", "4",
+    ]  # fmt: skip
+    first, second = run_together(command, tmp_path)
+    assert f"model: {tmp_path / 'run' / 'model'}" in first
+    assert second == ""
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    place = tmp_path / "run" / "checkpoints" / "4" / "data" / "metadata"
+    hosts = json.loads(place.read_text())["hosts"]
+    assert [host["host"] for host in hosts] == [0, 1]
+    again, _ = run_together(command, tmp_path)  # goes on from the last checkpoint
+    assert again == first
+    alone = StepAudio2.from_pretrained(tmp_path / "run" / "model")
+    assert alone.chat(system=None, options=Options(max_new_tokens=4)).say("hello").text is not None
 
 
 def test_hosts_that_cannot_be_found(monkeypatch):

@@ -149,6 +149,8 @@ SHARDED = """
         ids=ids[:, :-1], targets=ids[:, 1:], weights=rng.random((8, 24), np.float32),
         mels=rng.standard_normal((8, 16, 40), np.float32), frames=np.full((8, 1), 40, np.int32),
         starts=np.zeros((8, 1), np.int32), slots=slots, streams={"heard": slots >= 0},
+        segments=np.repeat([[1, 2, 3]], 8, 0).repeat(8, 1),  # three sequences of eight in each row
+        positions=np.tile(np.arange(8, dtype=np.int32), (8, 3)),
     )
 
     def run(spec, steps):
@@ -171,7 +173,7 @@ SHARDED = """
 
     alone, expected, _ = run(None, 2)
     found = {}
-    for spec in ("data=2,fsdp=2,tensor=2", "fsdp=8"):
+    for spec in ("data=2,fsdp=2,tensor=2", "fsdp=8", "data=4,tensor=2"):
         TRACES.clear()
         state, losses, kept = run(spec, 2)
         moment = state.opt_state[2].nu["decoder"]["layers"]["mlp"]["up"]["kernel"]
@@ -190,7 +192,11 @@ def test_a_sharded_step_is_the_same_step(tmp_path: Path):
     run = run_on_devices(8, ["-c", textwrap.dedent(SHARDED)], tmp_path, QUICK)
     assert "Involuntary full rematerialization" not in run.stderr
     result = json.loads(run.stdout)
-    for spec, ways in (("data=2,fsdp=2,tensor=2", (1, 2, 2)), ("fsdp=8", (1, 1, 8))):
+    for spec, ways in (
+        ("data=2,fsdp=2,tensor=2", (1, 2, 2)),
+        ("fsdp=8", (1, 1, 8)),
+        ("data=4,tensor=2", (1, 2, 1)),
+    ):
         found = result["found"][spec]
         np.testing.assert_allclose(found["losses"], result["expected"], rtol=1e-5)
         assert found["distance"] < 1e-5

@@ -1,0 +1,450 @@
+"""A model as the paper's training began: Qwen2-Audio's encoder, Qwen2.5's decoder, the rest drawn.
+
+Source: Step-Audio 2 technical report (arXiv 2507.16632), section 3. The vocabulary grows behind the
+tokens that Qwen2.5 has. New rows of the table and of the head are drawn from a normal distribution
+with the mean and, dimension by dimension, the deviation of the rows that are there (Hewitt 2021,
+"Initializing new word embeddings for pretrained language models"): they begin as likely as the
+others, not louder. Rows of Qwen2.5 without a token (its table is padded to 152064) are drawn too.
+The adapter is drawn as torch draws `nn.Conv1d` and `nn.Linear`: uniform within `fan_in ** -0.5`.
+"""
+
+import json
+import shutil
+import time
+import zlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sa2jax import checkpoint, folders
+from sa2jax.chat.tokenizer import Tokenizer, added_token
+from sa2jax.checkpoint import Tick
+from sa2jax.config import AudioEncoderConfig, StepAudio2Config
+from sa2jax.convert.hf import leaf_shapes, llm_rules
+from sa2jax.convert.rules import Rule, Split, Transpose, expand, rule
+from sa2jax.convert.tokenizer import FILES
+from sa2jax.convert.transfer import (
+    Plan,
+    Report,
+    make_plan,
+    pack_dtypes,
+    report,
+    share,
+    usual_dtype,
+    write,
+)
+from sa2jax.convert.weights import SafetensorsFolder, TensorInfo, Weights, parse_dtype
+from sa2jax.errors import CheckpointError, ConfigError, TokenizerError
+from sa2jax.testing import byte_tokenizer
+
+VOCAB = 158720  # rows of the released table
+CONTEXT = 16384  # tokens of the released context
+BEFORE_AUDIO = 23  # new text tokens, from <|EOT|> to the one before <audio_start>
+TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+LARGE = ("decoder.table", "decoder.head.kernel")
+_PREFIXES = ("audio_tower.", "model.audio_tower.", "")  # of the encoder, by version of its folder
+
+
+def encoder_rules(cfg: AudioEncoderConfig) -> list[Rule]:
+    """The table for the encoder of Qwen2-Audio: transformers' Whisper names, our leaf."""
+    heads, conv = Split(0, (cfg.heads, cfg.head_dim)), Transpose(2, 1, 0)
+    own, theirs = "audio_encoder", "layers.{layer}"
+    parts = [  # with a weight and a bias: theirs, ours, what our weight is called, what happens
+        ("conv1", "conv1", "kernel", conv),
+        ("conv2", "conv2", "kernel", conv),
+        (f"{theirs}.self_attn_layer_norm", "layers.attn_norm", "scale", None),
+        (f"{theirs}.self_attn.q_proj", "layers.attn.q", "kernel", heads),
+        (f"{theirs}.self_attn.v_proj", "layers.attn.v", "kernel", heads),
+        (f"{theirs}.self_attn.out_proj", "layers.attn.o", "kernel", None),
+        (f"{theirs}.final_layer_norm", "layers.mlp_norm", "scale", None),
+        (f"{theirs}.fc1", "layers.mlp.up", "kernel", None),
+        (f"{theirs}.fc2", "layers.mlp.down", "kernel", None),
+        ("layer_norm", "norm", "scale", None),
+    ]
+    rules = [
+        rule("embed_positions.weight", f"{own}.positions"),
+        rule(f"{theirs}.self_attn.k_proj.weight", f"{own}.layers.attn.k.kernel", heads),
+    ]
+    for name, leaf, weight, op in parts:
+        of_bias = [op] if op is heads else []
+        rules.append(rule(f"{name}.weight", f"{own}.{leaf}.{weight}", *([op] if op else [])))
+        rules.append(rule(f"{name}.bias", f"{own}.{leaf}.bias", *of_bias))
+    return rules
+
+
+def init(
+    decoder: str | Path,
+    out: str | Path,
+    *,
+    encoder: str | Path,
+    tokenizer: str | Path | None = None,
+    vocab: int = VOCAB,
+    seed: int = 0,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    progress: Tick | None = None,
+) -> Report:
+    """Make a model folder of this library for a training from the beginning.
+
+    Args:
+        decoder: Hugging Face folder of a Qwen2.5 (or Qwen2) with its tokenizer.
+        out: folder to make; appears only when it is complete.
+        encoder: Hugging Face folder of a Qwen2-Audio; only its audio encoder is read.
+        tokenizer: folder of a Step-Audio 2 tokenizer; by default the decoder's own is given the
+            released tokens behind its last, which is where the release has them.
+        vocab: rows of the table and of the head, as released.
+        seed: of all that is drawn.
+        dtype: `float32`, `bfloat16` or `float16`; by default each tensor keeps its own.
+        overwrite: replace a checkpoint at `out`.
+        progress: told about bytes done and bytes in all; see `weights.progress_bar`.
+
+    Raises:
+        CheckpointError: if a source is damaged or of another model, or `out` cannot be made.
+        ConfigError: if a config.json is not that of a Qwen2-Audio or Qwen2.5 that fits.
+        TokenizerError: if the tokenizer does not continue the decoder's.
+    """
+    started = time.perf_counter()
+    decoder, encoder, cast = Path(decoder), Path(encoder), parse_dtype(dtype)
+    text, audio = _read_config(decoder, "qwen2"), _read_config(encoder, "qwen2_audio")
+    used = _tokens_of(decoder)
+    rows = 1 + max(used.values())
+    cfg = _config(text, audio, vocab)
+    with SafetensorsFolder(decoder) as words, SafetensorsFolder(encoder) as ears:
+        cfg = cfg.with_dtype((cast or usual_dtype(words.tensors)).name)
+        grown = _Grown(words, rows, vocab, bool(text.get("tie_word_embeddings")), seed)
+        plans = _plans(cfg, grown, _Part(ears), seed, cast)
+        leaves = {name: info for plan in plans for name, info in plan.leaves.items()}
+        total = sum(plan.bytes for plan in plans)
+        with folders.new_folder(out, overwrite=overwrite) as folder:
+            folders.need_space(folder, total)
+            if tokenizer is None:
+                _grow_tokenizer(decoder, used, folder, vocab)
+            else:
+                _copy_tokenizer(Path(tokenizer), folder)
+            special = _check_tokenizer(folder, tokenizer or decoder, used, vocab).special
+            forms = {name: (info.shape, info.dtype) for name, info in leaves.items()}
+            arrays, done = checkpoint.create(folder / checkpoint.PARAMS, forms), 0
+            for plan in plans:
+                write(plan, arrays, share(progress, done, total))
+                done += plan.bytes
+            tensors = _released(cfg, leaves)
+            info = {
+                "format": checkpoint.FORMAT,
+                "dtype": usual_dtype(leaves).name,
+                "source_dtypes": pack_dtypes(tensors),
+            }
+            config = cfg.to_hf()
+            ends = dict.fromkeys(("eos_token_id", "pad_token_id"), special.end_of_text)
+            config["text_config"] |= ends | {"max_seq_len": cfg.decoder.max_positions}
+            _write_json(folder / checkpoint.INFO, info, indent=2)
+            _write_json(folder / "config.json", config, indent=2)
+    notes = [
+        f"drawn with seed {seed}: the adapter, and rows {rows} to {vocab - 1} of table and head",
+        f"{out} has no detokenizer: it hears and writes; for speech, put a token2wav/ inside",
+    ]
+    if tokenizer is None:
+        notes.insert(0, f"the tokenizer is that of {decoder} with the released tokens behind it")
+    return report(tensors, total, started, (), notes)
+
+
+# --- configs ----------------------------------------------------------------------------------
+
+
+def _read_config(folder: Path, kind: str) -> dict[str, Any]:
+    """The sizes in a source's config.json: of Qwen2-Audio those of its encoder."""
+    name = {"qwen2": "Qwen2.5", "qwen2_audio": "Qwen2-Audio"}[kind]
+    if checkpoint.is_checkpoint(folder):
+        raise CheckpointError(f"{folder} is a folder of sa2jax: expected one of {name} as released")
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        found = raw.get("model_type")
+        if found in (kind, f"{kind}_encoder"):
+            return dict(raw["audio_config"] if found == "qwen2_audio" else raw)
+    except FileNotFoundError:
+        raise ConfigError(f"no config.json in {folder}: expected a folder of {name}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is damaged ({error!r}): download it again") from None
+    raise ConfigError(f"{path} is of a {found!r}: expected {kind!r}, the config.json of {name}")
+
+
+def _config(text: Mapping[str, Any], audio: Mapping[str, Any], vocab: int) -> StepAudio2Config:
+    """The model that both sources make; what it would compute otherwise than they is an error."""
+    # What transformers takes for a key that is not there.
+    sizes = {
+        "num_mel_bins": 128, "encoder_layers": 32, "encoder_attention_heads": 20,
+        "encoder_ffn_dim": 5120, "d_model": 1280, "max_source_positions": 1500,
+        "activation_function": "gelu", "scale_embedding": False,
+    }  # fmt: skip
+    sizes |= {key: audio[key] for key in sizes if key in audio}
+    expected: dict[str, Any] = {"activation_function": "gelu", "scale_embedding": False}
+    if isinstance(width := sizes["d_model"], int):  # if not, the config below says so
+        expected |= {"encoder_ffn_dim": 4 * width}
+    bad = [k for k, value in expected.items() if sizes[k] != value]
+    wrong = [f"{k}={sizes[k]!r} is not supported (expected {expected[k]!r})" for k in bad]
+    rope = text.get("rope_parameters") or {}
+    odd = {
+        "use_mrope": text.get("use_mrope"),
+        "layer_types": set(text.get("layer_types") or ()) - {"full_attention"},
+        "rope_parameters": rope.get("rope_type", "default") != "default",
+    }
+    wrong += [f"{key}={text[key]!r} is not supported" for key, found in odd.items() if found]
+    if wrong:
+        raise ConfigError("; ".join(wrong))
+    seen = {"model_type", "architectures", "rope_parameters", "use_mrope", "tie_word_embeddings"}
+    kept = {key: value for key, value in text.items() if key not in seen}
+    kept.setdefault("rope_theta", rope.get("rope_theta", 10_000.0))
+    kept["vocab_size"] = vocab
+    if isinstance(context := kept.get("max_position_embeddings", CONTEXT), int):
+        kept["max_position_embeddings"] = min(context, CONTEXT)
+    cfg = StepAudio2Config.from_hf(
+        {
+            "model_type": "step_audio_2",
+            "text_config": kept,
+            "audio_encoder_config": {
+                "n_mels": sizes["num_mel_bins"],
+                "n_audio_ctx": sizes["max_source_positions"],
+                "n_audio_state": sizes["d_model"],
+                "n_audio_head": sizes["encoder_attention_heads"],
+                "n_audio_layer": sizes["encoder_layers"],
+                "llm_dim": text.get("hidden_size"),
+            },
+        }
+    )
+    return replace(cfg, hf={})
+
+
+# --- weights ----------------------------------------------------------------------------------
+
+
+class _Part:
+    """The audio encoder in a folder of Qwen2-Audio, under its own names."""
+
+    def __init__(self, weights: SafetensorsFolder):
+        self._weights = weights
+        found = [p for p in _PREFIXES if f"{p}conv1.weight" in weights.tensors]
+        if not found:
+            raise CheckpointError(
+                f"{weights.folder} has no audio encoder: expected {_PREFIXES[0]}conv1.weight, as "
+                "Qwen2-Audio has it"
+            )
+        self._prefix = found[0]
+        self.tensors = {
+            name.removeprefix(self._prefix): info
+            for name, info in weights.tensors.items()
+            if name.startswith(self._prefix)
+        }
+
+    def get(self, name: str) -> np.ndarray:
+        return self._weights.get(self._prefix + name)
+
+    def drop(self, name: str) -> None:
+        self._weights.drop(self._prefix + name)
+
+
+class _Grown:
+    """A Qwen2.5 whose table and head have `vocab` rows, all from `rows` on drawn.
+
+    A tied head is a copy of the table.
+    """
+
+    def __init__(self, weights: SafetensorsFolder, rows: int, vocab: int, tied: bool, seed: int):
+        self._weights, self._rows, self._vocab, self._seed = weights, rows, vocab, seed
+        self.tensors = dict(weights.tensors)
+        if tied and TABLE in self.tensors:
+            self.tensors.setdefault(HEAD, self.tensors[TABLE])
+        self._head = HEAD if HEAD in weights.tensors else TABLE
+        for name in {TABLE, HEAD} & set(self.tensors):
+            info = self.tensors[name]
+            if len(info.shape) != 2 or info.shape[0] < rows:
+                raise CheckpointError(
+                    f"{weights.folder}: {name} is {list(info.shape)}, its tokenizer has {rows} "
+                    "tokens: use the tokenizer and the weights of one and the same model"
+                )
+            self.tensors[name] = TensorInfo((vocab, info.shape[1]), info.dtype)
+
+    def get(self, name: str) -> np.ndarray:
+        if name not in (TABLE, HEAD):
+            return self._weights.get(name)
+        source = self._head if name == HEAD else TABLE
+        old = self._weights.get(source)[: self._rows]
+        grown = np.empty((self._vocab, old.shape[1]), old.dtype)
+        total, squares = np.zeros((2, old.shape[1]))
+        for start in range(0, self._rows, 1024):
+            part = old[start : start + 1024].astype(np.float64)
+            total += part.sum(0)
+            squares += (part**2).sum(0)
+            grown[start : start + len(part)] = old[start : start + 1024]
+            self._weights.drop(source)
+        mean = total / self._rows
+        deviation = np.sqrt(np.maximum(squares / self._rows - mean**2, 0))
+        rng = _rng(self._seed, source)
+        for row in range(self._rows, self._vocab):  # a row at a time: as many rows, the same ones
+            grown[row] = mean + deviation * rng.standard_normal(old.shape[1])
+        return grown
+
+    def drop(self, name: str) -> None:
+        if name in self._weights.tensors:
+            self._weights.drop(name)
+
+
+class _Drawn:
+    """Weights and biases of convolutions and linear layers as torch draws them."""
+
+    def __init__(self, tensors: Mapping[str, TensorInfo], seed: int):
+        self.tensors, self._seed = dict(tensors), seed
+
+    def get(self, name: str) -> np.ndarray:
+        info = self.tensors[name]
+        weight = self.tensors[f"{name.rpartition('.')[0]}.weight"].shape  # [out, in, …]
+        bound = np.prod(weight[1:]) ** -0.5
+        return _rng(self._seed, name).uniform(-bound, bound, info.shape).astype(info.dtype)
+
+    def drop(self, name: str) -> None:
+        pass
+
+
+def _rng(seed: int, name: str) -> np.random.Generator:
+    return np.random.default_rng([seed, zlib.crc32(name.encode())])
+
+
+def _plans(cfg: StepAudio2Config, words: _Grown, ears: _Part, seed: int, cast: Any) -> list[Plan]:
+    """What goes where from which source; all that is wrong with any is said at once."""
+    plans, problems = [], []
+    shapes, rules = leaf_shapes(cfg), llm_rules(cfg)
+    drawn = expand(rules, {n: s for n, s in shapes.items() if n.startswith("adapter.")})
+    dtype = np.dtype(cfg.dtype)
+    fresh = _Drawn({p.sources[0]: TensorInfo(p.shapes[0], dtype) for p in drawn}, seed)
+    sources: list[tuple[str, list[Rule], Weights, str]] = [
+        ("decoder.", rules, words, "the Qwen2.5 folder"),
+        ("audio_encoder.", encoder_rules(cfg.audio_encoder), ears, "the Qwen2-Audio folder"),
+        ("adapter.", rules, fresh, "the adapter"),
+    ]
+    for start, table, weights, where in sources:
+        own = {name: shape for name, shape in shapes.items() if name.startswith(start)}
+        table = [r for r in table if r.target in own]
+        try:
+            plans.append(make_plan(table, weights, own, where, cast=cast))
+        except CheckpointError as error:
+            problems.append(str(error))
+    if problems:
+        raise CheckpointError("; ".join(problems))
+    # Each for itself: `write` lets go of a tensor when it has the next, and these are large.
+    large = [_only(plans[0], {leaf}) for leaf in LARGE]
+    return [*large, _only(plans[0], set(plans[0].leaves) - set(LARGE)), *plans[1:]]
+
+
+def _only(plan: Plan, names: set[str]) -> Plan:
+    """The part of a plan that fills these leaves."""
+    leaves = {name: info for name, info in plan.leaves.items() if name in names}
+    return replace(plan, placements=[p for p in plan.placements if p.leaf in names], leaves=leaves)
+
+
+def _released(cfg: StepAudio2Config, leaves: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The tensors of the model that was made, as an export would have them."""
+    places = expand(llm_rules(cfg), {name: info.shape for name, info in leaves.items()})
+    return {
+        name: TensorInfo(shape, leaves[p.leaf].dtype)
+        for p in places
+        for name, shape in zip(p.sources, p.shapes, strict=True)
+    }
+
+
+# --- tokenizer --------------------------------------------------------------------------------
+
+
+def _tokens_of(folder: Path) -> dict[str, int]:
+    """Every token of a Hugging Face folder's tokenizer by its text."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise TokenizerError(
+            f"no tokenizer in {folder}: expected tokenizer.json, or vocab.json with merges.txt; it "
+            "tells which rows of the table are in use"
+        )
+    tokens: dict[str, int] = {}
+    try:
+        tokens |= _read_json(folder / "vocab.json") or {}
+        if (raw := _read_json(folder / "tokenizer.json")) is not None:
+            tokens |= raw["model"]["vocab"]
+            tokens |= {token["content"]: token["id"] for token in raw["added_tokens"]}
+        declared = (_read_json(folder / "tokenizer_config.json") or {}).get("added_tokens_decoder")
+        tokens |= {token["content"]: int(i) for i, token in (declared or {}).items()}
+        tokens |= _read_json(folder / "added_tokens.json") or {}
+        if not all(isinstance(i, int) and i >= 0 for i in tokens.values()):
+            raise ValueError("ids that are no numbers")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TokenizerError(f"the tokenizer in {folder} is damaged ({error!r})") from None
+    return tokens
+
+
+def _grow_tokenizer(source: Path, used: Mapping[str, int], out: Path, vocab: int) -> None:
+    """Write a Qwen2.5 tokenizer with the released tokens behind its last."""
+    first = 1 + max(used.values())
+    try:
+        released = byte_tokenizer(first + BEFORE_AUDIO, vocab).get_added_tokens_decoder()
+    except ValueError as error:
+        raise TokenizerError(f"a vocabulary of {vocab} behind {first} tokens: {error}") from None
+    odd = [t.content for i, t in released.items() if i < first and used.get(t.content) != i]
+    odd += [t.content for i, t in released.items() if i >= first and t.content in used]
+    if odd:
+        raise TokenizerError(
+            f"the tokenizer in {source} is not that of Qwen2.5 ({', '.join(odd[:4])} are not where "
+            "it has them): give a Step-Audio 2 tokenizer with --tokenizer"
+        )
+    _copy_tokenizer(source, out)
+    new = [
+        added_token(token.content, i, special=token.special)
+        for i, token in sorted(released.items()) if i >= first
+    ]  # fmt: skip
+    if (whole := _read_json(out / "tokenizer.json")) is not None:
+        whole["added_tokens"] += new
+        _write_json(out / "tokenizer.json", whole)
+    config = _read_json(out / "tokenizer_config.json") or {}
+    entries = config.setdefault("added_tokens_decoder", {})
+    entries |= {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in new}
+    _write_json(out / "tokenizer_config.json", config, indent=2)
+    added = _read_json(out / "added_tokens.json") or {}
+    _write_json(out / "added_tokens.json", added | {t["content"]: t["id"] for t in new}, indent=2)
+
+
+def _check_tokenizer(folder: Path, source: Path | str, used: Mapping[str, int], vocab: int):
+    """The new tokenizer, if every token of the decoder has its id in it and all have a row."""
+    tokenizer = Tokenizer.from_folder(folder)
+    theirs = tokenizer.backend.get_vocab(with_added_tokens=True)
+    moved = [token for token, i in used.items() if theirs.get(token) != i]
+    if moved:
+        raise TokenizerError(
+            f"the tokenizer in {source} does not continue the decoder's: {len(moved)} tokens have "
+            f"other ids or none, such as {moved[0]!r}; use one made from the same Qwen2.5"
+        )
+    if tokenizer.size > vocab:
+        raise TokenizerError(
+            f"the tokenizer in {source} has ids up to {tokenizer.size - 1}: expected fewer than "
+            f"the {vocab} rows of the table"
+        )
+    return tokenizer
+
+
+def _copy_tokenizer(source: Path, out: Path) -> None:
+    if not source.is_dir():
+        raise TokenizerError(f"no folder at {source}: expected tokenizer files")
+    for name in FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object, None if there is no such file."""
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} holds no object")
+    return found
+
+
+def _write_json(path: Path, content: Any, indent: int | None = None) -> None:
+    text = json.dumps(content, ensure_ascii=False, indent=indent) + "\n"
+    path.write_text(text, encoding="utf-8")

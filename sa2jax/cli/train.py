@@ -1,0 +1,125 @@
+"""The command that trains: `train`."""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from sa2jax.cli import common
+from sa2jax.cli.common import Devices, Out, Source
+
+Common = Annotated[Devices, tyro.conf.arg(name="")]
+
+
+def train(
+    *,
+    config: Annotated[str, tyro.conf.arg(metavar="NAME|FILE")],
+    out: Path | None = None,
+    model: Path | None = None,
+    data: tuple[str, ...] = (),
+    steps: int | None = None,
+    set: tuple[str, ...] = (),
+    devices: Common,
+    fresh: bool = False,
+    dry_run: bool = False,
+    profile: int = 0,
+    json: bool = False,
+):
+    """Train as a recipe says; the same command again goes on from the last checkpoint.
+
+    A first Ctrl-C ends the run after the step at hand, with a checkpoint.
+
+    Args:
+        config: Recipe: a name from configs/recipes, or a YAML file.
+        out: The run's folder; by default runs/NAME.
+        model: Model folder to begin with, in place of the recipe's.
+        data: Files or folders to learn from, in place of the recipe's; PATH or PATH=WEIGHT.
+        steps: Updates, in place of the recipe's.
+        set: Other values in place of the recipe's, such as optimizer.rate=1e-5.
+        devices: Devices.
+        fresh: Begin anew: forget the checkpoints in the run's folder.
+        dry_run: Show what would be trained, and the memory of each device; train nothing.
+        profile: Steps to record for a profiler, in the run's folder.
+        json: Print JSON.
+    """
+    devices.join_hosts()
+    from sa2jax.runtime import enable_compilation_cache
+    from sa2jax.train.loop import train
+    from sa2jax.train.recipe import parse_changes, read_recipe
+
+    enable_compilation_cache()
+    changes = parse_changes(set)
+    if model is not None:
+        changes |= {"model.folder": str(model), "model.preset": None}
+    if data:
+        changes["data.sources"] = _weights(data)
+    if steps is not None:
+        changes["optimizer.steps"] = steps
+    if devices.mesh is not None:
+        changes["mesh"] = devices.mesh
+    recipe = read_recipe(config, changes)
+    if dry_run:
+        from sa2jax.train.dry import dry_run as look
+
+        found = look(recipe)
+        common.print_json(asdict(found)) if json else found.print(common.wide())
+        return
+    folder = Path("runs") / Path(config).stem if out is None else out
+    outcome = train(recipe, folder, fresh=fresh, profile=profile)
+    if json:
+        common.print_json(asdict(outcome))
+    elif outcome.finished:
+        _report(outcome)
+    if not outcome.finished:
+        common.say(f"stopped after step {outcome.step}: the same command goes on")
+        sys.exit(130)
+
+
+def merge(
+    model: Source,
+    adapter: Annotated[Source, tyro.conf.arg(metavar="ADAPTER")],
+    out: Out,
+    *,
+    overwrite: bool = False,
+):
+    """Put low-rank matrices into the model that they were trained beside.
+
+    Args:
+        model: Model folder with float matrices.
+        adapter: Folder of an adapter, as `train` and PEFT write it.
+        out: Folder to make; it appears only when it is complete.
+        overwrite: Replace a checkpoint at OUT.
+    """
+    common.stay_on_host()
+    from sa2jax.train.base import open_base, stored_dtype
+    from sa2jax.train.recipe import ModelSpec, build
+
+    # What is stored as it is read takes the least memory.
+    values = {"folder": str(model), "dtype": stored_dtype(model).name}
+    base, params = open_base(build(ModelSpec, values, str(model))).adapted(adapter)
+    base.save(params, out, overwrite=overwrite)
+    print(f"model: {out}")
+
+
+def _weights(data: tuple[str, ...]) -> dict[str, float]:
+    """`PATH=WEIGHT` words; a path alone has the weight 1."""
+    from sa2jax.errors import ConfigError
+
+    found = {}
+    for word in data:
+        path, equals, weight = word.rpartition("=")
+        try:
+            found[path if equals else word] = float(weight) if equals else 1.0
+        except ValueError:
+            raise ConfigError(f"--data {word}: expected PATH or PATH=WEIGHT") from None
+    return found
+
+
+def _report(outcome: Any) -> None:
+    """What a run made."""
+    for name in ("model", "adapter", "curves"):
+        path = getattr(outcome, name)
+        if path is not None:
+            print(f"{name}: {path}")

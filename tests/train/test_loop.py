@@ -1,0 +1,267 @@
+"""Runs: they learn, end well, go on after any end bit for bit, and refuse what is not theirs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from small_training import recipe, save_model, save_pairs, values
+
+from sa2jax import StepAudio2, checkpoint, testing
+from sa2jax.errors import DataError, TrainError
+from sa2jax.train.log import Meter, flops_of, read_metrics
+from sa2jax.train.loop import train
+from sa2jax.train.recipe import Evaluation
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder, and a cache in which runs of one recipe find what the first has compiled."""
+    folder = tmp_path_factory.mktemp("training")
+    settings = {
+        "jax_compilation_cache_dir": str(folder / "xla"),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield folder
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def model(home):
+    return save_model(home / "model")
+
+
+@pytest.fixture(scope="module")
+def pairs(home):
+    return save_pairs(home / "pairs")
+
+
+@pytest.fixture(scope="module")
+def whole(home, model, pairs):
+    """A run of six updates that nothing disturbed, evaluated on the way."""
+    plan = recipe(model, pairs, evaluate={"sources": {str(pairs): 1}, "every": 3})
+    return train(plan, home / "whole", quiet=True), home / "whole"
+
+
+def numbers(folder):
+    return checkpoint.flatten(jax.device_get(checkpoint.load(folder / "model")))
+
+
+def learnt(folder):
+    """What depends on nothing but the recipe."""
+    names = ("step", "loss", "accuracy", "text/loss", "audio/loss", "norm", "rate", "weight")
+    return [[line.get(name) for name in names] for line in read_metrics(folder / "metrics.jsonl")]
+
+
+def assert_same(one, other):
+    for (name, a), (_, b) in zip(numbers(one).items(), numbers(other).items(), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+def test_a_run_leaves_a_model_that_answers(whole, model):
+    outcome, out = whole
+    assert (outcome.step, outcome.finished, outcome.adapter) == (6, True, None)
+    lines = read_metrics(out / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 3, 4, 5, 6, 6]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < losses[0]
+    held = [line for line in lines if "evaluate/loss" in line]
+    assert held[-1]["evaluate/loss"] < held[0]["evaluate/loss"]
+    assert {"evaluate/audio/accuracy", "evaluate/pads/loss"} <= set(held[0])
+    assert outcome.metrics["evaluate/loss"] == held[-1]["evaluate/loss"]
+    assert outcome.curves.read_bytes().startswith(b"\x89PNG")
+    assert any((out / "tensorboard").iterdir())
+    trained = StepAudio2.from_pretrained(outcome.model)
+    assert trained.chat(system=None).say("hello").ids is not None
+    assert trained.cfg == StepAudio2.from_pretrained(model).cfg
+
+
+KILLED = """
+    import os, signal, sys, yaml
+    from sa2jax.train.loop import train
+    from sa2jax.train.recipe import read_recipe
+
+    def on_step(step):
+        if step == int(sys.argv[3]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train(read_recipe(sys.argv[1]), sys.argv[2], quiet=True, on_step=on_step)
+"""
+
+
+def test_killed_and_resumed_is_uninterrupted(home, model, pairs, whole):
+    """Bit for bit, the order of the data included, wherever it was killed."""
+    step = int(np.random.default_rng().integers(3, 6))
+    file, out = home / "killed.yaml", home / "killed"
+    file.write_text(yaml.safe_dump(values(model, pairs)))
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(KILLED), str(file), str(out), str(step)],
+        capture_output=True, text=True, timeout=300,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(home / "xla")},
+    )  # fmt: skip
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    assert not (out / "model").exists()
+    # What a kill in the middle of writing leaves.
+    half = out / "checkpoints" / "5.orbax-checkpoint-tmp-7"
+    half.mkdir()
+    (half / "state").write_bytes(b"half")
+    outcome = train(recipe(model, pairs), out, quiet=True)
+    assert (outcome.step, outcome.finished) == (6, True)
+    assert not half.exists()
+    assert_same(out, whole[1])
+    evaluated = [line for line in learnt(whole[1]) if line[1] is not None]
+    assert learnt(out) == evaluated
+
+
+def test_an_interrupt_ends_with_a_checkpoint_and_the_same_call_goes_on(home, model, pairs, whole):
+    out, seen = home / "interrupted", []
+
+    def on_step(step):
+        seen.append(step)
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    first = train(recipe(model, pairs), out, quiet=True, on_step=on_step)
+    assert (first.step, first.finished, first.model) == (3, False, None)
+    assert signal.getsignal(signal.SIGINT) is handler
+    second = train(recipe(model, pairs), out, quiet=True, on_step=seen.append)
+    assert second.finished
+    assert seen == [1, 2, 3, 4, 5, 6]
+    assert_same(out, whole[1])
+    again = train(recipe(model, pairs), out, quiet=True, on_step=seen.append)
+    assert again.finished
+    assert seen == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_refuses_to_go_on_as_another(home, model, pairs, whole, tmp_path):
+    out = whole[1]
+    evaluate = Evaluation(sources={str(pairs): 1.0}, every=3)
+    plan = replace(recipe(model, pairs), evaluate=evaluate)
+    other = save_model(tmp_path / "model", testing.tiny_config(layers=1, max_positions=512))
+    more = save_pairs(tmp_path / "pairs", 13)
+    for change, said in (
+        (recipe(model, more), r"data.sources.*pairs.jsonl"),
+        (recipe(other, pairs), r"model.folder: .* → .*; the model in"),
+        (recipe(model, pairs, optimizer__rate=1e-4), r"optimizer.rate: 0.001 → 0.0001"),
+        (replace(plan, seed=1), r"seed: 0 → 1"),
+    ):
+        with pytest.raises(TrainError, match=f"(?s)differs in: .*{said}.*--fresh"):
+            train(change, out, quiet=True)
+    # The same file with other lines in it.
+    text = pairs.read_text()
+    pairs.write_text(text.replace("word 1", "WORD 1"))
+    try:
+        with pytest.raises(TrainError, match="the contents of the data"):
+            train(plan, out, quiet=True)
+    finally:
+        pairs.write_text(text)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("!")
+    with pytest.raises(TrainError, match="holds something else"):
+        train(plan, tmp_path / "full", quiet=True)
+    (out / "run.json").write_text("{")
+    with pytest.raises(TrainError, match="damaged: --fresh"):
+        train(plan, out, quiet=True)
+
+
+def test_low_rank_matrices_alone_are_trained_and_merged(home, model, pairs):
+    """The adapter's folder and the merged model say the same as what was trained."""
+    from sa2jax.train.base import open_base
+    from sa2jax.train.checkpoints import Checkpoints
+    from sa2jax.train.loop import optimizer_config
+    from sa2jax.train.optimizer import make_optimizer
+    from sa2jax.train.peft import load_adapter
+    from sa2jax.train.step import abstract_state
+
+    plan = recipe(model, pairs, lora={"rank": 4, "alpha": 8.0, "rate": 1e-2})
+    outcome = train(plan, home / "lora", quiet=True)
+    assert outcome.finished
+    base = open_base(plan.model, plan.lora)
+    optimizer = make_optimizer(optimizer_config(plan))
+    saved = Checkpoints(home / "lora" / "checkpoints")
+    like = abstract_state(base.model, optimizer)
+    state, _ = saved.restore(6, optimizer, like, base.load(None, plan.seed))
+    saved.close()
+    sizes = [p.stat().st_size for p in (home / "lora" / "checkpoints").rglob("*") if p.is_file()]
+    assert sum(sizes) < 3e6  # two checkpoints without the base
+    ids = np.arange(20, dtype=np.int32)[None]
+    hidden = base.model.bind(state.params)(ids)[0]
+    start = base.model.bind(base.load(None, plan.seed))(ids)[0]
+    assert float(np.abs(hidden - start).max()) > 1e-2
+    merged = StepAudio2.from_pretrained(outcome.model)
+    from sa2jax.inference.requests import Request
+
+    logits = merged.generator.logits(Request(ids[0]))
+    expected = base.model.bind(state.params).decoder.logits(hidden)[0]
+    np.testing.assert_allclose(logits, expected, atol=2e-5, rtol=1e-5)
+    lora, rank, alpha = load_adapter(outcome.adapter, base.model)
+    assert (rank, alpha) == (4, 8.0)
+    for name, leaf in checkpoint.flatten(lora).items():
+        np.testing.assert_array_equal(leaf, checkpoint.flatten(state.params)[name])
+
+
+def test_int8_matrices_keep_an_adapter_beside_them(home, model, pairs):
+    plan = recipe(
+        model, pairs, model={"folder": str(model), "dtype": "int8", "compute": "float32"},
+        lora={"rank": 2, "alpha": 4.0},
+    )  # fmt: skip
+    outcome = train(plan, home / "qlora", quiet=True)
+    assert outcome.finished
+    assert outcome.model is None
+    assert (outcome.adapter / "adapter_model.safetensors").is_file()
+
+
+def test_data_that_ends_ends_the_run(home, model, pairs):
+    outcome = train(recipe(model, pairs, data__epochs=1), home / "once", quiet=True)
+    assert outcome.finished
+    assert outcome.step < 6
+    assert outcome.model is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"data__sources": {"nowhere.jsonl": 1}}, DataError, "nowhere.jsonl"),
+        ({"optimizer__rates": {"": 0.0}}, TrainError, "nothing to train"),
+        ({"data__length": 2048}, TrainError, "the model has 1024 positions"),
+        ({"data__length": 16, "data__max_rejects": 3}, DataError, "more than the context"),
+    ],
+)
+def test_what_cannot_be_trained(home, model, pairs, tmp_path, changes, error, said):
+    with pytest.raises(error, match=said):
+        train(recipe(model, pairs, **changes), tmp_path / "run", quiet=True)
+
+
+def test_flops_and_rates():
+    cfg = testing.tiny_config()
+    token, second = flops_of(cfg, base_trained=True, encoder_trained=False)
+    d, e = cfg.decoder, cfg.audio_encoder
+    matrices = d.layers * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48) + 512 * 32
+    assert token == 6 * matrices
+    assert second == 2 * 50 * e.layers * (4 * 16 * 16 + 2 * 16 * 64)
+    assert flops_of(cfg, base_trained=False, encoder_trained=False)[0] == 4 * matrices
+    meter = Meter((token, second), peak=1e12)
+    assert meter.read(1, 100, 1.0, 0.0) == {}
+    rates = meter.read(3, 300, 3.0, 0.0)
+    seconds = 2 * rates["seconds_per_step"]
+    assert rates["tokens_per_second"] == pytest.approx(200 / seconds)
+    assert rates["mfu"] == pytest.approx((200 * token + 2 * second) / seconds / 1e12)
+
+
+def test_a_cut_line_of_metrics_does_not_count(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "lo')
+    assert read_metrics(path) == [{"step": 1}]

@@ -1,0 +1,126 @@
+"""Recipes: read strictly, changed by key, compared."""
+
+from dataclasses import replace
+
+import pytest
+
+from sa2jax.errors import ConfigError, DataError
+from sa2jax.train.base import open_base
+from sa2jax.train.loop import optimizer_config
+from sa2jax.train.optimizer import make_optimizer
+from sa2jax.train.recipe import (
+    Recipe,
+    build,
+    differences,
+    parse_changes,
+    read_recipe,
+    read_values,
+    recipe_names,
+)
+
+LEAST = {"model": {"preset": "tiny", "tokenizer": "bytes"}, "data": {"sources": {"a.jsonl": 1}}}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipes_that_come_along(name):
+    """They can be read, train what they mean to, and keep their rates."""
+    recipe = read_recipe(name)
+    spec = recipe.model
+    if spec.preset is None:  # the folder is the user's; of the same sizes as mini
+        spec = replace(spec, folder=None, preset="tiny", tokenizer="bytes", dtype="bfloat16")
+    base = open_base(spec, recipe.lora)
+    optimizer = make_optimizer(optimizer_config(recipe))
+    trained, frozen = optimizer.split(base.model.abstract)
+    if name == "align":
+        assert set(trained) == {"adapter"}
+    elif recipe.lora is not None:
+        assert "adapter" in frozen
+        assert "lora_a" in trained["decoder"]["layers"]["mlp"]["up"]
+        assert "kernel" in frozen["decoder"]["layers"]["mlp"]["up"]
+    elif name != "smoke":
+        assert set(frozen) == {"audio_encoder"}
+    assert ("table" in trained.get("decoder", {})) is (
+        name != "align" and name not in ("lora", "qlora")
+    )
+
+
+def test_stages_have_the_rates_of_the_paper():
+    rates = {}
+    for name in ("align", "vocabulary", "main", "cooldown", "sft"):
+        config = read_recipe(name).optimizer
+        rates[name] = config.rate, pytest.approx(config.rate * config.end)
+    assert rates == {
+        "align": (1e-4, 2e-5), "vocabulary": (2e-5, 2e-5), "main": (2e-5, 2e-5),
+        "cooldown": (2e-5, 5e-6), "sft": (1e-5, 1e-6),
+    }  # fmt: skip
+    config = read_recipe("vocabulary").optimizer
+    named = [config.rate_of(f"{part}.kernel") for part in
+             ("decoder.layers.mlp.up", "adapter.up", "decoder.table", "decoder.head")]  # fmt: skip
+    assert named == [2e-5, 5e-5, 5e-5, 4e-5]
+
+
+def test_numbers_as_people_write_them():
+    recipe = build(Recipe, LEAST | {"optimizer": {"rate": "1e-5", "clip": None, "decay": 0}}, "x")
+    assert recipe.optimizer.rate == 1e-5
+    assert recipe.optimizer.clip is None
+    assert isinstance(recipe.optimizer.decay, float)
+    assert recipe.data.sources == {"a.jsonl": 1.0}
+
+
+def test_changes_by_key(tmp_path):
+    changes = parse_changes(("optimizer.rate=1e-5", "data.epochs=2", "lora={rank: 4}", "mesh=null"))
+    assert changes == {
+        "optimizer.rate": "1e-5", "data.epochs": 2, "lora": {"rank": 4}, "mesh": None
+    }  # fmt: skip
+    recipe = read_recipe("smoke", changes)
+    assert (recipe.optimizer.rate, recipe.data.epochs, recipe.lora.rank) == (1e-5, 2, 4)
+    assert recipe.optimizer.steps == read_recipe("smoke").optimizer.steps
+    file = tmp_path / "own.yaml"
+    file.write_text("model: {folder: there}\ndata: {sources: {a.jsonl: 2}}\n")
+    assert read_recipe(file, {"data.rows": 8}).data.rows == 8
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"optimiser": {}}, "there is no optimiser; expected one of model, data, optimizer"),
+        ({"data": {"sources": {"a": 1}, "rowz": 2}}, "there is no data.rowz; expected .* rows,"),
+        ({"lora": {"rang": 2}}, "there is no lora.rang; expected one of rank"),
+        ({"optimizer": {"rate": "fast"}}, "expected a number, got 'fast'"),
+        ({"seed": "x"}, "seed"),
+        ({"model": {}}, "either a folder or a preset, got neither"),
+        ({"model": {"folder": "a", "preset": "b"}}, "got both"),
+        ({"model": {"preset": "tiny"}}, "needs a tokenizer"),
+        ({"model": {"folder": "a", "dtype": "int8"}}, "give a `lora` section"),
+        ({"model": {"folder": "a", "dtype": "float8"}}, "model.dtype"),
+        ({"keep": 0}, "keep: expected at least 1"),
+        ({"data": 3}, "data"),
+    ],
+)
+def test_mistakes(values, said):
+    with pytest.raises(ConfigError, match=said):
+        build(Recipe, LEAST | values, "own.yaml")
+
+
+def test_mistakes_in_files(tmp_path):
+    with pytest.raises(ConfigError, match=r"no recipe 'smok': expected align, .*smoke"):
+        read_values("smok")
+    with pytest.raises(ConfigError, match="no such file"):
+        read_values(tmp_path / "none.yaml")
+    for text, said in (("a: [", "is no YAML"), ("- a\n", "expected `key: value` lines")):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=said):
+            read_values(tmp_path / "bad.yaml")
+    with pytest.raises(ConfigError, match="expected key=value"):
+        parse_changes(("optimizer.rate",))
+    with pytest.raises(DataError, match="expected one or more sources"):
+        build(Recipe, LEAST | {"data": {"sources": {}}}, "x")
+
+
+def test_differences_name_what_counts():
+    was = read_recipe("smoke").plain()
+    now = read_recipe("smoke", {"mesh": "fsdp=2", "keep": 7, "data.workers": 3, "seed": 1}).plain()
+    assert differences(was, now) == ["seed: 0 → 1"]
+    now = read_recipe("smoke", {"optimizer.rates": {"adapter": 0}, "lora": {"rank": 2}}).plain()
+    assert len(differences(was, now)) == 2
+    assert differences(was, was) == []

@@ -1,0 +1,160 @@
+"""What a recipe would train, and what that takes of each device; nothing is loaded or run."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from sa2jax.train.base import Base, open_base
+from sa2jax.train.examples import KINDS
+from sa2jax.train.loop import mesh_of, optimizer_config, rows_of_step
+from sa2jax.train.lora import LORA
+from sa2jax.train.optimizer import MATRICES, Optimizer, make_optimizer, name_of
+from sa2jax.train.recipe import Recipe
+from sa2jax.train.step import abstract_batch, abstract_state, make_step
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that are treated alike.
+
+    Attributes:
+        name: of the part.
+        dtypes: stored dtypes.
+        parameters: how many numbers.
+        rate: learning rate after warm-up; 0 for frozen.
+        decayed: how many of them have weight decay.
+        bytes: of each device.
+    """
+
+    name: str
+    dtypes: str
+    parameters: int
+    rate: float
+    decayed: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a recipe amounts to.
+
+    Attributes:
+        groups: of parameters.
+        devices: as the mesh names them.
+        memory: bytes of each device by what they are for.
+        tokens: positions of an update.
+        steps: updates.
+    """
+
+    groups: tuple[Group, ...]
+    devices: str
+    memory: dict[str, int]
+    tokens: int
+    steps: int
+
+    def print(self, console: Console) -> None:
+        """As tables."""
+        table = Table(title="parameters", title_justify="left")
+        for column in ("part", "dtype", "parameters", "rate", "decayed", "GiB a device"):
+            table.add_column(column, justify="left" if column in ("part", "dtype") else "right")
+        for group in self.groups:
+            table.add_row(
+                group.name, group.dtypes, f"{group.parameters:,}", f"{group.rate:g}" if group.rate
+                else "frozen", f"{group.decayed:,}" if group.rate else "", _gib(group.bytes),
+            )  # fmt: skip
+        console.print(table)
+        table = Table(title=f"memory of each device ({self.devices})", title_justify="left")
+        table.add_column("what")
+        table.add_column("GiB", justify="right")
+        for name, size in self.memory.items():
+            table.add_row(name, _gib(size))
+        console.print(table)
+        console.print(f"{self.steps} updates of {self.tokens:,} positions", highlight=False)
+
+
+def dry_run(recipe: Recipe) -> DryRun:
+    """Compile the step of a recipe for the devices at hand, and count.
+
+    Raises:
+        ConfigError: if the model's config is not understood.
+        ShardingError: for a mesh that does not fit the devices.
+        TrainError: if nothing would be trained, or rows do not divide by the mesh.
+    """
+    mesh, base = mesh_of(recipe), open_base(recipe.model, recipe.lora)
+    optimizer = make_optimizer(optimizer_config(recipe))
+    state = abstract_state(base.model, optimizer, mesh)
+    trained, _ = optimizer.split(state.params)
+    parts, rows = recipe.data.parts, rows_of_step(recipe, mesh)
+    batch = abstract_batch(
+        base.cfg, mesh, rows, recipe.data.length, clips=rows * recipe.data.mel_rows,
+        frames=recipe.data.mel_frames, packed=recipe.data.clips, parts=parts, streams=KINDS,
+    )  # fmt: skip
+    step = make_step(
+        base.model, optimizer, mesh, remat=recipe.remat, chunk=recipe.chunk,
+        gradients=recipe.gradients,
+    )  # fmt: skip
+    found = step.lower(state, batch).compile().memory_analysis()
+    memory = {
+        "parameters": _bytes(state.params),
+        "optimizer": _bytes(state.opt_state),
+        "batch": _bytes(batch),
+        "gradients": sum(map(_size, jax.tree.leaves(trained)))
+        * (jnp.dtype(recipe.gradients).itemsize if parts else 0),
+    }
+    if found is not None:
+        # XLA counts the sums of accumulated gradients among its temporaries.
+        memory["gradients and temporaries"] = int(found.temp_size_in_bytes)
+        del memory["gradients"]
+    memory["in all"] = sum(memory.values())
+    sizes = "one" if mesh is None else ", ".join(f"{k}={v}" for k, v in mesh.shape.items())
+    return DryRun(
+        tuple(_groups(recipe, base, optimizer, state.params)), sizes, memory,
+        rows * max(parts, 1) * recipe.data.length, recipe.optimizer.steps,
+    )  # fmt: skip
+
+
+def _groups(recipe: Recipe, base: Base, optimizer: Optimizer, params: Any) -> list[Group]:
+    config = optimizer_config(recipe)
+    found: dict[tuple[str, float], list[tuple[str, Any]]] = {}
+    for path, leaf in jax.tree.leaves_with_path(params):
+        name = name_of(path)
+        key = (_part_of(name), config.rate_of(name))
+        found.setdefault(key, []).append((name, leaf))
+    return [
+        Group(
+            part, ", ".join(sorted({leaf.dtype.name for _, leaf in leaves})),
+            sum(leaf.size for _, leaf in leaves), rate,
+            sum(leaf.size for name, leaf in leaves if name.rsplit(".", 1)[-1] in MATRICES),
+            sum(_bytes(leaf) for _, leaf in leaves),
+        )
+        for (part, rate), leaves in sorted(found.items())
+    ]  # fmt: skip
+
+
+def _part_of(name: str) -> str:
+    if re.match(LORA, name):
+        return "lora"
+    parts = name.split(".")
+    return ".".join(parts[:2]) if parts[0] == "decoder" else parts[0]
+
+
+def _bytes(tree: Any) -> int:
+    return sum(_size(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _size(leaf: Any) -> int:
+    """Numbers of an abstract array on each device."""
+    place = getattr(leaf, "sharding", None)
+    return int(np.prod(leaf.shape if place is None else place.shard_shape(leaf.shape)))
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.3g}" if size >= GIB / 100 else f"{size / 2**20:.3g} Mi"

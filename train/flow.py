@@ -1,0 +1,247 @@
+"""Flow matching: the loss that teaches the detokenizer a voice, a language or a room, and its step.
+
+    model = flow_model(speech.cfg.flow)
+    optimizer = make_optimizer(OptimizerConfig(rate=1e-5, steps=1000, decay=0.0))
+    step = make_flow_step(model, optimizer, FlowConfig())
+    state = init_state(model, optimizer, None, speech.params(["flow"])["flow"])
+    state, report = step(state, batch)  # the old state is used up
+
+Source: flow matching (arXiv 2210.02747) with optimal-transport paths, as CosyVoice 2 (arXiv
+2412.10117) trains it: noise levels that dwell near noise, conditions dropped together for
+classifier-free guidance, and the beginning of a recording given as that of a prompt. Attention is
+full, as in a whole reply; streams cut it short at run time.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from sa2jax.errors import TrainError
+from sa2jax.models.flow.dit import EstimatorState
+from sa2jax.models.flow.flow_matching import Flow, start_noise
+from sa2jax.models.flow.upsample_conformer import ConformerState
+from sa2jax.nn import Functional, Params, before
+from sa2jax.sharding import sharding_of
+from sa2jax.train.optimizer import Optimizer, apply_updates, join
+from sa2jax.train.step import Step, TrainState, state_shardings
+
+TRACES: Counter[str] = Counter()  # how often a step has been traced
+
+# Logical axes of each field of a batch.
+FLOW_BATCH_AXES: Mapping[str, tuple[str | None, ...]] = {
+    "codes": ("batch", None),
+    "mels": ("batch", None, None),
+    "lengths": ("batch",),
+    "speaker": ("batch", None),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig:
+    """How the flow is taught.
+
+    Attributes:
+        drop: share of rows without any condition, for classifier-free guidance.
+        prompt: share of rows whose beginning is given as a prompt's.
+        prompt_share: most of a row's frames that are given; how many is drawn anew for each row.
+        sigma: deviation of the noise that is left at the end of a path.
+    """
+
+    drop: float = 0.2
+    prompt: float = 0.5
+    prompt_share: float = 0.3
+    sigma: float = 1e-6
+
+    def __post_init__(self):
+        for name in ("drop", "prompt", "prompt_share", "sigma"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise TrainError(f"{name}={getattr(self, name)}: expected a number from 0 to 1")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class FlowBatch:
+    """Recordings of one padded length.
+
+    Attributes:
+        codes: codes (25 Hz), right-padded, [B, P].
+        mels: log-mel frames (50 Hz), `upsample` for each code, [B, upsample · P, M].
+        lengths: codes of each row, 0 for an empty one, [B].
+        speaker: speaker vectors, of any length, [B, C].
+    """
+
+    codes: Int[Array, "B P"]
+    mels: Float[Array, "B Q M"]
+    lengths: Int[Array, "B"]
+    speaker: Float[Array, "B C"]
+
+
+def flow_loss(
+    model: Functional[Flow],
+    params: Params,
+    batch: FlowBatch,
+    key: Array,
+    config: FlowConfig | None = None,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """How far the velocity is off on random places of the paths from noise to mel frames.
+
+    The frame at level t of a path is `(1 − (1 − σ)·t)·z + t·x`, its velocity `x − (1 − σ)·z`, with
+    z the noise, x the mel frame and `t = 1 − cos(π/2·u)`, u uniform: a level for each row. What is
+    drawn for a row depends on the key and its place only, not on the padding of the batch.
+
+    Args:
+        model: the flow's structure, layers stacked or not.
+        params: its parameters.
+        batch: rows.
+        key: of all that is drawn.
+        config: how, by default `FlowConfig()`.
+
+    Returns:
+        The squared error, its mean over all valid frames and bands, and float32 scalars to report:
+        the valid `frames`, how many rows were `dropped`, how many `prompted`, and of how many
+        `rows`.
+    """
+    config = FlowConfig() if config is None else config
+    net = model.bind(params)
+    cfg, dtype = net.cfg, net.policy.compute
+    batch_size, room = batch.codes.shape
+    ratio, look = cfg.encoder.upsample, cfg.encoder.lookahead
+    lengths, frames = batch.lengths, ratio * batch.lengths
+    valid = before(frames, ratio * room)[..., None]  # [B, Q, 1]
+    uniform, seeds = _draws(key, batch_size)
+
+    with jax.named_scope("condition"):
+        codes = jnp.clip(batch.codes, 0, cfg.codes - 1)
+        x = net.table[...][codes].astype(dtype)
+        x = jnp.where(before(lengths, room)[..., None], x, 0)
+        x = jnp.pad(x, [(0, 0), (0, look), (0, 0)])
+        nothing = ConformerState.zeros(cfg.encoder, batch_size, 0, dtype)
+        x, _ = net.encoder(x, lengths, lengths, nothing)
+        mu = net.to_mel(x)
+        voice = batch.speaker.astype(jnp.float32)
+        voice = voice / jnp.maximum(jnp.linalg.norm(voice, axis=-1, keepdims=True), 1e-12)
+        voice = jnp.broadcast_to(net.speaker(voice)[:, None], mu.shape)
+        given = uniform[0] * config.prompt_share * frames
+        prompted = uniform[1] < config.prompt
+        given = jnp.where(prompted, given.astype(jnp.int32), 0)
+        mel = jnp.where(valid, batch.mels.astype(jnp.float32), 0)
+        cond = jnp.where(before(given, mel.shape[1])[..., None], mel, 0).astype(dtype)
+        dropped = uniform[2] < config.drop
+        known = jnp.concatenate([mu, voice, cond], axis=-1)
+        known = jnp.where(dropped[:, None, None], 0, known)
+
+    with jax.named_scope("path"):
+        level: Any = 1 - jnp.cos(jnp.pi / 2 * uniform[3])
+        noise = start_noise(jnp.zeros_like(lengths), mel.shape[1], cfg.mels, seeds)
+        t = level[:, None, None]
+        path = (1 - (1 - config.sigma) * t) * noise + t * mel
+        target = mel - (1 - config.sigma) * noise
+
+    with jax.named_scope("estimator"):
+        blocks, out = net.estimator.at(level)  # [B, L, 9, D], [B, 2, D]
+        # One level a row: what it means is a row's own, for all of its frames.
+        parts = blocks.transpose(1, 2, 0, 3)[:, :, :, None], out.swapaxes(0, 1)[:, :, None]
+        inputs = jnp.concatenate([path.astype(dtype), known], axis=-1)
+        velocity, _ = net.estimator(
+            inputs, parts, valid[..., 0], frames, _no_past(net, batch_size), 0
+        )
+
+    with jax.named_scope("loss"):
+        error = jnp.where(valid, jnp.square(velocity - target), 0)
+        count = jnp.sum(frames, dtype=jnp.float32)
+        loss = jnp.sum(error) / (jnp.maximum(count, 1) * cfg.mels)
+    real = lengths > 0
+    report = {
+        "frames": count, "rows": jnp.sum(real), "dropped": jnp.sum(dropped & real),
+        "prompted": jnp.sum(prompted & ~dropped & real),
+    }  # fmt: skip
+    return loss, {name: jnp.asarray(value, jnp.float32) for name, value in report.items()}
+
+
+def _draws(key: Array, rows: int) -> tuple[Float[Array, "4 B"], Int[Array, "B"]]:
+    """Four uniform numbers for each row, and the seed of its noise."""
+
+    def row(number):
+        uniform, seed = jax.random.split(jax.random.fold_in(key, number))
+        most = jnp.iinfo(jnp.int32).max
+        return jax.random.uniform(uniform, (4,)), jax.random.randint(seed, (), 0, most)
+
+    uniform, seeds = jax.vmap(row)(jnp.arange(rows))
+    return uniform.T, seeds
+
+
+def _no_past(net: Flow, rows: int) -> EstimatorState:
+    """What the estimator remembers before a recording: nothing, and of one branch only."""
+    empty = EstimatorState.zeros(net.cfg.estimator, 1, rows, 0, net.policy.compute)
+    return EstimatorState(empty.order, empty.conv[:, :, :1], empty.kv[:, :, :, :1])
+
+
+# --- the step ---------------------------------------------------------------------------------
+
+
+def make_flow_step(
+    model: Functional[Flow],
+    optimizer: Optimizer,
+    config: FlowConfig | None = None,
+    mesh: Mesh | None = None,
+    *,
+    seed: int = 0,
+) -> Step:
+    """The step of a flow and an optimizer on a mesh: `state, report = step(state, batch)`.
+
+    What is drawn depends on the seed and on `state.step`, so a run that goes on from a checkpoint
+    draws what it would have drawn. States are those of `train.step` (`init_state`,
+    `abstract_state`); the report has `loss`, `norm`, `rate` and what `flow_loss` reports.
+
+    Args:
+        model: the flow's structure.
+        optimizer: what is trained, and how; names begin with `table`, `speaker`, `encoder`,
+            `to_mel` or `estimator`.
+        config: how the flow is taught.
+        mesh: devices; None for one.
+        seed: of all that is drawn.
+    """
+    places = None if mesh is None else optimizer.split(model.shardings(mesh))[0]
+
+    def step(state: TrainState, batch: FlowBatch):
+        TRACES["step"] += 1
+        trained, frozen = optimizer.split(state.params)
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+
+        def loss(trained):
+            return flow_loss(model, join(trained, frozen), batch, key, config)
+
+        (value, report), gradient = jax.value_and_grad(loss, has_aux=True)(trained)
+        if mesh is not None:
+            gradient = jax.lax.with_sharding_constraint(gradient, places)
+        with jax.named_scope("update"):
+            updates, opt_state = optimizer.transform.update(gradient, state.opt_state, trained)
+            trained = apply_updates(trained, updates, state.step)
+            norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), gradient))
+        report |= {"loss": value, "norm": norm, "rate": optimizer.schedule(state.step)}
+        report = {name: jnp.asarray(scalar, jnp.float32) for name, scalar in report.items()}
+        return TrainState(join(trained, frozen), opt_state, state.step + 1), report
+
+    options: dict[str, Any] = {"donate_argnums": 0}
+    if mesh is not None:
+        whole = NamedSharding(mesh, PartitionSpec())
+        options["out_shardings"] = (state_shardings(model, optimizer, mesh), whole)
+    return Step(jax.jit(step, **options), mesh)
+
+
+def place_flow_batch(batch: FlowBatch, mesh: Mesh | None) -> FlowBatch:
+    """A batch on its devices, split by rows."""
+    if mesh is None:
+        return jax.device_put(batch)
+
+    def place(path, leaf):
+        return sharding_of(leaf.shape, FLOW_BATCH_AXES[path[0].name], mesh)
+
+    return jax.device_put(batch, jax.tree.map_with_path(place, batch))

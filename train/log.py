@@ -1,0 +1,241 @@
+"""What a run tells: lines on the screen, metrics.jsonl, TensorBoard, and curves at the end."""
+
+import json
+import time
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sa2jax.config import StepAudio2Config
+from sa2jax.errors import TrainError
+from sa2jax.folders import disk_errors
+from sa2jax.plan.chips import CHIPS
+
+METRICS, CURVES = "metrics.jsonl", "loss.png"
+# How devices call themselves, and their names here.
+KINDS = {
+    "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e", "TPU v6e": "v6e", "H100": "h100", "H200": "h200", "A100": "a100-80gb",
+    "L4": "l4", "T4": "t4", "B200": "b200",
+}  # fmt: skip
+# What a line on the screen has; the files have all.
+SHOWN = (
+    "loss", "text/loss", "audio/loss", "accuracy", "norm", "rate", "evaluate/loss",
+    "evaluate/accuracy", "seconds_per_step", "tokens_per_second", "mfu", "data_wait",
+)  # fmt: skip
+
+
+class Log:
+    """Metrics of a run, on one host; the others keep silent.
+
+    Args:
+        folder: the run's folder.
+        steps: of the whole run.
+        start: steps done already; what was noted of later ones is forgotten.
+        quiet: write files only.
+    """
+
+    def __init__(self, folder: Path, *, steps: int, start: int = 0, quiet: bool = False):
+        self._mine = jax.process_index() == 0
+        self._file = None
+        self._board: Any = None
+        console = Console(stderr=True)
+        self._live = self._mine and not quiet
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TimeRemainingColumn(), console=console, transient=True,
+            disable=not (self._live and console.is_terminal),
+        )  # fmt: skip
+        self._task = self._progress.add_task("training", total=steps, completed=start)
+        self.steps = steps
+        if not self._mine:
+            return
+        path = folder / METRICS
+        with disk_errors(path):
+            kept = [line for line in read_metrics(path) if line["step"] <= start]
+            self._file = path.open("w", encoding="utf-8")
+            self._file.writelines(json.dumps(line) + "\n" for line in kept)
+            self._file.flush()
+        if find_spec("tensorboardX") is not None:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def say(self, text: str) -> None:
+        """A line on the screen."""
+        if self._live:
+            self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar."""
+        self._progress.update(self._task, completed=step)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Note metrics after a step, and show them."""
+        if self._file is None:
+            return
+        values = {name: values[name] for name in (*SHOWN, *values) if name in values}
+        with disk_errors(Path(self._file.name)):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+        shown = "  ".join(
+            f"{name} {_short(value)}" for name, value in values.items() if name in SHOWN
+        )
+        self.say(f"step {step}/{self.steps}  {shown}")
+
+
+class Meter:
+    """How fast a run is, between two lines of its log.
+
+    Args:
+        flops: of a token and of a second of sound, see `flops_of`.
+        peak: FLOP/s of all devices together; 0 if unknown.
+    """
+
+    def __init__(self, flops: tuple[float, float], peak: float):
+        self._flops, self._peak = flops, peak
+        self._mark: tuple[float, ...] | None = None
+
+    def read(self, steps: int, tokens: int, heard: float, waited: float) -> dict[str, float]:
+        """Rates since the last reading; none at the first.
+
+        Args:
+            steps: done so far.
+            tokens: learnt from so far, of all hosts.
+            heard: seconds of sound so far, of all hosts.
+            waited: seconds that this host has waited for data so far.
+        """
+        now = (time.perf_counter(), steps, tokens, heard, waited)
+        before, self._mark = self._mark, now
+        if before is None:
+            return {}
+        seconds, steps_, tokens_, heard_, waited_ = (
+            b - a for a, b in zip(before, now, strict=True)
+        )
+        if seconds <= 0 or not steps_:
+            return {}
+        rates = {
+            "seconds_per_step": seconds / steps_,
+            "tokens_per_second": tokens_ / seconds,
+            "audio_hours_per_second": heard_ / 3600 / seconds,
+            "data_wait": waited_ / seconds,
+        }
+        if self._peak:
+            work = self._flops[0] * tokens_ + self._flops[1] * heard_
+            rates["mfu"] = work / seconds / self._peak
+        return rates
+
+
+def flops_of(
+    cfg: StepAudio2Config, *, base_trained: bool, encoder_trained: bool
+) -> tuple[float, float]:
+    """Useful FLOPs of matrix products of a step: for each token, and for each second of sound.
+
+    Two for each weight forward, four backward where it is trained, two where it only passes
+    gradients on. Attention's own products and what is computed again do not count.
+
+    Args:
+        cfg: the model's sizes.
+        base_trained: whether the decoder's matrices are trained themselves.
+        encoder_trained: whether gradients go through the audio encoder.
+    """
+    d, e = cfg.decoder, cfg.audio_encoder
+    heads = (2 * d.heads + 2 * d.kv_heads) * d.head_dim
+    decoder = d.layers * d.embed * (heads + 3 * d.mlp) + d.vocab * d.embed
+    encoder = e.layers * e.embed * e.embed * (4 + 2 * e.mlp_ratio)
+    per_token = (6 if base_trained else 4) * decoder
+    return per_token, (6 if encoder_trained else 2) * encoder * 50  # frames a second inside it
+
+
+def peak_flops() -> float:
+    """FLOP/s in bfloat16 of all devices; 0 if they are not known."""
+    kind = jax.devices()[0].device_kind
+    exact = KINDS.get(kind)
+    name = exact or next((name for key, name in KINDS.items() if f" {key}" in f" {kind}"), None)
+    return CHIPS[name].bf16 * jax.device_count() if name in CHIPS else 0.0
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last one cut by a kill does not count."""
+    path = Path(path)
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    found = []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break
+    return found
+
+
+def plot(folder: str | Path) -> Path:
+    """Draw the curves of a run: losses, accuracies, learning rate, speed.
+
+    Args:
+        folder: the run's folder, with a metrics.jsonl.
+
+    Returns:
+        The PNG.
+
+    Raises:
+        TrainError: if matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise TrainError("curves need matplotlib: pip install 'sa2jax[train]'")
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    folder = Path(folder)
+    lines = read_metrics(folder / METRICS)
+    panels = {
+        "loss (nats)": lambda name: name.endswith("loss"),
+        "accuracy": lambda name: name.endswith("accuracy"),
+        "learning rate": lambda name: name == "rate",
+        "tokens per second": lambda name: name == "tokens_per_second",
+    }
+    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
+    for axis, (title, wanted) in zip(axes.flat, panels.items(), strict=True):
+        names = sorted({name for line in lines for name in line if wanted(name)})
+        for name in names:
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=name, linewidth=1.2)
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+        if len(names) > 1:
+            axis.legend(fontsize="small")
+    with disk_errors(folder / CURVES):
+        figure.savefig(folder / CURVES, dpi=110)
+    pyplot.close(figure)
+    return folder / CURVES
+
+
+def _short(value: float) -> str:
+    return f"{value:.3e}" if value and not 1e-3 <= abs(value) < 1e5 else f"{value:.4g}"
