@@ -49,7 +49,7 @@ def values(model: Path, data: Path, /, **changes: Any) -> dict[str, Any]:
             "sources": {str(data): 1}, "length": 192, "rows": 2, "mel_frames": 400, "clips": 5,
         },
         "optimizer": {"rate": 1e-3, "warmup": 2, "steps": 6},
-        "remat": None, "log_every": 1, "save_every": 2,
+        "remat": None, "pace": {"log_every": 1, "save_every": 2},
     }  # fmt: skip
     for key, value in changes.items():
         section, _, name = key.partition("__")

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from sa2jax.train.base import Base, open_base
 from sa2jax.train.examples import KINDS
-from sa2jax.train.loop import mesh_of, optimizer_config, rows_of_step
+from sa2jax.train.language import optimizer_config
+from sa2jax.train.loop import mesh_of, rows_at_once
 from sa2jax.train.lora import LORA
 from sa2jax.train.optimizer import MATRICES, Optimizer, make_optimizer, name_of
 from sa2jax.train.recipe import Recipe
@@ -88,11 +89,11 @@ def dry_run(recipe: Recipe) -> DryRun:
         ShardingError: for a mesh that does not fit the devices.
         TrainError: if nothing would be trained, or rows do not divide by the mesh.
     """
-    mesh, base = mesh_of(recipe), open_base(recipe.model, recipe.lora)
+    mesh, base = mesh_of(recipe.mesh), open_base(recipe.model, recipe.lora)
     optimizer = make_optimizer(optimizer_config(recipe))
     state = abstract_state(base.model, optimizer, mesh)
     trained, _ = optimizer.split(state.params)
-    parts, rows = recipe.data.parts, rows_of_step(recipe, mesh)
+    parts, rows = recipe.data.parts, rows_at_once(recipe.data.rows, recipe.data.parts, mesh)
     batch = abstract_batch(
         base.cfg, mesh, rows, recipe.data.length, clips=rows * recipe.data.mel_rows,
         frames=recipe.data.mel_frames, packed=recipe.data.clips, parts=parts, streams=KINDS,

@@ -69,13 +69,35 @@ class Evaluation:
 
     Attributes:
         sources: data files or folders, as in `DataConfig`.
-        every: updates between two measurements, 0 for none but at the end.
         batches: at most so many of the size of a training batch.
     """
 
     sources: Mapping[str, float]
-    every: int = 0
     batches: int = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How often a run does what is not training.
+
+    Attributes:
+        log_every: updates between two lines of the log.
+        evaluate_every: updates between two evaluations; 0 for none but at the end.
+        save_every: updates between two checkpoints; one is always written at the end.
+        keep: newest checkpoints that stay.
+        keep_every: checkpoints of multiples of this stay, too.
+    """
+
+    log_every: int = 10
+    evaluate_every: int = 0
+    save_every: int = 500
+    keep: int = 2
+    keep_every: int | None = None
+
+    def __post_init__(self):
+        for name in ("log_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"pace.{name}: expected at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,11 +114,8 @@ class Recipe:
         remat: what the gradient computes again: `full`, `dots`, or null for nothing.
         chunk: positions of each row whose logits are held at a time.
         gradients: dtype in which the gradients of a batch's parts are added up.
-        seed: of data order, fresh parameters and rounding.
-        log_every: updates between two lines of the log.
-        save_every: updates between two checkpoints; one is always written at the end.
-        keep: newest checkpoints that stay.
-        keep_every: checkpoints of multiples of this stay, too.
+        seed: of data order and fresh parameters.
+        pace: how often is logged, evaluated and saved.
     """
 
     model: ModelSpec
@@ -109,10 +128,7 @@ class Recipe:
     chunk: int = CHUNK
     gradients: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
-    log_every: int = 10
-    save_every: int = 500
-    keep: int = 2
-    keep_every: int | None = None
+    pace: Pace = field(default_factory=Pace)
 
     def __post_init__(self):
         spec = self.model
@@ -125,9 +141,8 @@ class Recipe:
             raise ConfigError("model.tokenizer: a preset needs a tokenizer's folder, or `bytes`")
         if spec.dtype == "int8" and self.lora is None:
             raise ConfigError("model.dtype int8 cannot be trained itself: give a `lora` section")
-        for name in ("log_every", "save_every", "keep", "chunk"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.chunk < 1:
+            raise ConfigError(f"chunk: expected at least 1, got {self.chunk}")
 
     def plain(self) -> dict[str, Any]:
         """The recipe as YAML or JSON can hold it."""
@@ -135,8 +150,7 @@ class Recipe:
 
 
 # What may change when a run goes on: nothing that its numbers depend on.
-FREE = ("mesh", "log_every", "save_every", "keep", "keep_every", "evaluate", "model.save",
-        "data.workers", "data.max_rejects")  # fmt: skip
+FREE = ("mesh", "pace", "evaluate", "model.save", "data.max_rejects")
 
 
 def recipe_names() -> list[str]:

@@ -3,7 +3,7 @@
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -46,7 +46,7 @@ def train(
     """
     devices.join_hosts()
     from sa2jax.runtime import enable_compilation_cache
-    from sa2jax.train.loop import train
+    from sa2jax.train.language import train
     from sa2jax.train.recipe import parse_changes, read_recipe
 
     enable_compilation_cache()
@@ -70,8 +70,9 @@ def train(
     outcome = train(recipe, folder, fresh=fresh, profile=profile)
     if json:
         common.print_json(asdict(outcome))
-    elif outcome.finished:
-        _report(outcome)
+    else:
+        for name, path in outcome.results.items():
+            print(f"{name}: {path}")
     if not outcome.finished:
         common.say(f"stopped after step {outcome.step}: the same command goes on")
         sys.exit(130)
@@ -115,11 +116,3 @@ def _weights(data: tuple[str, ...]) -> dict[str, float]:
         except ValueError:
             raise ConfigError(f"--data {word}: expected PATH or PATH=WEIGHT") from None
     return found
-
-
-def _report(outcome: Any) -> None:
-    """What a run made."""
-    for name in ("model", "adapter", "curves"):
-        path = getattr(outcome, name)
-        if path is not None:
-            print(f"{name}: {path}")

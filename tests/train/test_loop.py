@@ -16,8 +16,8 @@ from small_training import recipe, save_model, save_pairs, values
 
 from sa2jax import StepAudio2, checkpoint, testing
 from sa2jax.errors import DataError, TrainError
+from sa2jax.train.language import optimizer_config, train
 from sa2jax.train.log import Meter, flops_of, read_metrics
-from sa2jax.train.loop import train
 from sa2jax.train.recipe import Evaluation
 
 
@@ -51,7 +51,8 @@ def pairs(home):
 @pytest.fixture(scope="module")
 def whole(home, model, pairs):
     """A run of six updates that nothing disturbed, evaluated on the way."""
-    plan = recipe(model, pairs, evaluate={"sources": {str(pairs): 1}, "every": 3})
+    plan = recipe(model, pairs, evaluate={"sources": {str(pairs): 1}})
+    plan = replace(plan, pace=replace(plan.pace, evaluate_every=3))
     return train(plan, home / "whole", quiet=True), home / "whole"
 
 
@@ -72,7 +73,8 @@ def assert_same(one, other):
 
 def test_a_run_leaves_a_model_that_answers(whole, model):
     outcome, out = whole
-    assert (outcome.step, outcome.finished, outcome.adapter) == (6, True, None)
+    assert (outcome.step, outcome.finished) == (6, True)
+    assert set(outcome.results) == {"model", "curves"}
     lines = read_metrics(out / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 3, 4, 5, 6, 6]
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -81,16 +83,16 @@ def test_a_run_leaves_a_model_that_answers(whole, model):
     assert held[-1]["evaluate/loss"] < held[0]["evaluate/loss"]
     assert {"evaluate/audio/accuracy", "evaluate/pads/loss"} <= set(held[0])
     assert outcome.metrics["evaluate/loss"] == held[-1]["evaluate/loss"]
-    assert outcome.curves.read_bytes().startswith(b"\x89PNG")
+    assert outcome.results["curves"].read_bytes().startswith(b"\x89PNG")
     assert any((out / "tensorboard").iterdir())
-    trained = StepAudio2.from_pretrained(outcome.model)
+    trained = StepAudio2.from_pretrained(outcome.results["model"])
     assert trained.chat(system=None).say("hello").ids is not None
     assert trained.cfg == StepAudio2.from_pretrained(model).cfg
 
 
 KILLED = """
     import os, signal, sys, yaml
-    from sa2jax.train.loop import train
+    from sa2jax.train.language import optimizer_config, train
     from sa2jax.train.recipe import read_recipe
 
     def on_step(step):
@@ -135,7 +137,7 @@ def test_an_interrupt_ends_with_a_checkpoint_and_the_same_call_goes_on(home, mod
 
     handler = signal.getsignal(signal.SIGINT)
     first = train(recipe(model, pairs), out, quiet=True, on_step=on_step)
-    assert (first.step, first.finished, first.model) == (3, False, None)
+    assert (first.step, first.finished, first.results) == (3, False, {})
     assert signal.getsignal(signal.SIGINT) is handler
     second = train(recipe(model, pairs), out, quiet=True, on_step=seen.append)
     assert second.finished
@@ -148,13 +150,13 @@ def test_an_interrupt_ends_with_a_checkpoint_and_the_same_call_goes_on(home, mod
 
 def test_a_run_refuses_to_go_on_as_another(home, model, pairs, whole, tmp_path):
     out = whole[1]
-    evaluate = Evaluation(sources={str(pairs): 1.0}, every=3)
+    evaluate = Evaluation(sources={str(pairs): 1.0})
     plan = replace(recipe(model, pairs), evaluate=evaluate)
     other = save_model(tmp_path / "model", testing.tiny_config(layers=1, max_positions=512))
     more = save_pairs(tmp_path / "pairs", 13)
     for change, said in (
         (recipe(model, more), r"data.sources.*pairs.jsonl"),
-        (recipe(other, pairs), r"model.folder: .* → .*; the model in"),
+        (recipe(other, pairs), r"model.folder: .* → .*; the model that it began with"),
         (recipe(model, pairs, optimizer__rate=1e-4), r"optimizer.rate: 0.001 → 0.0001"),
         (replace(plan, seed=1), r"seed: 0 → 1"),
     ):
@@ -181,7 +183,6 @@ def test_low_rank_matrices_alone_are_trained_and_merged(home, model, pairs):
     """The adapter's folder and the merged model say the same as what was trained."""
     from sa2jax.train.base import open_base
     from sa2jax.train.checkpoints import Checkpoints
-    from sa2jax.train.loop import optimizer_config
     from sa2jax.train.optimizer import make_optimizer
     from sa2jax.train.peft import load_adapter
     from sa2jax.train.step import abstract_state
@@ -201,13 +202,13 @@ def test_low_rank_matrices_alone_are_trained_and_merged(home, model, pairs):
     hidden = base.model.bind(state.params)(ids)[0]
     start = base.model.bind(base.load(None, plan.seed))(ids)[0]
     assert float(np.abs(hidden - start).max()) > 1e-2
-    merged = StepAudio2.from_pretrained(outcome.model)
+    merged = StepAudio2.from_pretrained(outcome.results["model"])
     from sa2jax.inference.requests import Request
 
     logits = merged.generator.logits(Request(ids[0]))
     expected = base.model.bind(state.params).decoder.logits(hidden)[0]
     np.testing.assert_allclose(logits, expected, atol=2e-5, rtol=1e-5)
-    lora, rank, alpha = load_adapter(outcome.adapter, base.model)
+    lora, rank, alpha = load_adapter(outcome.results["adapter"], base.model)
     assert (rank, alpha) == (4, 8.0)
     for name, leaf in checkpoint.flatten(lora).items():
         np.testing.assert_array_equal(leaf, checkpoint.flatten(state.params)[name])
@@ -220,15 +221,15 @@ def test_int8_matrices_keep_an_adapter_beside_them(home, model, pairs):
     )  # fmt: skip
     outcome = train(plan, home / "qlora", quiet=True)
     assert outcome.finished
-    assert outcome.model is None
-    assert (outcome.adapter / "adapter_model.safetensors").is_file()
+    assert "model" not in outcome.results
+    assert (outcome.results["adapter"] / "adapter_model.safetensors").is_file()
 
 
 def test_data_that_ends_ends_the_run(home, model, pairs):
     outcome = train(recipe(model, pairs, data__epochs=1), home / "once", quiet=True)
     assert outcome.finished
     assert outcome.step < 6
-    assert outcome.model is not None
+    assert "model" in outcome.results
 
 
 @pytest.mark.parametrize(

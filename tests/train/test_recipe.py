@@ -6,7 +6,7 @@ import pytest
 
 from sa2jax.errors import ConfigError, DataError
 from sa2jax.train.base import open_base
-from sa2jax.train.loop import optimizer_config
+from sa2jax.train.language import optimizer_config
 from sa2jax.train.optimizer import make_optimizer
 from sa2jax.train.recipe import (
     Recipe,
@@ -93,7 +93,7 @@ def test_changes_by_key(tmp_path):
         ({"model": {"preset": "tiny"}}, "needs a tokenizer"),
         ({"model": {"folder": "a", "dtype": "int8"}}, "give a `lora` section"),
         ({"model": {"folder": "a", "dtype": "float8"}}, "model.dtype"),
-        ({"keep": 0}, "keep: expected at least 1"),
+        ({"pace": {"keep": 0}}, "pace.keep: expected at least 1"),
         ({"data": 3}, "data"),
     ],
 )
@@ -119,7 +119,9 @@ def test_mistakes_in_files(tmp_path):
 
 def test_differences_name_what_counts():
     was = read_recipe("smoke").plain()
-    now = read_recipe("smoke", {"mesh": "fsdp=2", "keep": 7, "data.workers": 3, "seed": 1}).plain()
+    now = read_recipe(
+        "smoke", {"mesh": "fsdp=2", "pace.keep": 7, "data.max_rejects": 3, "seed": 1}
+    ).plain()
     assert differences(was, now) == ["seed: 0 → 1"]
     now = read_recipe("smoke", {"optimizer.rates": {"adapter": 0}, "lora": {"rank": 2}}).plain()
     assert len(differences(was, now)) == 2
