@@ -73,6 +73,9 @@ def records() -> list[dict[str, Any]]:
     def asr(name: str) -> dict[str, Any]:
         return record([system(ASR), user(), reply(HEARD[name][0])], name)
 
+    def written(name: str) -> dict[str, Any]:
+        return record([system(CHAT), user(), reply(SAID[name[:2]][0])], name)
+
     def chat(name: str, said: str, prompt: str = CHAT) -> dict[str, Any]:
         return record([system(prompt), user(), spoken(said)], name)
 
@@ -96,6 +99,7 @@ def records() -> list[dict[str, Any]]:
         caption | {"rejected_response": "A dog barks."},
         record([system(CHAT), user("Name a fruit."), reply("An apple.")]),
         record([user(READ + SAID["16"][0]), spoken("16")]),
+        *(written(name) for name in ("06_capital", "07_legs", "10_repeat", "11_repeat")),
     ]
 
 

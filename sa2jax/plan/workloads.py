@@ -33,6 +33,7 @@ Where = Any  # a Mesh, or an AbstractMesh where nothing is compiled
 BLOCK = 32  # decode steps in one program
 TOKENS_PER_SECOND = 31.25  # of speech that is generated: 25 codes and 6.25 words' tokens
 MEL_RATE, CODE_RATE = 100, 25  # frames of what is heard, codes of what is spoken, per second
+HEARD, CLIPS = 3000, 8  # frames and clips that each row of a training batch may hold
 VOICE_SECONDS = 5  # of the recording whose voice speaks
 
 
@@ -200,13 +201,14 @@ def token2wav(spec: "Spec", mesh: Where) -> Work:
 
 
 def train(spec: "Spec", mesh: Where) -> Work:
-    """A step of fine-tuning on sequences of `length` tokens, everything trained."""
+    """A step of fine-tuning on rows of `length` tokens; all but the audio encoder is trained."""
     from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
 
     if spec.dtype == "int8":
         raise PlanError("train in int8: expected bfloat16, float32 (master weights), or lora")
     model = step_audio2(config(spec), policy(spec))
-    return _training(spec, mesh, model, make_optimizer(OptimizerConfig()))
+    optimizer = make_optimizer(OptimizerConfig(rates={"audio_encoder": 0.0}))
+    return _training(spec, mesh, model, optimizer)
 
 
 def lora(spec: "Spec", mesh: Where) -> Work:
@@ -229,7 +231,9 @@ def _training(spec: "Spec", mesh: Where, model: Functional, optimizer: Any) -> W
 
     rows = spec.batch
     state = abstract_state(model, optimizer, mesh)
-    batch = abstract_batch(config(spec), mesh, rows, spec.length)
+    batch = abstract_batch(
+        config(spec), mesh, rows, spec.length, clips=rows, frames=HEARD, packed=CLIPS
+    )
     return Work(
         lower=lambda: make_step(model, optimizer, mesh).lower(state, batch),
         weights=state.params, moments=state.opt_state, made=rows * spec.length,

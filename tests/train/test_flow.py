@@ -17,7 +17,7 @@ from sa2jax.models.flow.flow_matching import flow_model, start_noise, unstack_fl
 from sa2jax.train.flow import (
     TRACES,
     FlowBatch,
-    FlowConfig,
+    Teaching,
     _draws,
     flow_loss,
     make_flow_step,
@@ -26,7 +26,7 @@ from sa2jax.train.flow import (
 from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
 from sa2jax.train.step import init_state
 
-PLAIN = FlowConfig(drop=0, prompt=0)
+PLAIN = Teaching(drop=0, prompt=0)
 CODES = 12
 
 
@@ -133,26 +133,26 @@ def test_rows_are_dropped_and_prompted_as_often_as_asked(recorded, losses):
         codes=np.zeros((count, 1), np.int32), mels=np.zeros((count, 2, recorded.cfg.mels)),
         lengths=np.ones(count, np.int32), speaker=np.ones((count, recorded.cfg.speaker)),
     )  # fmt: skip
-    _, report = losses(batch, 0, FlowConfig())
+    _, report = losses(batch, 0, Teaching())
     three = 3 * (0.2 * 0.8 / count) ** 0.5
     assert float(report["dropped"]) / count == pytest.approx(0.2, abs=three)
     # Of those that are not dropped.
     assert float(report["prompted"]) / count == pytest.approx(0.8 * 0.5, abs=3 * 0.025)
-    _, report = losses(batch, 0, FlowConfig(drop=1.0))
+    _, report = losses(batch, 0, Teaching(drop=1.0))
     assert (float(report["dropped"]), float(report["prompted"])) == (count, 0)
 
 
 def test_a_dropped_row_knows_neither_codes_nor_voice_nor_prompt(recorded, losses):
     batch = rows(recorded)
     other = replace(batch, codes=batch.codes[:, ::-1].copy(), speaker=-batch.speaker)
-    for config, same in ((FlowConfig(drop=1.0, prompt=1.0), True), (PLAIN, False)):
+    for config, same in ((Teaching(drop=1.0, prompt=1.0), True), (PLAIN, False)):
         assert (float(losses(batch, 0, config)[0]) == float(losses(other, 0, config)[0])) is same
 
 
 def test_a_prompt_is_heard(recorded, losses):
     batch = rows(recorded)
     loss = lambda share: float(  # noqa: E731
-        losses(batch, 0, FlowConfig(drop=0, prompt=1.0, prompt_share=share))[0]
+        losses(batch, 0, Teaching(drop=0, prompt=1.0, prompt_share=share))[0]
     )
     plain = float(losses(batch)[0])
     assert loss(0.0) == pytest.approx(plain, rel=1e-6)
@@ -163,7 +163,7 @@ def test_a_prompt_is_heard(recorded, losses):
 @pytest.mark.parametrize("value", [-0.1, 1.5, float("nan")])
 def test_shares_are_between_0_and_1(field, value):
     with pytest.raises(TrainError, match=f"{field}=.*expected a number from 0 to 1"):
-        FlowConfig(**{field: value})
+        Teaching(**{field: value})
 
 
 # --- learning -----------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def test_a_flow_learns_a_recording_and_says_it(recorded):
     one = rows(recorded)
     batch = jax.tree.map(lambda x: np.repeat(x, 8, 0), one)  # eight levels of it at once
     optimizer = make_optimizer(OptimizerConfig(rate=5e-3, warmup=5, steps=150, decay=0.0))
-    step = make_flow_step(model, optimizer, FlowConfig(), seed=1)
+    step = make_flow_step(model, optimizer, Teaching(), seed=1)
     say = jit(
         lambda params: model.bind(params)(
             np.zeros((1, 0), np.int32), np.zeros((1, 0, recorded.cfg.mels), np.float32),

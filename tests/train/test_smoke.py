@@ -1,0 +1,33 @@
+"""The first recipe: it learns the shipped exchanges by heart, and its model answers them."""
+
+from pathlib import Path
+
+import pytest
+
+from sa2jax import StepAudio2
+from sa2jax.inference.requests import Options
+from sa2jax.train.language import train
+from sa2jax.train.log import read_metrics
+from sa2jax.train.recipe import read_recipe
+
+HOME = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_smoke(tmp_path, monkeypatch):
+    monkeypatch.chdir(HOME)
+    outcome = train(read_recipe("smoke"), tmp_path / "smoke", quiet=True)
+    assert outcome.metrics["loss"] < 0.05
+    lines = read_metrics(tmp_path / "smoke" / "metrics.jsonl")
+    waits = [line["data_wait"] for line in lines if "data_wait" in line]
+    assert sum(waits) / len(waits) < 0.05
+    assert not (tmp_path / "smoke" / "rejects.jsonl").exists()
+    model = StepAudio2.from_pretrained(outcome.results["model"])
+    heard = ["examples/audio/01_harbour.flac", "examples/audio/02_bread.flac"]
+    assert model.transcribe(heard) == [
+        "The boats come back at noon.", "She baked two loaves of bread."
+    ]  # fmt: skip
+    chat = model.chat(options=Options(max_new_tokens=64))
+    assert chat.say("Name a fruit.").text == "An apple."
+    chat = model.chat(options=Options(max_new_tokens=64))
+    assert chat.say(Path("examples/audio/06_capital.flac")).text == "Paris."
