@@ -6,6 +6,7 @@ python benchmarks/training.py --kind lora --length 2048 --rows 4 --sound 25
 import argparse
 import json
 import time
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -58,13 +59,17 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--sound", type=float, default=25.0)
     parser.add_argument("--packed", type=int, default=4)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--layers", type=int, help="of the decoder, in place of the preset's")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--remat", choices=("full", "dots", "none"), default="full")
     given = parser.parse_args()
-    half = jnp.dtype(jnp.bfloat16)
+    half = jnp.dtype(given.dtype)
     whole = jnp.dtype(jnp.int8) if given.kind == "qlora" else None
     policy = Policy(param=half, compute=half, kernel=whole)
     cfg, lora = StepAudio2Config.preset(given.preset), given.kind != "full"
+    if given.layers:
+        cfg = replace(cfg, decoder=replace(cfg.decoder, layers=given.layers))
 
     def make(adapted: bool = lora) -> StepAudio2Model:
         rngs = nnx.Rngs(0)
