@@ -7,17 +7,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from sa2jax.train.base import Base, open_base
+from sa2jax.train.base import open_base
 from sa2jax.train.examples import KINDS
+from sa2jax.train.flow import abstract_flow_batch, make_flow_step
+from sa2jax.train.flow_task import FlowRecipe, open_flow
 from sa2jax.train.language import optimizer_config
 from sa2jax.train.loop import mesh_of, rows_at_once
 from sa2jax.train.lora import LORA
-from sa2jax.train.optimizer import MATRICES, Optimizer, make_optimizer, name_of
+from sa2jax.train.optimizer import (
+    MATRICES,
+    OptimizerConfig,
+    make_optimizer,
+    name_of,
+)
 from sa2jax.train.recipe import Recipe
-from sa2jax.train.step import abstract_batch, abstract_state, make_step
+from sa2jax.train.step import Step, TrainState, abstract_batch, abstract_state, make_step
 
 GIB = 2**30
 
@@ -53,6 +61,7 @@ class DryRun:
         memory: bytes of each device by what they are for.
         tokens: positions of an update.
         steps: updates.
+        unit: what these positions are.
     """
 
     groups: tuple[Group, ...]
@@ -60,6 +69,7 @@ class DryRun:
     memory: dict[str, int]
     tokens: int
     steps: int
+    unit: str = "positions"
 
     def print(self, console: Console) -> None:
         """As tables."""
@@ -78,7 +88,7 @@ class DryRun:
         for name, size in self.memory.items():
             table.add_row(name, _gib(size))
         console.print(table)
-        console.print(f"{self.steps} updates of {self.tokens:,} positions", highlight=False)
+        console.print(f"{self.steps} updates of {self.tokens:,} {self.unit}", highlight=False)
 
 
 def dry_run(recipe: Recipe) -> DryRun:
@@ -90,9 +100,9 @@ def dry_run(recipe: Recipe) -> DryRun:
         TrainError: if nothing would be trained, or rows do not divide by the mesh.
     """
     mesh, base = mesh_of(recipe.mesh), open_base(recipe.model, recipe.lora)
-    optimizer = make_optimizer(optimizer_config(recipe))
+    config = optimizer_config(recipe)
+    optimizer = make_optimizer(config)
     state = abstract_state(base.model, optimizer, mesh)
-    trained, _ = optimizer.split(state.params)
     parts, rows = recipe.data.parts, rows_at_once(recipe.data.rows, recipe.data.parts, mesh)
     batch = abstract_batch(
         base.cfg, mesh, rows, recipe.data.length, clips=rows * recipe.data.mel_rows,
@@ -102,34 +112,62 @@ def dry_run(recipe: Recipe) -> DryRun:
         base.model, optimizer, mesh, remat=recipe.remat, chunk=recipe.chunk,
         gradients=recipe.gradients,
     )  # fmt: skip
+    trained, _ = optimizer.split(state.params)
+    added_up = sum(map(_size, jax.tree.leaves(trained))) * jnp.dtype(recipe.gradients).itemsize
+    return DryRun(
+        _groups(config, state), _devices(mesh), _memory(step, state, batch, added_up * bool(parts)),
+        rows * max(parts, 1) * recipe.data.length, config.steps,
+    )  # fmt: skip
+
+
+def dry_flow_run(recipe: FlowRecipe) -> DryRun:
+    """The same for the detokenizer's flow, with a batch of the longest rows.
+
+    Raises:
+        CheckpointError: if the folder has no detokenizer.
+        ShardingError: for a mesh that does not fit the devices.
+        TrainError: if nothing would be trained, the detokenizer is not converted, or rows do not
+            divide by the mesh.
+    """
+    mesh, flow = mesh_of(recipe.mesh), open_flow(recipe.flow)
+    optimizer = make_optimizer(recipe.optimizer)
+    state = abstract_state(flow.model, optimizer, mesh)
+    rows, codes = rows_at_once(recipe.data.rows, 0, mesh), recipe.data.buckets[-1]
+    batch = abstract_flow_batch(flow.cfg, mesh, rows, codes)
+    step = make_flow_step(flow.model, optimizer, recipe.teaching, mesh, seed=recipe.seed)
+    return DryRun(
+        _groups(recipe.optimizer, state), _devices(mesh), _memory(step, state, batch),
+        rows * codes, recipe.optimizer.steps, "codes at most",
+    )  # fmt: skip
+
+
+def _memory(step: Step, state: TrainState, batch: Any, gradients: int = 0) -> dict[str, int]:
+    """Bytes of each device; `gradients` are those that are added up over parts of a batch."""
     found = step.lower(state, batch).compile().memory_analysis()
     memory = {
         "parameters": _bytes(state.params),
         "optimizer": _bytes(state.opt_state),
         "batch": _bytes(batch),
-        "gradients": sum(map(_size, jax.tree.leaves(trained)))
-        * (jnp.dtype(recipe.gradients).itemsize if parts else 0),
+        "gradients": gradients,
     }
     if found is not None:
         # XLA counts the sums of accumulated gradients among its temporaries.
         memory["gradients and temporaries"] = int(found.temp_size_in_bytes)
         del memory["gradients"]
-    memory["in all"] = sum(memory.values())
-    sizes = "one" if mesh is None else ", ".join(f"{k}={v}" for k, v in mesh.shape.items())
-    return DryRun(
-        tuple(_groups(recipe, base, optimizer, state.params)), sizes, memory,
-        rows * max(parts, 1) * recipe.data.length, recipe.optimizer.steps,
-    )  # fmt: skip
+    return memory | {"in all": sum(memory.values())}
 
 
-def _groups(recipe: Recipe, base: Base, optimizer: Optimizer, params: Any) -> list[Group]:
-    config = optimizer_config(recipe)
+def _devices(mesh: Mesh | None) -> str:
+    return "one" if mesh is None else ", ".join(f"{k}={v}" for k, v in mesh.shape.items())
+
+
+def _groups(config: OptimizerConfig, state: TrainState) -> tuple[Group, ...]:
     found: dict[tuple[str, float], list[tuple[str, Any]]] = {}
-    for path, leaf in jax.tree.leaves_with_path(params):
+    for path, leaf in jax.tree.leaves_with_path(state.params):
         name = name_of(path)
         key = (_part_of(name), config.rate_of(name))
         found.setdefault(key, []).append((name, leaf))
-    return [
+    return tuple(
         Group(
             part, ", ".join(sorted({leaf.dtype.name for _, leaf in leaves})),
             sum(leaf.size for _, leaf in leaves), rate,
@@ -137,7 +175,7 @@ def _groups(recipe: Recipe, base: Base, optimizer: Optimizer, params: Any) -> li
             sum(_bytes(leaf) for _, leaf in leaves),
         )
         for (part, rate), leaves in sorted(found.items())
-    ]  # fmt: skip
+    )  # fmt: skip
 
 
 def _part_of(name: str) -> str:

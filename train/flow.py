@@ -2,7 +2,7 @@
 
     model = flow_model(speech.cfg.flow)
     optimizer = make_optimizer(OptimizerConfig(rate=1e-5, steps=1000, decay=0.0))
-    step = make_flow_step(model, optimizer, FlowConfig())
+    step = make_flow_step(model, optimizer, Teaching())
     state = init_state(model, optimizer, None, speech.params(["flow"])["flow"])
     state, report = step(state, batch)  # the old state is used up
 
@@ -13,14 +13,13 @@ full, as in a whole reply; streams cut it short at run time.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from sa2jax.errors import TrainError
@@ -28,9 +27,10 @@ from sa2jax.models.flow.dit import EstimatorState
 from sa2jax.models.flow.flow_matching import Flow, start_noise
 from sa2jax.models.flow.upsample_conformer import ConformerState
 from sa2jax.nn import Functional, Params, before
-from sa2jax.sharding import sharding_of
-from sa2jax.train.optimizer import Optimizer, apply_updates, join
-from sa2jax.train.step import Step, TrainState, state_shardings
+from sa2jax.sharding import placed, sharding_of, using
+from sa2jax.speech_config import FlowConfig
+from sa2jax.train.optimizer import Optimizer, join
+from sa2jax.train.step import Step, TrainState, compiled, updated
 
 TRACES: Counter[str] = Counter()  # how often a step has been traced
 
@@ -44,7 +44,7 @@ FLOW_BATCH_AXES: Mapping[str, tuple[str | None, ...]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowConfig:
+class Teaching:
     """How the flow is taught.
 
     Attributes:
@@ -88,7 +88,7 @@ def flow_loss(
     params: Params,
     batch: FlowBatch,
     key: Array,
-    config: FlowConfig | None = None,
+    config: Teaching | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """How far the velocity is off on random places of the paths from noise to mel frames.
 
@@ -101,14 +101,14 @@ def flow_loss(
         params: its parameters.
         batch: rows.
         key: of all that is drawn.
-        config: how, by default `FlowConfig()`.
+        config: how, by default `Teaching()`.
 
     Returns:
         The squared error, its mean over all valid frames and bands, and float32 scalars to report:
         the valid `frames`, how many rows were `dropped`, how many `prompted`, and of how many
         `rows`.
     """
-    config = FlowConfig() if config is None else config
+    config = Teaching() if config is None else config
     net = model.bind(params)
     cfg, dtype = net.cfg, net.policy.compute
     batch_size, room = batch.codes.shape
@@ -189,7 +189,7 @@ def _no_past(net: Flow, rows: int) -> EstimatorState:
 def make_flow_step(
     model: Functional[Flow],
     optimizer: Optimizer,
-    config: FlowConfig | None = None,
+    config: Teaching | None = None,
     mesh: Mesh | None = None,
     *,
     seed: int = 0,
@@ -221,27 +221,74 @@ def make_flow_step(
         (value, report), gradient = jax.value_and_grad(loss, has_aux=True)(trained)
         if mesh is not None:
             gradient = jax.lax.with_sharding_constraint(gradient, places)
-        with jax.named_scope("update"):
-            updates, opt_state = optimizer.transform.update(gradient, state.opt_state, trained)
-            trained = apply_updates(trained, updates, state.step)
-            norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), gradient))
+        new, norm = updated(optimizer, state, gradient)
         report |= {"loss": value, "norm": norm, "rate": optimizer.schedule(state.step)}
         report = {name: jnp.asarray(scalar, jnp.float32) for name, scalar in report.items()}
-        return TrainState(join(trained, frozen), opt_state, state.step + 1), report
+        return new, report
 
-    options: dict[str, Any] = {"donate_argnums": 0}
-    if mesh is not None:
-        whole = NamedSharding(mesh, PartitionSpec())
-        options["out_shardings"] = (state_shardings(model, optimizer, mesh), whole)
-    return Step(jax.jit(step, **options), mesh)
+    return compiled(step, model, optimizer, mesh)
+
+
+def make_flow_evaluation(
+    model: Functional[Flow], mesh: Mesh | None = None, config: Teaching | None = None
+) -> Callable[[Params, FlowBatch, Array], tuple[Float[Array, ""], Float[Array, ""]]]:
+    """The loss of a batch, and of how many frames; nothing is learnt.
+
+    Args:
+        model: the flow's structure.
+        mesh: devices; None for one.
+        config: how the flow is taught.
+
+    Returns:
+        A function of parameters, a batch on its devices, and the key of all that is drawn.
+    """
+
+    def evaluate(params: Params, batch: FlowBatch, key: Array):
+        TRACES["evaluation"] += 1
+        loss, report = flow_loss(model, params, batch, key, config)
+        return loss, report["frames"]
+
+    function = jax.jit(evaluate)
+
+    def run(params: Params, batch: FlowBatch, key: Array):
+        with using(mesh):
+            return function(params, batch, key)
+
+    return run
+
+
+# --- batches ------------------------------------------------------------------------------------
 
 
 def place_flow_batch(batch: FlowBatch, mesh: Mesh | None) -> FlowBatch:
-    """A batch on its devices, split by rows."""
-    if mesh is None:
-        return jax.device_put(batch)
+    """A batch on its devices, split by rows; in a run of one host."""
+    return jax.device_put(batch, None if mesh is None else _batch_shardings(batch, mesh))
 
+
+def abstract_flow_batch(cfg: FlowConfig, mesh: Mesh | None, rows: int, codes: int) -> FlowBatch:
+    """A batch's shapes and places.
+
+    Args:
+        cfg: the flow's sizes.
+        mesh: devices; None for one.
+        rows: of all devices together.
+        codes: of each row.
+    """
+
+    def make():
+        return FlowBatch(
+            codes=jnp.zeros((rows, codes), jnp.int32),
+            mels=jnp.zeros((rows, cfg.encoder.upsample * codes, cfg.mels), jnp.float32),
+            lengths=jnp.zeros(rows, jnp.int32),
+            speaker=jnp.zeros((rows, cfg.speaker), jnp.float32),
+        )
+
+    batch = jax.eval_shape(make)
+    return batch if mesh is None else placed(batch, _batch_shardings(batch, mesh))
+
+
+def _batch_shardings(batch: FlowBatch, mesh: Mesh) -> FlowBatch:
     def place(path, leaf):
         return sharding_of(leaf.shape, FLOW_BATCH_AXES[path[0].name], mesh)
 
-    return jax.device_put(batch, jax.tree.map_with_path(place, batch))
+    return jax.tree.map_with_path(place, batch)

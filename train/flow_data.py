@@ -35,12 +35,11 @@ from sa2jax.inference.speech_folder import SpeechFolder
 from sa2jax.inference.voices import MAX_SECONDS, MEL_RATE, MIN_SECONDS, SILENCE, VoiceAnalyzer
 from sa2jax.train.flow import FlowBatch
 from sa2jax.train.samples import ABOUT, Reject
-from sa2jax.train.shards import REJECTS, RejectWriter
+from sa2jax.train.shards import CODE_RATE, REJECTS, RejectWriter
 
 FORMAT = "flow 1"
 SAMPLES, LENGTHS = "samples.array_record", "lengths.npy"
 SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus")
-CODE_RATE = 25
 FRAMES = 2  # mel frames of a code
 _AT_ONCE = 32  # pieces whose codes are found together
 
@@ -79,7 +78,7 @@ def prepare_flow(
     Longer recordings are cut every 30 s. What cannot be used is listed in rejects.jsonl.
 
     Args:
-        sources: .jsonl files and folders of recordings.
+        sources: recordings, folders of them, and .jsonl files.
         out: folder to make, whole or not at all.
         model: folder with the detokenizer to be tuned: codes mean nothing to another.
         max_rejects: recordings that may be unusable.
@@ -98,7 +97,10 @@ def prepare_flow(
     out, speech = Path(os.path.abspath(out)), SpeechFolder(model)
     if overwrite and out.is_dir() and any(out.iterdir()) and not (out / ABOUT).is_file():
         raise DataError(f"{out} is no prepared folder, it is not replaced: choose another one")
-    items = [item for source in sources for item in _items(Path(os.path.abspath(source)))]
+    paths = [Path(os.path.abspath(source)) for source in sources]
+    if twice := [str(path) for path in paths if paths.count(path) > 1]:
+        raise DataError(f"{twice[0]} is given twice")
+    items = [item for path in paths for item in _items(path)]
     digest, lengths = hashlib.sha256(), []
     with (
         new_folder(out, overwrite=overwrite) as folder,
@@ -148,24 +150,24 @@ def _items(source: Path) -> list[_Item]:
         if not paths:
             raise DataError(f"no recordings in {source}: expected {', '.join(SOUNDS)} files")
         return [_Item(str(path.relative_to(source)), str(path), str(path)) for path in paths]
+    if source.suffix.lower() in SOUNDS:
+        return [_Item(source.name, str(source), str(source))]
     try:
         lines = source.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"{source} cannot be read ({error}): expected a .jsonl file or a folder of recordings"
+            f"{source} cannot be read ({error}): expected recordings ({', '.join(SOUNDS)}), a "
+            "folder of them, or a .jsonl file"
         ) from None
     items = []
     for number, line in enumerate(lines, 1):
+        where = f"{source.name}:{number}"
         if not line.strip():
             continue
-        where = f"{source.name}:{number}"
         try:
             raw = json.loads(line)
             path, voice = raw["audio"], raw.get("voice") or raw["audio"]
-            if not isinstance(path, str) or not isinstance(voice, str):
-                raise TypeError("paths must be strings")
-            at = source.parent
-            items.append(_Item(where, os.path.join(at, path), os.path.join(at, voice)))
+            items.append(_Item(where, *(os.path.join(source.parent, p) for p in (path, voice))))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f'expected {{"audio": "a.wav"}}, perhaps with "voice", got {error!r}'
             items.append(_Item(where, problem=reason))
@@ -317,7 +319,7 @@ class FlowData:
             )
         self.config, self._seed, self._host, self._hosts = config, seed, host, hosts
         self.folder = Path(config.folder)
-        self.about, self._lengths = _open(self.folder)
+        self.about, self._lengths = read_flow_about(self.folder)
         if analysis is not None and analysis != self.about["speech_tokenizer"]:
             raise DataError(
                 f"{self.folder} was heard by another checkpoint's networks, its codes mean "
@@ -424,8 +426,12 @@ class FlowData:
         return ArrayRecordDataSource([f"{self.folder / SAMPLES}[0:{len(self._lengths)}]"])
 
 
-def _open(folder: Path) -> tuple[dict[str, Any], Int[np.ndarray, "N"]]:
-    """What a prepared folder says of itself, and the lengths of its samples."""
+def read_flow_about(folder: Path) -> tuple[dict[str, Any], Int[np.ndarray, "N"]]:
+    """What a prepared folder says of itself, and the lengths of its samples in codes.
+
+    Raises:
+        DataError: if it is none, or is damaged.
+    """
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         if about.get("format") != FORMAT:
@@ -438,6 +444,7 @@ def _open(folder: Path) -> tuple[dict[str, Any], Int[np.ndarray, "N"]]:
         about["speech_tokenizer"], about["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
         raise DataError(
-            f"{folder} is no folder of prepared recordings ({error}): make it with prepare_flow"
+            f"{folder} is no folder of recordings for the flow ({error}): make it with "
+            "`sa2jax data prepare-flow`"
         ) from None
     return about, lengths

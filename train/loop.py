@@ -237,7 +237,7 @@ def rows_at_once(rows: int, parts: int, mesh: Mesh | None) -> int:
     if rows % batch_ways(mesh):
         raise TrainError(
             f"{rows} rows at a time do not divide by the {batch_ways(mesh)} devices of the mesh's "
-            "data and fsdp axes: change data.rows, data.parts or the mesh"
+            "data and fsdp axes: change the rows of an update, or of a part of it, or the mesh"
         )
     return rows
 

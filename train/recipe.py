@@ -2,7 +2,8 @@
 
     recipe = read_recipe("smoke", {"optimizer.steps": 50})  # from configs/recipes, or a file
 
-A recipe's head says in comments what it needs, how long it takes and what comes out.
+A recipe's head says in comments what it needs, how long it takes and what comes out. A key `kind`
+at its top says what is trained: the language model, unless it is there; see `flow_task` for `flow`.
 """
 
 import json
@@ -153,6 +154,9 @@ class Recipe:
 FREE = ("mesh", "pace", "evaluate", "model.save", "data.max_rejects")
 
 
+LANGUAGE, FLOW = KINDS = "language", "flow"  # what a recipe may train
+
+
 def recipe_names() -> list[str]:
     """Recipes that come with the library."""
     home = files("sa2jax.configs.recipes")
@@ -186,7 +190,7 @@ def read_values(source: str | Path) -> dict[str, Any]:
 
 
 def read_recipe(source: str | Path, changes: Mapping[str, Any] | None = None) -> Recipe:
-    """A recipe by its name or file.
+    """A recipe of the language model by its name or file.
 
     Args:
         source: a name from configs/recipes, or a YAML file.
@@ -195,7 +199,34 @@ def read_recipe(source: str | Path, changes: Mapping[str, Any] | None = None) ->
     Raises:
         ConfigError: for a key that does not exist, or a value of another kind.
     """
-    return build(Recipe, with_changes(read_values(source), changes or {}), str(source))
+    return build(Recipe, values_of(LANGUAGE, source, changes), str(source))
+
+
+def values_of(
+    kind: str, source: str | Path, changes: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The values of a recipe that has to be of one kind, changed, without the kind.
+
+    Raises:
+        ConfigError: if there is none, or it is of another kind.
+    """
+    found, values = split_kind(with_changes(read_values(source), changes or {}), str(source))
+    if found != kind:
+        raise ConfigError(f"{source} is a recipe of kind {found}: expected one of kind {kind}")
+    return values
+
+
+def split_kind(values: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
+    """What a recipe trains, and its other values.
+
+    Raises:
+        ConfigError: for a kind that there is not.
+    """
+    rest = dict(values)
+    kind = rest.pop("kind", LANGUAGE)
+    if kind not in KINDS:
+        raise ConfigError(f"{where}: kind {kind!r}: expected {' or '.join(KINDS)}")
+    return kind, rest
 
 
 def with_changes(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -243,7 +274,7 @@ def build(kind: type, values: Mapping[str, Any], where: str) -> Any:
 
 
 def require_known(kind: type, values: Any, where: str, prefix: str = "") -> None:
-    """Complain about the first key that a nested dataclass does not have.
+    """Complain about the first key that a nested dataclass does not have, or that is no number.
 
     Raises:
         ConfigError: naming it and those that there are.
@@ -257,7 +288,10 @@ def require_known(kind: type, values: Any, where: str, prefix: str = "") -> None
             raise ConfigError(
                 f"{where}: there is no {prefix}{key}; expected one of {', '.join(names)}"
             )
-        for inner in (hints[key], *getattr(hints[key], "__args__", ())):
+        kinds = hints[key], *getattr(hints[key], "__args__", ())
+        if float in kinds and isinstance(value, str) and not _is_number(value):
+            raise ConfigError(f"{where}: {prefix}{key}: expected a number, got {value!r}")
+        for inner in kinds:
             if is_dataclass(inner) and isinstance(inner, type):
                 require_known(inner, value, where, f"{prefix}{key}.")
 
@@ -281,7 +315,12 @@ def _as_float(value: Any) -> Any:
     """YAML reads `1e-5` as text and `1` as a whole number."""
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         return value
+    return float(value) if _is_number(value) else value
+
+
+def _is_number(value: Any) -> bool:
     try:
-        return float(value)
+        float(value)
     except ValueError:
-        raise ValueError(f"expected a number, got {value!r}") from None
+        return False
+    return True

@@ -219,17 +219,33 @@ def make_step(
             zeros = pinned(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, gradients), like[0]))
             nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like[1])
             (gradient, sums), _ = jax.lax.scan(add, (zeros, nothing), batch)
-        with jax.named_scope("update"):
-            updates, opt_state = optimizer.transform.update(gradient, state.opt_state, trained)
-            trained = apply_updates(trained, updates, state.step)
-            norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), gradient))
+        new, norm = updated(optimizer, state, gradient)
         report = {"norm": norm, "rate": optimizer.schedule(state.step), "weight": weight}
         for name, found in sums.items():
             start = "" if name == "all" else f"{name}/"
             report |= {f"{start}{key}": value for key, value in found.means().items()}
         report = {key: jnp.asarray(value, jnp.float32) for key, value in report.items()}
-        return TrainState(join(trained, frozen), opt_state, state.step + 1), report
+        return new, report
 
+    return compiled(step, model, optimizer, mesh)
+
+
+def updated(
+    optimizer: Optimizer, state: TrainState, gradient: Params
+) -> tuple[TrainState, Float[Array, ""]]:
+    """The state after a gradient's update, and the gradient's norm before it is clipped."""
+    trained, frozen = optimizer.split(state.params)
+    with jax.named_scope("update"):
+        updates, opt_state = optimizer.transform.update(gradient, state.opt_state, trained)
+        trained = apply_updates(trained, updates, state.step)
+        norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), gradient))
+    return TrainState(join(trained, frozen), opt_state, state.step + 1), norm
+
+
+def compiled(
+    step: Callable[..., Any], model: Functional[Any], optimizer: Optimizer, mesh: Mesh | None
+) -> Step:
+    """A step that uses up its state and leaves the new one in the same places."""
     options: dict[str, Any] = {"donate_argnums": 0}
     if mesh is not None:
         whole = NamedSharding(mesh, PartitionSpec())
@@ -313,7 +329,9 @@ def init_state(
     """
     init, step = optimizer.transform.init, jnp.zeros((), jnp.int32)
     if mesh is None:
-        return TrainState(params, jax.jit(init)(optimizer.split(params)[0]), step)
+        state = TrainState(params, jax.jit(init)(optimizer.split(params)[0]), step)
+        # Moments that are bound to no device would make the second step another program.
+        return jax.device_put(state, jax.local_devices()[0])
     places = state_shardings(model, optimizer, mesh)
     params = jax.device_put(params, places.params)
     opt_state = jax.jit(init, out_shardings=places.opt_state)(optimizer.split(params)[0])

@@ -1,4 +1,4 @@
-"""The commands of training data: `data prepare` and `data show`."""
+"""The commands of training data: `data prepare`, `data prepare-flow` and `data show`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,12 +41,9 @@ def _prepare(
         overwrite: Replace a prepared folder.
         json: Print JSON.
     """
-    from sa2jax.errors import DataError
     from sa2jax.train.prepare import PrepareConfig, prepare
 
-    if len(paths) < 2:
-        raise DataError(f"expected SOURCE ... OUT, got {' '.join(paths) or 'nothing'}")
-    *sources, out = paths
+    *sources, out = _sources_and_out(paths)
     config = PrepareConfig(
         model=model, reader=reader, tfio_python=tfio_python, shard_size=shard_size,
         workers=workers, max_rejects=max_rejects,
@@ -56,23 +53,60 @@ def _prepare(
     _print(about, Path(out), json)
 
 
+def _prepare_flow(
+    paths: Paths,
+    *,
+    model: Path,
+    max_rejects: int = 100,
+    overwrite: bool = False,
+    json: bool = False,
+):
+    """Hear recordings for training of the detokenizer's flow: codes, mel frames, speaker vectors.
+
+    Args:
+        paths: Recordings (wav, flac, mp3, ogg, opus) of at least 1 s, folders of them, or .jsonl
+            files with a line {"audio": "a.wav"} each; and, last, the folder to make.
+        model: Folder with the detokenizer to train: its own networks hear the recordings.
+        max_rejects: Stop if more recordings than these cannot be used.
+        overwrite: Replace a prepared folder.
+        json: Print JSON.
+    """
+    from sa2jax.runtime import enable_compilation_cache
+    from sa2jax.train.flow_data import prepare_flow
+
+    *sources, out = _sources_and_out(paths)
+    enable_compilation_cache()
+    with common.bar("hearing", unit="recordings") as tick:
+        about = prepare_flow(
+            sources, out, model, max_rejects=max_rejects, overwrite=overwrite, progress=tick
+        )
+    _print(about, Path(out), json)
+
+
 def _show(folder: Folder, *, json: bool = False):
     """Show what a prepared folder holds.
 
     Args:
-        folder: Made by `sa2jax data prepare`.
+        folder: Made by `sa2jax data prepare` or `sa2jax data prepare-flow`.
         json: Print JSON.
     """
     common.stay_on_host()
-    from sa2jax.train.samples import read_about
+    from sa2jax.train.flow_data import FORMAT, read_flow_about
+    from sa2jax.train.samples import ABOUT, read_about
 
-    _print(read_about(folder), folder, json)
+    try:
+        text = (folder / ABOUT).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        text = ""  # what is wrong with it, `read_about` says
+    of_flow = f'"{FORMAT}"' in text
+    _print(read_flow_about(folder)[0] if of_flow else read_about(folder), folder, json)
 
 
 # Each action is run where it is parsed, as the value of `action`.
 def data(
     action: Annotated[
         Annotated[Any, tyro.conf.subcommand(name="prepare", constructor=_prepare)]
+        | Annotated[Any, tyro.conf.subcommand(name="prepare-flow", constructor=_prepare_flow)]
         | Annotated[Any, tyro.conf.subcommand(name="show", constructor=_show)],
         tyro.conf.arg(name=""),
     ],
@@ -82,6 +116,15 @@ def data(
     Args:
         action: What to do.
     """
+
+
+def _sources_and_out(paths: tuple[str, ...]) -> tuple[str, ...]:
+    """Paths, if they are enough."""
+    from sa2jax.errors import DataError
+
+    if len(paths) < 2:
+        raise DataError(f"expected SOURCE ... OUT, got {' '.join(paths) or 'nothing'}")
+    return paths
 
 
 def _print(about: Mapping[str, Any], folder: Path, json: bool) -> None:
@@ -98,23 +141,25 @@ def _table(about: Mapping[str, Any], folder: Path) -> Table:
     def hours(seconds: float) -> str:
         return f"{seconds / 3600:.2f} h" if seconds >= 3600 else f"{seconds:.1f} s"
 
-    shards = about["shards"]
-    size = sum(shard["bytes"] for shard in shards)
-    table.add_row("samples", f"{about['samples']} in {len(shards)} shards, {size / 1e6:.1f} MB")
+    shards = about.get("shards")
+    size = sum(shard["bytes"] for shard in shards) if shards else about["bytes"]
+    where = f" in {len(shards)} shards" if shards else ""
+    table.add_row("samples", f"{about['samples']}{where}, {size / 1e6:.1f} MB")
     rejected = about.get("rejected", 0)
     table.add_row("rejected", f"{rejected}, see rejects.jsonl" if rejected else "none")
     table.add_row("audio heard", hours(about["seconds"]))
-    table.add_row("speech to say", hours(about.get("seconds_spoken", 0)))
-    letters = {k: n for k, n in about.get("characters", {}).items() if n}
-    found = ", ".join(f"{script} {count}" for script, count in letters.items())
-    table.add_row("letters by script", found or "none")
-    if tokens := about.get("tokens"):
-        parts = (("text", "text"), ("audio heard", "heard"), ("audio codes", "codes"))
-        table.add_row("tokens", ", ".join(f"{name} {tokens[key]}" for name, key in parts))
-    if lengths := about.get("lengths"):
-        parts = (f"{name} {value:g}" for name, value in lengths.items() if name != "unit")
-        table.add_row(f"length in {lengths['unit']}", ", ".join(parts))
-    table.add_row("mel bands", str(about["n_mels"]))
+    if shards:
+        table.add_row("speech to say", hours(about.get("seconds_spoken", 0)))
+        letters = {k: n for k, n in about.get("characters", {}).items() if n}
+        found = ", ".join(f"{script} {count}" for script, count in letters.items())
+        table.add_row("letters by script", found or "none")
+        if tokens := about.get("tokens"):
+            parts = (("text", "text"), ("audio heard", "heard"), ("audio codes", "codes"))
+            table.add_row("tokens", ", ".join(f"{name} {tokens[key]}" for name, key in parts))
+        if lengths := about.get("lengths"):
+            parts = (f"{name} {value:g}" for name, value in lengths.items() if name != "unit")
+            table.add_row(f"length in {lengths['unit']}", ", ".join(parts))
+        table.add_row("mel bands", str(about["n_mels"]))
     table.add_row("speech tokenizer", str(about.get("speech_tokenizer") or "none was used"))
     table.add_row("fingerprint", about["fingerprint"])
     return table

@@ -2,14 +2,16 @@
 
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
 from sa2jax.cli import common
 from sa2jax.cli.common import Devices, Out, Source
 
+Words = tyro.conf.UseAppendAction[tuple[str, ...]]  # the option may be given several times
 Common = Annotated[Devices, tyro.conf.arg(name="")]
 
 
@@ -18,9 +20,9 @@ def train(
     config: Annotated[str, tyro.conf.arg(metavar="NAME|FILE")],
     out: Path | None = None,
     model: Path | None = None,
-    data: tuple[str, ...] = (),
+    data: Words = (),
     steps: int | None = None,
-    set: tuple[str, ...] = (),
+    set: Words = (),
     devices: Common,
     fresh: bool = False,
     dry_run: bool = False,
@@ -29,13 +31,17 @@ def train(
 ):
     """Train as a recipe says; the same command again goes on from the last checkpoint.
 
+    What is trained is the language model, or with a recipe of the kind `flow` the detokenizer's
+    flow, on what `sa2jax data prepare-flow` made.
+
     A first Ctrl-C ends the run after the step at hand, with a checkpoint.
 
     Args:
         config: Recipe: a name from configs/recipes, or a YAML file.
         out: The run's folder; by default runs/NAME.
         model: Model folder to begin with, in place of the recipe's.
-        data: Files or folders to learn from, in place of the recipe's; PATH or PATH=WEIGHT.
+        data: Files or folders to learn from, in place of the recipe's; PATH or PATH=WEIGHT. For the
+            flow one prepared folder.
         steps: Updates, in place of the recipe's.
         set: Other values in place of the recipe's, such as optimizer.rate=1e-5.
         devices: Devices.
@@ -46,28 +52,48 @@ def train(
     """
     devices.join_hosts()
     from sa2jax.runtime import enable_compilation_cache
-    from sa2jax.train.language import train
-    from sa2jax.train.recipe import parse_changes, read_recipe
+    from sa2jax.train.recipe import (
+        FLOW,
+        Recipe,
+        build,
+        parse_changes,
+        read_values,
+        split_kind,
+        with_changes,
+    )
 
     enable_compilation_cache()
-    changes = parse_changes(set)
+    kind, values = split_kind(with_changes(read_values(config), parse_changes(set)), config)
+    changes: dict[str, Any] = {}
     if model is not None:
-        changes |= {"model.folder": str(model), "model.preset": None}
+        own = {"flow.folder": str(model)}
+        changes |= own if kind == FLOW else {"model.folder": str(model), "model.preset": None}
     if data:
-        changes["data.sources"] = _weights(data)
+        own = {"data.folder": _only(data)} if kind == FLOW else {"data.sources": _weights(data)}
+        changes |= own
     if steps is not None:
         changes["optimizer.steps"] = steps
     if devices.mesh is not None:
         changes["mesh"] = devices.mesh
-    recipe = read_recipe(config, changes)
-    if dry_run:
-        from sa2jax.train.dry import dry_run as look
+    values = with_changes(values, changes)
+    folder = Path("runs") / Path(config).stem if out is None else out
+    if kind == FLOW:
+        from sa2jax.train.flow_task import FlowRecipe, train_flow
 
-        found = look(recipe)
+        recipe = build(FlowRecipe, values, config)
+        start = partial(train_flow, recipe)
+    else:
+        from sa2jax.train.language import train
+
+        recipe = build(Recipe, values, config)
+        start = partial(train, recipe)
+    if dry_run:
+        from sa2jax.train.dry import dry_flow_run, dry_run
+
+        found = (dry_flow_run if kind == FLOW else dry_run)(recipe)
         common.print_json(asdict(found)) if json else found.print(common.wide())
         return
-    folder = Path("runs") / Path(config).stem if out is None else out
-    outcome = train(recipe, folder, fresh=fresh, profile=profile)
+    outcome = start(folder, fresh=fresh, profile=profile)
     if json:
         common.print_json(asdict(outcome))
     else:
@@ -102,6 +128,18 @@ def merge(
     base, params = open_base(build(ModelSpec, values, str(model))).adapted(adapter)
     base.save(params, out, overwrite=overwrite)
     print(f"model: {out}")
+
+
+def _only(data: tuple[str, ...]) -> str:
+    """The one folder that the flow learns from."""
+    from sa2jax.errors import ConfigError
+
+    if len(data) != 1:
+        raise ConfigError(
+            f"--data {' '.join(data)}: the flow learns from one folder; `sa2jax data prepare-flow` "
+            "makes one of many sources"
+        )
+    return data[0]
 
 
 def _weights(data: tuple[str, ...]) -> dict[str, float]:

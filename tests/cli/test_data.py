@@ -22,7 +22,7 @@ def test_prepare_and_show(run, tmp_path):
     out = tmp_path / "ready"
     code, text, err = run("data", "prepare", EXAMPLES / "talks.jsonl", out)
     assert (code, err) == (0, "")
-    for words in ("16 in 1 shards", "letters by script", "zh 81, en 5", "speech to say", "8.9 s",
+    for words in ("20 in 1 shards", "letters by script", "zh 81, en 7", "speech to say", "8.9 s",
                   "length in seconds", "none was used", "fingerprint"):  # fmt: skip
         assert words in text
     assert run("data", "show", out) == (0, text, "")
@@ -38,7 +38,7 @@ def test_json_and_model(run, tmp_path):
     assert (code, err) == (0, "")
     about = json.loads(text)
     assert about["n_mels"] == 16
-    assert [shard["samples"] for shard in about["shards"]] == [10, 6]
+    assert [shard["samples"] for shard in about["shards"]] == [10, 10]
     assert about["lengths"]["unit"] == "tokens"
     assert 150 < about["lengths"]["longest"] < 400  # the examples fit into a small context
     assert "tokens" in run("data", "show", ready)[1]
@@ -51,7 +51,7 @@ def test_folders_and_rejects(run, tmp_path):
     ready = tmp_path / "ready"
     code, text, _ = run("data", "prepare", tmp_path / "one", tmp_path / "two", ready, "--json")
     assert code == 0
-    assert (json.loads(text)["samples"], json.loads(text)["rejected"]) == (14, 18)
+    assert (json.loads(text)["samples"], json.loads(text)["rejected"]) == (22, 18)
     assert "18, see rejects.jsonl" in run("data", "show", ready)[1]
     code, _, err = run("data", "prepare", tmp_path / "one", ready, "--overwrite")
     assert (code, err) == (0, "")
