@@ -55,7 +55,7 @@ def test_folders_and_rejects(run, tmp_path):
     assert "18, see rejects.jsonl" in run("data", "show", ready)[1]
     code, _, err = run("data", "prepare", tmp_path / "one", ready, "--overwrite")
     assert (code, err) == (0, "")
-    assert len(open_source(ready)) == 7
+    assert len(open_source(ready)) == 11
 
 
 def test_examples():
