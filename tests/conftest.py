@@ -1,8 +1,13 @@
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+# A shell starts background jobs with interrupts ignored, and all their children with them.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 HERE = Path(__file__).parent
 SMALL_GOLDEN = HERE / "golden"
