@@ -5,7 +5,6 @@ gets its name when it is complete; what a killed run left half-written is remove
 """
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -121,12 +120,6 @@ class Checkpoints:
         with disk_errors(self.folder):
             self._manager.wait_until_finished()
             self._manager.close()
-
-    def clear(self) -> None:
-        """Remove them all, to begin anew."""
-        self._manager.close()
-        if jax.process_index() == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _saved(optimizer: Optimizer, state: TrainState) -> dict[str, Any]:

@@ -11,6 +11,7 @@ What is trained is a `Task`: the language model's is made in `language.py`, the 
 """
 
 import json
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from sa2jax.errors import TrainError
+from sa2jax.errors import Sa2jaxError, TrainError
 from sa2jax.folders import disk_errors
 from sa2jax.nn import Params
 from sa2jax.sharding import batch_ways, make_mesh
@@ -265,21 +266,34 @@ def whole(tree: Any) -> Any:
 
 def _open_checkpoints(facts: Mapping[str, Any], pace: Pace, out: Path, fresh: bool) -> Checkpoints:
     """The checkpoints of this run; those of another one are refused."""
-    path = out / RUN
+    problem = None
+    if jax.process_index() == 0:  # the others must not see the folder half made
+        try:
+            _claim(out, facts, fresh)
+        except Sa2jaxError as error:
+            problem = error
+    if jax.process_count() > 1:
+        fine = multihost_utils.broadcast_one_to_all(np.array(problem is None))
+        if not fine and problem is None:
+            problem = TrainError(f"the first host cannot use {out}: it says why")
+    if problem is not None:
+        raise problem
+    return Checkpoints(out / STATES, keep=pace.keep, keep_every=pace.keep_every)
+
+
+def _claim(out: Path, facts: Mapping[str, Any], fresh: bool) -> None:
+    """Make a run's folder, or see that it is this run's."""
+    path, states = out / RUN, out / STATES
     if out.is_dir() and any(out.iterdir()) and not (path.is_file() or (out / REJECTS).is_file()):
         raise TrainError(f"{out} holds something else than a training run: choose another --out")
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    saved = Checkpoints(out / STATES, keep=pace.keep, keep_every=pace.keep_every)
-    if fresh:
-        saved.clear()
-        saved = Checkpoints(out / STATES, keep=pace.keep, keep_every=pace.keep_every)
-    elif saved.latest() is not None:
+        if fresh:
+            shutil.rmtree(states, ignore_errors=True)
+    if states.is_dir() and any(step.name.isdigit() for step in states.iterdir()):
         _require_same(path, facts)
-    if jax.process_index() == 0:
-        with disk_errors(path):
-            path.write_text(json.dumps(facts, indent=2, ensure_ascii=False), encoding="utf-8")
-    return saved
+    with disk_errors(path):
+        path.write_text(json.dumps(facts, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def _require_same(path: Path, facts: Mapping[str, Any]) -> None:
