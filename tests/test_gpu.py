@@ -46,7 +46,7 @@ def test_a_generator_answers_as_on_a_cpu():
     for device in (jax.devices()[0], jax.devices("cpu")[0]):
         with jax.default_device(device):
             placed = jax.device_put(params, device)
-            generator = Generator(step_audio2(cfg), placed)
+            generator = Generator(step_audio2(cfg), placed, cfg)
             made = generator.generate(requests, Options(max_new_tokens=24))
             found.append([list(reply.ids) for (reply,) in made])
     assert found[0] == found[1]

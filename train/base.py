@@ -30,6 +30,8 @@ from sa2jax.convert.transfer import copy_side_files, usual_dtype
 from sa2jax.convert.weights import SafetensorsFolder
 from sa2jax.errors import ConfigError, TrainError
 from sa2jax.inference import loading
+from sa2jax.inference.speech_folder import KIND as SPEECH
+from sa2jax.inference.speech_folder import VOICES
 from sa2jax.models.step_audio import StepAudio2Model, step_audio2
 from sa2jax.nn import Functional, Params, Policy, functional, init_params
 from sa2jax.runtime import default_dtype
@@ -38,7 +40,6 @@ from sa2jax.train.peft import load_adapter, targets_of
 from sa2jax.train.recipe import LoraSpec, ModelSpec
 
 BYTES = "bytes"  # the tokenizer of one token a byte
-SPEECH = "token2wav"
 SAMPLE_BYTES = 4096  # of each file that a fingerprint looks at
 
 
@@ -159,6 +160,7 @@ class Base:
             checkpoint.save(folder / checkpoint.PARAMS, params)
             if jax.process_index() == 0:
                 self._write_side_files(folder, dtype)
+                _keep_voices(Path(out), folder)
 
     def adapted(self, folder: str | Path, mesh: Mesh | None = None) -> tuple["Base", Params]:
         """This model with a PEFT adapter beside its matrices, and their numbers.
@@ -190,10 +192,11 @@ class Base:
         }
         if self.spec.folder is not None:
             home = Path(self.spec.folder)
-            own = {checkpoint.INFO, checkpoint.PARAMS, SPEECH}
+            own = {checkpoint.INFO, checkpoint.PARAMS, SPEECH, VOICES}
             copy_side_files(home, folder, own | {path.name for path in home.glob("*.safetensors")})
             if (home / SPEECH).is_dir():
                 shutil.copytree(home / SPEECH, folder / SPEECH, copy_function=_link)
+            _keep_voices(home, folder)
         else:
             text = json.dumps(self.cfg.with_dtype(dtype.name).to_hf(), indent=2) + "\n"
             (folder / "config.json").write_text(text, encoding="utf-8")
@@ -275,6 +278,12 @@ def _shared_folder(out: str | Path, overwrite: bool) -> Iterator[Path]:
         meet("folder is there")
         yield folder
         meet("folder is full")
+
+
+def _keep_voices(home: Path, folder: Path) -> None:
+    """Take the voices of a model along: what heard them is not trained."""
+    if (home / VOICES).is_dir():
+        shutil.copytree(home / VOICES, folder / VOICES, dirs_exist_ok=True)
 
 
 def _link(source: str, target: str) -> None:

@@ -107,8 +107,8 @@ class Checkpoints:
         hosts = found[DATA]["hosts"]
         if len(hosts) != jax.process_count():
             raise TrainError(
-                f"the checkpoint of step {step} was written by {len(hosts)} hosts, whose data goes "
-                f"on on as many; here are {jax.process_count()}"
+                f"the checkpoint of step {step} was written by {len(hosts)} hosts, each with a "
+                f"place in its own data: expected as many, got {jax.process_count()}"
             )
         state = found[STATE]
         _, frozen = optimizer.split(dict(params))

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
@@ -16,7 +15,7 @@ from sa2jax.train.examples import KINDS
 from sa2jax.train.flow import abstract_flow_batch, make_flow_step
 from sa2jax.train.flow_task import FlowRecipe, open_flow
 from sa2jax.train.language import optimizer_config
-from sa2jax.train.loop import mesh_of, rows_at_once
+from sa2jax.train.loop import devices_of, mesh_of, rows_at_once
 from sa2jax.train.lora import LORA
 from sa2jax.train.optimizer import (
     MATRICES,
@@ -114,10 +113,9 @@ def dry_run(recipe: Recipe) -> DryRun:
     )  # fmt: skip
     trained, _ = optimizer.split(state.params)
     added_up = sum(map(_size, jax.tree.leaves(trained))) * jnp.dtype(recipe.gradients).itemsize
-    return DryRun(
-        _groups(config, state), _devices(mesh), _memory(step, state, batch, added_up * bool(parts)),
-        rows * max(parts, 1) * recipe.data.length, config.steps,
-    )  # fmt: skip
+    memory = _memory(step, state, batch, added_up * bool(parts))
+    tokens = rows * max(parts, 1) * recipe.data.length
+    return DryRun(_groups(config, state), devices_of(mesh), memory, tokens, config.steps)
 
 
 def dry_flow_run(recipe: FlowRecipe) -> DryRun:
@@ -136,7 +134,7 @@ def dry_flow_run(recipe: FlowRecipe) -> DryRun:
     batch = abstract_flow_batch(flow.cfg, mesh, rows, codes)
     step = make_flow_step(flow.model, optimizer, recipe.teaching, mesh, seed=recipe.seed)
     return DryRun(
-        _groups(recipe.optimizer, state), _devices(mesh), _memory(step, state, batch),
+        _groups(recipe.optimizer, state), devices_of(mesh), _memory(step, state, batch),
         rows * codes, recipe.optimizer.steps, "codes at most",
     )  # fmt: skip
 
@@ -155,10 +153,6 @@ def _memory(step: Step, state: TrainState, batch: Any, gradients: int = 0) -> di
         memory["gradients and temporaries"] = int(found.temp_size_in_bytes)
         del memory["gradients"]
     return memory | {"in all": sum(memory.values())}
-
-
-def _devices(mesh: Mesh | None) -> str:
-    return "one" if mesh is None else ", ".join(f"{k}={v}" for k, v in mesh.shape.items())
 
 
 def _groups(config: OptimizerConfig, state: TrainState) -> tuple[Group, ...]:

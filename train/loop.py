@@ -162,7 +162,7 @@ def run(
     del params
 
     # --- steps --------------------------------------------------------------------------------
-    last, metrics = done, {}
+    last, metrics, halt = done, {}, False
     with Log(out, steps=steps, start=done, quiet=quiet) as log, _stopping() as stop:
         log.say(f"{task.title}, going on after step {done}" if done else task.title)
         window: list[Mapping[str, Any]] = []
@@ -186,7 +186,7 @@ def run(
             logged = now % pace.log_every == 0 or now == steps
             halt = anywhere(stop()) if logged or jax.process_count() == 1 else False
             if logged or halt:
-                metrics, window = _mean(jax.device_get(window)), []
+                metrics, window = _mean(window), []
                 log.write(now, metrics | _speed(task, now))
             every = pace.evaluate_every or steps
             if task.evaluate is not None and now % every == 0 and now < steps:
@@ -198,7 +198,11 @@ def run(
                 break
 
         # --- end ----------------------------------------------------------------------------------
-        finished = not stop()
+        # What all hosts know, not what one was told since: they end alike.
+        finished = not halt
+        if window:  # the data ended between two lines
+            metrics = _mean(window)
+            log.write(last, metrics | _speed(task, last))
         if finished:
             if task.evaluate is not None and last > done:
                 found = task.evaluate(state)
@@ -247,11 +251,15 @@ def describe(name: str, like: TrainState, optimizer: Optimizer, mesh: Mesh | Non
     """A line that says how much is trained, and where."""
     trained, frozen = optimizer.split(like.params)
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree)) / 1e6  # noqa: E731
-    devices = "one device" if mesh is None else ", ".join(f"{k}={v}" for k, v in mesh.shape.items())
     return (
         f"{name}: {count(trained):.4g} M parameters trained, {count(frozen):.4g} M frozen, on "
-        f"{devices}"
+        f"{devices_of(mesh)}"
     )
+
+
+def devices_of(mesh: Mesh | None) -> str:
+    """A mesh in words."""
+    return "one device" if mesh is None else ", ".join(f"{k}={v}" for k, v in mesh.shape.items())
 
 
 def whole(tree: Any) -> Any:
@@ -325,6 +333,7 @@ def _speed(task: Task, now: int) -> dict[str, float]:
 
 def _mean(reports: list[Mapping[str, Any]]) -> dict[str, float]:
     """One line of the log from the reports of several steps; of the rate, the last."""
+    reports = jax.device_get(reports)
     kept = {key: float(np.mean([report[key] for report in reports])) for key in reports[-1]}
     return kept | {"rate": float(reports[-1]["rate"])}
 

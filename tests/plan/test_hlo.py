@@ -421,7 +421,7 @@ def test_scan_on_a_tpu(rows):
     """A stack of weights is read once, one layer in each turn."""
     from jax.sharding import SingleDeviceSharding
 
-    from sa2jax import chips
+    from sa2jax.plan import chips
 
     where = SingleDeviceSharding(chips.devices(chips.topology("v5e:1x1"))[0])
     place = lambda *shape: Abstract(shape, jnp.bfloat16, sharding=where)  # noqa: E731

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +17,15 @@ from small_training import recipe, save_model, save_pairs, values
 
 from sa2jax import StepAudio2, checkpoint, testing
 from sa2jax.errors import DataError, TrainError
+from sa2jax.inference.requests import Request
+from sa2jax.train.base import open_base
+from sa2jax.train.checkpoints import Checkpoints
 from sa2jax.train.language import optimizer_config, train
 from sa2jax.train.log import Meter, flops_of, read_metrics
-from sa2jax.train.recipe import Evaluation
+from sa2jax.train.optimizer import make_optimizer
+from sa2jax.train.peft import load_adapter
+from sa2jax.train.recipe import Evaluation, ModelSpec, Pace
+from sa2jax.train.step import abstract_state
 
 
 @pytest.fixture(scope="module")
@@ -181,12 +188,6 @@ def test_a_run_refuses_to_go_on_as_another(home, model, pairs, whole, tmp_path):
 
 def test_low_rank_matrices_alone_are_trained_and_merged(home, model, pairs):
     """The adapter's folder and the merged model say the same as what was trained."""
-    from sa2jax.train.base import open_base
-    from sa2jax.train.checkpoints import Checkpoints
-    from sa2jax.train.optimizer import make_optimizer
-    from sa2jax.train.peft import load_adapter
-    from sa2jax.train.step import abstract_state
-
     plan = recipe(model, pairs, lora={"rank": 4, "alpha": 8.0, "rate": 1e-2})
     outcome = train(plan, home / "lora", quiet=True)
     assert outcome.finished
@@ -203,8 +204,6 @@ def test_low_rank_matrices_alone_are_trained_and_merged(home, model, pairs):
     start = base.model.bind(base.load(None, plan.seed))(ids)[0]
     assert float(np.abs(hidden - start).max()) > 1e-2
     merged = StepAudio2.from_pretrained(outcome.results["model"])
-    from sa2jax.inference.requests import Request
-
     logits = merged.generator.logits(Request(ids[0]))
     expected = base.model.bind(state.params).decoder.logits(hidden)[0]
     np.testing.assert_allclose(logits, expected, atol=2e-5, rtol=1e-5)
@@ -226,10 +225,31 @@ def test_int8_matrices_keep_an_adapter_beside_them(home, model, pairs):
 
 
 def test_data_that_ends_ends_the_run(home, model, pairs):
-    outcome = train(recipe(model, pairs, data__epochs=1), home / "once", quiet=True)
+    plan = replace(recipe(model, pairs, data__epochs=1), pace=Pace(log_every=100))
+    outcome = train(plan, home / "once", quiet=True)
     assert outcome.finished
     assert outcome.step < 6
     assert "model" in outcome.results
+    (line,) = read_metrics(home / "once" / "metrics.jsonl")
+    assert line["step"] == outcome.step
+    assert line["loss"] == outcome.metrics["loss"]
+
+
+def test_what_lies_beside_the_weights_comes_along(model, tmp_path):
+    """Voices and the detokenizer of the model that a run began with, and voices added since."""
+    home, out = tmp_path / "home", tmp_path / "out"
+    shutil.copytree(model, home)
+    for name in ("voices/anna.safetensors", "token2wav/params/leaf", "notes.txt"):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text(name)
+    base = open_base(ModelSpec(folder=str(home)))
+    params = base.load(None, 0)
+    base.save(params, out)
+    (out / "voices" / "bert.safetensors").write_text("bert")
+    base.save(params, out, overwrite=True)
+    for name in ("voices/anna.safetensors", "token2wav/params/leaf", "notes.txt"):
+        assert (out / name).read_text() == name
+    assert (out / "voices" / "bert.safetensors").read_text() == "bert"
 
 
 @pytest.mark.parametrize(
