@@ -296,7 +296,8 @@ def read_stored(leaf: ts.TensorStore, name: str) -> np.ndarray:
 
 def chunk_of(array: ts.TensorStore) -> tuple[int, ...]:
     """Shape of an array's chunks (of one layer of a stacked leaf, where that is what is open)."""
-    return tuple(n or 1 for n in array.chunk_layout.write_chunk.shape or ())
+    chunks = array.chunk_layout.write_chunk.shape or ()
+    return tuple(n or size for n, size in zip(chunks, array.shape, strict=True))
 
 
 def share(progress: Tick | None, before: int, total: int) -> Tick:

@@ -4,7 +4,8 @@ A model folder of this library:
 
     config.json  tokenizer.json …   as they came from the source, word for word
     sa2jax.json                     format version, stored dtype, dtypes of the source
-    params/                         an Orbax checkpoint, one zarr array per leaf
+    params/                         an Orbax checkpoint, one zarr array per leaf; a small model may
+                                    have the file params.safetensors in its place
 
 Leaves are stacked over layers, so one leaf can be larger than all that may be held in memory at
 once. Orbax (also its v1 partial save) writes whole leaves. Its format is open, though: with
@@ -29,6 +30,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import safetensors
+import safetensors.numpy
 import tensorstore as ts
 
 from sa2jax.errors import CheckpointError
@@ -36,6 +39,7 @@ from sa2jax.folders import disk_errors
 
 FORMAT = 2  # 1: the output matrices of attention had their heads apart
 INFO = "sa2jax.json"
+SINGLE = "params.safetensors"  # in place of the folder `params`, for small models
 PARAMS = "params"
 CHUNK_BYTES = 16 << 20
 PART_BYTES = 64 << 20  # read from disk at a time
@@ -231,11 +235,13 @@ def create(
 
 
 def open_leaves(path: str | Path) -> dict[str, ts.TensorStore]:
-    """The leaves of an Orbax checkpoint as lazy arrays, by dotted path: nothing is read yet.
+    """The leaves of a checkpoint as lazy arrays, by dotted path: nothing is read yet.
 
     Raises:
         CheckpointError: if it is no checkpoint or is damaged.
     """
+    if (single := Path(path) / SINGLE).is_file():
+        return _open_single(single)
     path = _params_folder(path)
     try:
         metadata = json.loads((path / "_METADATA").read_text(encoding="utf-8"))
@@ -257,6 +263,24 @@ def open_leaves(path: str | Path) -> dict[str, ts.TensorStore]:
         }
         return {key: ts.open(spec, read=True).result() for key, spec in specs.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from None
+
+
+def save_single(folder: str | Path, params: Params) -> None:
+    """Write small parameters as one file of a model folder: what a package can hold.
+
+    Args:
+        folder: the model folder, inside `new_folder`.
+        params: nested dict of arrays.
+    """
+    leaves = {n: np.ascontiguousarray(jax.device_get(leaf)) for n, leaf in flatten(params).items()}
+    safetensors.numpy.save_file(leaves, Path(folder) / SINGLE)
+
+
+def _open_single(path: Path) -> dict[str, ts.TensorStore]:
+    try:
+        return {name: ts.array(leaf) for name, leaf in safetensors.numpy.load_file(path).items()}
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise _damaged(path, error) from None
 
 

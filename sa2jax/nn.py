@@ -106,7 +106,10 @@ def init_params(make: Callable[[], nnx.Module], shardings: Params | None = None)
         make: builds the module.
         shardings: where they go, see `Functional.shardings`; by default the first device.
     """
-    return jax.jit(lambda: nnx.to_pure_dict(nnx.state(make())), out_shardings=shardings)()
+    draw = lambda: nnx.to_pure_dict(nnx.state(make()))  # noqa: E731
+    # It runs once, and of each parameter's draw LLVM makes much: on a CPU that is most of the time.
+    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(draw, out_shardings=shardings, compiler_options=quick)()
 
 
 def param(

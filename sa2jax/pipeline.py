@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sa2jax import audio, checkpoint
+from sa2jax.assets import model_folder
 from sa2jax.chat import template
 from sa2jax.chat.history import Heard
 from sa2jax.chat.interleave import deinterleave
@@ -92,12 +93,13 @@ class StepAudio2(Tasks):
         batch_size: int = 8,
         progress: Progress | None = None,
     ) -> Self:
-        """Load a model folder of this library, or a Hugging Face folder as it is.
+        """Load a model by name, a model folder of this library, or a Hugging Face folder as it is.
 
         Every tensor goes straight into its place on the devices; host memory holds one at a time.
 
         Args:
-            folder: made by `sa2jax convert`, or a Hugging Face checkpoint.
+            folder: made by `sa2jax convert`, a Hugging Face checkpoint, or `nano`, the small model
+                that comes with the library.
             dtype: dtype of weights and computation; by default bfloat16 on TPU and GPU, and float32
                 on a CPU, where bfloat16 is emulated. `int8` is that of the matrices alone; they
                 have it always if the folder was made with it.
@@ -115,6 +117,7 @@ class StepAudio2(Tasks):
             ShardingError: for a mesh that does not fit the devices or the model.
         """
         enable_compilation_cache()
+        folder = model_folder(folder)
         found = load(folder, dtype=dtype, mesh=mesh, int8_cache=int8_cache, progress=progress)
         home = folder if speech is None else speech
         return cls(

@@ -7,8 +7,11 @@ what is unknown, missing or out of range is an error.
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any, Self
+
+import yaml
 
 from sa2jax.config import require
 from sa2jax.errors import ConfigError
@@ -357,6 +360,32 @@ class Token2WavConfig:
                 mels=80, head=32, stages=(2, 2), channels=128, growth=32, bottleneck=128, mask=64,
                 layers=(12, 24, 16), dilations=(1, 2, 2), embed=192,
             ),
+        )  # fmt: skip
+
+    @classmethod
+    def preset(cls, name: str) -> Self:
+        """Named sizes from `configs/token2wav`, such as `nano`.
+
+        Raises:
+            ConfigError: if there is no such preset.
+        """
+        folder = resources.files("sa2jax.configs.token2wav")
+        path = folder / f"{name}.yaml"
+        if not path.is_file():
+            known = sorted(p.name[:-5] for p in folder.iterdir() if p.name.endswith(".yaml"))
+            raise ConfigError(f"no detokenizer preset {name!r}: expected {', '.join(known)}")
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        flow = raw["flow"]
+        return cls(
+            flow=FlowConfig(
+                **flow | {
+                    "encoder": ConformerConfig(**flow["encoder"]),
+                    "estimator": EstimatorConfig(**flow["estimator"]),
+                }
+            ),
+            vocoder=VocoderConfig(**raw["vocoder"]),
+            speech_tokenizer=SpeechTokenizerConfig(**raw["speech_tokenizer"]),
+            speaker_encoder=SpeakerEncoderConfig(**raw["speaker_encoder"]),
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:

@@ -11,13 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from sa2jax.chat.tokenizer import (
-    BYTE_ALPHABET,
-    NUM_CODES,
-    added_token,
-    backend_of,
-    qwen2_description,
-)
+from sa2jax.chat.tokenizer import backend_of
+from sa2jax.chat.tokenizer_files import BYTES, SPECIAL, describe, save_files
 from sa2jax.config import AudioEncoderConfig, DecoderConfig, StepAudio2Config
 from sa2jax.models.step_audio import step_audio2
 from sa2jax.nn import Params
@@ -25,19 +20,6 @@ from sa2jax.nn import Params
 # ---------------------------------------------------------------------------------------------
 # Tokenizer
 # ---------------------------------------------------------------------------------------------
-
-# The released order from `<|endoftext|>` (151643) to `<tts_pad>` (151695). What stands between
-# `<|CALL_START|>` and `<audio_start>` is not known: unused names hold the places.
-_SPECIAL = (
-    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> "
-    "<|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> "
-    "<|image_pad|> <|video_pad|> <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> "
-    "<|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|> <|EOT|> <|BOT|> <|CALL_START|> "
-    + " ".join(f"<|unused_{n}|>" for n in range(20))
-    + " <audio_start> <audio_end> <audio_patch> <audio_patch_pad> <|SC|> <tts_start> <tts_end> "
-    "<tts_pad>"
-).split()
-_BYTES = 0xF5  # bytes 0xF5 to 0xFF never occur in UTF-8
 
 
 def byte_tokenizer(audio_start: int = 151688, vocab: int = 158720) -> tokenizers.Tokenizer:
@@ -65,55 +47,18 @@ def save_tokenizer_files(
     Writes tokenizer.json, tokenizer_config.json, added_tokens.json, special_tokens_map.json,
     vocab.json and merges.txt (which has no merges), and returns the folder, made if need be.
     """
-    description = _byte_description(audio_start, vocab)
-    added = description["added_tokens"]
-    ordinary = description["model"]["vocab"]
-    entries = {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in added}
-    # The library itself numbers added tokens by position unless the vocabulary holds them.
-    description["model"]["vocab"] = ordinary | {t["content"]: t["id"] for t in added}
-    ends = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
-    config = {
-        "add_prefix_space": False,
-        "added_tokens_decoder": entries,
-        "bos_token": None,
-        "clean_up_tokenization_spaces": False,
-        "errors": "replace",
-        "model_max_length": 16384,
-        "split_special_tokens": False,
-        "tokenizer_class": "Qwen2Tokenizer",
-        "unk_token": None,
-    }
-    files = {
-        "tokenizer.json": description,
-        "tokenizer_config.json": config | ends,
-        "added_tokens.json": {t["content"]: t["id"] for t in added},
-        "special_tokens_map.json": ends,
-        "vocab.json": ordinary,
-    }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
-        (folder / name).write_text(text, encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
-    return folder
+    return save_files(folder, _byte_description(audio_start, vocab))
 
 
 def _byte_description(audio_start: int, vocab: int) -> dict[str, Any]:
-    first = audio_start - _SPECIAL.index("<audio_start>")
-    code_0 = first + len(_SPECIAL)
-    if first < _BYTES or vocab <= code_0:
+    first = audio_start - SPECIAL.index("<audio_start>")
+    code_0 = first + len(SPECIAL)
+    if first < BYTES or vocab <= code_0:
         raise ValueError(
             f"audio_start {audio_start} and vocab {vocab} leave no room: expected audio_start >= "
-            f"{_BYTES + audio_start - first} and vocab > {code_0}"
+            f"{BYTES + audio_start - first} and vocab > {code_0}"
         )
-    codes = [f"<audio_{n}>" for n in range(min(NUM_CODES + 1, vocab - code_0))]
-    description = qwen2_description({BYTE_ALPHABET[b]: b for b in range(_BYTES)}, [])
-    description["added_tokens"] = [
-        added_token(token, first + place, special=token.startswith("<|"))
-        for place, token in enumerate([*_SPECIAL, *codes])
-    ]
-    return description
+    return describe(vocab - code_0, first=first)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -37,3 +37,10 @@ def click_energy(wave: np.ndarray, places: np.ndarray) -> float:
         near = energy[max(at - ms, 0) : at + ms].max()
         ratios.append(near / (np.concatenate(around).mean() + 1e-12))
     return float(np.mean(ratios))
+
+
+def tone(seconds: float, *, rate: int, frequency: float) -> np.ndarray:
+    """A steady sound with ten harmonics, as a voice has them."""
+    time = np.arange(round(seconds * rate)) / rate
+    waves = [np.sin(2 * np.pi * n * frequency * time) / n for n in range(1, 11)]
+    return (0.2 * sum(waves)).astype(np.float32)

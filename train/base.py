@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from sa2jax import checkpoint, folders, testing
+from sa2jax.assets import model_folder
 from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.checkpoint import Tick
 from sa2jax.config import StepAudio2Config
@@ -217,11 +218,11 @@ def open_base(spec: ModelSpec, lora: LoraSpec | None = None) -> Base:
         ConfigError: if config.json or the preset is not understood.
         TrainError: if LoRA fits none of its matrices, or the folder's int8 is not expected.
     """
-    cfg = (
-        StepAudio2Config.from_hf(Path(spec.folder))
-        if spec.folder is not None
-        else StepAudio2Config.preset(str(spec.preset))
-    )
+    if spec.folder is not None:
+        spec = replace(spec, folder=str(model_folder(spec.folder)))
+        cfg = StepAudio2Config.from_hf(Path(str(spec.folder)))
+    else:
+        cfg = StepAudio2Config.preset(str(spec.preset))
     policy = _policy(spec)
     plain = step_audio2(cfg, policy)
     if lora is None:

@@ -12,11 +12,10 @@ from rich.table import Table
 
 from sa2jax.train.base import open_base
 from sa2jax.train.examples import KINDS
-from sa2jax.train.flow import abstract_flow_batch, make_flow_step
-from sa2jax.train.flow_task import FlowRecipe, open_flow
 from sa2jax.train.language import optimizer_config
 from sa2jax.train.loop import devices_of, mesh_of, rows_at_once
 from sa2jax.train.lora import LORA
+from sa2jax.train.network_task import SUBJECTS, NetworkRecipe
 from sa2jax.train.optimizer import (
     MATRICES,
     OptimizerConfig,
@@ -118,25 +117,26 @@ def dry_run(recipe: Recipe) -> DryRun:
     return DryRun(_groups(config, state), devices_of(mesh), memory, tokens, config.steps)
 
 
-def dry_flow_run(recipe: FlowRecipe) -> DryRun:
-    """The same for the detokenizer's flow, with a batch of the longest rows.
+def dry_network_run(recipe: NetworkRecipe) -> DryRun:
+    """The same for a single network, with a batch of the longest rows.
 
     Raises:
-        CheckpointError: if the folder has no detokenizer.
+        CheckpointError: if the folder has no such network.
+        DataError: if the data cannot be read, where sizes depend on it.
         ShardingError: for a mesh that does not fit the devices.
         TrainError: if nothing would be trained, the detokenizer is not converted, or rows do not
             divide by the mesh.
     """
-    mesh, flow = mesh_of(recipe.mesh), open_flow(recipe.flow)
-    optimizer = make_optimizer(recipe.optimizer)
-    state = abstract_state(flow.model, optimizer, mesh)
-    rows, codes = rows_at_once(recipe.data.rows, 0, mesh), recipe.data.buckets[-1]
-    batch = abstract_flow_batch(flow.cfg, mesh, rows, codes)
-    step = make_flow_step(flow.model, optimizer, recipe.teaching, mesh, seed=recipe.seed)
-    return DryRun(
-        _groups(recipe.optimizer, state), devices_of(mesh), _memory(step, state, batch),
-        rows * codes, recipe.optimizer.steps, "codes at most",
-    )  # fmt: skip
+    mesh, subject = mesh_of(recipe.mesh), SUBJECTS[recipe.kind]
+    network = subject.open(recipe.network.folder, recipe.network.compute)
+    optimizer, model = make_optimizer(recipe.optimizer), subject.model(network, recipe.data)
+    state = abstract_state(model, optimizer, mesh)
+    rows = rows_at_once(recipe.data.rows, 0, mesh)
+    step = subject.step(model, optimizer, recipe.teaching, mesh, seed=recipe.seed)
+    memory = _memory(step, state, subject.batch(network, recipe, mesh, rows))
+    units, unit = rows * subject.longest(recipe.data), f"{subject.unit} at most"
+    groups = _groups(recipe.optimizer, state)
+    return DryRun(groups, devices_of(mesh), memory, units, recipe.optimizer.steps, unit)
 
 
 def _memory(step: Step, state: TrainState, batch: Any, gradients: int = 0) -> dict[str, int]:

@@ -3,7 +3,7 @@
     recipe = read_recipe("smoke", {"optimizer.steps": 50})  # from configs/recipes, or a file
 
 A recipe's head says in comments what it needs, how long it takes and what comes out. A key `kind`
-at its top says what is trained: the language model, unless it is there; see `flow_task` for `flow`.
+at its top says what is trained: the language model, unless it is there; see `network_task`.
 """
 
 import json
@@ -154,13 +154,20 @@ class Recipe:
 FREE = ("mesh", "pace", "evaluate", "model.save", "data.max_rejects")
 
 
-LANGUAGE, FLOW = KINDS = "language", "flow"  # what a recipe may train
+# What a recipe may train: the model, or a part of it; or several things one after the other.
+LANGUAGE, FLOW, STAGES = "language", "flow", "stages"
+TOKENIZER, SPEAKER, VOCODER, ENCODER = "tokenizer", "speaker", "vocoder", "encoder"
+KINDS = LANGUAGE, ENCODER, TOKENIZER, SPEAKER, FLOW, VOCODER, STAGES
 
 
 def recipe_names() -> list[str]:
     """Recipes that come with the library."""
     home = files("sa2jax.configs.recipes")
-    return sorted(Path(item.name).stem for item in home.iterdir() if item.name.endswith(".yaml"))
+    folders = [("", home), *((f"{item.name}/", item) for item in home.iterdir() if item.is_dir())]
+    return sorted(
+        prefix + Path(item.name).stem
+        for prefix, folder in folders for item in folder.iterdir() if item.name.endswith(".yaml")
+    )  # fmt: skip
 
 
 def read_values(source: str | Path) -> dict[str, Any]:
@@ -225,7 +232,7 @@ def split_kind(values: Mapping[str, Any], where: str) -> tuple[str, dict[str, An
     rest = dict(values)
     kind = rest.pop("kind", LANGUAGE)
     if kind not in KINDS:
-        raise ConfigError(f"{where}: kind {kind!r}: expected {' or '.join(KINDS)}")
+        raise ConfigError(f"{where}: kind {kind!r}: expected {', '.join(KINDS)}")
     return kind, rest
 
 

@@ -15,9 +15,11 @@ from types import FrameType
 import tyro
 
 from sa2jax.cli import common
+from sa2jax.cli.assemble import begin, join
 from sa2jax.cli.checkpoints import convert, export, inspect, verify
 from sa2jax.cli.converse import chat, tts
 from sa2jax.cli.data import data
+from sa2jax.cli.evaluate import evaluate
 from sa2jax.cli.hear import asr, caption, translate
 from sa2jax.cli.measure import bench
 from sa2jax.cli.plan import plan
@@ -44,6 +46,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "data": data,
     "train": train,
     "merge": merge,
+    "eval": evaluate,
+    "begin": begin,
+    "join": join,
 }
 
 

@@ -42,6 +42,14 @@ class Devices:
         sys.stdout = open(results if first else os.devnull, "w")  # noqa: SIM115
 
 
+def model_or_demonstration(model: Path | None) -> Path:
+    """The model that the user named, or the one that comes along, with a note."""
+    if model is not None:
+        return model
+    say("note: no --model is given: this is nano, a demonstration model of a few hundred words")
+    return Path("nano")
+
+
 def stay_on_host() -> None:
     """Do not start an accelerator for work that does not compute; to be called before jax is."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")

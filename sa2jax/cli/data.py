@@ -1,4 +1,4 @@
-"""The commands of training data: `data prepare`, `data prepare-flow` and `data show`."""
+"""The commands of training data: `data prepare` and its siblings, and `data show`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +10,7 @@ from rich.table import Table
 from sa2jax.cli import common
 
 Paths = tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="SOURCE ... OUT")]]
+Words = tyro.conf.UseAppendAction[tuple[str, ...]]  # the option may be given several times
 Folder = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="FOLDER")]]
 
 
@@ -83,23 +84,105 @@ def _prepare_flow(
     _print(about, Path(out), json)
 
 
+def _prepare_speech(
+    paths: Paths,
+    *,
+    rate: Literal[16000, 24000] = 16000,
+    pitch: bool = False,
+    max_seconds: float = 25.0,
+    max_rejects: int = 100,
+    overwrite: bool = False,
+    json: bool = False,
+):
+    """Read recordings for training of the networks that hear, and of the vocoder.
+
+    Args:
+        paths: Recordings (wav, flac, mp3, ogg, opus), folders of them, or .jsonl files with a line
+            {"audio": "a.wav", "text": "what is said", "speaker": "anna"} each; and, last, the
+            folder to make.
+        rate: Hz: 16000 for the speech tokenizer, the speaker encoder and the audio encoder, 24000
+            for the vocoder.
+        pitch: Find the pitch, for the vocoder; needs pyworld.
+        max_seconds: Longer recordings are not used.
+        max_rejects: Stop if more recordings than these cannot be used.
+        overwrite: Replace a prepared folder.
+        json: Print JSON.
+    """
+    from sa2jax.train.speech_data import prepare_speech
+
+    *sources, out = _sources_and_out(paths)
+    with common.bar("reading", unit="recordings") as tick:
+        about = prepare_speech(
+            sources, out, rate=rate, pitch=pitch, max_seconds=max_seconds, max_rejects=max_rejects,
+            overwrite=overwrite, progress=tick,
+        )  # fmt: skip
+    _print(about, Path(out), json)
+
+
+def _synthesize(
+    out: common.Out,
+    *,
+    config: Annotated[str, tyro.conf.arg(metavar="NAME|FILE")] = "nano/corpus",
+    seed: int | None = None,
+    scale: float = 1.0,
+    workers: int | None = None,
+    set: Words = (),
+    json: bool = False,
+):
+    """Make a corpus of synthetic speech: conversations to learn, others to test with, and voices.
+
+    The same recipe and seed make the same files. A run that was stopped goes on where it was.
+
+    Args:
+        out: The folder to make, or to go on with.
+        config: Recipe: a name from configs/recipes, or a YAML file.
+        seed: Of everything that is drawn, in place of the recipe's.
+        scale: Times all counts of the recipe: 0.01 makes a small one, to look at.
+        workers: Processes; by default one for each core.
+        set: Other values in place of the recipe's, such as talks.counts.asr=100, or
+            voices.joe=null for one voice less.
+        json: Print JSON.
+    """
+    common.stay_on_host()
+    import os
+
+    from sa2jax.train.corpus_plan import read_corpus
+    from sa2jax.train.recipe import parse_changes
+    from sa2jax.train.synthesis import synthesize
+
+    changes = parse_changes(set) | ({} if seed is None else {"seed": seed})
+    recipe = read_corpus(config, changes)
+    with common.bar("speaking", unit="recordings") as tick:
+        about = synthesize(
+            out, recipe, scale=scale, workers=workers or os.cpu_count() or 1, progress=tick
+        )
+    if json:
+        common.print_json(about)
+    else:
+        common.wide().print(_corpus_table(about, out))
+
+
 def _show(folder: Folder, *, json: bool = False):
     """Show what a prepared folder holds.
 
     Args:
-        folder: Made by `sa2jax data prepare` or `sa2jax data prepare-flow`.
+        folder: Made by `sa2jax data prepare`, `prepare-flow` or `prepare-speech`.
         json: Print JSON.
     """
     common.stay_on_host()
-    from sa2jax.train.flow_data import FORMAT, read_flow_about
+    from sa2jax.train import flow_data, speech_data
     from sa2jax.train.samples import ABOUT, read_about
 
     try:
         text = (folder / ABOUT).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         text = ""  # what is wrong with it, `read_about` says
-    of_flow = f'"{FORMAT}"' in text
-    _print(read_flow_about(folder)[0] if of_flow else read_about(folder), folder, json)
+    others = {
+        flow_data.FORMAT: lambda: flow_data.read_flow_about(folder)[0],
+        speech_data.FORMAT: lambda: speech_data.read_speech_about(folder)[0],
+    }
+    read = (make for form, make in others.items() if f'"{form}"' in text)
+    _print(next(read, lambda: read_about(folder))(), folder, json)
 
 
 # Each action is run where it is parsed, as the value of `action`.
@@ -107,6 +190,8 @@ def data(
     action: Annotated[
         Annotated[Any, tyro.conf.subcommand(name="prepare", constructor=_prepare)]
         | Annotated[Any, tyro.conf.subcommand(name="prepare-flow", constructor=_prepare_flow)]
+        | Annotated[Any, tyro.conf.subcommand(name="prepare-speech", constructor=_prepare_speech)]
+        | Annotated[Any, tyro.conf.subcommand(name="synthesize", constructor=_synthesize)]
         | Annotated[Any, tyro.conf.subcommand(name="show", constructor=_show)],
         tyro.conf.arg(name=""),
     ],
@@ -160,6 +245,22 @@ def _table(about: Mapping[str, Any], folder: Path) -> Table:
             parts = (f"{name} {value:g}" for name, value in lengths.items() if name != "unit")
             table.add_row(f"length in {lengths['unit']}", ", ".join(parts))
         table.add_row("mel bands", str(about["n_mels"]))
-    table.add_row("speech tokenizer", str(about.get("speech_tokenizer") or "none was used"))
+    if speakers := about.get("speakers"):
+        table.add_row("speakers", ", ".join(name or "unknown" for name in speakers))
+        table.add_row("rate", f"{about['rate']} Hz{', with pitch' if about['pitch'] else ''}")
+    else:
+        table.add_row("speech tokenizer", str(about.get("speech_tokenizer") or "none was used"))
     table.add_row("fingerprint", about["fingerprint"])
+    return table
+
+
+def _corpus_table(about: Mapping[str, Any], folder: Path) -> Table:
+    """What corpus.json says, a line each."""
+    table = Table("file", "records", "hours", title=str(folder), title_justify="left")
+    for name, file in about["files"].items():
+        table.add_row(name, str(file["records"]), f"{file['hours']:.2f}")
+    table.add_section()
+    table.add_row("recordings", str(about["recordings"]), f"{about['hours']:.2f}")
+    table.add_row("texts, words", f"{about['texts']}, {len(about['vocabulary'])}")
+    table.add_row("speakers", str(about["speakers"]))
     return table

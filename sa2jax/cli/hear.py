@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 class ModelOptions(Devices):
     """Which model to use, and how."""
 
-    model: Path
-    """Model folder made by `sa2jax convert`, or a Hugging Face folder."""
+    model: Path | None = None
+    """Model folder made by `sa2jax convert`, a Hugging Face folder, or `nano`; by default the
+    latter, a small model for demonstrations."""
     dtype: ModelDtype | None = None
     """Dtype of weights and computation; by default bfloat16, float32 on a CPU. int8 is that of
     the matrices alone."""
@@ -40,9 +41,10 @@ class ModelOptions(Devices):
         self.join_hosts()
         from sa2jax.pipeline import StepAudio2
 
+        model = common.model_or_demonstration(self.model)
         with common.bar("loading") as tick:
             return StepAudio2.from_pretrained(
-                self.model, dtype=self.dtype, mesh=self.mesh, int8_cache=self.int8_cache,
+                model, dtype=self.dtype, mesh=self.mesh, int8_cache=self.int8_cache,
                 tokenizer=self.tokenizer, speech=self.detokenizer, style=self.style,
                 batch_size=self.batch_size, progress=tick,
             )  # fmt: skip

@@ -25,8 +25,14 @@ CodesFile = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="CODES")]
 class Home:
     """Where the detokenizer and its voices are."""
 
-    model: Path
-    """Model folder made by `sa2jax convert`, a released one, or its token2wav folder alone."""
+    model: Path | None = None
+    """Model folder made by `sa2jax convert`, a released one, its token2wav folder alone, or `nano`;
+    by default the latter, a small model for demonstrations."""
+
+    @property
+    def home(self) -> Path:
+        """The folder."""
+        return common.model_or_demonstration(self.model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +60,7 @@ class SpeechOptions(Home, Devices):
         from sa2jax.speech import Speech
 
         return Speech.from_pretrained(
-            self.model, dtype=self.dtype, steps=self.steps, guidance=self.guidance, mesh=self.mesh
+            self.home, dtype=self.dtype, steps=self.steps, guidance=self.guidance, mesh=self.mesh
         )
 
 
@@ -92,7 +98,7 @@ def tokenize(files: Files, options: Where, *, json: bool = False):
         raise AudioError("no recordings: expected at least one wav, flac, mp3 or ogg file")
     for path in files:
         common.require_file(path)
-    codes = [c.tolist() for c in Speech.from_pretrained(options.model).tokenize(list(files))]
+    codes = [c.tolist() for c in Speech.from_pretrained(options.home).tokenize(list(files))]
     if len(files) == 1 and not json:
         print(json_module.dumps(codes[0]))
     else:
@@ -183,7 +189,7 @@ def _folder(options: Home) -> Any:
     from sa2jax.runtime import enable_compilation_cache
 
     enable_compilation_cache()
-    return SpeechFolder(options.model)
+    return SpeechFolder(options.home)
 
 
 def _speak(speech: "Speech", codes: Any, voice: Any, options: SpeechOptions, out: Path) -> None:

@@ -31,8 +31,10 @@ def train(
 ):
     """Train as a recipe says; the same command again goes on from the last checkpoint.
 
-    What is trained is the language model, or with a recipe of the kind `flow` the detokenizer's
-    flow, on what `sa2jax data prepare-flow` made.
+    What is trained is the language model, or what the `kind` of a recipe names: the audio
+    `encoder`; of the detokenizer the `flow`, the `vocoder`, the speech `tokenizer` or the `speaker`
+    encoder, on what `sa2jax data prepare-flow` or `prepare-speech` made; or `stages`, several
+    commands one after the other.
 
     A first Ctrl-C ends the run after the step at hand, with a checkpoint.
 
@@ -40,8 +42,8 @@ def train(
         config: Recipe: a name from configs/recipes, or a YAML file.
         out: The run's folder; by default runs/NAME.
         model: Model folder to begin with, in place of the recipe's.
-        data: Files or folders to learn from, in place of the recipe's; PATH or PATH=WEIGHT. For the
-            flow one prepared folder.
+        data: Files or folders to learn from, in place of the recipe's; PATH or PATH=WEIGHT. For a
+            single network one prepared folder.
         steps: Updates, in place of the recipe's.
         set: Other values in place of the recipe's, such as optimizer.rate=1e-5.
         devices: Devices.
@@ -53,7 +55,8 @@ def train(
     devices.join_hosts()
     from sa2jax.runtime import enable_compilation_cache
     from sa2jax.train.recipe import (
-        FLOW,
+        LANGUAGE,
+        STAGES,
         Recipe,
         build,
         parse_changes,
@@ -62,35 +65,38 @@ def train(
         with_changes,
     )
 
-    enable_compilation_cache()
     kind, values = split_kind(with_changes(read_values(config), parse_changes(set)), config)
+    folder = Path("runs") / Path(config).with_suffix("") if out is None else out
+    if kind == STAGES:
+        _run_stages(values, config, folder, fresh=fresh, json=json)
+        return
+    enable_compilation_cache()
+    whole = kind == LANGUAGE
     changes: dict[str, Any] = {}
     if model is not None:
-        own = {"flow.folder": str(model)}
-        changes |= own if kind == FLOW else {"model.folder": str(model), "model.preset": None}
+        own = {"model.folder": str(model), "model.preset": None}
+        changes |= own if whole else {"network.folder": str(model)}
     if data:
-        own = {"data.folder": _only(data)} if kind == FLOW else {"data.sources": _weights(data)}
-        changes |= own
+        changes |= {"data.sources": _weights(data)} if whole else {"data.folder": _only(data, kind)}
     if steps is not None:
         changes["optimizer.steps"] = steps
     if devices.mesh is not None:
         changes["mesh"] = devices.mesh
     values = with_changes(values, changes)
-    folder = Path("runs") / Path(config).stem if out is None else out
-    if kind == FLOW:
-        from sa2jax.train.flow_task import FlowRecipe, train_flow
-
-        recipe = build(FlowRecipe, values, config)
-        start = partial(train_flow, recipe)
-    else:
+    if whole:
         from sa2jax.train.language import train
 
         recipe = build(Recipe, values, config)
         start = partial(train, recipe)
-    if dry_run:
-        from sa2jax.train.dry import dry_flow_run, dry_run
+    else:
+        from sa2jax.train.network_task import SUBJECTS, train_network
 
-        found = (dry_flow_run if kind == FLOW else dry_run)(recipe)
+        recipe = build(SUBJECTS[kind].recipe, values, config)
+        start = partial(train_network, recipe)
+    if dry_run:
+        from sa2jax.train.dry import dry_network_run, dry_run
+
+        found = (dry_run if whole else dry_network_run)(recipe)
         common.print_json(asdict(found)) if json else found.print(common.wide())
         return
     outcome = start(folder, fresh=fresh, profile=profile)
@@ -130,13 +136,25 @@ def merge(
     print(f"model: {out}")
 
 
-def _only(data: tuple[str, ...]) -> str:
-    """The one folder that the flow learns from."""
+def _run_stages(values: Any, config: str, out: Path, *, fresh: bool, json: bool) -> None:
+    from sa2jax.train.stages import read_stages, run_stages
+
+    outcome = run_stages(read_stages(values, config), out, fresh=fresh, say=common.say)
+    if json:
+        common.print_json(asdict(outcome))
+    if not outcome.finished:
+        common.say("stopped: the same command goes on")
+        sys.exit(130)
+
+
+def _only(data: tuple[str, ...], kind: str) -> str:
+    """The one folder that a single network learns from."""
     from sa2jax.errors import ConfigError
 
     if len(data) != 1:
+        command = "prepare-flow" if kind == "flow" else "prepare-speech"
         raise ConfigError(
-            f"--data {' '.join(data)}: the flow learns from one folder; `sa2jax data prepare-flow` "
+            f"--data {' '.join(data)}: the {kind} learns from one folder; `sa2jax data {command}` "
             "makes one of many sources"
         )
     return data[0]

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 
 from sa2jax import checkpoint
+from sa2jax.assets import model_folder
 from sa2jax.errors import AudioError, CheckpointError, VoiceError
 from sa2jax.inference.voices import SUFFIX, Voice, VoiceAnalyzer, check_name
 from sa2jax.nn import Params
@@ -57,10 +58,10 @@ class SpeechFolder:
     """
 
     def __init__(self, home: str | Path):
-        self.home = Path(home)
+        self.home = model_folder(home)
         if not self.home.is_dir():
             raise CheckpointError(f"no folder {home}: expected a model folder")
-        found = find(home)
+        found = find(self.home)
         if found is not None:
             self.folder, self.official = found, is_official(found)
             return
@@ -84,10 +85,10 @@ class SpeechFolder:
         return self._info["analysis"]
 
     def params(self, names: Sequence[str]) -> Params:
-        """Parameters of some of the four networks, on the first device."""
+        """Parameters of some of the four networks in float32, on the first device."""
         if self.official:
             return {name: self._official[1][name] for name in names}
-        return {name: checkpoint.load(self.folder, branch=name) for name in names}
+        return {name: checkpoint.load(self.folder, dtype="float32", branch=name) for name in names}
 
     @cached_property
     def analyzer(self) -> VoiceAnalyzer:

@@ -361,7 +361,8 @@ class Vocoder(nnx.Module):
             x = note(trace, "conv_post", self.post(x)).astype(jnp.float32)
         with jax.named_scope("istft"):
             bins = cfg.n_fft // 2 + 1
-            magnitude = jnp.minimum(jnp.exp(x[..., :bins]), MAX_MAGNITUDE)
+            # The inner limit changes no result: beyond it exp and so its gradient are infinite.
+            magnitude = jnp.minimum(jnp.exp(jnp.minimum(x[..., :bins], 80)), MAX_MAGNITUDE)
             phase = jnp.sin(x[..., bins:])
             parts = [magnitude * jnp.cos(phase), magnitude * jnp.sin(phase)]
             speech = istft(jnp.concatenate(parts, axis=-1), cfg, frames)

@@ -17,8 +17,8 @@ from small_training import save_model, save_pairs
 
 from sa2jax import Speech, checkpoint, cli
 from sa2jax.cli import common
-from sa2jax.train.flow_task import read_flow_recipe, train_flow
 from sa2jax.train.log import read_metrics
+from sa2jax.train.network_task import read_network_recipe, train_network
 
 NAMED = ("step", "loss", "norm", "rate", "frames", "dropped", "prompted", "evaluate/loss")
 
@@ -75,7 +75,7 @@ def config(home, model, recordings):
     cli.main(["data", "prepare-flow", *map(str, (recordings, home / "ready", "--model", model))])
     plan = {
         "kind": "flow",
-        "flow": {"folder": str(model)},
+        "network": {"folder": str(model)},
         "data": {"folder": str(home / "ready"), "rows": 2, "buckets": [50]},
         "optimizer": {"rate": 1e-3, "warmup": 2, "steps": 6, "decay": 0.0},
         "evaluate": {"folder": str(home / "ready"), "batches": 2, "draws": 2},
@@ -194,7 +194,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(run, home, config, wh
         if step == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
-    first = train_flow(read_flow_recipe(config), out, quiet=True, on_step=on_step)
+    first = train_network(read_network_recipe(config), out, quiet=True, on_step=on_step)
     assert (first.step, first.finished, first.results) == (3, False, {})
     assert not (out / "model").exists()
     code, said, error = run("train", "--config", config, "--out", out, "--json")
@@ -212,7 +212,7 @@ def test_a_run_does_not_go_on_as_another(refused, home, config, whole, model, tm
     other = shutil.copytree(model, tmp_path / "other")
     words = "train", "--config", config, "--out", whole
     said = refused(*words, "--model", other)
-    assert f"flow.folder: {model} → {other}" in said
+    assert f"network.folder: {model} → {other}" in said
     assert "--fresh" in said
     assert "the model that it began with" in refused(*words, "--model", whole / "model")
     copy = shutil.copytree(home / "ready", tmp_path / "ready")
@@ -249,14 +249,17 @@ def test_what_the_flow_cannot_be_trained_with(refused, golden, home, config, mod
             ["--set", "evaluate.draws=0", "--set", "pace.keep=3"],
             "expected batches and draws of at least 1",
         ),
-        (["--set", "kind=vocoder"], "kind 'vocoder': expected language or flow"),
-        (["--set", "lora={rank: 2}"], "there is no lora; expected one of flow, data, teaching"),
-        (["--set", "flow.dtype=int8"], "there is no flow.dtype; expected one of folder, compute"),
+        (["--set", "kind=vocoders"], "kind 'vocoders': expected language, encoder"),
+        (["--set", "lora={rank: 2}"], "there is no lora; expected one of network,"),
+        (
+            ["--set", "network.dtype=int8"],
+            "there is no network.dtype; expected one of folder, compute",
+        ),
         (["--set", "teaching.drop=2"], "drop=2.0: expected a number from 0 to 1"),
         (["--set", "data.buckets=[25]"], "expected a bucket that large"),
         (["--set", "optimizer.rates={'': 0}"], "nothing to train"),
         (["--mesh", "fsdp=3"], "3 devices"),
-        (["--out", inside], "inside of the detokenizer's folder"),
+        (["--out", inside], "inside of the model's folder"),
     ]
     for words, said in mistakes:
         assert said in refused("train", "--config", config, "--out", tmp_path / "run", *words), said

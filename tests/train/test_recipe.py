@@ -1,15 +1,18 @@
 """Recipes: read strictly, changed by key, compared."""
 
+import shlex
 from dataclasses import replace
 
 import pytest
 
+from sa2jax.cli import COMMANDS
 from sa2jax.errors import ConfigError, DataError
 from sa2jax.models.flow import flow_model
 from sa2jax.speech_config import Token2WavConfig
 from sa2jax.train.base import open_base
-from sa2jax.train.flow_task import FlowRecipe, read_flow_recipe
+from sa2jax.train.corpus_plan import read_corpus
 from sa2jax.train.language import optimizer_config
+from sa2jax.train.network_task import FlowRecipe, read_network_recipe
 from sa2jax.train.optimizer import make_optimizer
 from sa2jax.train.recipe import (
     Recipe,
@@ -21,11 +24,15 @@ from sa2jax.train.recipe import (
     recipe_names,
     split_kind,
 )
+from sa2jax.train.stages import read_stages
 
 LEAST = {"model": {"preset": "tiny", "tokenizer": "bytes"}, "data": {"sources": {"a.jsonl": 1}}}
 
 
-@pytest.mark.parametrize("name", sorted({*recipe_names()} - {"flow"}))
+OF_MODELS = [name for name in recipe_names() if read_values(name).get("kind") is None]
+
+
+@pytest.mark.parametrize("name", [name for name in OF_MODELS if "/" not in name])
 def test_recipes_that_come_along(name):
     """They can be read, train what they mean to, and keep their rates."""
     recipe = read_recipe(name)
@@ -49,7 +56,7 @@ def test_recipes_that_come_along(name):
 
 
 def test_the_recipe_of_the_flow():
-    recipe = read_flow_recipe("flow", {"optimizer.rates": {"table": 0}})
+    recipe = read_network_recipe("flow", {"optimizer.rates": {"table": 0}})
     model = flow_model(Token2WavConfig.released().flow)
     trained, frozen = make_optimizer(recipe.optimizer).split(model.abstract)
     assert set(trained) == {"encoder", "estimator", "speaker", "to_mel"}
@@ -63,10 +70,10 @@ def test_kinds():
     with pytest.raises(ConfigError, match=r"flow is a recipe of kind flow: expected .* language"):
         read_recipe("flow")
     with pytest.raises(ConfigError, match=r"smoke is a recipe of kind language: expected .* flow"):
-        read_flow_recipe("smoke")
-    with pytest.raises(ConfigError, match="kind 'vocoder': expected language or flow"):
-        read_recipe("smoke", {"kind": "vocoder"})
-    with pytest.raises(ConfigError, match=r"kind \[\]: expected language or flow"):
+        read_network_recipe("smoke")
+    with pytest.raises(ConfigError, match="kind 'vocoders': expected language, encoder"):
+        read_recipe("smoke", {"kind": "vocoders"})
+    with pytest.raises(ConfigError, match=r"kind \[\]: expected language, encoder"):
         read_recipe("smoke", {"kind": []})
     assert read_recipe("smoke", {"kind": "language"}) == read_recipe("smoke")
 
@@ -153,3 +160,25 @@ def test_differences_name_what_counts():
     now = read_recipe("smoke", {"optimizer.rates": {"adapter": 0}, "lora": {"rank": 2}}).plain()
     assert len(differences(was, now)) == 2
     assert differences(was, was) == []
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name not in OF_MODELS])
+def test_recipes_of_other_kinds(name):
+    """Each can be read as what it is."""
+    kind = read_values(name)["kind"]
+    if kind == "corpus":
+        assert read_corpus(name, {}).voices
+    elif kind == "stages":
+        values = {key: value for key, value in read_values(name).items() if key != "kind"}
+        assert read_stages(values, name).stages
+    else:
+        assert read_network_recipe(name, kind=kind).kind == kind
+
+
+def test_the_stages_of_nano_say_what_commands_take():
+    """Every recipe, and no other, is a stage; each stage is a command."""
+    stages = read_values("nano/all")["stages"]
+    commands = [shlex.split(command) for command in stages.values()]
+    named = {words[words.index("--config") + 1] for words in commands if "--config" in words}
+    assert named == {name for name in recipe_names() if name.startswith("nano/")} - {"nano/all"}
+    assert {words[0] for words in commands} <= set(COMMANDS)

@@ -12,7 +12,8 @@ from sa2jax.errors import CheckpointError, TrainError
 from sa2jax.inference.speech_folder import SpeechFolder
 from sa2jax.inference.voices import Voice
 from sa2jax.train.flow_data import FlowDataConfig
-from sa2jax.train.flow_task import FlowRecipe, FlowSpec, make_flow_task, open_flow
+from sa2jax.train.network_task import FlowRecipe, NetworkSpec, make_network_task
+from sa2jax.train.networks import open_network
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def leaves(folder):
 
 def test_a_models_voices_and_recordings_come_along(model, tmp_path):
     """Voices that somebody adds to the result stay when it is made again."""
-    flow, out = open_flow(FlowSpec(folder=str(model))), tmp_path / "run" / "model"
+    flow, out = open_network("flow", model), tmp_path / "run" / "model"
     out.parent.mkdir()
     assert flow.save(halved(flow), out) == []
     made = SpeechFolder(out)
@@ -75,7 +76,7 @@ def test_numbers_keep_their_dtype_on_disk(converted, tmp_path):
         for name, leaf in leaves(folder).items()
     }
     checkpoint.save(folder / checkpoint.PARAMS, checkpoint.unflatten(narrow), overwrite=True)
-    flow = open_flow(FlowSpec(folder=str(folder)))
+    flow = open_network("flow", folder)
     params = flow.load(None)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
     flow.save(params, tmp_path / "out")
@@ -86,18 +87,19 @@ def test_numbers_keep_their_dtype_on_disk(converted, tmp_path):
 
 
 def test_a_fingerprint_is_that_of_the_numbers(converted, model, tmp_path):
-    flow, same = (open_flow(FlowSpec(folder=str(folder))) for folder in (converted, model))
+    flow, same = (open_network("flow", folder) for folder in (converted, model))
     assert flow.fingerprint() == same.fingerprint()
     flow.save(halved(flow), tmp_path / "other")
-    assert open_flow(FlowSpec(folder=str(tmp_path / "other"))).fingerprint() != flow.fingerprint()
+    assert open_network("flow", tmp_path / "other").fingerprint() != flow.fingerprint()
     leaf = tmp_path / "other" / "params" / "flow.table"
     next(path for path in leaf.iterdir() if path.name[0] != ".").unlink()
     with pytest.raises(CheckpointError, match="is damaged"):
-        open_flow(FlowSpec(folder=str(tmp_path / "other"))).fingerprint()
+        open_network("flow", tmp_path / "other").fingerprint()
 
 
 def test_several_processes_are_refused(converted, tmp_path, monkeypatch):
-    recipe = FlowRecipe(flow=FlowSpec(folder=str(converted)), data=FlowDataConfig(folder="none"))
+    spec = NetworkSpec(folder=str(converted))
+    recipe = FlowRecipe(network=spec, data=FlowDataConfig(folder="none"))
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(TrainError, match="2 processes: the flow is trained by one"):
-        make_flow_task(recipe, tmp_path / "run")
+    with pytest.raises(TrainError, match="2 processes: a single network is trained by one"):
+        make_network_task(recipe, tmp_path / "run")

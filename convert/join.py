@@ -1,0 +1,107 @@
+"""A language model, a detokenizer and voices, trained apart, in one folder."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from sa2jax import checkpoint, folders
+from sa2jax.convert.token2wav import supply_voices
+from sa2jax.convert.transfer import copy_side_files, read_stored
+from sa2jax.convert.weights import parse_dtype
+from sa2jax.errors import CheckpointError, ConfigError
+from sa2jax.inference.speech_folder import HEARING, KIND, VOICES, SpeechFolder, is_ours
+
+
+def join(
+    model: str | Path,
+    speech: str | Path,
+    out: str | Path,
+    *,
+    dtype: str | None = None,
+    single: bool = False,
+    voices: Mapping[str, str | Path] | None = None,
+    overwrite: bool = False,
+) -> list[str]:
+    """Put a language model and a detokenizer into one model folder.
+
+    Args:
+        model: model folder of this library; a detokenizer in it is not taken along.
+        speech: detokenizer of this library, or a model folder with one.
+        out: folder to make; it appears only when it is complete.
+        dtype: of all floating numbers; by default each tensor keeps its own.
+        single: write the numbers of each as one file `params.safetensors`, for small models.
+        voices: recordings of voices, by the names they shall have. The detokenizer's own voices
+            come along if its numbers stay what they are.
+        overwrite: replace a checkpoint at `out`.
+
+    Returns:
+        What the user should know: voices that were not taken along.
+
+    Raises:
+        CheckpointError: if a folder is damaged or of another kind, or `out` cannot be made.
+        ConfigError: for another dtype.
+        VoiceError: if a recording holds no voice, or a name cannot be a file's.
+        AudioError: if a recording cannot be read.
+    """
+    cast, model, tongue = parse_dtype(dtype), Path(model), SpeechFolder(speech)
+    if not checkpoint.is_checkpoint(model) or is_ours(model):
+        raise CheckpointError(f"{model} is no model folder of this library: convert it first")
+    if tongue.official:
+        raise CheckpointError(f"{tongue.folder} is not converted: convert it first")
+    info = checkpoint.read_info(model)
+    if info.get("int8") is not None and cast is not None:
+        raise ConfigError(f"{model} holds int8 matrices: they cannot become {dtype}")
+    with folders.new_folder(out, overwrite=overwrite) as folder:
+        copy_side_files(model, folder, {
+            checkpoint.INFO, checkpoint.PARAMS, KIND, VOICES,
+            *(path.name for path in model.glob("*.safetensors")),
+        })  # fmt: skip
+        if cast is not None:
+            info |= {"dtype": cast.name, "source_dtypes": {"all": cast.name, "but": {}}}
+            _change(folder / "config.json", lambda config: _with_dtype(config, cast.name))
+        _write(folder, _read(model, cast), info, single)
+        (folder / KIND).mkdir()
+        params = _read(tongue.folder, cast)
+        heard = {name: params[name] for name in HEARING}
+        own = checkpoint.read_info(tongue.folder) | {"analysis": checkpoint.content_hash(heard)}
+        _write(folder / KIND, params, own, single)
+        notes = supply_voices(folder, tongue.home)
+        made = SpeechFolder(folder)
+        for name, recording in (voices or {}).items():
+            made.add(name, recording, overwrite=True)
+    return notes
+
+
+def _read(folder: Path, cast: np.dtype | None) -> checkpoint.Params:
+    """All numbers of a folder, on the host."""
+    read = {name: read_stored(leaf, name) for name, leaf in checkpoint.open_leaves(folder).items()}
+    changed = {
+        name: array.astype(cast)
+        if cast is not None and jnp.issubdtype(array.dtype, jnp.floating) else array
+        for name, array in read.items()
+    }  # fmt: skip
+    return checkpoint.unflatten(changed)
+
+
+def _write(folder: Path, params: checkpoint.Params, info: Mapping[str, Any], single: bool) -> None:
+    if single:
+        checkpoint.save_single(folder, params)
+    else:
+        checkpoint.save(folder / checkpoint.PARAMS, params)
+    text = json.dumps(info, indent=2) + "\n"
+    (folder / checkpoint.INFO).write_text(text, encoding="utf-8")
+
+
+def _change(path: Path, change: Any) -> None:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(change(config), indent=2) + "\n", encoding="utf-8")
+
+
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    where = config.get("text_config", config)
+    where["torch_dtype"] = dtype
+    return config

@@ -1,0 +1,142 @@
+"""The held-out set: recordings and texts that no training file has.
+
+    held_out = HeldOut.find("corpus")    # what `sa2jax data synthesize` made, or its heldout/ alone
+    held_out.items("sums", limit=20)
+
+A folder has NAME.jsonl, lines of training data (`messages`, `audios`) or `{"audio", "text"}`; and
+voices/NAME.wav, a clean recording of each voice, there or beside it.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sa2jax.errors import DataError
+
+FOLDER, VOICES = "heldout", "voices"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One question and its right answer.
+
+    Attributes:
+        name: file and number, such as "sums:12".
+        audio: the recording that is heard; None for a written question.
+        text: the written question, "" for none.
+        system: the system prompt, None for none.
+        expected: what the first answer says.
+        reference: a recording of it, None for none.
+        tool: name of the tool that is to be called, None for none.
+        tools: JSON text of the tools that are offered, None for none.
+    """
+
+    name: str
+    audio: Path | None
+    expected: str
+    text: str = ""
+    system: str | None = None
+    reference: Path | None = None
+    tool: str | None = None
+    tools: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """A held-out set.
+
+    Attributes:
+        folder: where its files are.
+        voices: a clean recording of each voice, by name.
+    """
+
+    folder: Path
+    voices: dict[str, Path]
+
+    @classmethod
+    def find(cls, folder: str | Path) -> "HeldOut":
+        """The held-out set of a corpus, or one that stands alone.
+
+        Raises:
+            DataError: if there is none.
+        """
+        folder = Path(folder)
+        inner = folder / FOLDER
+        home = inner if inner.is_dir() else folder
+        if not any(home.glob("*.jsonl")):
+            raise DataError(
+                f"{folder} has no held-out set: expected heldout/*.jsonl, as `sa2jax data "
+                "synthesize` makes them"
+            )
+        places = [home / VOICES, *([folder / VOICES] if home is inner else [home.parent / VOICES])]
+        found: dict[str, Path] = {}
+        for place in reversed(places):
+            for path in sorted([*place.glob("*.wav"), *place.glob("*.flac")]):
+                found[path.stem] = path
+        return cls(folder=home, voices=found)
+
+    def items(self, name: str, limit: int | None = None) -> list[Item]:
+        """The items of a file, or some that are spread over it; none if there is no such file."""
+        path = self.folder / f"{name}.jsonl"
+        return spread(read_items(path), limit) if path.is_file() else []
+
+
+def read_items(path: str | Path) -> list[Item]:
+    """All items of a jsonl file.
+
+    Raises:
+        DataError: for a line that is none, or a recording that is not there.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read ({error}): expected jsonl") from None
+    items = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            item = _item(json.loads(line), f"{path.stem}:{number}", path.parent)
+        except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+            raise DataError(
+                f"{path}:{number}: expected a question with its answer, as in training data, or "
+                f'{{"audio", "text"}}: {type(error).__name__} {error}'
+            ) from None
+        if item.audio is not None and not item.audio.is_file():
+            raise DataError(f"{path}:{number}: no such recording: {item.audio}")
+        items.append(item)
+    return items
+
+
+def spread(items: Sequence[T], limit: int | None) -> list[T]:
+    """At most this many items, evenly spread."""
+    if limit is None or limit >= len(items):
+        return list(items)
+    return [items[number * len(items) // limit] for number in range(limit)]
+
+
+def _item(row: dict[str, Any], name: str, root: Path) -> Item:
+    """One line; paths start at the file's folder."""
+    if "messages" not in row:
+        return Item(name=name, audio=root / row["audio"], expected=str(row["text"]))
+    messages, tools = row["messages"], row.get("tools")
+    first: dict[str, dict[str, Any]] = {}
+    for message in messages:
+        first.setdefault(message["role"], message)
+    answer, call = first["assistant"], first.get("tool_call")
+    audios = row.get("audios") or []
+    speech = answer.get("speech")
+    return Item(
+        name=name,
+        audio=root / audios[0] if audios else None,
+        text="" if audios else first["user"]["content"],
+        system=first.get("system", {}).get("content"),
+        expected=answer["content"],
+        reference=root / speech if isinstance(speech, str) else None,
+        tool=json.loads(call["content"])["name"] if call else None,
+        tools=tools if tools is None or isinstance(tools, str) else json.dumps(tools),
+    )

@@ -1,0 +1,384 @@
+"""The table of the nano model: does it hear, answer, call tools and keep its voice?
+
+    scores = evaluate_nano(StepAudio2.from_pretrained("nano"), "corpus", NanoOptions(quick=20))
+
+Answers come from the model alone: it is asked as a user asks it (`transcribe`, `tts`, `chat`), and
+judges hear the sound that came back, not its text.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import soundfile
+
+from sa2jax.chat.template import TASKS
+from sa2jax.evaluate.heldout import HeldOut, Item, read_items, spread
+from sa2jax.evaluate.judges import Judge, grammar_judge, open_judge, require, shuffled
+from sa2jax.evaluate.nano_rows import (
+    HEARD,
+    KEYS,
+    NOT_COMPARED,
+    ROWS,
+    SPOKEN,
+    TOOLS,
+    NanoOptions,
+)  # fmt: skip
+from sa2jax.evaluate.scores import Answer, Row, Scores
+from sa2jax.evaluate.voice_judge import VoiceJudge, voice_judge
+from sa2jax.evaluate.words import SUMS, normalized, word_errors
+from sa2jax.tasks import options_of
+
+if TYPE_CHECKING:
+    from sa2jax.pipeline import StepAudio2
+    from sa2jax.reply import Reply
+
+_BOTH = ("grammar", "sums", "s"), ("Whisper", "sums_open", "s_open")  # offline, streamed
+_FILES = {"seen": "asr_seen", "unseen": "asr_unseen", "digits": "digits"}
+_NO_FILE = {
+    "digits": "no recordings: examples/fetch_real.sh makes a folder of them, see --real",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judges:
+    """Who judges; None for whom no row needs."""
+
+    grammar: Judge | None = None
+    open: Judge | None = None
+    voice: VoiceJudge | None = None
+
+    @classmethod
+    def load(cls, rows: Sequence[str]) -> "Judges":
+        """Those that some rows need.
+
+        Raises:
+            DataError: if one is not installed.
+        """
+        wants = set(rows)
+        if wants & {"seen", "unseen"}:
+            require("jiwer")
+        return cls(
+            grammar=grammar_judge(SUMS) if wants & {"sums", "streamed"} else None,
+            open=open_judge().number if wants & {"sums_open"} else None,
+            voice=voice_judge() if "voice" in wants else None,
+        )
+
+
+def evaluate_nano(
+    model: "StepAudio2",
+    corpus: str | Path,
+    options: NanoOptions | None = None,
+    *,
+    other: "StepAudio2 | None" = None,
+    is_int8: bool = False,
+    judges: Judges | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Scores:
+    """Score a model on held-out recordings.
+
+    Args:
+        model: whom.
+        corpus: folder of the held-out set, see `heldout`.
+        options: which rows, and how.
+        other: the same model with int8 weights; without it that row is not measured.
+        is_int8: whether `model` itself has int8 weights, and `other` float ones.
+        judges: who judges; by default those of the extra `judges`.
+        progress: told about recordings and replies done and in all.
+
+    Raises:
+        DataError: if a judge or the held-out set is missing.
+    """
+    options = options or NanoOptions()
+    held_out = HeldOut.find(corpus)
+    judges = judges or Judges.load(options.measured)
+    steps = _Steps(progress)
+    one = _Exam(model, held_out, options, judges, steps)
+    exams = [one]
+    comparable = tuple(key for key in options.measured if key not in NOT_COMPARED)
+    if other is not None and options.compares and comparable:
+        again = replace(options, rows=comparable)
+        exams.append(_Exam(other, held_out, again, judges, steps, name="other"))
+    steps.total = sum(exam.steps for exam in exams)
+    found = [exam.run() for exam in exams]
+    rows, answers = found[0], [answer for exam in exams for answer in exam.answers]
+    if options.compares:
+        row = next(row for row in ROWS if row.key == "int8")
+        rows["int8"] = (
+            _compared(row, found[0], found[1], -1 if is_int8 else 1)
+            if len(found) == 2
+            else row.missing("there is nothing to compare with, see --against")
+        )
+    facts = {"held-out set": str(held_out.folder), "sampling": "greedy" if options.greedy else
+             "as in conversations", "seed": options.seed, "first chunk": options.first}  # fmt: skip
+    wanted = [rows[key] for key in KEYS if key in rows and key in (options.rows or KEYS)]
+    return Scores(title="nano", rows=tuple(wanted), facts=facts, answers=tuple(answers))
+
+
+def _compared(row: Row, one: dict[str, Row], two: dict[str, Row], sign: int) -> Row:
+    """How many points a second model is better, in the row where it is worst."""
+    points = {
+        key: sign * (-1 if found.lower else 1) * ((two[key].value or 0) - (found.value or 0))
+        for key, found in one.items()
+        if key in two and found.value is not None and two[key].value is not None
+    }
+    if not points:
+        return row.missing("no row to compare was measured")
+    note = ", ".join(f"{key} {value:+.1f}" for key, value in points.items())
+    return row.measured(min(points.values()), sum(one[key].n for key in points), note)
+
+
+class _Steps:
+    """Counts what is done."""
+
+    def __init__(self, progress: Callable[[int, int], None]):
+        self.progress, self.done, self.total = progress, 0, 0
+
+    def add(self) -> None:
+        self.done += 1
+        self.progress(self.done, self.total)
+
+
+class _Exam:
+    """One model before its judges."""
+
+    def __init__(
+        self, model: "StepAudio2", held_out: HeldOut, options: NanoOptions, judges: Judges,
+        steps: _Steps, *, name: str = "",
+    ):  # fmt: skip
+        self.model, self.held_out, self.options, self.judges = model, held_out, options, judges
+        self.count, self.name = steps, name
+        self.answers: list[Answer] = []
+        self.wants = options.measured
+        self.files = {key: self._items(key) for key in HEARD if key in self.wants}
+        self.sums = self._file("sums") if set(SPOKEN) & set(self.wants) else []
+        asked = held_out.items("tools") if set(TOOLS) & set(self.wants) else []
+        self.tools = {
+            key: spread([i for i in asked if (i.tool is not None) == want], options.quick)
+            for key, want in zip(TOOLS, (True, False), strict=True) if key in self.wants
+        }  # fmt: skip
+        self.said = self._said() if "voice" in self.wants else []
+
+    @property
+    def steps(self) -> int:
+        """Recordings and replies in all."""
+        modes = 1 + bool({"streamed", "first_sound"} & set(self.wants))
+        lists = [*self.files.values(), *self.tools.values(), self.said]
+        return sum(map(len, lists)) + modes * len(self.sums)
+
+    def run(self) -> dict[str, Row]:
+        """All rows that are wanted, by key."""
+        rows = {row.key: row for row in ROWS if row.key in self.wants}
+        found: dict[str, Row] = {}
+        for key, items in self.files.items():
+            found[key] = self._transcribed(rows[key], items)
+        if set(SPOKEN) & set(self.wants):
+            found |= self._summed(rows)
+        for key, items in self.tools.items():
+            found[key] = self._called(rows[key], items)
+        if "voice" in rows:
+            found["voice"] = self._voiced(rows["voice"])
+        return found
+
+    # --- items ------------------------------------------------------------------------------
+
+    def _file(self, name: str) -> list[Item]:
+        return self.held_out.items(name, self.options.quick)
+
+    def _items(self, key: str) -> list[Item]:
+        if key == "digits" and self.options.real is not None:
+            return spread(read_items(self.options.real / "digits.jsonl"), self.options.quick)
+        return self._file(_FILES[key])
+
+    def _said(self) -> list[tuple[Item, str]]:
+        """What is to be said, by texts and questions in turn, in each voice in turn."""
+        voices = self._voices()
+        texts, talks = self.held_out.items("tts"), self.held_out.items("chat")
+        count = self.options.quick or max(len(texts), len(talks))
+        pool = [pick for pair in zip(spread(texts, count), spread(talks, count), strict=False)
+                for pick in pair] or texts or talks  # fmt: skip
+        turns = len(voices) if len(voices) > 1 else 0
+        return [(item, voices[(n // 2) % turns]) for n, item in enumerate(pool[:count])] if turns \
+            else []  # fmt: skip
+
+    def _voices(self) -> list[str]:
+        """Voices that the model has and of which there are recordings."""
+        return sorted(set(self.model.speech.folder.voices) & set(self.held_out.voices))
+
+    # --- rows -------------------------------------------------------------------------------
+
+    def _transcribed(self, row: Row, items: list[Item]) -> Row:
+        if not items:
+            return row.missing(_NO_FILE.get(row.key, f"the set has no {_FILES[row.key]}.jsonl"))
+        before = self.count.done
+
+        def tick(done: int, total: int) -> None:
+            while self.count.done < before + min(done, len(items)):
+                self.count.add()
+
+        texts = self.model.transcribe([str(item.audio) for item in items], progress=tick)
+        for item, text in zip(items, texts, strict=True):
+            self._note(row.key, item, item.expected, text)
+        expected = [item.expected for item in items]
+        if row.unit == "%" and not row.lower:
+            pairs = zip(expected, texts, strict=True)
+            return row.rate([normalized(a) == normalized(b) for a, b in pairs])
+        return row.errors(*word_errors(expected, texts))
+
+    def _summed(self, rows: dict[str, Row]) -> dict[str, Row]:
+        """All rows of spoken sums: each question is asked offline and, if need be, streamed."""
+        rows = {key: rows[key] for key in SPOKEN if key in rows}
+        if not self.sums:
+            return {key: row.missing("the set has no sums.jsonl") for key, row in rows.items()}
+        streams = bool({"streamed", "first_sound"} & rows.keys())
+        judges: dict[str, Judge] = {}
+        if self.judges.grammar is not None and {"sums", "streamed"} & rows.keys():
+            judges["sums"] = self.judges.grammar
+        if self.judges.open is not None and "sums_open" in rows:
+            judges["sums_open"] = self.judges.open
+        rights: dict[str, list[bool]] = {name: [] for name in ("sums", "sums_open", "s", "s_open")}
+        factors, firsts = [], []
+        for streamed in (False, True)[: 1 + streams]:
+            if {"first_sound", "real_time"} & rows.keys():
+                self._answer(self.sums[0], 0, streamed)  # compiles
+            for number, item in enumerate(self.sums):
+                reply = self._answer(item, number, streamed)
+                times = reply.timings
+                if times is not None and times.real_time_factor is not None:
+                    (firsts if streamed else factors).append(
+                        times.first_audio if streamed else times.real_time_factor
+                    )
+                for kind, judge in judges.items():
+                    name = "s" + kind[4:] if streamed else kind
+                    heard = judge(reply.audio, reply.sample_rate)
+                    rights[name].append(heard == normalized(item.expected))
+                    row = f"streamed {kind}" if streamed else kind
+                    self._note(row, item, item.expected, heard, rights[name][-1])
+                self.count.add()
+        found = {}
+        for key, judge in judges.items():
+            if key in rows:
+                found[key] = rows[key].rate(rights[key], self._about(judge))
+        if "streamed" in rows:
+            found["streamed"] = _streamed(rows["streamed"], rights)
+        if "first_sound" in rows:
+            found["first_sound"] = _median(rows["first_sound"], firsts)
+        if "real_time" in rows:
+            found["real_time"] = _median(rows["real_time"], factors)
+        return found
+
+    def _called(self, row: Row, items: list[Item]) -> Row:
+        rights = []
+        for number, item in enumerate(items):
+            chat = self.model.chat(
+                item.system, tools=item.tools, options=self._options(), max_tool_rounds=0
+            )
+            reply = chat.say(_content(item), speak=True, seed=self.options.seed + number)
+            names = [getattr(call, "name", "(malformed)") for call in reply.tool_calls]
+            rights.append(item.tool in names if item.tool else not names)
+            found = ", ".join(names) or f"(none) {reply.text}"
+            self._note(row.key, item, item.tool or "(none)", found, rights[-1])
+            self.count.add()
+        return row.rate(rights)
+
+    def _voiced(self, row: Row) -> Row:
+        judge, names = self.judges.voice, self._voices()
+        if judge is None or len(names) < 2:
+            return row.missing(f"expected two voices of the model with recordings, got {names}")
+        known = {
+            name: judge.embed(*soundfile.read(path, dtype="float32"))
+            for name, path in self.held_out.voices.items()
+        }
+        rights: dict[str, list[bool]] = {name: [] for name in names}
+        for number, (item, voice) in enumerate(self.said):
+            seed = self.options.seed + number
+            if item.audio is None:
+                reply = self.model.tts(
+                    item.text, voice, max_new_tokens=self.options.max_new_tokens, seed=seed
+                )
+            else:
+                chat = self.model.chat(item.system, voice=voice, options=self._options())
+                reply = chat.say(_content(item), seed=seed)
+            closest = "(silence)"
+            if reply.audio.any():
+                closest, _ = judge.closest(reply.audio, reply.sample_rate, known)
+            rights[voice].append(closest == voice)
+            self._note("voice", item, voice, closest, rights[voice][-1])
+            self.count.add()
+        shares = [f"{name} {sum(r)} of {len(r)}" for name, r in rights.items()]
+        note = f"{', '.join(shares)}; by chance {100 / len(known):.0f} %"
+        return row.rate([right for found in rights.values() for right in found], note)
+
+    # --- parts ------------------------------------------------------------------------------
+
+    def _options(self) -> Any:
+        """How replies are sampled."""
+        options = replace(options_of(TASKS["chat"]), max_new_tokens=self.options.max_new_tokens)
+        if self.options.greedy:
+            options = replace(options, sampling=replace(options.sampling, temperature=0.0))
+        return options
+
+    def _answer(self, item: Item, number: int, streamed: bool) -> "Reply":
+        """The spoken answer to a question; streamed, the same codes as offline."""
+        chat = self.model.chat(item.system, options=self._options())
+        seed = self.options.seed + number
+        if not streamed:
+            return chat.say(_content(item), speak=True, seed=seed)
+        stream = chat.stream(
+            _content(item), speak=True, seed=seed, first=self.options.first,
+            chunk=self.options.chunk,
+        )  # fmt: skip
+        pieces = [piece.audio for piece in stream]
+        return replace(stream.reply, audio=np.concatenate([np.zeros(0, np.float32), *pieces]))
+
+    def _about(self, judge: Judge) -> str:
+        """How the judge hears recordings of the right answers, whole and in pieces."""
+        clips = {item.expected: item.reference for item in self.sums
+                 if item.reference is not None and item.reference.is_file()}  # fmt: skip
+        if not clips or self.name:
+            return ""
+        whole = broken = 0
+        for expected, path in clips.items():
+            wave, rate = soundfile.read(path, dtype="float32")
+            whole += judge(wave, rate) == normalized(expected)
+            broken += judge(shuffled(wave, rate), rate) == normalized(expected)
+        return (
+            f"the judge is right on {whole} of {len(clips)} recordings of the answers, and on "
+            f"{broken} of them shuffled"
+        )
+
+    def _note(
+        self, row: str, item: Item, expected: str, found: str, right: bool | None = None
+    ) -> None:
+        self.answers.append(
+            Answer(row=row, item=item.name, expected=expected, found=found, right=right,
+                   model=self.name)
+        )  # fmt: skip
+
+
+def _streamed(row: Row, rights: dict[str, list[bool]]) -> Row:
+    """The difference in points, of the judge that finds the larger one."""
+    points = {
+        judge: 100 * (sum(rights[streamed]) - sum(rights[offline])) / len(rights[offline])
+        for judge, offline, streamed in _BOTH
+        if rights[streamed]
+    }
+    if not points:
+        return row.missing("no judge has heard them")
+    note = ", ".join(f"{judge} {value:+.1f}" for judge, value in points.items())
+    return row.measured(min(points.values()), len(rights["s"] or rights["s_open"]), note)
+
+
+def _median(row: Row, values: Sequence[float | None]) -> Row:
+    known = [value for value in values if value is not None]
+    if not known:
+        return row.missing("no reply had a sound")
+    return row.measured(median(known), len(known), f"slowest {max(known):.2f}")
+
+
+def _content(item: Item) -> Any:
+    """A question as a conversation takes it."""
+    return item.audio if item.audio is not None else item.text

@@ -1,0 +1,97 @@
+"""`sa2jax eval nano` as a user runs it."""
+
+import json
+import sys
+
+import pytest
+from scripted import Script, Speech, groups
+
+from sa2jax import cli, conversation, testing
+from sa2jax.chat.tokenizer import Tokenizer
+from sa2jax.cli.evaluate import evaluate
+from sa2jax.evaluate import nano
+from sa2jax.pipeline import StepAudio2
+
+
+@pytest.fixture(autouse=True)
+def judges(monkeypatch):
+    """The command is there, and its judges hear nothing."""
+    monkeypatch.setitem(cli.COMMANDS, "eval", evaluate)
+    silent = nano.Judges(grammar=lambda w, r: "", open=lambda w, r: "")
+    monkeypatch.setattr(nano.Judges, "load", lambda rows: silent)
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """What was loaded; the models themselves are scripted."""
+    asked = []
+
+    class Always(Script):
+        def session(self, generator):
+            self.will_say(groups("five", [1, 2, 3]))
+            return super().session(generator)
+
+    monkeypatch.setattr(conversation, "Session", Always().session)
+
+    def load(folder, *, dtype, batch_size, progress):
+        asked.append((str(folder), dtype))
+        cfg = testing.tiny_config(max_positions=2048)
+        tokenizer = Tokenizer(testing.byte_tokenizer(testing.AUDIO_START, 512))
+        return StepAudio2(cfg, testing.tiny_params(cfg), tokenizer, speech=lambda: Speech())
+
+    monkeypatch.setattr(StepAudio2, "from_pretrained", load)
+    module = sys.modules[evaluate.__module__]
+    monkeypatch.setattr(module, "_has_int8", lambda model: asked[-1][1] == "int8")
+    return asked
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*arguments) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+QUICK = ("--quick", 1, "--row", "tool_unasked", "--row", "sums")
+
+
+def test_a_table_and_its_answers(run, loads, corpus, tmp_path):
+    code, out, err = run("eval", "nano", "--corpus", corpus, "--model", tmp_path, *QUICK,
+                         "--answers", tmp_path / "answers.jsonl")  # fmt: skip
+    assert (code, err) == (0, "")
+    assert "no tool called when not asked" in out
+    assert "below" in out
+    assert loads == [(str(tmp_path), None)]
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines()
+    assert [json.loads(line)["row"] for line in lines] == ["sums", "tool_unasked"]
+    code, out, err = run("eval", "nano", "--corpus", corpus, "--model", tmp_path, *QUICK,
+                         "--row", "int8", "--json", "--strict")  # fmt: skip
+    assert code == 1
+    assert err == "below the floor: sums\n"
+    rows = {row["key"]: row for row in json.loads(out)["rows"]}
+    assert rows["sums"]["mark"] == "below"
+    assert rows["int8"]["value"] == 0
+    assert loads[1:] == [(str(tmp_path), None), (str(tmp_path), "int8")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--row", "nothing"), "there is no row 'nothing'"),
+        (("--corpus", "/nowhere"), "has no held-out set"),
+        ((), "has no folder heldout/"),
+    ],
+)
+def test_mistakes_are_one_line(run, loads, tmp_path, arguments, message):
+    code, out, err = run("eval", "nano", "--model", tmp_path, *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+    assert loads == []

@@ -1,0 +1,235 @@
+"""What a synthetic corpus says: words, answers that are right, and texts that are kept apart."""
+
+import json
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from sa2jax.chat.template import TASKS
+from sa2jax.chat.toolbox import Toolbox, get_date_time
+from sa2jax.errors import ConfigError, DataError
+from sa2jax.train import corpus, talks
+from sa2jax.train.corpus_plan import Plan, read_corpus
+from sa2jax.train.talks import Line, Talks, plan_talks
+
+
+@pytest.fixture(scope="module")
+def config() -> Talks:
+    return read_corpus("nano/corpus").talks
+
+
+@pytest.fixture(scope="module")
+def planned(config):
+    return plan_talks(config, 0, 0.1)
+
+
+def of(planned, file):
+    return [talk for talk in planned if talk.file == file]
+
+
+def heard(line: Line) -> str:
+    assert line.clip is not None
+    return line.clip.text
+
+
+# --- words --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(0, "zero"), (10, "ten"), (19, "nineteen"), (20, "twenty"), (42, "forty two"),
+     (100, "one hundred"), (305, "three hundred five"), (999, "nine hundred ninety nine")],
+)  # fmt: skip
+def test_numbers(value, words):
+    assert corpus.number(value) == words
+
+
+def test_all_numbers_differ():
+    assert len({corpus.number(n) for n in range(1000)}) == 1000
+
+
+@pytest.mark.parametrize(
+    ("time", "words"),
+    [((0, 0), "twelve o clock"), ((15, 30), "three thirty"), ((9, 5), "nine oh five"),
+     ((12, 59), "twelve fifty nine")],
+)  # fmt: skip
+def test_clock(time, words):
+    assert corpus.clock(*time) == words
+
+
+def test_grammar():
+    rng = np.random.default_rng(0)
+    sentences = {corpus.sentence(rng) for _ in range(5000)}
+    assert corpus.count_sentences() > 100_000
+    assert len(sentences) > 3000  # short forms come again
+    assert all(2 <= len(text.split()) <= 10 for text in sentences)
+    words = {word for text in sentences for word in text.split()}
+    assert words <= {*corpus.vocabulary()}
+    assert len(words) >= 150
+
+
+def test_words_are_plain():
+    assert all(re.fullmatch("[a-z]+", word) for word in corpus.vocabulary())
+    assert {*corpus.DIGITS, *corpus.DAYS} <= {*corpus.single_words()} < {*corpus.vocabulary()}
+
+
+def test_sums_are_right_and_complete():
+    sums = corpus.exchanges("sum")
+    assert len(sums) == 300
+    values = {corpus.number(n): n for n in range(19)}
+    for question, answer in sums:
+        a, b = (values[word] for word in question.split() if word in values)
+        assert values[answer] == a + b
+
+
+def test_other_answers():
+    opposites = dict(corpus.exchanges("opposite"))
+    assert len(opposites) >= 40
+    assert opposites["what is the opposite of hot"] == "cold"
+    assert opposites["what is the opposite of cold"] == "hot"
+    counts = dict(corpus.exchanges("count"))
+    assert counts["count from two to six"] == "two three four five six"
+    assert counts["count from three to one"] == "three two one"
+    assert counts["count to four"] == "one two three four"
+    every = [pair for kind in corpus.EXCHANGES for pair in corpus.exchanges(kind)]
+    assert len(dict(every)) == len(every)
+    assert max(len(answer.split()) for _, answer in every) <= 9
+
+
+# --- chance -------------------------------------------------------------------------------------
+
+
+def test_weighted():
+    rng = np.random.default_rng(0)
+    found = Counter(corpus.weighted(rng, {"a": 3, "b": 0, "c": 1}) for _ in range(4000))
+    assert {*found} == {"a", "c"}
+    assert 2800 < found["a"] < 3200
+
+
+def test_held_out_is_a_share_of_open_texts():
+    rng = np.random.default_rng(1)
+    texts = {text for _ in range(5000) if len((text := corpus.sentence(rng)).split()) > 2}
+    share = sum(corpus.is_held_out(text, 0.1) for text in texts) / len(texts)
+    assert 0.08 < share < 0.12
+    assert not corpus.is_held_out("seven eight", 1)
+    assert not corpus.is_held_out("seven eight nine", 1)  # what "count from seven" is answered
+    assert corpus.is_held_out("seven eight one", 1)
+
+
+def test_chance_is_of_seed_and_key():
+    first = corpus.random(0, "a").random()
+    assert first == corpus.random(0, "a").random()
+    assert first not in (corpus.random(1, "a").random(), corpus.random(0, "b").random())
+
+
+# --- talks --------------------------------------------------------------------------------------
+
+
+def test_same_seed_same_talks(config, planned):
+    assert plan_talks(config, 0, 0.1) == planned
+    assert plan_talks(config, 1, 0.1) != planned
+
+
+def test_talks_do_not_depend_on_how_many(config, planned):
+    some = {talk.key: talk for talk in plan_talks(config, 0, 0.02)}
+    every = {talk.key: talk for talk in planned}
+    assert all(every[key] == talk for key, talk in some.items())
+
+
+def test_counts(config, planned):
+    found = Counter(talk.file for talk in planned)
+    assert found["talks/asr"] == 900
+    assert found["heldout/asr_seen"] == found["heldout/asr_unseen"] == 40
+    assert {name.split("/")[1] for name in found if name.startswith("talks/")} == {*config.counts}
+
+
+def test_shapes_of_tasks(planned):
+    for talk in of(planned, "talks/asr"):
+        system, asked, answer = talk.lines
+        assert system.text == TASKS["asr"].system
+        assert heard(asked) == answer.text
+        assert not answer.speak
+    prompts = Counter(talk.lines[0].text for talk in of(planned, "talks/tts"))
+    assert {*prompts} == {TASKS["tts"].system, TASKS["tts"].system_en}
+    for talk in of(planned, "talks/tts"):
+        assert talk.lines[1].text == talk.lines[2].text
+        assert talk.lines[2].speak
+    for talk in of(planned, "talks/repeat"):
+        assert heard(talk.lines[1]) == talk.lines[2].text
+
+
+def test_every_sum_is_asked(planned):
+    asked = {heard(t.lines[1]).split(" is ")[-1] for t in of(planned, "talks/sums")}
+    assert len(asked) >= 100
+    answers = dict(corpus.exchanges("sum"))
+    assert all(answers[heard(t.lines[1])] == t.lines[2].text for t in of(planned, "talks/sums"))
+
+
+def test_turns_that_need_the_ones_before(planned):
+    chats = [talk.lines for talk in of(planned, "talks/chat")]
+    again = [lines for lines in chats if len(lines) == 5 and heard(lines[3]) == corpus.AGAIN]
+    assert again
+    assert all(lines[2].text == lines[4].text for lines in again)
+    names = [lines for lines in chats if len(lines) == 5 and heard(lines[3]) == corpus.ASK_NAME]
+    assert names
+    assert all(lines[4].text.split()[-1] == heard(lines[1]).split()[-1] for lines in names)
+
+
+def test_tools(planned):
+    tools = of(planned, "talks/tools")
+    assert all(talk.tools for talk in tools)
+    called = [t.lines for t in tools if any(line.role == "tool_call" for line in t.lines)]
+    assert 0.5 < len(called) / len(tools) < 0.8
+    for _, asked, look, call, told, answer in called:
+        assert look == Line(role="assistant", text=corpus.LOOKING, speak=True)
+        assert json.loads(call.text) == {"name": "get_date_time", "arguments": {}}
+        _, clock, name, _ = told.text.split()
+        form = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [A-Z][a-z]+day UTC[+-]\d\d:00"
+        assert re.fullmatch(form, told.text)
+        assert re.fullmatch(form.replace(":00", r":\d\d"), get_date_time())
+        hour, minute = map(int, clock.split(":")[:2])
+        right = {f"it is {corpus.clock(hour, minute)}", f"today is {name.lower()}"}
+        assert answer.text in right
+        assert ("day" in heard(asked)) == answer.text.startswith("today")
+    assert json.loads(Toolbox(["get_date_time"]).text) == talks.TOOLS
+
+
+def test_unseen_voice(config, planned):
+    unseen, seen = of(planned, "heldout/asr_unseen"), of(planned, "heldout/asr_seen")
+    assert [heard(talk.lines[1]) for talk in unseen] == [heard(talk.lines[1]) for talk in seen]
+    for talk in planned:
+        voices = {line.clip.voice for line in talk.lines if line.clip}
+        assert (config.held_out.unseen in voices) == (talk.file == "heldout/asr_unseen")
+
+
+def test_split_of_all_texts():
+    plan = Plan.of(read_corpus("nano/corpus"), 0.1)
+    opened = [j for path, j in plan.jobs.items() if path.startswith("heldout/clean") or j.clean]
+    tested = {job.text for job in opened if job.held_out}
+    learnt = {job.text for job in plan.jobs.values() if not job.held_out}
+    assert tested
+    assert not tested & learnt
+
+
+def test_split_is_checked(monkeypatch):
+    recipe = read_corpus("nano/corpus")
+    monkeypatch.setattr(talks._Draw, "text", lambda self, transcribed=False: "a b c")
+    with pytest.raises(DataError, match="held-out texts are in the training data: a b c"):
+        Plan.of(recipe, 0.001)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"talks.counts.asr_unseen": 3}, "talks.counts: there is no asr_unseen"),
+        ({"talks.held_out.counts": {"asr": 3}}, "there is no asr; expected asr_seen"),
+        ({"talks.held_out.share": 2}, "expected between 0 and 0.5"),
+        ({"talks.chat.song": 1}, "talks.chat: there is no song"),
+        ({"talks.voices": {"who": 0}}, "expected parts of 0 or more"),
+    ],
+)
+def test_wrong_recipes(change, message):
+    with pytest.raises(ConfigError, match=message):
+        read_corpus("nano/corpus", change)

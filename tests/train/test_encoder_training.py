@@ -1,0 +1,161 @@
+"""The audio encoder learns to spell, and is then what a whole model listens with."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from recorded_flow import QUICK, jit
+
+from sa2jax import testing
+from sa2jax.audio.features import log_mel, num_frames
+from sa2jax.config import AudioEncoderConfig
+from sa2jax.models.audio_encoder import encoder_length
+from sa2jax.models.step_audio import step_audio2
+from sa2jax.train.encoder import (
+    FROZEN,
+    EncoderTeaching,
+    encoder_loss,
+    encoder_teacher,
+    init_encoder,
+    make_encoder_evaluation,
+    make_encoder_step,
+    sinusoids,
+)
+from sa2jax.train.listening import (
+    SYMBOLS,
+    TRACES,
+    Disturbance,
+    SoundBatch,
+    letters_of,
+    network,
+    place_sound_batch,
+    text_of,
+)
+from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
+from sa2jax.train.step import init_state
+
+CFG = AudioEncoderConfig(mels=16, layers=1, embed=32, heads=2, max_positions=100, mlp_ratio=2)
+MODEL = encoder_teacher(CFG)
+PLAIN = EncoderTeaching(disturbance=None)
+TEXTS = ("abca", "cb", "ba ca")
+STEPS = 250
+
+
+def tones(texts=TEXTS, *, room: int = 0, rows: int = 0) -> SoundBatch:
+    """A chord of 120 ms for each letter, right-padded with noise that must not be heard."""
+    place = np.arange(1920) / 16_000
+    said = [letters_of(text) for text in texts] + [[]] * rows
+    total = 1920 * max(map(len, said)) + room
+    sound = np.random.default_rng(0).normal(size=(len(said), total))
+    letters = np.zeros((len(said), max(map(len, said)) + bool(room)), np.int32)
+    for row, ids in enumerate(said):
+        for n, letter in enumerate(ids):
+            chord = sum(np.sin(2 * np.pi * place * letter * f) for f in (150, 390))
+            sound[row, 1920 * n : 1920 * (n + 1)] = 0.1 * chord * np.hanning(1920)
+        letters[row, : len(ids)] = ids
+    counts = np.array([len(ids) for ids in said], np.int32)
+    return SoundBatch(
+        sound=sound.astype(np.float32), lengths=1920 * counts, letters=letters,
+        letter_counts=counts, speaker=0 * counts,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def params():
+    return init_encoder(CFG)
+
+
+@pytest.fixture(scope="module")
+def losses():
+    """The loss, its report and its gradient; one program for each config and shape."""
+
+    @partial(jit, static_argnames="config")
+    def run(params, batch, key, config):
+        loss = partial(encoder_loss, MODEL, batch=batch, key=key, config=config)
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    return run
+
+
+def test_positions_are_sines_and_cosines_of_slower_and_slower_waves():
+    table = np.asarray(sinusoids(50, 8))
+    np.testing.assert_allclose(table[:, 0], np.sin(np.arange(50)), atol=1e-5)
+    np.testing.assert_allclose(table[:, 4], np.cos(np.arange(50)), atol=1e-5)
+    np.testing.assert_allclose(table[:, 7], np.cos(np.arange(50) / 10_000), atol=1e-5)
+    np.testing.assert_allclose(table[:, 1], np.sin(np.arange(50) * 10_000 ** (-1 / 3)), atol=1e-4)
+    assert sinusoids(3, 5).shape == (3, 5)
+
+
+def test_padding_and_empty_rows_change_nothing(params, losses):
+    (loss, report), gradient = losses(params, tones(), None, PLAIN)
+    (wide, also), same = losses(params, tones(room=800, rows=1), None, PLAIN)
+    assert float(wide) == pytest.approx(float(loss), rel=1e-5)
+    assert float(also["letters"]) == float(report["letters"]) == sum(map(len, TEXTS))
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-3), same, gradient)
+    assert np.abs(gradient["model"]["conv1"]["kernel"]).max() > 1e-4
+
+
+def test_a_seed_is_a_run(params, losses):
+    config = EncoderTeaching()
+    loss = [
+        float(losses(params, tones(), jax.random.key(seed), config)[0][0]) for seed in (0, 0, 1)
+    ]
+    assert loss[0] == loss[1] != loss[2]
+
+
+def test_an_encoder_learns_to_spell_and_keeps_its_positions(params):
+    optimizer = make_optimizer(
+        OptimizerConfig(rate=5e-3, warmup=10, steps=STEPS, decay=0.0, rates=FROZEN)
+    )
+    mild = EncoderTeaching(disturbance=Disturbance(time_masks=0, band_masks=0))
+    batch = place_sound_batch(tones(), None)
+    step, traces = make_encoder_step(MODEL, optimizer, mild, seed=1), TRACES["step"]
+    state = init_state(MODEL, optimizer, None, jax.tree.map(jnp.copy, params))
+    step, reports = step.lower(state, batch).compile(QUICK), []
+    for n in range(STEPS):
+        if n == 1:
+            saved = jax.tree.map(np.asarray, state)
+        state, report = step(state, batch)
+        reports.append({name: float(x) for name, x in report.items()})
+    assert TRACES["step"] == traces + 1
+    assert reports[-1]["loss"] < 0.1 < 1 < reports[0]["loss"]
+    heard = make_encoder_evaluation(MODEL)(state.params, batch)
+    assert [text_of(row) for row in np.asarray(heard.letters)] == list(TEXTS)
+    table = np.asarray(network(state.params)["positions"])
+    np.testing.assert_array_equal(table, sinusoids(CFG.max_positions, CFG.embed))
+
+    # What was saved after the first step goes on as the run did.
+    again, report = step(jax.device_put(saved, jax.local_devices()[0]), batch)
+    assert float(report["loss"]) == reports[1]["loss"]
+    assert int(again.step) == 2
+
+
+def test_what_is_taught_is_what_the_adapter_gets():
+    """The encoder fits into a whole model, and the head reads that model's features."""
+    whole = testing.tiny_config(layers=1)
+    cfg = whole.audio_encoder
+    params, batch = init_encoder(cfg, seed=1), place_sound_batch(tones(), None)
+    structure = step_audio2(whole)
+    like = structure.abstract["audio_encoder"]
+    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
+    assert shapes(network(params)) == shapes(like)
+    heard = make_encoder_evaluation(encoder_teacher(cfg))(params, batch)
+
+    @jit
+    def features(encoder):
+        others = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), structure.abstract)
+        net = structure.bind(others | {"audio_encoder": encoder})
+        mels = log_mel(batch.sound, batch.lengths, n_mels=cfg.mels)
+        return net.audio_encoder(mels, num_frames(batch.lengths))
+
+    head = params["heads"]["letters"]
+    x = np.asarray(features(network(params)))
+    logits = np.einsum("bsd,pvd->bspv", x, head["kernel"]) + head["bias"]
+    logits = logits.reshape(len(x), -1, SYMBOLS)  # two of each frame
+    for row, size in enumerate(2 * encoder_length(num_frames(np.asarray(batch.lengths)))):
+        best = logits[row, :size].argmax(-1)
+        spelled = [s for i, s in enumerate(best) if s and (i == 0 or s != best[i - 1])]
+        assert text_of(np.asarray(heard.letters)[row]) == text_of(spelled)
+        assert spelled

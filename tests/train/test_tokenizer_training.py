@@ -1,0 +1,196 @@
+"""The speech tokenizer learns to spell through its rounding, and its codes are those of use."""
+
+from dataclasses import replace
+from functools import partial
+from itertools import product
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from recorded_flow import QUICK, jit
+
+from sa2jax.audio.features import s3_log_mel
+from sa2jax.errors import TrainError
+from sa2jax.models.speech_tokenizer import FSQ_SCALE, speech_tokenizer
+from sa2jax.speech_config import SpeechTokenizerConfig
+from sa2jax.train.listening import (
+    TRACES,
+    Disturbance,
+    SoundBatch,
+    letters_of,
+    network,
+    place_sound_batch,
+    text_of,
+)
+from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
+from sa2jax.train.step import init_state
+from sa2jax.train.tokenizer import (
+    CodeUsage,
+    TokenizerTeaching,
+    init_tokenizer,
+    make_tokenizer_evaluation,
+    make_tokenizer_step,
+    soft_digits,
+    tokenizer_loss,
+    tokenizer_teacher,
+    uneven,
+)
+
+CFG = SpeechTokenizerConfig(mels=16, layers=1, embed=32, mlp=64, memory=5, digits=4, head_dim=16)
+MODEL = tokenizer_teacher(CFG)
+PLAIN = TokenizerTeaching(disturbance=None)
+TEXTS = ("abca", "cb", "ba ca")
+STEPS = 250
+
+
+def tones(texts=TEXTS, *, room: int = 0, rows: int = 0) -> SoundBatch:
+    """A chord of 120 ms for each letter, right-padded with noise that must not be heard."""
+    place = np.arange(1920) / 16_000
+    said = [letters_of(text) for text in texts] + [[]] * rows
+    total = 1920 * max(map(len, said)) + room
+    sound = np.random.default_rng(0).normal(size=(len(said), total))
+    letters = np.zeros((len(said), max(map(len, said)) + bool(room)), np.int32)
+    for row, ids in enumerate(said):
+        for n, letter in enumerate(ids):
+            chord = sum(np.sin(2 * np.pi * place * letter * f) for f in (150, 390))
+            sound[row, 1920 * n : 1920 * (n + 1)] = 0.1 * chord * np.hanning(1920)
+        letters[row, : len(ids)] = ids
+    counts = np.array([len(ids) for ids in said], np.int32)
+    return SoundBatch(
+        sound=sound.astype(np.float32), lengths=1920 * counts, letters=letters,
+        letter_counts=counts, speaker=0 * counts,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def params():
+    return init_tokenizer(CFG)
+
+
+@pytest.fixture(scope="module")
+def losses():
+    """The loss, its report and its gradient; one program for each config and shape."""
+
+    @partial(jit, static_argnames="config")
+    def run(params, batch, key, config):
+        loss = partial(tokenizer_loss, MODEL, batch=batch, key=key, config=config)
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    return run
+
+
+def test_codes_are_those_of_the_tokenizer_in_use(params):
+    batch = place_sound_batch(tones(), None)
+    heard = make_tokenizer_evaluation(MODEL)(params, batch)
+    frames = batch.lengths // 160
+
+    @jit
+    def codes(params):
+        mels = s3_log_mel(batch.sound, batch.lengths, n_mels=CFG.mels)
+        return speech_tokenizer(CFG).bind(params)(mels, frames)
+
+    expected = np.asarray(codes(network(params)))
+    np.testing.assert_array_equal(heard.codes, expected)
+    assert len(np.unique(expected)) > 3
+    used = len(np.unique(expected[np.arange(expected.shape[1]) < -(-frames // 4)[:, None]]))
+    assert float(heard.report["used"]) == pytest.approx(used / CFG.codebook)
+
+
+def test_digits_are_whole_and_their_gradient_passes_the_rounding(params):
+    net = speech_tokenizer(CFG).bind(network(params))
+    hidden = jax.random.normal(jax.random.key(0), (1, 6, CFG.embed))
+    digits = np.asarray(soft_digits(net, hidden))
+    np.testing.assert_allclose(digits, np.round(digits), atol=1e-6)
+    assert set(np.round(digits).ravel()) == {-1, 0, 1}
+    soft = lambda hidden: jnp.tanh(net.digits(hidden)) * FSQ_SCALE  # noqa: E731
+    gradients = [
+        jax.grad(lambda x, f=f: f(x).sum())(hidden) for f in (soft, partial(soft_digits, net))
+    ]
+    np.testing.assert_allclose(*gradients, rtol=1e-5)
+
+
+def test_the_first_convolution_learns_through_the_codes_alone(params, losses):
+    """Without what is read before the rounding, and without mel frames."""
+    config = replace(PLAIN, early=0.0, mels=0.0, spread=0.0)
+    (loss, report), gradient = losses(params, tones(), None, config)
+    assert float(loss) == float(report["ctc"])
+    assert np.abs(gradient["model"]["conv1"]["kernel"]).max() > 1e-4
+    assert np.abs(gradient["model"]["digits"]["kernel"]).max() > 1e-4
+    assert np.abs(gradient["heads"]["mels"]["kernel"]).max() == 0
+    assert np.abs(gradient["heads"]["early"]["letters"]["kernel"]).max() == 0
+
+
+def test_padding_and_empty_rows_change_nothing(params, losses):
+    (loss, report), gradient = losses(params, tones(), None, PLAIN)
+    (wide, also), same = losses(params, tones(room=800, rows=1), None, PLAIN)
+    assert float(wide) == pytest.approx(float(loss), rel=1e-5)
+    assert {k: float(v) for k, v in also.items()} == pytest.approx(
+        {k: float(v) for k, v in report.items()}, rel=1e-5
+    )
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-3), same, gradient)
+    parts = report["ctc"] + report["early_ctc"] + report["mels"] + report["uneven"]
+    assert float(loss) == pytest.approx(float(parts), rel=1e-6)
+
+
+def test_a_tokenizer_learns_to_spell(params):
+    """Letters are read from the codes of clips it has seen, and mel frames get nearer."""
+    optimizer = make_optimizer(OptimizerConfig(rate=1e-2, warmup=10, steps=STEPS, decay=0.0))
+    mild = TokenizerTeaching(disturbance=Disturbance(time_masks=0, band_masks=0))
+    batch = place_sound_batch(tones(), None)
+    step, traces = make_tokenizer_step(MODEL, optimizer, mild, seed=1), TRACES["step"]
+    state = init_state(MODEL, optimizer, None, jax.tree.map(jnp.copy, params))
+    step, reports = step.lower(state, batch).compile(QUICK), []
+    for n in range(STEPS):
+        if n == 1:
+            saved = jax.tree.map(np.asarray, state)
+        state, report = step(state, batch)
+        reports.append({name: float(x) for name, x in report.items()})
+    assert TRACES["step"] == traces + 1
+    assert reports[-1]["ctc"] < 0.1 < 1 < reports[0]["ctc"]
+    assert reports[-1]["mels"] < 0.6 * reports[0]["mels"]
+    heard = make_tokenizer_evaluation(MODEL)(state.params, batch)
+    assert [text_of(row) for row in np.asarray(heard.letters)] == list(TEXTS)
+
+    # What was saved after the first step goes on as the run did.
+    again, report = step(jax.device_put(saved, jax.local_devices()[0]), batch)
+    assert float(report["loss"]) == reports[1]["loss"]
+    assert int(again.step) == 2
+
+
+def test_a_seed_is_a_run(params, losses):
+    key = lambda seed: jax.random.key(seed)  # noqa: E731
+    config = TokenizerTeaching()
+    loss = [float(losses(params, tones(), key(seed), config)[0][0]) for seed in (0, 0, 1)]
+    assert loss[0] == loss[1] != loss[2]
+
+
+def test_digits_are_even_where_all_codes_are_equally_frequent():
+    every = np.array(list(product((-1, 0, 1), repeat=3)), np.float32)[None]  # [1, 27, 3]
+    length = jnp.array([27])
+    assert float(uneven(every, length)) == pytest.approx(0, abs=1e-6)
+    padded = np.pad(every, ((0, 1), (0, 4), (0, 0)), constant_values=1)
+    assert float(uneven(padded, jnp.array([27, 0]))) == pytest.approx(0, abs=1e-6)
+    assert float(uneven(0 * every, length)) == pytest.approx((2 / 3) ** 2)
+    alike = np.repeat(every[..., :1], 3, -1)  # each knows the others
+    assert float(uneven(alike, length)) == pytest.approx(2 * (2 / 3) ** 2)
+    one = 0 * every + 1
+    assert float(uneven(one, length)) == pytest.approx(1 + (2 / 3) ** 2)
+
+
+def test_usage_counts_codes_of_clips_only():
+    usage = CodeUsage.none(CFG)
+    assert (usage.used, usage.perplexity) == (0, 1)
+    codes = np.array([[5, 5, 7, 0], [7, 80, 80, 80]])
+    usage = usage.plus(codes, np.array([3, 1]))
+    assert (usage.counts[5], usage.counts[7], usage.counts.sum()) == (2, 2, 4)
+    assert usage.used == 2
+    assert usage.perplexity == pytest.approx(2)
+    assert usage.plus(codes, np.array([0, 4])).used == 3
+
+
+@pytest.mark.parametrize("field", ["early", "mels", "spread"])
+@pytest.mark.parametrize("value", [-0.1, float("nan")])
+def test_weights_are_not_negative(field, value):
+    with pytest.raises(TrainError, match=f"{field}=.*expected a number of 0 or more"):
+        TokenizerTeaching(**{field: value})

@@ -1,0 +1,450 @@
+"""Training of one network: what a recipe says, as a task for the loop.
+
+    prepare_flow(["speech/"], "ready", "mini")
+    recipe = read_network_recipe("flow", {"network.folder": "mini", "data.folder": "ready"})
+    outcome = train_network(recipe, "runs/anna")
+    speech = Speech.from_pretrained(outcome.results["model"])
+
+The result is a whole folder: the network that has learnt, beside everything else as it was. Of the
+detokenizer that is the flow, the vocoder, the speech tokenizer or the speaker encoder; of a model
+its audio encoder. `SUBJECTS` says what each of them is taught with.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import jax
+import jiwer
+import numpy as np
+from jax.sharding import Mesh
+
+from sa2jax import audio
+from sa2jax.errors import ConfigError, TrainError
+from sa2jax.nn import Functional, Params
+from sa2jax.train import encoder, flow, listening, loop, speaker, tokenizer, vocoder
+from sa2jax.train.flow_data import FlowData, FlowDataConfig
+from sa2jax.train.listening import SoundBatch
+from sa2jax.train.log import Log, Meter
+from sa2jax.train.loop import Outcome, Task
+from sa2jax.train.networks import OpenEncoder, OpenNetwork, open_encoder, open_network
+from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
+from sa2jax.train.recipe import ENCODER, FLOW, SPEAKER, TOKENIZER, VOCODER, Pace, build, values_of
+from sa2jax.train.speech_data import (
+    ClipConfig,
+    ClipData,
+    CropConfig,
+    CropData,
+    read_speech_about,
+)
+from sa2jax.train.step import Step, TrainState, abstract_state, init_state
+
+# --- recipes --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkSpec:
+    """Where training begins.
+
+    Attributes:
+        folder: a model folder of this library, or for a network of the detokenizer the latter's.
+        compute: dtype of activations and products; parameters are float32.
+    """
+
+    folder: str
+    compute: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """What is measured beside training, on recordings that are not learnt.
+
+    Attributes:
+        folder: prepared as that of training.
+        batches: at most so many of the size of a training batch.
+        draws: draws of each batch, of what is random in a loss; the same ones every time.
+    """
+
+    folder: str
+    batches: int = 16
+    draws: int = 1
+
+    def __post_init__(self):
+        if self.batches < 1 or self.draws < 1:
+            raise ConfigError(
+                f"evaluate: expected batches and draws of at least 1, got {self.batches} and "
+                f"{self.draws}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkRecipe:
+    """A training run of one network; each kind adds `data` and `teaching`.
+
+    Attributes:
+        network: where it begins.
+        optimizer: how fast, and how long; names of parameters begin with the network's parts, or
+            with `model` and `heads` where heads teach it.
+        evaluate: what is measured beside it.
+        mesh: devices, such as `data=4`; by default all on `fsdp`.
+        seed: of data order, noise, and what else is drawn.
+        pace: how often is logged, evaluated and saved.
+    """
+
+    kind: ClassVar[str]
+
+    network: NetworkSpec
+    data: Any
+    teaching: Any
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluate: HeldOut | None = None
+    mesh: str | None = None
+    seed: int = 0
+    pace: Pace = field(default_factory=Pace)
+
+    def plain(self) -> dict[str, Any]:
+        """The recipe as YAML or JSON can hold it, its kind included."""
+        return {"kind": self.kind, **json.loads(json.dumps(asdict(self), default=str))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowRecipe(NetworkRecipe):
+    """Of the flow; its parts are `table`, `speaker`, `encoder`, `to_mel` and `estimator`."""
+
+    kind = FLOW
+    data: FlowDataConfig
+    teaching: flow.Teaching = field(default_factory=flow.Teaching)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocoderRecipe(NetworkRecipe):
+    """Of the vocoder; its parts are `f0_predictor`, `merge`, `pre`, `stage0` …, `post`."""
+
+    kind = VOCODER
+    data: CropConfig
+    teaching: vocoder.VocoderTeaching = field(default_factory=vocoder.VocoderTeaching)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerRecipe(NetworkRecipe):
+    """Of the speech tokenizer."""
+
+    kind = TOKENIZER
+    data: ClipConfig
+    teaching: tokenizer.TokenizerTeaching = field(default_factory=tokenizer.TokenizerTeaching)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeakerRecipe(NetworkRecipe):
+    """Of the speaker encoder."""
+
+    kind = SPEAKER
+    data: ClipConfig
+    teaching: speaker.SpeakerTeaching = field(default_factory=speaker.SpeakerTeaching)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderRecipe(NetworkRecipe):
+    """Of a model's audio encoder."""
+
+    kind = ENCODER
+    data: ClipConfig
+    teaching: encoder.EncoderTeaching = field(default_factory=encoder.EncoderTeaching)
+
+
+def read_network_recipe(
+    source: str | Path, changes: Mapping[str, Any] | None = None, *, kind: str = FLOW
+) -> NetworkRecipe:
+    """A recipe by its name or file; see `recipe.read_recipe`.
+
+    Raises:
+        ConfigError: for a key that does not exist, a value of another kind, or a recipe of one.
+    """
+    return build(SUBJECTS[kind].recipe, values_of(kind, source, changes), str(source))
+
+
+# --- what each is taught with ---------------------------------------------------------------------
+
+Found = OpenNetwork | OpenEncoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """How one kind of network is trained.
+
+    Attributes:
+        recipe: its recipe.
+        open: the network of a folder, for a dtype of computation.
+        data: batches of a config and a seed, for a network; `of` are those of training.
+        batch: shapes of a batch of the longest rows.
+        step: the step, of a structure, an optimizer, a teaching, a mesh and a seed.
+        measure: metrics of parameters on held-out batches.
+        place: puts a batch on its devices.
+        unit: what lengths of rows are counted in.
+        longest: that of a row, by a config of data.
+        model: the structure of what is trained, for a network and a config of data.
+        start: all numbers, from those of the network.
+        learnt: the network's numbers among all.
+    """
+
+    recipe: type[NetworkRecipe]
+    open: Callable[[str, str], Found]
+    data: Callable[..., Any]
+    batch: Callable[[Found, Any, Mesh | None, int], Any]
+    step: Callable[..., Step]
+    measure: Callable[..., Callable[[Params, Iterator[Any]], dict[str, float]]]
+    place: Callable[..., Any]
+    unit: str
+    longest: Callable[[Any], int]
+    model: Callable[[Found, Any], Functional[Any]] = lambda network, data: network.model
+    start: Callable[[Found, Any, Params, int], Params] = lambda network, data, params, seed: params
+    learnt: Callable[[Params], Params] = lambda params: params
+
+
+def train_network(recipe: NetworkRecipe, out: str | Path, **options: Any) -> Outcome:
+    """Train as a recipe says; goes on from the last checkpoint if there is one.
+
+    Args:
+        recipe: everything that the run depends on.
+        out: the run's folder, made if need be; the whole will be in `out`/model.
+        **options: see `loop.run`.
+
+    Raises:
+        DataError: if the data cannot be used, or was heard by another model.
+        TrainError: if the folder holds another run, checkpoints do not fit, the detokenizer is not
+            converted, or this is a run of several hosts.
+        ShardingError: for a mesh that does not fit the devices.
+        CheckpointError: if the model cannot be read or something not be written.
+    """
+    task = make_network_task(recipe, Path(out))
+    return loop.run(task, recipe.pace, out, steps=recipe.optimizer.steps, **options)
+
+
+def make_network_task(recipe: NetworkRecipe, out: Path) -> Task:
+    """What a recipe trains; of the weights nothing is kept yet.
+
+    Args:
+        recipe: everything that the run depends on.
+        out: the run's folder.
+
+    Raises:
+        DataError: if the data cannot be used, or was heard by another model.
+        TrainError: if nothing is trained, sizes do not fit each other, the detokenizer is not
+            converted, or this is a run of several hosts.
+        ShardingError: for a mesh that does not fit the devices.
+        CheckpointError: if the folder has no such network, or a damaged one.
+    """
+    if jax.process_count() > 1:
+        raise TrainError(
+            f"{jax.process_count()} processes: a single network is trained by one, on all devices "
+            "of its host; run the command there alone, without --distributed"
+        )
+    subject, mesh = SUBJECTS[recipe.kind], loop.mesh_of(recipe.mesh)
+    network = subject.open(recipe.network.folder, recipe.network.compute)
+    if out.resolve().is_relative_to(network.folder.resolve()):
+        raise TrainError(
+            f"{out} is inside of the model's folder, which would be copied into itself: "
+            "choose another --out"
+        )
+
+    # --- input --------------------------------------------------------------------------------
+    loop.rows_at_once(recipe.data.rows, 0, mesh)
+    data = subject.data(network, recipe.data, seed=recipe.seed)
+
+    # --- model and update ---------------------------------------------------------------------
+    model = subject.model(network, recipe.data)
+    optimizer = make_optimizer(recipe.optimizer)
+    like = abstract_state(model, optimizer, mesh)
+
+    # --- held out -----------------------------------------------------------------------------
+    evaluate = None
+    if recipe.evaluate is not None:
+        held_out = replace(recipe.data, folder=recipe.evaluate.folder, shuffle=False, epochs=1)
+        open_held_out = partial(subject.data, network, held_out, seed=0, of=data)
+        open_held_out()  # what is wrong with it comes up now, not at the end
+        measure = subject.measure(model, mesh, recipe.teaching, recipe.evaluate)
+        most = recipe.evaluate.batches
+
+        def evaluate(state: TrainState) -> dict[str, float]:
+            batches = (subject.place(batch, mesh) for batch in islice(open_held_out(), most))
+            found = measure(state.params, batches)
+            return {f"evaluate/{name}": value for name, value in found.items()}
+
+    def load() -> Params:
+        return subject.start(network, recipe.data, network.load(mesh), recipe.seed)
+
+    return Task(
+        title=loop.describe(recipe.kind, like, optimizer, mesh),
+        facts={"recipe": recipe.plain(), "model": network.fingerprint(), "data": data.fingerprint},
+        data=data, finite=recipe.data.epochs is not None, optimizer=optimizer, like=like,
+        load=load, begin=partial(init_state, model, optimizer, mesh),
+        step=subject.step(model, optimizer, recipe.teaching, mesh, seed=recipe.seed),
+        place=partial(subject.place, mesh=mesh), evaluate=evaluate,
+        finish=partial(_write_results, subject, network), meter=Meter((0.0, 0.0), 0.0),
+    )  # fmt: skip
+
+
+def _write_results(
+    subject: Subject, network: Found, state: TrainState, out: Path, log: Log
+) -> dict[str, Path]:
+    """The whole folder of a run that is done."""
+    results = {"model": out / "model"}
+    for note in network.save(subject.learnt(state.params), results["model"]):
+        log.say(f"note: {note}")
+    return results
+
+
+# --- evaluation ---------------------------------------------------------------------------------
+
+
+def _mean_loss(evaluation: Callable[..., Any]) -> Callable[..., Any]:
+    """The mean loss over frames, each batch with several draws that are always the same."""
+
+    def measure(model: Any, mesh: Mesh | None, teaching: Any, spec: HeldOut) -> Any:
+        compiled = evaluation(model, mesh, teaching)
+
+        def run(params: Params, batches: Iterator[Any]) -> dict[str, float]:
+            total = frames = 0.0
+            for number, batch in enumerate(batches):
+                for draw in range(spec.draws):
+                    key = jax.random.fold_in(jax.random.key(draw), number)
+                    loss, count = jax.device_get(compiled(params, batch, key))
+                    total, frames = total + float(loss) * float(count), frames + float(count)
+            return {"loss": total / max(frames, 1.0)}
+
+        return run
+
+    return measure
+
+
+def _mean_flow_loss(model: Any, mesh: Mesh | None, teaching: Any, spec: HeldOut) -> Any:
+    """The flow's, of which no condition is dropped."""
+    measure = _mean_loss(flow.make_flow_evaluation)
+    return measure(model, mesh, replace(teaching, drop=0.0), spec)
+
+
+def _heard(evaluation: Callable[..., Any]) -> Callable[..., Any]:
+    """Mean loss and reports over clips; the share of wrong words where letters are read."""
+
+    def measure(model: Any, mesh: Mesh | None, teaching: Any, spec: HeldOut) -> Any:
+        compiled = evaluation(model, mesh, teaching)
+        del spec
+
+        def run(params: Params, batches: Iterator[SoundBatch]) -> dict[str, float]:
+            clips, sums, said, heard = 0, Counter[str](), [], []
+            for batch in batches:
+                found = jax.device_get(compiled(params, batch))
+                real = np.flatnonzero(np.asarray(batch.lengths))
+                clips += len(real)
+                report = {name: value for name, value in found.report.items() if name in SHARES}
+                for name, value in {"loss": found.loss, **report}.items():
+                    sums[name] += float(value) * len(real)  # type: ignore[assignment]
+                if found.letters is not None:
+                    said += [listening.text_of(batch.letters[row]) for row in real]
+                    heard += [listening.text_of(found.letters[row]) for row in real]
+            means = {name: value / max(clips, 1) for name, value in sums.items()}
+            return means | ({"wer": jiwer.wer(said, heard)} if said else {})
+
+        return run
+
+    return measure
+
+
+SHARES = ("ctc", "mels", "right")  # of what a batch of clips reports, the means over clips
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+def _flow_data(network: Found, config: FlowDataConfig, *, seed: int, of: Any = None) -> FlowData:
+    del of
+    return FlowData(config, seed=seed, analysis=network.speech.analysis)  # type: ignore[union-attr]
+
+
+def _crops(network: Found, config: CropConfig, *, seed: int, of: Any = None) -> CropData:
+    del network, of
+    return CropData(config, seed=seed)
+
+
+def _clips(network: Found, config: ClipConfig, *, seed: int, of: Any = None) -> ClipData:
+    del network
+    return ClipData(config, seed=seed, speakers=None if of is None else of.speakers)
+
+
+def _voices(config: ClipConfig) -> int:
+    """How many speakers a folder knows."""
+    return len(read_speech_about(Path(config.folder), audio.SAMPLE_RATE)[0]["speakers"])
+
+
+def _flow_batch(network: Found, recipe: Any, mesh: Mesh | None, rows: int) -> flow.FlowBatch:
+    return flow.abstract_flow_batch(network.cfg, mesh, rows, recipe.data.buckets[-1])
+
+
+def _crop_batch(network: Found, recipe: Any, mesh: Mesh | None, rows: int) -> vocoder.VocoderBatch:
+    del network
+    return vocoder.abstract_vocoder_batch(mesh, rows, recipe.data.crop)
+
+
+def _clip_batch(network: Found, recipe: Any, mesh: Mesh | None, rows: int) -> SoundBatch:
+    del network
+    longest = recipe.data.buckets[-1]
+    samples, letters = audio.features.HOP * longest, recipe.data.room(longest)
+    return listening.abstract_sound_batch(mesh, rows, samples, letters)
+
+
+def _beside(fresh: Callable[[Found, Any, int], Params]) -> Callable[..., Params]:
+    """Loaded numbers, and fresh heads."""
+
+    def start(network: Found, config: Any, params: Params, seed: int) -> Params:
+        return {"model": params, "heads": fresh(network, config, seed)["heads"]}
+
+    return start
+
+
+SUBJECTS: Mapping[str, Subject] = {
+    FLOW: Subject(
+        recipe=FlowRecipe, open=partial(open_network, FLOW), data=_flow_data, batch=_flow_batch,
+        step=flow.make_flow_step, measure=_mean_flow_loss, place=flow.place_flow_batch,
+        unit="codes", longest=lambda data: data.buckets[-1],
+    ),
+    VOCODER: Subject(
+        recipe=VocoderRecipe, open=partial(open_network, VOCODER), data=_crops, batch=_crop_batch,
+        step=vocoder.make_vocoder_step, measure=_mean_loss(vocoder.make_vocoder_evaluation),
+        place=vocoder.place_vocoder_batch, unit="frames", longest=lambda data: data.crop,
+    ),
+    TOKENIZER: Subject(
+        recipe=TokenizerRecipe, open=partial(open_network, "speech_tokenizer"), data=_clips,
+        batch=_clip_batch, step=tokenizer.make_tokenizer_step,
+        measure=_heard(tokenizer.make_tokenizer_evaluation), place=listening.place_sound_batch,
+        unit="frames", longest=lambda data: data.buckets[-1],
+        model=lambda network, data: tokenizer.tokenizer_teacher(network.cfg, network.policy),
+        start=_beside(lambda network, data, seed: tokenizer.init_tokenizer(network.cfg, seed=seed)),
+        learnt=listening.network,
+    ),
+    SPEAKER: Subject(
+        recipe=SpeakerRecipe, open=partial(open_network, "speaker_encoder"), data=_clips,
+        batch=_clip_batch, step=speaker.make_speaker_step,
+        measure=_heard(speaker.make_speaker_evaluation), place=listening.place_sound_batch,
+        unit="frames", longest=lambda data: data.buckets[-1],
+        model=lambda network, data: speaker.speaker_teacher(
+            network.cfg, network.policy, speakers=_voices(data)
+        ),
+        start=_beside(lambda network, data, seed: speaker.init_speaker(
+            network.cfg, speakers=_voices(data), seed=seed
+        )),
+        learnt=listening.network,
+    ),
+    ENCODER: Subject(
+        recipe=EncoderRecipe, open=open_encoder, data=_clips, batch=_clip_batch,
+        step=encoder.make_encoder_step, measure=_heard(encoder.make_encoder_evaluation),
+        place=listening.place_sound_batch, unit="frames", longest=lambda data: data.buckets[-1],
+        model=lambda network, data: encoder.encoder_teacher(network.cfg, network.policy),
+        start=_beside(lambda network, data, seed: encoder.init_encoder(network.cfg, seed=seed)),
+        learnt=listening.network,
+    ),
+}  # fmt: skip

@@ -1,0 +1,357 @@
+"""Recordings for the networks that hear and the vocoder: prepared once, given out in batches.
+
+    prepare_speech(["speech.jsonl"], "ready/16k", rate=16_000)
+    data = ClipData(ClipConfig(folder="ready/16k", rows=16), seed=0)     # whole clips
+    prepare_speech(["speech.jsonl"], "ready/24k", rate=24_000, pitch=True)
+    data = CropData(CropConfig(folder="ready/24k", rows=16), seed=0)     # pieces of one length
+
+A line of a .jsonl file is `{"audio": "a.wav", "text": "what is said", "speaker": "anna"}`; what is
+learnt says which of them is needed. Where there is pitch, and how high, pyworld tells (the DIO
+algorithm, refined by StoneMask, of https://github.com/mmorise/World).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int16
+from safetensors.numpy import load, save
+
+from sa2jax import audio
+from sa2jax.errors import DataError, Sa2jaxError
+from sa2jax.inference.voices import SILENCE
+from sa2jax.train.buckets import BucketConfig, BucketData
+from sa2jax.train.listening import SoundBatch, letters_of
+from sa2jax.train.recordings import (
+    Recording,
+    Samples,
+    damaged,
+    find_recordings,
+    read_samples_about,
+    write_samples,
+)
+from sa2jax.train.samples import Reject
+from sa2jax.train.vocoder import VocoderBatch
+
+FORMAT = "speech 1"
+HOPS = {16_000: 160, 24_000: 480}  # samples of a frame: 10 ms for what hears, 20 ms for the vocoder
+FLOOR, CEILING = 60.0, 600.0  # Hz: pitch is looked for between
+
+
+@dataclass(frozen=True, eq=False)
+class Utterance:
+    """A recording that can be learnt from.
+
+    Attributes:
+        sound: samples.
+        text: what is said; may be empty.
+        speaker: who says it; may be empty.
+        pitch: Hz of each frame of 20 ms, 0 where there is none; empty where nobody looked.
+    """
+
+    sound: Int16[np.ndarray, "N"]
+    text: str
+    speaker: str
+    pitch: Float[np.ndarray, "T"]
+
+
+# --- hearing ----------------------------------------------------------------------------------
+
+
+def prepare_speech(
+    sources: Sequence[str | Path],
+    out: str | Path,
+    *,
+    rate: int = audio.SAMPLE_RATE,
+    pitch: bool = False,
+    max_seconds: float = 25.0,
+    max_rejects: int = 100,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Read recordings once and keep them as 16-bit samples at the rate that a network hears.
+
+    Args:
+        sources: recordings, folders of them, and .jsonl files.
+        out: folder to make, whole or not at all.
+        rate: Hz: 16000 for networks that hear, 24000 for the vocoder.
+        pitch: whether to find the pitch; needs pyworld, and 24000 Hz.
+        max_seconds: longer recordings are not used.
+        max_rejects: recordings that may be unusable.
+        overwrite: replace a prepared folder that is there already.
+        progress: told about recordings done and recordings in all.
+
+    Returns:
+        What dataset.json says.
+
+    Raises:
+        DataError: if a source cannot be read, too much is unusable, nothing is usable, or pyworld
+            is not installed.
+        CheckpointError: if `out` cannot be written.
+    """
+    if rate not in HOPS:
+        raise DataError(f"rate {rate}: expected {' or '.join(map(str, HOPS))} Hz")
+    if pitch and rate != 24_000:
+        raise DataError("pitch is kept for the vocoder: expected a rate of 24000 Hz beside it")
+    find = _pitch_finder() if pitch else None
+    items, speakers = find_recordings(sources), set()
+
+    def heard() -> Iterator[tuple[bytes, int] | Reject]:
+        for done, item in enumerate(items, 1):
+            try:
+                found = _hear(item, rate, max_seconds)
+                speakers.add(found.speaker)
+                if find is not None:
+                    found = replace(found, pitch=find(found.sound))
+                yield pack(found), -(-len(found.sound) // HOPS[rate])
+            except Sa2jaxError as error:
+                yield Reject(item.where, str(error))
+            progress(done, len(items))
+
+    def describe(lengths: list[int]) -> dict[str, Any]:
+        seconds = sum(lengths) * HOPS[rate] / rate
+        return {
+            "format": FORMAT, "rate": rate, "seconds": seconds, "pitch": pitch,
+            "speakers": sorted(speakers),
+        }  # fmt: skip
+
+    return write_samples(out, heard(), describe, max_rejects=max_rejects, overwrite=overwrite)
+
+
+def _hear(item: Recording, rate: int, most: float) -> Utterance:
+    if item.problem:
+        raise DataError(item.problem)
+    facts = {key: item.facts.get(key, "") for key in ("text", "speaker")}
+    for key, value in facts.items():
+        if not isinstance(value, str):
+            raise DataError(f'expected "{key}" to be text, got {value!r}')
+    sound = audio.load(item.path, rate, mono="mean")
+    if len(sound) > most * rate:
+        raise DataError(f"{len(sound) / rate:.1f} s: expected at most {most:g} s")
+    if not len(sound) or np.abs(sound).max() < SILENCE:
+        raise DataError("silence")
+    return Utterance(audio.pcm_16(sound), **facts, pitch=np.zeros(0, np.float32))
+
+
+def _pitch_finder() -> Callable[[np.ndarray], np.ndarray]:
+    """Pitch of each frame of 20 ms, at the frame's middle."""
+    try:
+        import pyworld  # type: ignore[import-untyped]
+    except ImportError:
+        raise DataError(
+            "pitch is found by pyworld, which is not installed: pip install 'sa2jax[synthesis]'"
+        ) from None
+    rate, hop = 24_000, HOPS[24_000]
+
+    def find(sound: np.ndarray) -> np.ndarray:
+        wave = np.concatenate([sound / 32768.0, np.zeros(hop)])
+        # Every 10 ms from 0 on: each other one is the middle of a frame.
+        period = 500.0 * hop / rate
+        found, times = pyworld.dio(  # type: ignore[missing-attribute]
+            wave, rate, f0_floor=FLOOR, f0_ceil=CEILING, frame_period=period
+        )
+        found = pyworld.stonemask(wave, found, times, rate)  # type: ignore[missing-attribute]
+        return found[1::2][: -(-len(sound) // hop)].astype(np.float32)
+
+    return find
+
+
+def pack(found: Utterance) -> bytes:
+    """An utterance as one safetensors blob."""
+    text = {"text": found.text, "speaker": found.speaker}
+    arrays = {name: np.frombuffer(value.encode(), np.uint8) for name, value in text.items()}
+    return save(arrays | {"sound": found.sound, "pitch": found.pitch})
+
+
+def unpack(blob: bytes) -> Utterance:
+    """What `pack` packed."""
+    arrays = load(blob)
+    text, speaker = (arrays[name].tobytes().decode() for name in ("text", "speaker"))
+    return Utterance(arrays["sound"], text, speaker, arrays["pitch"])
+
+
+def read_speech_about(folder: Path, rate: int | None = None) -> tuple[dict[str, Any], np.ndarray]:
+    """What a prepared folder says of itself, and the lengths of its clips in frames.
+
+    Raises:
+        DataError: if it is none, is damaged, or was prepared at another rate.
+    """
+    keys, command = ["rate", "speakers", "pitch"], "sa2jax data prepare-speech"
+    about, lengths = read_samples_about(folder, FORMAT, keys, "recordings", command)
+    if rate is not None and about["rate"] != rate:
+        raise DataError(
+            f"{folder} holds sound at {about['rate']} Hz: expected {rate}; `{command} --rate "
+            f"{rate}` makes it"
+        )
+    return about, lengths
+
+
+class _Utterances:
+    """The clips of a folder."""
+
+    def __init__(self, folder: Path, count: int):
+        self.folder, self._samples = folder, Samples(folder, count)
+
+    def __getitem__(self, index: int) -> Utterance:
+        try:
+            return unpack(self._samples[index])
+        except (ValueError, KeyError, TypeError) as error:
+            raise damaged(self.folder, error) from None
+
+
+# --- batches of whole clips ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipConfig(BucketConfig):
+    """What networks that hear are taught with.
+
+    Attributes:
+        folder: made by `prepare_speech` at 16 kHz.
+        rows: rows of a batch, of all hosts.
+        buckets: lengths in frames (10 ms) that batches are padded to; each compiles a step.
+        letters: room for the letters of a clip in each second of its bucket.
+        shuffle: another order every epoch.
+        epochs: how often; None for without end.
+    """
+
+    folder: str | Path
+    buckets: tuple[int, ...] = (200, 300, 400, 600)
+    letters: int = 24
+
+    def room(self, bucket: int) -> int:
+        """Letters for which a batch of this bucket has room."""
+        return -(-bucket * self.letters // 100)
+
+
+class ClipData(BucketData[SoundBatch]):
+    """Whole clips in batches, see `BucketData`; its unit is a frame of 10 ms.
+
+    Args:
+        config: what.
+        seed: of the order.
+        speakers: names that count, by number; by default those of the folder. A clip of another
+            speaker has the number −1.
+
+    Raises:
+        DataError: if the folder is not a prepared one, or does not fit.
+    """
+
+    unit, units_a_second = "frames", 100.0
+
+    def __init__(
+        self, config: ClipConfig, *, seed: int, speakers: Sequence[str] | None = None,
+        host: int = 0, hosts: int = 1,
+    ):  # fmt: skip
+        folder = Path(config.folder)
+        self.about, lengths = read_speech_about(folder, audio.SAMPLE_RATE)
+        self.speakers = tuple(self.about["speakers"] if speakers is None else speakers)
+        self._numbers = {name: number for number, name in enumerate(self.speakers)}
+        self._clips, identity = _Utterances(folder, len(lengths)), self.about["fingerprint"]
+        super().__init__(config, folder, lengths, identity, seed=seed, host=host, hosts=hosts)
+
+    def _batch(self, room: int, chosen: Sequence[int]) -> tuple[SoundBatch, int]:
+        hop, rows = HOPS[audio.SAMPLE_RATE], len(chosen)
+        most = self.config.room(room)
+        sound = np.zeros((rows, room * hop), np.float32)
+        lengths, counts = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+        letters, speaker = np.zeros((rows, most), np.int32), np.full(rows, -1, np.int32)
+        for row, index in enumerate(chosen):
+            if index < 0:
+                continue
+            clip = self._clips[index]
+            found = letters_of(clip.text)
+            if len(found) > most:
+                raise DataError(
+                    f"{self.folder}, clip {index}: {len(found)} letters in "
+                    f"{len(clip.sound) / audio.SAMPLE_RATE:.1f} s; expected at most {most}: raise "
+                    "data.letters, or take the clip out"
+                )
+            lengths[row], counts[row] = len(clip.sound), len(found)
+            sound[row, : len(clip.sound)] = clip.sound / np.float32(32768)
+            letters[row, : len(found)] = found
+            speaker[row] = self._numbers.get(clip.speaker, -1)
+        batch = SoundBatch(
+            sound=sound, lengths=lengths, letters=letters, letter_counts=counts, speaker=speaker
+        )
+        return batch, int(lengths.sum()) // hop
+
+
+# --- batches of pieces --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropConfig:
+    """What the vocoder is taught with.
+
+    Attributes:
+        folder: made by `prepare_speech` at 24 kHz, with its pitch.
+        rows: pieces of a batch, of all hosts.
+        crop: frames (20 ms) of each piece; a shorter clip is a shorter piece.
+        shuffle: another order, and other pieces, every epoch.
+        epochs: how often; None for without end. In one, a clip gives as many pieces as it has room
+            for.
+    """
+
+    folder: str | Path
+    rows: int = 16
+    crop: int = 32
+    shuffle: bool = True
+    epochs: int | None = None
+
+    def __post_init__(self):
+        if self.crop < 1:
+            raise DataError(f"crop {self.crop}: expected at least 1 frame")
+
+
+class CropData(BucketData[VocoderBatch]):
+    """Pieces of clips in batches, see `BucketData`; its unit is a frame of 20 ms.
+
+    Args:
+        config: what.
+        seed: of the order, and of where pieces begin.
+
+    Raises:
+        DataError: if the folder is not a prepared one, or does not fit.
+    """
+
+    unit, units_a_second = "frames", 50.0
+
+    def __init__(self, config: CropConfig, *, seed: int, host: int = 0, hosts: int = 1):
+        folder = Path(config.folder)
+        self.about, lengths = read_speech_about(folder, 24_000)
+        self._clips = _Utterances(folder, len(lengths))
+        pieces = np.maximum(lengths // config.crop, 1)
+        self._owner = np.repeat(np.arange(len(lengths)), pieces)
+        self._whole = lengths
+        buckets = BucketConfig(
+            rows=config.rows, buckets=(config.crop,), shuffle=config.shuffle, epochs=config.epochs
+        )
+        sizes, identity = np.minimum(lengths[self._owner], config.crop), self.about["fingerprint"]
+        super().__init__(buckets, folder, sizes, identity, seed=seed, host=host, hosts=hosts)
+
+    def _batch(self, room: int, chosen: Sequence[int]) -> tuple[VocoderBatch, int]:
+        hop, rows = HOPS[24_000], len(chosen)
+        sound = np.zeros((rows, room * hop), np.float32)
+        pitch, frames = np.full((rows, room), -1, np.float32), np.zeros(rows, np.int32)
+        for row, piece in enumerate(chosen):
+            if piece < 0:
+                continue
+            owner = self._owner[piece]
+            clip, count = self._clips[owner], int(self._lengths[piece])
+            first = self._first(piece, int(self._whole[owner]) - count)
+            samples = clip.sound[first * hop : (first + count) * hop] / np.float32(32768)
+            sound[row, : len(samples)] = samples
+            frames[row] = count
+            if len(clip.pitch):
+                pitch[row, :count] = clip.pitch[first : first + count]
+        return VocoderBatch(sound=sound, f0=pitch, frames=frames), int(frames.sum())
+
+    def _first(self, piece: int, spare: int) -> int:
+        """Where a piece begins: drawn anew every epoch, in order without shuffling."""
+        if not self.config.shuffle:
+            number = piece - int(np.searchsorted(self._owner, self._owner[piece]))
+            return min(number * int(self.config.buckets[0]), spare)
+        return int(np.random.default_rng([self._seed, self._epoch, piece]).integers(spare + 1))

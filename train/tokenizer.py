@@ -1,0 +1,335 @@
+"""Speech codes: what teaches the S3 tokenizer to hear letters through its rounding, and its step.
+
+    model = tokenizer_teacher(config)
+    params = init_tokenizer(config)
+    optimizer = make_optimizer(OptimizerConfig(rate=2e-3, warmup=100, steps=1500, decay=0.01))
+    step = make_tokenizer_step(model, optimizer)
+    state = init_state(model, optimizer, None, params)
+    state, report = step(state, batch)
+    codes = speech_tokenizer(config).bind(network(state.params))
+
+Source: CosyVoice 2 (arXiv 2412.10117), section 2.2: finite scalar quantization (arXiv 2309.15505)
+inside a speech recogniser, with gradients that pass the rounding unchanged. There the recogniser's
+later half reads the codes; here a few layers do, and spell by CTC. A second head has to tell each
+code's mel frames, given the clip's mean and deviation of every band, so that codes keep what the
+letters leave open but need not tell voices apart.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from sa2jax.audio.features import HOP, s3_log_mel
+from sa2jax.errors import TrainError
+from sa2jax.models.speech_tokenizer import FSQ_SCALE, LEVELS, Layer, SpeechTokenizer, code_length
+from sa2jax.nn import (
+    Conv1d,
+    Functional,
+    LayerNorm,
+    Linear,
+    Params,
+    Policy,
+    before,
+    functional,
+    init_params,
+    over_layers,
+    stack,
+)
+from sa2jax.speech_config import SpeechTokenizerConfig
+from sa2jax.train.listening import (
+    Disturbance,
+    Heard,
+    Report,
+    SoundBatch,
+    Spelled,
+    Speller,
+    best_letters,
+    ctc_loss,
+    disturbed,
+    loud,
+    make_sound_evaluation,
+    make_sound_step,
+    masked,
+)
+from sa2jax.train.optimizer import Optimizer
+from sa2jax.train.step import Step
+
+FRAMES = 4  # mel frames (100 Hz) of a code (25 Hz)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerTeaching:
+    """How the tokenizer is taught.
+
+    Attributes:
+        disturbance: of what it hears; None for none. Mel frames are told as they were before it.
+        early: weight of the letters that are read before the rounding.
+        mels: weight of the mel frames' error.
+        spread: weight of what keeps digits apart and their levels equally frequent; without it a
+            tokenizer uses a handful of codes before it hears its first letters.
+    """
+
+    disturbance: Disturbance | None = field(default_factory=Disturbance)
+    early: float = 1.0
+    mels: float = 1.0
+    spread: float = 1.0
+
+    def __post_init__(self):
+        for name in ("early", "mels", "spread"):
+            if not getattr(self, name) >= 0:
+                raise TrainError(f"{name}={getattr(self, name)}: expected a number of 0 or more")
+
+
+class TokenizerHeads(nnx.Module):
+    """What reads letters and mel frames from digits.
+
+    Args:
+        cfg: sizes of the tokenizer; the heads are as wide.
+        layers: transformer layers that read the digits.
+        policy: dtypes.
+        rngs: source of randomness.
+    """
+
+    def __init__(self, cfg: SpeechTokenizerConfig, layers: int, *, policy: Policy, rngs: nnx.Rngs):
+        make = {"policy": policy, "rngs": rngs}
+        embed = {"embed": cfg.embed}
+        self.embed = Linear({"digits": cfg.digits}, embed, **make)
+        self.layers = stack(lambda rngs: Layer(cfg, policy=policy, rngs=rngs), layers, rngs)
+        self.norm = LayerNorm(cfg.embed, **make)
+        self.letters = Speller(cfg.embed, **make)
+        self.early_norm = LayerNorm(cfg.embed, **make)
+        self.early = Speller(cfg.embed, **make)
+        self.near = Conv1d(cfg.digits, cfg.embed, kernel=5, padding=2, **make)
+        self.voice = Linear({"statistics": 2 * cfg.mels}, embed, **make)
+        self.mix = Linear(embed, embed, **make)
+        self.mels = Linear(embed, {"frames": FRAMES, "bands": cfg.mels}, **make)
+
+    def spell(self, digits: Float[Array, "B S G"], lengths: Int[Array, "B"]) -> Spelled:
+        """Logits of letters, see `Speller`."""
+        own = before(lengths, digits.shape[1])
+
+        def layer(x, layer_and_index):
+            return layer_and_index[0](x, own), None
+
+        x, _ = over_layers(layer, self.embed(digits), self.layers)
+        return self.letters(self.norm(x), lengths)
+
+    def spell_early(self, hidden: Float[Array, "B S D"], lengths: Int[Array, "B"]) -> Spelled:
+        """Logits of letters from what is rounded later."""
+        return self.early(self.early_norm(hidden), lengths)
+
+    def tell(
+        self, digits: Float[Array, "B S G"], voice: Float[Array, "B C"]
+    ) -> Float[Array, "B S F M"]:
+        """The mel frames of each code, from it and its neighbours, in bands of mean 0."""
+        x = jax.nn.gelu(self.near(digits) + self.voice(voice)[:, None])
+        return self.mels(jax.nn.gelu(self.mix(x)))
+
+
+class TokenizerTeacher(nnx.Module):
+    """A tokenizer and what it is taught with: parameters `model` and `heads`."""
+
+    def __init__(
+        self, cfg: SpeechTokenizerConfig, *, layers: int = 1, policy: Policy, rngs: nnx.Rngs
+    ):
+        self.cfg = cfg
+        self.model = SpeechTokenizer(cfg, policy=policy, rngs=rngs)
+        self.heads = TokenizerHeads(cfg, layers, policy=policy, rngs=rngs)
+
+
+@cache
+def tokenizer_teacher(
+    cfg: SpeechTokenizerConfig, policy: Policy | None = None, *, layers: int = 1
+) -> Functional[TokenizerTeacher]:
+    """The structure of a config's tokenizer and its heads; allocates nothing."""
+    policy = Policy() if policy is None else policy
+    return functional(lambda: TokenizerTeacher(cfg, layers=layers, policy=policy, rngs=nnx.Rngs(0)))
+
+
+def init_tokenizer(
+    cfg: SpeechTokenizerConfig, policy: Policy | None = None, *, layers: int = 1, seed: int = 0
+) -> Params:
+    """Random parameters of tokenizer and heads, see `loud`."""
+    policy = Policy() if policy is None else policy
+    params = init_params(
+        lambda: TokenizerTeacher(cfg, layers=layers, policy=policy, rngs=nnx.Rngs(seed))
+    )
+    return params | {"model": loud(params["model"])}
+
+
+def soft_digits(net: SpeechTokenizer, hidden: Float[Array, "B S D"]) -> Float[Array, "B S G"]:
+    """Digits −1, 0 and 1 whose gradient is that of the numbers before the rounding."""
+    x = jnp.tanh(net.digits(hidden).astype(jnp.float32)) * FSQ_SCALE
+    return x + jax.lax.stop_gradient(jnp.round(x) - x)
+
+
+def uneven(digits: Float[Array, "B S G"], lengths: Int[Array, "B"]) -> Float[Array, ""]:
+    """How far digits are from three levels that are equally frequent and independent; 0 is best.
+
+    The squared distance, per digit, of the mean from 0 and of the covariance from 2/3 on the
+    diagonal and 0 beside it, over all frames of a batch.
+    """
+    own = before(lengths, digits.shape[1])[..., None]
+    count = jnp.maximum(jnp.sum(own), 1)
+    x = jnp.where(own, digits, 0).reshape(-1, digits.shape[-1])
+    mean = x.sum(0) / count
+    spread = x.T @ x / count - jnp.outer(mean, mean)
+    off = spread - (LEVELS**2 - 1) / 12 * jnp.eye(len(mean))
+    return (jnp.sum(jnp.square(mean)) + jnp.sum(jnp.square(off))) / len(mean)
+
+
+def codes_of(digits: Float[Array, "B S G"], lengths: Int[Array, "B"]) -> Int[Array, "B S"]:
+    """Codes of digits, 0 beyond each clip's own."""
+    whole = jnp.round(digits).astype(jnp.int32) + LEVELS // 2
+    codes = whole @ (LEVELS ** jnp.arange(digits.shape[-1], dtype=jnp.int32))
+    return jnp.where(before(lengths, codes.shape[1]), codes, 0)
+
+
+def tokenizer_loss(
+    model: Functional[TokenizerTeacher],
+    params: Params,
+    batch: SoundBatch,
+    key: Array | None,
+    config: TokenizerTeaching | None = None,
+) -> tuple[Float[Array, ""], Report]:
+    """How badly letters and mel frames can be read from a batch's codes.
+
+    Args:
+        model: the structure of tokenizer and heads.
+        params: their parameters.
+        batch: clips.
+        key: of all that is drawn; None to disturb nothing.
+        config: how, by default `TokenizerTeaching()`.
+
+    Returns:
+        The weighted sum of errors, and float32 scalars to report: `ctc` and `early_ctc` (nats per
+        letter), `mels` (mean error of `s3_log_mel`), `uneven`, `used` (share of the codebook
+        that the batch uses), `letters` and `left_out`, see `ctc_loss`.
+    """
+    config = TokenizerTeaching() if config is None else config
+    loss, report, _ = _heard(model, params, batch, key, config)
+    return loss, report
+
+
+def _heard(model, params, batch, key, config):
+    teacher = model.bind(params)
+    net, heads, bands = teacher.model, teacher.heads, teacher.cfg.mels
+    with jax.named_scope("front_end"):
+        frames = batch.lengths // HOP
+        clean = s3_log_mel(batch.sound, batch.lengths, n_mels=bands)
+        mels = clean
+        if key is not None and config.disturbance is not None:
+            sound = disturbed(batch, key, config.disturbance)
+            mels = s3_log_mel(sound, batch.lengths, n_mels=bands)
+            mels = masked(mels, frames, key, config.disturbance)
+    hidden, lengths = net.encode(mels, frames), code_length(frames)
+    digits = soft_digits(net, hidden)
+    digits = jnp.where(before(lengths, digits.shape[1])[..., None], digits, 0)
+    with jax.named_scope("letters"):
+        spelled = heads.spell(digits, lengths)
+        ctc, report = ctc_loss(*spelled, batch.letters, batch.letter_counts)
+        early = heads.spell_early(hidden, lengths)
+        early, _ = ctc_loss(*early, batch.letters, batch.letter_counts)
+    with jax.named_scope("mels"):
+        error = _mel_error(heads, digits, clean, frames)
+    codes = codes_of(digits, lengths)
+    seen = jnp.zeros(teacher.cfg.codebook).at[codes].max(before(lengths, codes.shape[1]))
+    bent = uneven(digits, lengths)
+    report |= {"ctc": ctc, "early_ctc": early, "mels": error, "uneven": bent, "used": seen.mean()}
+    loss = ctc + config.early * early + config.mels * error + config.spread * bent
+    return loss, report, (spelled, codes)
+
+
+def _mel_error(
+    heads: TokenizerHeads,
+    digits: Float[Array, "B S G"],
+    mels: Float[Array, "B M T"],
+    frames: Int[Array, "B"],
+) -> Float[Array, ""]:
+    """Mean distance of told mel frames from the clip's own, each band less its mean."""
+    own = before(frames, mels.shape[2])[:, None]  # [B, 1, T]
+    count = jnp.maximum(frames, 1)[:, None, None]
+    mean = jnp.sum(jnp.where(own, mels, 0), axis=2, keepdims=True) / count
+    mels = jnp.where(own, mels - mean, 0)
+    spread = jnp.sqrt(jnp.sum(jnp.square(mels), axis=2, keepdims=True) / count + 1e-8)
+    voice = jnp.concatenate([mean, spread], axis=1)[..., 0]
+    told = heads.tell(digits, voice)  # [B, S, F, M]
+    told = told.reshape(told.shape[0], -1, told.shape[-1]).swapaxes(1, 2)[..., : mels.shape[2]]
+    total = jnp.maximum(jnp.sum(frames) * mels.shape[1], 1)
+    return jnp.sum(jnp.where(own, jnp.abs(told - mels), 0)) / total
+
+
+def make_tokenizer_step(
+    model: Functional[TokenizerTeacher],
+    optimizer: Optimizer,
+    config: TokenizerTeaching | None = None,
+    mesh: Mesh | None = None,
+    *,
+    seed: int = 0,
+) -> Step:
+    """The step of a tokenizer and its heads, see `listening.make_sound_step`.
+
+    Args:
+        model: the structure of tokenizer and heads.
+        optimizer: what is trained, and how; names begin with `model.conv`, `model.layers`,
+            `model.digits` or `heads`.
+        config: how the tokenizer is taught.
+        mesh: devices; None for one.
+        seed: of all that is drawn.
+    """
+    loss = partial(tokenizer_loss, model, config=config)
+    return make_sound_step(loss, model, optimizer, mesh, seed=seed)
+
+
+def make_tokenizer_evaluation(
+    model: Functional[TokenizerTeacher],
+    mesh: Mesh | None = None,
+    config: TokenizerTeaching | None = None,
+) -> Callable[[Params, SoundBatch], Heard]:
+    """Loss, letters and codes of a batch on its devices; nothing is disturbed or learnt."""
+    config = TokenizerTeaching() if config is None else config
+
+    def hear(params: Params, batch: SoundBatch) -> Heard:
+        loss, report, (spelled, codes) = _heard(model, params, batch, None, config)
+        return Heard(loss, report, letters=best_letters(*spelled), codes=codes)
+
+    return make_sound_evaluation(hear, mesh)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodeUsage:
+    """How codes are used over a set of clips.
+
+    Attributes:
+        counts: how often each code stands.
+    """
+
+    counts: Int[np.ndarray, "V"]
+
+    @classmethod
+    def none(cls, cfg: SpeechTokenizerConfig) -> "CodeUsage":
+        """Before the first clip."""
+        return cls(counts=np.zeros(cfg.codebook, np.int64))
+
+    def plus(self, codes: Int[Array, "B S"], lengths: Int[Array, "B"]) -> "CodeUsage":
+        """With the codes of a batch, of which each row's first `lengths` count."""
+        own = np.asarray(codes)[np.arange(codes.shape[1]) < np.asarray(lengths)[:, None]]
+        return replace(self, counts=self.counts + np.bincount(own, minlength=len(self.counts)))
+
+    @property
+    def used(self) -> int:
+        """Codes that stand anywhere."""
+        return int((self.counts > 0).sum())
+
+    @property
+    def perplexity(self) -> float:
+        """How many codes there would be if all were equally frequent."""
+        share = self.counts[self.counts > 0] / max(self.counts.sum(), 1)
+        return float(np.exp(-(share * np.log(share)).sum()))
