@@ -11,23 +11,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from flax import nnx
-
 from sa2jax import folders
 from sa2jax.chat.tokenizer_files import BYTES, SPECIAL, describe, learn_merges, save_files
 from sa2jax.config import StepAudio2Config
 from sa2jax.errors import DataError, TrainError
 from sa2jax.inference.speech_folder import KIND as SPEECH
-from sa2jax.models.speech_tokenizer import SpeechTokenizer
-from sa2jax.nn import Params, Policy, init_params
+from sa2jax.nn import Params
 from sa2jax.speech_config import Token2WavConfig
 from sa2jax.train.base import open_base
-from sa2jax.train.encoder import sinusoids
+from sa2jax.train.encoder import init_encoder
 from sa2jax.train.flow import fresh_flow
 from sa2jax.train.networks import save_detokenizer
 from sa2jax.train.recipe import ModelSpec
 from sa2jax.train.samples import jsonl_files
 from sa2jax.train.speaker import init_speaker
+from sa2jax.train.tokenizer import init_tokenizer
 from sa2jax.train.vocoder import fresh_vocoder
 
 
@@ -74,9 +72,8 @@ def begin(
         with folders.new_folder(out, overwrite=overwrite) as folder:
             whole = folder / "model"
             params = base.load(None, seed)
-            encoder = params["audio_encoder"]
-            table = sinusoids(*encoder["positions"].shape)
-            base.save(params | {"audio_encoder": encoder | {"positions": table}}, whole)
+            encoder = init_encoder(cfg.audio_encoder, seed=seed)["model"]
+            base.save(params | {"audio_encoder": encoder}, whole)
             save_detokenizer(whole / SPEECH, speech, fresh_networks(speech, seed))
             for path in list(whole.iterdir()):
                 path.rename(folder / path.name)
@@ -86,12 +83,10 @@ def begin(
 
 def fresh_networks(cfg: Token2WavConfig, seed: int) -> dict[str, Params]:
     """Numbers for all networks of a detokenizer before any training."""
-    codes, policy = cfg.speech_tokenizer, Policy()
-    make = lambda: SpeechTokenizer(codes, policy=policy, rngs=nnx.Rngs(seed))  # noqa: E731
     return {
         "flow": fresh_flow(cfg.flow, seed),
         "vocoder": fresh_vocoder(cfg.vocoder, seed),
-        "speech_tokenizer": init_params(make),
+        "speech_tokenizer": init_tokenizer(cfg.speech_tokenizer, seed=seed)["model"],
         "speaker_encoder": init_speaker(cfg.speaker_encoder, speakers=1, seed=seed)["model"],
     }
 

@@ -48,6 +48,8 @@ def made(tmp_path_factory):
     return folder, synthesize(folder, small())
 
 
+LISTS = ("speech.jsonl", "heard.jsonl")  # of recordings, not of conversations
+
 # --- the corpus ---------------------------------------------------------------------------------
 
 
@@ -57,7 +59,7 @@ def test_all_records_can_be_read(made):
     for file in sorted(folder.glob("*/*.jsonl")):
         rows = file.read_text(encoding="utf-8").splitlines()
         counted[str(file.relative_to(folder))] = len(rows)
-        if file.name == "speech.jsonl":
+        if file.name in LISTS:
             continue
         for number, row in enumerate(rows, 1):
             record = parse(row, f"{file.name}:{number}", file.parent)
@@ -65,7 +67,10 @@ def test_all_records_can_be_read(made):
             said = [turn.speech for turn in record.turns if turn.speech]
             assert all(Path(str(path)).is_file() for path in said)
             assert len(json.loads(row)["speakers"]) == len(record.audios)
-    counted["speech.jsonl"] = len((folder / "speech.jsonl").read_text().splitlines())
+    for name in LISTS:
+        rows = (folder / name).read_text().splitlines()
+        counted[name] = len(rows)
+        assert all((folder / json.loads(row)["audio"]).is_file() for row in rows)
     assert counted == {name: file["records"] for name, file in about["files"].items()}
 
 
