@@ -41,6 +41,16 @@ def golden() -> Path:
     return golden_folder()
 
 
+@pytest.fixture(scope="session")
+def converted_detokenizer(golden, tmp_path_factory) -> Path:
+    """The recorded detokenizer, converted; not to be changed."""
+    from sa2jax.convert.hf import convert  # not before a test sets how many devices there are
+
+    out = tmp_path_factory.mktemp("speech") / "ours"
+    convert(golden / "token2wav", out)
+    return out
+
+
 @pytest.fixture(scope="session", params=golden_checkpoints(), ids=lambda folder: folder.name)
 def recorded_checkpoint(request) -> Path:
     """A folder with `llm/`, a checkpoint, and `golden/`, what the official code made of it."""

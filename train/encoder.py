@@ -32,17 +32,15 @@ from sa2jax.nn import Functional, Params, Policy, functional, init_params
 from sa2jax.train.listening import (
     Disturbance,
     Heard,
-    Report,
     SoundBatch,
     Speller,
     best_letters,
     ctc_loss,
     disturbed,
     loud,
-    make_sound_evaluation,
-    make_sound_step,
     masked,
 )
+from sa2jax.train.loss_step import Report, make_loss_evaluation, make_loss_step
 from sa2jax.train.optimizer import Optimizer
 from sa2jax.train.step import Step
 
@@ -143,7 +141,7 @@ def make_encoder_step(
     *,
     seed: int = 0,
 ) -> Step:
-    """The step of an encoder and its head, see `listening.make_sound_step`.
+    """The step of an encoder and its head, see `loss_step.make_loss_step`.
 
     Args:
         model: the structure of encoder and head.
@@ -154,7 +152,7 @@ def make_encoder_step(
         seed: of all that is drawn.
     """
     loss = partial(encoder_loss, model, config=config)
-    return make_sound_step(loss, model, optimizer, mesh, seed=seed)
+    return make_loss_step(loss, model, optimizer, mesh, seed=seed)
 
 
 def make_encoder_evaluation(
@@ -169,4 +167,4 @@ def make_encoder_evaluation(
         loss, report, spelled = _heard(model, params, batch, None, config)
         return Heard(loss, report, letters=best_letters(*spelled))
 
-    return make_sound_evaluation(hear, mesh)
+    return make_loss_evaluation(hear, mesh)

@@ -12,8 +12,7 @@ classifier-free guidance, and the beginning of a recording given as that of a pr
 full, as in a whole reply; streams cut it short at run time.
 """
 
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,20 +28,10 @@ from sa2jax.models.flow.dit import EstimatorState
 from sa2jax.models.flow.flow_matching import Flow, start_noise
 from sa2jax.models.flow.upsample_conformer import ConformerState
 from sa2jax.nn import Functional, Params, Policy, before, init_params
-from sa2jax.sharding import placed, sharding_of, using
 from sa2jax.speech_config import FlowConfig
-from sa2jax.train.optimizer import Optimizer, join
-from sa2jax.train.step import Step, TrainState, compiled, updated
-
-TRACES: Counter[str] = Counter()  # how often a step has been traced
-
-# Logical axes of each field of a batch.
-FLOW_BATCH_AXES: Mapping[str, tuple[str | None, ...]] = {
-    "codes": ("batch", None),
-    "mels": ("batch", None, None),
-    "lengths": ("batch",),
-    "speaker": ("batch", None),
-}
+from sa2jax.train.loss_step import abstract_rows, make_loss_evaluation, make_loss_step
+from sa2jax.train.optimizer import Optimizer
+from sa2jax.train.step import Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,25 +225,11 @@ def make_flow_step(
         mesh: devices; None for one.
         seed: of all that is drawn.
     """
-    places = None if mesh is None else optimizer.split(model.shardings(mesh))[0]
 
-    def step(state: TrainState, batch: FlowBatch):
-        TRACES["step"] += 1
-        trained, frozen = optimizer.split(state.params)
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+    def loss(params: Params, batch: FlowBatch, key: Array):
+        return flow_loss(model, params, batch, key, config)
 
-        def loss(trained):
-            return flow_loss(model, join(trained, frozen), batch, key, config)
-
-        (value, report), gradient = jax.value_and_grad(loss, has_aux=True)(trained)
-        if mesh is not None:
-            gradient = jax.lax.with_sharding_constraint(gradient, places)
-        new, norm = updated(optimizer, state, gradient)
-        report |= {"loss": value, "norm": norm, "rate": optimizer.schedule(state.step)}
-        report = {name: jnp.asarray(scalar, jnp.float32) for name, scalar in report.items()}
-        return new, report
-
-    return compiled(step, model, optimizer, mesh)
+    return make_loss_step(loss, model, optimizer, mesh, seed=seed)
 
 
 def make_flow_evaluation(
@@ -271,26 +246,14 @@ def make_flow_evaluation(
         A function of parameters, a batch on its devices, and the key of all that is drawn.
     """
 
-    def evaluate(params: Params, batch: FlowBatch, key: Array):
-        TRACES["evaluation"] += 1
+    def measure(params: Params, batch: FlowBatch, key: Array):
         loss, report = flow_loss(model, params, batch, key, config)
         return loss, report["frames"]
 
-    function = jax.jit(evaluate)
-
-    def run(params: Params, batch: FlowBatch, key: Array):
-        with using(mesh):
-            return function(params, batch, key)
-
-    return run
+    return make_loss_evaluation(measure, mesh)
 
 
 # --- batches ------------------------------------------------------------------------------------
-
-
-def place_flow_batch(batch: FlowBatch, mesh: Mesh | None) -> FlowBatch:
-    """A batch on its devices, split by rows; in a run of one host."""
-    return jax.device_put(batch, None if mesh is None else _batch_shardings(batch, mesh))
 
 
 def abstract_flow_batch(cfg: FlowConfig, mesh: Mesh | None, rows: int, codes: int) -> FlowBatch:
@@ -311,12 +274,4 @@ def abstract_flow_batch(cfg: FlowConfig, mesh: Mesh | None, rows: int, codes: in
             speaker=jnp.zeros((rows, cfg.speaker), jnp.float32),
         )
 
-    batch = jax.eval_shape(make)
-    return batch if mesh is None else placed(batch, _batch_shardings(batch, mesh))
-
-
-def _batch_shardings(batch: FlowBatch, mesh: Mesh) -> FlowBatch:
-    def place(path, leaf):
-        return sharding_of(leaf.shape, FLOW_BATCH_AXES[path[0].name], mesh)
-
-    return jax.tree.map_with_path(place, batch)
+    return abstract_rows(make, mesh)

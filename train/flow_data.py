@@ -3,7 +3,7 @@
     prepare_flow(["speech/", "more.jsonl"], "ready", "step-audio-2-mini")
     data = FlowData(FlowDataConfig(folder="ready", rows=8), seed=0)
     for batch in data:
-        state, report = step(state, place_flow_batch(batch, mesh))
+        state, report = step(state, place_rows(batch, mesh))
 
 A recording becomes its audio codes, its mel frames (24 kHz, 50 Hz, two a code) and a speaker
 vector, all as `Voice.from_wav` hears them. A line of a .jsonl file is `{"audio": "a.wav"}`, with

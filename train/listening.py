@@ -8,11 +8,9 @@ network and of heads that only teach it:
     params = {"model": ..., "heads": ...}     # `network(params)` is what a user gets
 """
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +21,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from sa2jax.errors import TrainError
-from sa2jax.nn import Functional, Linear, Params, Policy, before
-from sa2jax.sharding import placed, sharding_of, using
-from sa2jax.train.optimizer import Optimizer, join
-from sa2jax.train.step import Step, TrainState, compiled, updated
-
-TRACES: Counter[str] = Counter()  # how often a step has been traced
+from sa2jax.nn import Linear, Params, Policy, before
+from sa2jax.train.loss_step import Report, abstract_rows
 
 LETTERS = " abcdefghijklmnopqrstuvwxyz'"  # ids from 1 on; 0 is CTC's blank
 SYMBOLS = len(LETTERS) + 1
@@ -36,19 +30,8 @@ PARTS = 2  # symbols of a frame (25 Hz): fast speech has 20 letters a second, an
 CONV_GAIN = 3.0  # measured on speech: deviations of 1.0 and 1.9 behind the convolutions
 TAPS = 8  # of the filter that colours noise
 
-Report = dict[str, Float[Array, ""]]
 
-# Logical axes of each field of a batch.
-SOUND_BATCH_AXES: Mapping[str, tuple[str | None, ...]] = {
-    "sound": ("batch", None),
-    "lengths": ("batch",),
-    "letters": ("batch", None),
-    "letter_counts": ("batch",),
-    "speaker": ("batch",),
-}
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=list(SOUND_BATCH_AXES), meta_fields=[])
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class SoundBatch:
     """Clips of one padded length.
@@ -279,9 +262,6 @@ def masked(
 # --- steps ------------------------------------------------------------------------------------
 
 
-Loss = Callable[[Params, SoundBatch, Array], tuple[Float[Array, ""], Report]]
-
-
 class Heard(NamedTuple):
     """What an evaluation makes of a batch.
 
@@ -300,62 +280,7 @@ class Heard(NamedTuple):
     vectors: Float[Array, "B D"] | None = None
 
 
-def make_sound_step(
-    loss: Loss, model: Functional[Any], optimizer: Optimizer, mesh: Mesh | None, *, seed: int
-) -> Step:
-    """The step of a loss: `state, report = step(state, batch)`; see `train.step` for states.
-
-    What is drawn depends on the seed and on `state.step`, so a run that goes on from a checkpoint
-    draws what it would have drawn. The report has `loss`, `norm`, `rate` and what the loss reports.
-
-    Args:
-        loss: of parameters, a batch, and the key of all that is drawn.
-        model: the structure of network and heads.
-        optimizer: what is trained, and how; names begin with `model` or `heads`.
-        mesh: devices; None for one.
-        seed: of all that is drawn.
-    """
-    places = None if mesh is None else optimizer.split(model.shardings(mesh))[0]
-
-    def step(state: TrainState, batch: SoundBatch):
-        TRACES["step"] += 1
-        trained, frozen = optimizer.split(state.params)
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        of_trained = lambda trained: loss(join(trained, frozen), batch, key)  # noqa: E731
-        (value, report), gradient = jax.value_and_grad(of_trained, has_aux=True)(trained)
-        if mesh is not None:
-            gradient = jax.lax.with_sharding_constraint(gradient, places)
-        new, norm = updated(optimizer, state, gradient)
-        report = report | {"loss": value, "norm": norm, "rate": optimizer.schedule(state.step)}
-        return new, {name: jnp.asarray(scalar, jnp.float32) for name, scalar in report.items()}
-
-    return compiled(step, model, optimizer, mesh)
-
-
-def make_sound_evaluation(
-    hear: Callable[[Params, SoundBatch], Heard], mesh: Mesh | None
-) -> Callable[[Params, SoundBatch], Heard]:
-    """`hear`, compiled for a mesh; nothing is disturbed or learnt."""
-
-    def evaluate(params: Params, batch: SoundBatch) -> Heard:
-        TRACES["evaluation"] += 1
-        return hear(params, batch)
-
-    function = jax.jit(evaluate)
-
-    def run(params: Params, batch: SoundBatch) -> Heard:
-        with using(mesh):
-            return function(params, batch)
-
-    return run
-
-
 # --- batches ----------------------------------------------------------------------------------
-
-
-def place_sound_batch(batch: SoundBatch, mesh: Mesh | None) -> SoundBatch:
-    """A batch on its devices, split by rows; in a run of one host."""
-    return jax.device_put(batch, None if mesh is None else _batch_shardings(batch, mesh))
 
 
 def abstract_sound_batch(mesh: Mesh | None, rows: int, samples: int, letters: int) -> SoundBatch:
@@ -377,12 +302,4 @@ def abstract_sound_batch(mesh: Mesh | None, rows: int, samples: int, letters: in
             speaker=jnp.zeros(rows, jnp.int32),
         )
 
-    batch = jax.eval_shape(make)
-    return batch if mesh is None else placed(batch, _batch_shardings(batch, mesh))
-
-
-def _batch_shardings(batch: SoundBatch, mesh: Mesh) -> SoundBatch:
-    def place(path, leaf):
-        return sharding_of(leaf.shape, SOUND_BATCH_AXES[path[0].name], mesh)
-
-    return jax.tree.map_with_path(place, batch)
+    return abstract_rows(make, mesh)

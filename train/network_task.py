@@ -32,6 +32,7 @@ from sa2jax.train.flow_data import FlowData, FlowDataConfig
 from sa2jax.train.listening import SoundBatch
 from sa2jax.train.log import Log, Meter
 from sa2jax.train.loop import Outcome, Task
+from sa2jax.train.loss_step import place_rows
 from sa2jax.train.networks import OpenEncoder, OpenNetwork, open_encoder, open_network
 from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
 from sa2jax.train.recipe import ENCODER, FLOW, SPEAKER, TOKENIZER, VOCODER, Pace, build, values_of
@@ -409,18 +410,18 @@ def _beside(fresh: Callable[[Found, Any, int], Params]) -> Callable[..., Params]
 SUBJECTS: Mapping[str, Subject] = {
     FLOW: Subject(
         recipe=FlowRecipe, open=partial(open_network, FLOW), data=_flow_data, batch=_flow_batch,
-        step=flow.make_flow_step, measure=_mean_flow_loss, place=flow.place_flow_batch,
+        step=flow.make_flow_step, measure=_mean_flow_loss, place=place_rows,
         unit="codes", longest=lambda data: data.buckets[-1],
     ),
     VOCODER: Subject(
         recipe=VocoderRecipe, open=partial(open_network, VOCODER), data=_crops, batch=_crop_batch,
         step=vocoder.make_vocoder_step, measure=_mean_loss(vocoder.make_vocoder_evaluation),
-        place=vocoder.place_vocoder_batch, unit="frames", longest=lambda data: data.crop,
+        place=place_rows, unit="frames", longest=lambda data: data.crop,
     ),
     TOKENIZER: Subject(
         recipe=TokenizerRecipe, open=partial(open_network, "speech_tokenizer"), data=_clips,
         batch=_clip_batch, step=tokenizer.make_tokenizer_step,
-        measure=_heard(tokenizer.make_tokenizer_evaluation), place=listening.place_sound_batch,
+        measure=_heard(tokenizer.make_tokenizer_evaluation), place=place_rows,
         unit="frames", longest=lambda data: data.buckets[-1],
         model=lambda network, data: tokenizer.tokenizer_teacher(network.cfg, network.policy),
         start=_beside(lambda network, data, seed: tokenizer.init_tokenizer(network.cfg, seed=seed)),
@@ -429,7 +430,7 @@ SUBJECTS: Mapping[str, Subject] = {
     SPEAKER: Subject(
         recipe=SpeakerRecipe, open=partial(open_network, "speaker_encoder"), data=_clips,
         batch=_clip_batch, step=speaker.make_speaker_step,
-        measure=_heard(speaker.make_speaker_evaluation), place=listening.place_sound_batch,
+        measure=_heard(speaker.make_speaker_evaluation), place=place_rows,
         unit="frames", longest=lambda data: data.buckets[-1],
         model=lambda network, data: speaker.speaker_teacher(
             network.cfg, network.policy, speakers=_voices(data)
@@ -442,7 +443,7 @@ SUBJECTS: Mapping[str, Subject] = {
     ENCODER: Subject(
         recipe=EncoderRecipe, open=open_encoder, data=_clips, batch=_clip_batch,
         step=encoder.make_encoder_step, measure=_heard(encoder.make_encoder_evaluation),
-        place=listening.place_sound_batch, unit="frames", longest=lambda data: data.buckets[-1],
+        place=place_rows, unit="frames", longest=lambda data: data.buckets[-1],
         model=lambda network, data: encoder.encoder_teacher(network.cfg, network.policy),
         start=_beside(lambda network, data, seed: encoder.init_encoder(network.cfg, seed=seed)),
         learnt=listening.network,

@@ -39,13 +39,11 @@ from sa2jax.speech_config import SpeakerEncoderConfig
 from sa2jax.train.listening import (
     Disturbance,
     Heard,
-    Report,
     SoundBatch,
     disturbed,
-    make_sound_evaluation,
-    make_sound_step,
     masked,
 )
+from sa2jax.train.loss_step import Report, make_loss_evaluation, make_loss_step
 from sa2jax.train.optimizer import Optimizer, name_of
 from sa2jax.train.step import Step
 
@@ -239,7 +237,7 @@ def make_speaker_step(
     *,
     seed: int = 0,
 ) -> Step:
-    """The step of a speaker encoder and its head, see `listening.make_sound_step`.
+    """The step of a speaker encoder and its head, see `loss_step.make_loss_step`.
 
     Args:
         model: the structure of encoder and head.
@@ -250,7 +248,7 @@ def make_speaker_step(
         seed: of all that is drawn.
     """
     loss = partial(speaker_loss, model, config=config)
-    return make_sound_step(loss, model, optimizer, mesh, seed=seed)
+    return make_loss_step(loss, model, optimizer, mesh, seed=seed)
 
 
 def make_speaker_evaluation(
@@ -268,4 +266,4 @@ def make_speaker_evaluation(
         loss, report, vectors = _heard(model, params, batch, None, config)
         return Heard(loss, report, vectors=vectors)
 
-    return make_sound_evaluation(hear, mesh)
+    return make_loss_evaluation(hear, mesh)

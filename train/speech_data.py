@@ -219,7 +219,7 @@ class ClipConfig(BucketConfig):
 
     folder: str | Path
     buckets: tuple[int, ...] = (200, 300, 400, 600)
-    letters: int = 24
+    letters: int = 40
 
     def room(self, bucket: int) -> int:
         """Letters for which a batch of this bucket has room."""

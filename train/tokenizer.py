@@ -46,7 +46,6 @@ from sa2jax.speech_config import SpeechTokenizerConfig
 from sa2jax.train.listening import (
     Disturbance,
     Heard,
-    Report,
     SoundBatch,
     Spelled,
     Speller,
@@ -54,10 +53,9 @@ from sa2jax.train.listening import (
     ctc_loss,
     disturbed,
     loud,
-    make_sound_evaluation,
-    make_sound_step,
     masked,
 )
+from sa2jax.train.loss_step import Report, make_loss_evaluation, make_loss_step
 from sa2jax.train.optimizer import Optimizer
 from sa2jax.train.step import Step
 
@@ -274,7 +272,7 @@ def make_tokenizer_step(
     *,
     seed: int = 0,
 ) -> Step:
-    """The step of a tokenizer and its heads, see `listening.make_sound_step`.
+    """The step of a tokenizer and its heads, see `loss_step.make_loss_step`.
 
     Args:
         model: the structure of tokenizer and heads.
@@ -285,7 +283,7 @@ def make_tokenizer_step(
         seed: of all that is drawn.
     """
     loss = partial(tokenizer_loss, model, config=config)
-    return make_sound_step(loss, model, optimizer, mesh, seed=seed)
+    return make_loss_step(loss, model, optimizer, mesh, seed=seed)
 
 
 def make_tokenizer_evaluation(
@@ -300,7 +298,7 @@ def make_tokenizer_evaluation(
         loss, report, (spelled, codes) = _heard(model, params, batch, None, config)
         return Heard(loss, report, letters=best_letters(*spelled), codes=codes)
 
-    return make_sound_evaluation(hear, mesh)
+    return make_loss_evaluation(hear, mesh)
 
 
 @dataclass(frozen=True, kw_only=True)

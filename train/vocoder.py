@@ -14,8 +14,7 @@ Source: HiFTNet (arXiv 2309.09493) with the multi-resolution STFT loss of Parall
 that the network behind it never learns from the mistakes of a pitch predictor that is still bad.
 """
 
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -28,13 +27,12 @@ from sa2jax.audio import mel_24k
 from sa2jax.errors import TrainError
 from sa2jax.models.vocoder import Vocoder, vocoder
 from sa2jax.nn import Functional, Params, Policy, before, init_params
-from sa2jax.sharding import placed, sharding_of, using
 from sa2jax.speech_config import VocoderConfig
-from sa2jax.train.optimizer import Optimizer, join
+from sa2jax.train.loss_step import abstract_rows, make_loss_evaluation, make_loss_step
+from sa2jax.train.optimizer import Optimizer
 from sa2jax.train.spectra import masked_mean, spectral_distance
-from sa2jax.train.step import Step, TrainState, compiled, updated
+from sa2jax.train.step import Step
 
-TRACES: Counter[str] = Counter()  # how often a step has been traced
 HOP, MELS = 480, 80  # samples and bands of a mel frame
 # Layers that are given mel frames. These have a mean far from 0, so an update moves all of them at
 # once: a tenth of the usual rate learns faster.
@@ -43,13 +41,6 @@ MIDDLE, SPREAD = -4.5, 2.5  # mean and deviation of speech's log-mel frames, abo
 QUIET = -3.0  # added to the log magnitudes of a fresh vocoder
 PITCH = 100.0  # a fresh predictor's pitches are about this, in Hz
 SOFT = 10.0  # Hz; pitches are compared as log(f0 + SOFT), so that silence has one too
-
-# Logical axes of each field of a batch.
-VOCODER_BATCH_AXES: Mapping[str, tuple[str | None, ...]] = {
-    "sound": ("batch", None),
-    "f0": ("batch", None),
-    "frames": ("batch",),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,25 +223,11 @@ def make_vocoder_step(
         mesh: devices; None for one.
         seed: of all that is drawn.
     """
-    places = None if mesh is None else optimizer.split(model.shardings(mesh))[0]
 
-    def step(state: TrainState, batch: VocoderBatch):
-        TRACES["step"] += 1
-        trained, frozen = optimizer.split(state.params)
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+    def loss(params: Params, batch: VocoderBatch, key: Array):
+        return vocoder_loss(model, params, batch, key, config)
 
-        def loss(trained):
-            return vocoder_loss(model, join(trained, frozen), batch, key, config)
-
-        (value, report), gradient = jax.value_and_grad(loss, has_aux=True)(trained)
-        if mesh is not None:
-            gradient = jax.lax.with_sharding_constraint(gradient, places)
-        new, norm = updated(optimizer, state, gradient)
-        report |= {"loss": value, "norm": norm, "rate": optimizer.schedule(state.step)}
-        report = {name: jnp.asarray(scalar, jnp.float32) for name, scalar in report.items()}
-        return new, report
-
-    return compiled(step, model, optimizer, mesh)
+    return make_loss_step(loss, model, optimizer, mesh, seed=seed)
 
 
 def make_vocoder_evaluation(
@@ -267,26 +244,14 @@ def make_vocoder_evaluation(
         A function of parameters, a batch on its devices, and the key of all that is drawn.
     """
 
-    def evaluate(params: Params, batch: VocoderBatch, key: Array):
-        TRACES["evaluation"] += 1
+    def measure(params: Params, batch: VocoderBatch, key: Array):
         loss, report = vocoder_loss(model, params, batch, key, config)
         return loss, report["frames"]
 
-    function = jax.jit(evaluate)
-
-    def run(params: Params, batch: VocoderBatch, key: Array):
-        with using(mesh):
-            return function(params, batch, key)
-
-    return run
+    return make_loss_evaluation(measure, mesh)
 
 
 # --- batches ------------------------------------------------------------------------------------
-
-
-def place_vocoder_batch(batch: VocoderBatch, mesh: Mesh | None) -> VocoderBatch:
-    """A batch on its devices, split by rows; in a run of one host."""
-    return jax.device_put(batch, None if mesh is None else _batch_shardings(batch, mesh))
 
 
 def abstract_vocoder_batch(mesh: Mesh | None, rows: int, frames: int) -> VocoderBatch:
@@ -305,12 +270,4 @@ def abstract_vocoder_batch(mesh: Mesh | None, rows: int, frames: int) -> Vocoder
             frames=jnp.zeros(rows, jnp.int32),
         )
 
-    batch = jax.eval_shape(make)
-    return batch if mesh is None else placed(batch, _batch_shardings(batch, mesh))
-
-
-def _batch_shardings(batch: VocoderBatch, mesh: Mesh) -> VocoderBatch:
-    def place(path, leaf):
-        return sharding_of(leaf.shape, VOCODER_BATCH_AXES[path[0].name], mesh)
-
-    return jax.tree.map_with_path(place, batch)
+    return abstract_rows(make, mesh)

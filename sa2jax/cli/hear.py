@@ -21,7 +21,7 @@ class ModelOptions(Devices):
 
     model: Path | None = None
     """Model folder made by `sa2jax convert`, a Hugging Face folder, or `nano`; by default the
-    latter, a small model for demonstrations."""
+    latter, a small model for demonstrations, where the installation has it."""
     dtype: ModelDtype | None = None
     """Dtype of weights and computation; by default bfloat16, float32 on a CPU. int8 is that of
     the matrices alone."""

@@ -27,7 +27,7 @@ class Home:
 
     model: Path | None = None
     """Model folder made by `sa2jax convert`, a released one, its token2wav folder alone, or `nano`;
-    by default the latter, a small model for demonstrations."""
+    by default the latter, a small model for demonstrations, where the installation has it."""
 
     @property
     def home(self) -> Path:

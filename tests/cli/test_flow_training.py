@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import soundfile
 import yaml
-from jax.experimental.compilation_cache import compilation_cache
 from recorded_flow import QUICK
-from small_training import save_model, save_pairs
+from small_training import cached_programs, save_model, save_pairs
 
 from sa2jax import Speech, checkpoint, cli
 from sa2jax.cli import common
@@ -26,22 +25,11 @@ NAMED = ("step", "loss", "norm", "rate", "frames", "dropped", "prompted", "evalu
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A folder, and a cache in which each run finds what the first has compiled."""
-    folder = tmp_path_factory.mktemp("flow")
-    settings = {
-        "jax_compilation_cache_dir": str(folder / "xla"),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    with pytest.MonkeyPatch.context() as patch:
-        plain = jax.jit
-        patch.setattr(jax, "jit", lambda f, **options: plain(f, compiler_options=QUICK, **options))
+    folder, plain = tmp_path_factory.mktemp("flow"), jax.jit
+    with cached_programs(folder / "xla"), pytest.MonkeyPatch.context() as patch:
+        quick = lambda f, **options: plain(f, **{"compiler_options": QUICK, **options})  # noqa: E731
+        patch.setattr(jax, "jit", quick)
         yield folder
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

@@ -11,25 +11,17 @@ from sa2jax.inference.speech_folder import HEARING, SPEAKING, SpeechFolder
 from sa2jax.inference.voices import Voice
 
 
-@pytest.fixture(scope="module")
-def converted(golden, tmp_path_factory):
-    """A detokenizer alone, converted."""
-    out = tmp_path_factory.mktemp("speech") / "ours"
-    convert(golden / "token2wav", out)
-    return out
-
-
 @pytest.fixture
-def home(converted, tmp_path):
+def home(converted_detokenizer, tmp_path):
     """A copy that a test may change."""
-    return shutil.copytree(converted, tmp_path / "home")
+    return shutil.copytree(converted_detokenizer, tmp_path / "home")
 
 
 @pytest.fixture
-def model(converted, tmp_path):
+def model(converted_detokenizer, tmp_path):
     """A model folder with the detokenizer in it."""
     folder = testing.save_tiny_checkpoint(tmp_path / "model")
-    shutil.copytree(converted, folder / "token2wav")
+    shutil.copytree(converted_detokenizer, folder / "token2wav")
     return folder
 
 
@@ -38,8 +30,8 @@ def recording(golden):
     return golden / "t2w_golden" / "prompt.wav"
 
 
-def test_released_and_converted_are_the_same(golden, converted):
-    released, ours = SpeechFolder(golden / "token2wav"), SpeechFolder(converted)
+def test_released_and_converted_are_the_same(golden, converted_detokenizer):
+    released, ours = SpeechFolder(golden / "token2wav"), SpeechFolder(converted_detokenizer)
     assert (released.official, ours.official) == (True, False)
     assert released.cfg == ours.cfg
     assert released.analysis == ours.analysis

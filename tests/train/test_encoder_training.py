@@ -25,14 +25,13 @@ from sa2jax.train.encoder import (
 )
 from sa2jax.train.listening import (
     SYMBOLS,
-    TRACES,
     Disturbance,
     SoundBatch,
     letters_of,
     network,
-    place_sound_batch,
     text_of,
 )
+from sa2jax.train.loss_step import TRACES, place_rows
 from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
 from sa2jax.train.step import init_state
 
@@ -105,12 +104,13 @@ def test_a_seed_is_a_run(params, losses):
     assert loss[0] == loss[1] != loss[2]
 
 
+@pytest.mark.slow
 def test_an_encoder_learns_to_spell_and_keeps_its_positions(params):
     optimizer = make_optimizer(
         OptimizerConfig(rate=5e-3, warmup=10, steps=STEPS, decay=0.0, rates=FROZEN)
     )
     mild = EncoderTeaching(disturbance=Disturbance(time_masks=0, band_masks=0))
-    batch = place_sound_batch(tones(), None)
+    batch = place_rows(tones(), None)
     step, traces = make_encoder_step(MODEL, optimizer, mild, seed=1), TRACES["step"]
     state = init_state(MODEL, optimizer, None, jax.tree.map(jnp.copy, params))
     step, reports = step.lower(state, batch).compile(QUICK), []
@@ -132,11 +132,12 @@ def test_an_encoder_learns_to_spell_and_keeps_its_positions(params):
     assert int(again.step) == 2
 
 
+@pytest.mark.slow
 def test_what_is_taught_is_what_the_adapter_gets():
     """The encoder fits into a whole model, and the head reads that model's features."""
     whole = testing.tiny_config(layers=1)
     cfg = whole.audio_encoder
-    params, batch = init_encoder(cfg, seed=1), place_sound_batch(tones(), None)
+    params, batch = init_encoder(cfg, seed=1), place_rows(tones(), None)
     structure = step_audio2(whole)
     like = structure.abstract["audio_encoder"]
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731

@@ -15,14 +15,13 @@ from recorded_flow import QUICK, RecordedFlow, jit
 from sa2jax.errors import TrainError
 from sa2jax.models.flow.flow_matching import flow_model, start_noise, unstack_flow
 from sa2jax.train.flow import (
-    TRACES,
     FlowBatch,
     Teaching,
     _draws,
     flow_loss,
     make_flow_step,
-    place_flow_batch,
 )
+from sa2jax.train.loss_step import TRACES, place_rows
 from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
 from sa2jax.train.step import init_state
 
@@ -190,9 +189,9 @@ def test_a_flow_learns_a_recording_and_says_it(recorded):
     before = distance(params)
     state = init_state(model, optimizer, None, jax.tree.map(jnp.copy, params))
     traces, losses = TRACES["step"], []
-    step = compiled(step, state, place_flow_batch(batch, None))
+    step = compiled(step, state, place_rows(batch, None))
     for _ in range(150):
-        state, report = step(state, place_flow_batch(batch, None))
+        state, report = step(state, place_rows(batch, None))
         losses.append(float(report["loss"]))
     assert TRACES["step"] == traces + 1
     assert int(state.step) == 150
@@ -209,14 +208,14 @@ def test_a_run_that_goes_on_draws_what_it_would_have_drawn(recorded):
     step = make_flow_step(recorded.model, optimizer, seed=5)
     fresh = lambda: jax.tree.map(jnp.copy, recorded.params)  # noqa: E731
     state, found = init_state(recorded.model, optimizer, None, fresh()), []
-    step = compiled(step, state, place_flow_batch(batch, None))
+    step = compiled(step, state, place_rows(batch, None))
     for number in range(3):
         if number == 2:
             kept = jax.tree.map(jnp.copy, state)
-        state, report = step(state, place_flow_batch(batch, None))
+        state, report = step(state, place_rows(batch, None))
         found.append(float(report["loss"]))
     assert len(set(found)) == 3
-    again, report = step(kept, place_flow_batch(batch, None))
+    again, report = step(kept, place_rows(batch, None))
     assert float(report["loss"]) == found[2]
     jax.tree.map(np.testing.assert_array_equal, again.params, state.params)
     frozen, trained = state.params["estimator"], state.params["to_mel"]
@@ -230,7 +229,8 @@ SHARDED = """
     from pathlib import Path
     from recorded_flow import RecordedFlow
     from sa2jax.sharding import make_mesh
-    from sa2jax.train.flow import FlowBatch, make_flow_step, place_flow_batch
+    from sa2jax.train.flow import FlowBatch, make_flow_step
+    from sa2jax.train.loss_step import place_rows
     from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
     from sa2jax.train.step import init_state
 
@@ -250,7 +250,7 @@ SHARDED = """
         state, losses = init_state(recorded.model, optimizer, mesh, params), []
         places = jax.tree.map(lambda x: x.sharding, state)
         for _ in range(2):
-            state, report = step(state, place_flow_batch(batch, mesh))
+            state, report = step(state, place_rows(batch, mesh))
             losses.append(float(report["loss"]))
         same = jax.tree.map(lambda x, was: x.sharding == was, state, places)
         leaf = state.params["estimator"]["blocks"]["up"]["kernel"]

@@ -12,7 +12,6 @@ from recorded_flow import jit
 from sa2jax.errors import TrainError
 from sa2jax.train.listening import (
     LETTERS,
-    SOUND_BATCH_AXES,
     SYMBOLS,
     Disturbance,
     SoundBatch,
@@ -23,10 +22,10 @@ from sa2jax.train.listening import (
     letters_of,
     masked,
     network,
-    place_sound_batch,
     text_of,
     word_errors,
 )
+from sa2jax.train.loss_step import place_rows
 
 SECOND = 16_000
 
@@ -131,7 +130,7 @@ def clips(rng, seconds=(1.0, 0.5), room: float | None = None) -> SoundBatch:
 def wider(batch: SoundBatch, samples: int, rows: int = 0) -> SoundBatch:
     sound = np.pad(batch.sound, ((0, rows), (0, samples)))
     more = lambda x: np.pad(x, [(0, rows)] + [(0, 0)] * (x.ndim - 1))  # noqa: E731
-    others = {name: more(getattr(batch, name)) for name in SOUND_BATCH_AXES if name != "sound"}
+    others = {name: more(getattr(batch, name)) for name in vars(batch) if name != "sound"}
     return SoundBatch(sound=sound, **others)
 
 
@@ -224,12 +223,11 @@ def test_a_disturbance_may_come_from_a_file():
 def test_an_abstract_batch_is_like_a_placed_one(rng):
     batch = clips(rng, (0.2, 0.1, 0.1))
     like = abstract_sound_batch(None, 3, 3200, 1)
-    found = place_sound_batch(batch, None)
+    found = place_rows(batch, None)
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
     assert shapes(found) == shapes(like)
-    assert set(SOUND_BATCH_AXES) == set(vars(batch))
     spoilt = replace(batch, lengths=batch.lengths.astype(np.int64))
-    assert shapes(place_sound_batch(spoilt, None)) == shapes(like)
+    assert shapes(place_rows(spoilt, None)) == shapes(like)
 
 
 def test_a_network_goes_without_its_heads():

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from small_training import recipe, save_model, save_pairs, values
+from small_training import cached_programs, recipe, save_model, save_pairs, values
 
 from sa2jax import StepAudio2, checkpoint, testing
 from sa2jax.errors import DataError, TrainError
@@ -32,17 +32,8 @@ from sa2jax.train.step import abstract_state
 def home(tmp_path_factory):
     """A folder, and a cache in which runs of one recipe find what the first has compiled."""
     folder = tmp_path_factory.mktemp("training")
-    settings = {
-        "jax_compilation_cache_dir": str(folder / "xla"),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield folder
-    for name, value in before.items():
-        jax.config.update(name, value)
+    with cached_programs(folder / "xla"):
+        yield folder
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from sa2jax import checkpoint, testing
-from sa2jax.convert.hf import convert
 from sa2jax.errors import CheckpointError, TrainError
 from sa2jax.inference.speech_folder import SpeechFolder
 from sa2jax.inference.voices import Voice
@@ -16,18 +15,11 @@ from sa2jax.train.network_task import FlowRecipe, NetworkSpec, make_network_task
 from sa2jax.train.networks import open_network
 
 
-@pytest.fixture(scope="module")
-def converted(golden, tmp_path_factory):
-    out = tmp_path_factory.mktemp("speech") / "ours"
-    convert(golden / "token2wav", out)
-    return out
-
-
 @pytest.fixture
-def model(converted, tmp_path):
+def model(converted_detokenizer, tmp_path):
     """A model folder with a detokenizer in it, a voice, its recording, and a hidden file."""
     folder = testing.save_tiny_checkpoint(tmp_path / "model")
-    shutil.copytree(converted, folder / "token2wav")
+    shutil.copytree(converted_detokenizer, folder / "token2wav")
     (folder / "token2wav" / ".half").write_text("?")
     (folder / "assets").mkdir()
     (folder / "assets" / "anna.wav").write_bytes(b"not heard again")
@@ -69,8 +61,8 @@ def test_a_models_voices_and_recordings_come_along(model, tmp_path):
         np.testing.assert_array_equal(leaf / by, new[name], err_msg=name)
 
 
-def test_numbers_keep_their_dtype_on_disk(converted, tmp_path):
-    folder = shutil.copytree(converted, tmp_path / "narrow")
+def test_numbers_keep_their_dtype_on_disk(converted_detokenizer, tmp_path):
+    folder = shutil.copytree(converted_detokenizer, tmp_path / "narrow")
     narrow = {
         name: leaf.astype(np.float16) if name.startswith("flow.") else leaf
         for name, leaf in leaves(folder).items()
@@ -86,8 +78,8 @@ def test_numbers_keep_their_dtype_on_disk(converted, tmp_path):
         assert leaf.dtype == new[name].dtype
 
 
-def test_a_fingerprint_is_that_of_the_numbers(converted, model, tmp_path):
-    flow, same = (open_network("flow", folder) for folder in (converted, model))
+def test_a_fingerprint_is_that_of_the_numbers(converted_detokenizer, model, tmp_path):
+    flow, same = (open_network("flow", folder) for folder in (converted_detokenizer, model))
     assert flow.fingerprint() == same.fingerprint()
     flow.save(halved(flow), tmp_path / "other")
     assert open_network("flow", tmp_path / "other").fingerprint() != flow.fingerprint()
@@ -97,8 +89,8 @@ def test_a_fingerprint_is_that_of_the_numbers(converted, model, tmp_path):
         open_network("flow", tmp_path / "other").fingerprint()
 
 
-def test_several_processes_are_refused(converted, tmp_path, monkeypatch):
-    spec = NetworkSpec(folder=str(converted))
+def test_several_processes_are_refused(converted_detokenizer, tmp_path, monkeypatch):
+    spec = NetworkSpec(folder=str(converted_detokenizer))
     recipe = FlowRecipe(network=spec, data=FlowDataConfig(folder="none"))
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(TrainError, match="2 processes: a single network is trained by one"):

@@ -13,7 +13,8 @@ from sa2jax.audio.features import fbank
 from sa2jax.errors import TrainError
 from sa2jax.models.speaker_encoder import speaker_encoder
 from sa2jax.speech_config import SpeakerEncoderConfig
-from sa2jax.train.listening import TRACES, Disturbance, SoundBatch, network, place_sound_batch
+from sa2jax.train.listening import Disturbance, SoundBatch, network
+from sa2jax.train.loss_step import TRACES, place_rows
 from sa2jax.train.optimizer import OptimizerConfig, make_optimizer, name_of
 from sa2jax.train.speaker import (
     GIVEN,
@@ -118,7 +119,7 @@ def test_a_part_of_a_long_clip_is_heard(params, losses):
 
 
 def test_vectors_are_those_of_the_encoder_in_use(params):
-    batch = place_sound_batch(voices(), None)
+    batch = place_rows(voices(), None)
     heard = make_speaker_evaluation(MODEL, None, PLAIN)(params, batch)
 
     @jit
@@ -136,7 +137,7 @@ def test_an_encoder_learns_voices_and_keeps_given_statistics(params):
     optimizer = make_optimizer(rates)
     mild = SpeakerTeaching(disturbance=Disturbance(band_masks=0, snr=(30, 40)))
     step, traces = make_speaker_step(MODEL, optimizer, mild, seed=1), TRACES["step"]
-    batch = place_sound_batch(voices(), None)
+    batch = place_rows(voices(), None)
     state = init_state(MODEL, optimizer, None, jax.tree.map(jnp.copy, params))
     step, reports = step.lower(state, batch).compile(QUICK), []
     for n in range(STEPS):
@@ -146,9 +147,7 @@ def test_an_encoder_learns_voices_and_keeps_given_statistics(params):
         reports.append({name: float(x) for name, x in report.items()})
     assert TRACES["step"] == traces + 1
     assert reports[-1]["loss"] < 0.3 * reports[0]["loss"]
-    new = make_speaker_evaluation(MODEL, None, PLAIN)(
-        state.params, place_sound_batch(voices(5), None)
-    )
+    new = make_speaker_evaluation(MODEL, None, PLAIN)(state.params, place_rows(voices(5), None))
     assert float(new.report["accuracy"]) > 0.8
     assert float(new.report["same"]) > float(new.report["other"]) + 0.25
 

@@ -15,14 +15,13 @@ from sa2jax.errors import TrainError
 from sa2jax.models.speech_tokenizer import FSQ_SCALE, speech_tokenizer
 from sa2jax.speech_config import SpeechTokenizerConfig
 from sa2jax.train.listening import (
-    TRACES,
     Disturbance,
     SoundBatch,
     letters_of,
     network,
-    place_sound_batch,
     text_of,
 )
+from sa2jax.train.loss_step import TRACES, place_rows
 from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
 from sa2jax.train.step import init_state
 from sa2jax.train.tokenizer import (
@@ -81,7 +80,7 @@ def losses():
 
 
 def test_codes_are_those_of_the_tokenizer_in_use(params):
-    batch = place_sound_batch(tones(), None)
+    batch = place_rows(tones(), None)
     heard = make_tokenizer_evaluation(MODEL)(params, batch)
     frames = batch.lengths // 160
 
@@ -133,11 +132,12 @@ def test_padding_and_empty_rows_change_nothing(params, losses):
     assert float(loss) == pytest.approx(float(parts), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_learns_to_spell(params):
     """Letters are read from the codes of clips it has seen, and mel frames get nearer."""
     optimizer = make_optimizer(OptimizerConfig(rate=1e-2, warmup=10, steps=STEPS, decay=0.0))
     mild = TokenizerTeaching(disturbance=Disturbance(time_masks=0, band_masks=0))
-    batch = place_sound_batch(tones(), None)
+    batch = place_rows(tones(), None)
     step, traces = make_tokenizer_step(MODEL, optimizer, mild, seed=1), TRACES["step"]
     state = init_state(MODEL, optimizer, None, jax.tree.map(jnp.copy, params))
     step, reports = step.lower(state, batch).compile(QUICK), []

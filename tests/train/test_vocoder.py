@@ -17,18 +17,17 @@ from recorded_flow import QUICK, jit
 from sa2jax.errors import TrainError
 from sa2jax.models.vocoder import vocoder
 from sa2jax.speech_config import VocoderConfig
+from sa2jax.train.loss_step import TRACES, place_rows
 from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
 from sa2jax.train.step import abstract_state, init_state
 from sa2jax.train.vocoder import (
     FIRST_LAYERS,
-    TRACES,
     VocoderBatch,
     VocoderTeaching,
     abstract_vocoder_batch,
     fresh_vocoder,
     make_vocoder_evaluation,
     make_vocoder_step,
-    place_vocoder_batch,
     vocoder_loss,
 )
 
@@ -225,8 +224,9 @@ def test_a_vocoder_of_other_frames_is_an_error():
 # --- learning -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_vocoder_learns_a_sound_and_a_run_that_goes_on_is_the_same_run(params):
-    batch = place_vocoder_batch(rows((FRAMES, FRAMES)), None)
+    batch = place_rows(rows((FRAMES, FRAMES)), None)
     optimizer = make_optimizer(
         OptimizerConfig(
             rate=1e-2, rates=dict.fromkeys(FIRST_LAYERS, 1e-3), warmup=5, steps=150,
@@ -267,7 +267,7 @@ def test_a_vocoder_learns_a_sound_and_a_run_that_goes_on_is_the_same_run(params)
 def test_frozen_parts_stay(params):
     optimizer = make_optimizer(OptimizerConfig(rate=1e-3, warmup=0, rates={"f0_predictor": 0.0}))
     state = init_state(MODEL, optimizer, None, jax.tree.map(jnp.copy, params))
-    batch = place_vocoder_batch(rows(), None)
+    batch = place_rows(rows(), None)
     step = make_vocoder_step(MODEL, optimizer, PLAIN).lower(state, batch).compile(QUICK)
     state, _ = step(state, batch)
     jax.tree.map(
@@ -284,7 +284,8 @@ SHARDED = """
     from sa2jax.sharding import make_mesh
     from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
     from sa2jax.train.step import init_state
-    from sa2jax.train.vocoder import fresh_vocoder, make_vocoder_step, place_vocoder_batch
+    from sa2jax.train.loss_step import place_rows
+    from sa2jax.train.vocoder import fresh_vocoder, make_vocoder_step
 
     optimizer = make_optimizer(OptimizerConfig(rate=1e-3, warmup=0, eps=1e-4))
     batch, found = rows((10, 4, 0, 7)), {}
@@ -294,7 +295,7 @@ SHARDED = """
         state, losses = init_state(MODEL, optimizer, mesh, fresh_vocoder(CFG, mesh=mesh)), []
         places = jax.tree.map(lambda x: x.sharding, state)
         for _ in range(2):
-            state, report = step(state, place_vocoder_batch(batch, mesh))
+            state, report = step(state, place_rows(batch, mesh))
             losses.append(float(report["loss"]))
         same = jax.tree.map(lambda x, was: x.sharding == was, state, places)
         found[spec] = {"losses": losses, "kept": all(jax.tree.leaves(same))}

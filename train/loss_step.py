@@ -1,0 +1,97 @@
+"""The step and the evaluation of any loss of rows: what single networks are trained with.
+
+    step = make_loss_step(loss, model, optimizer, mesh, seed=0)
+    state, report = step(state, place_rows(batch, mesh))
+
+A batch is a dataclass of arrays whose first axis is that of its rows. See `flow`, `vocoder` and
+`listening` for losses.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from sa2jax.nn import Functional, Params
+from sa2jax.sharding import placed, sharding_of, using
+from sa2jax.train.optimizer import Optimizer, join
+from sa2jax.train.step import Step, TrainState, compiled, updated
+
+TRACES: Counter[str] = Counter()  # how often steps and evaluations have been traced
+
+BatchT = TypeVar("BatchT")
+Report = dict[str, Float[Array, ""]]
+Loss = Callable[[Params, BatchT, Array], tuple[Float[Array, ""], Report]]
+
+
+def make_loss_step(
+    loss: Loss[BatchT],
+    model: Functional[Any],
+    optimizer: Optimizer,
+    mesh: Mesh | None = None,
+    *,
+    seed: int = 0,
+) -> Step:
+    """The step of a loss: `state, report = step(state, batch)`; see `train.step` for states.
+
+    What is drawn depends on the seed and on `state.step`, so a run that goes on from a checkpoint
+    draws what it would have drawn. The report has `loss`, `norm`, `rate` and what the loss reports.
+
+    Args:
+        loss: of parameters, a batch, and the key of all that is drawn.
+        model: the structure of the parameters.
+        optimizer: what is trained, and how.
+        mesh: devices; None for one.
+        seed: of all that is drawn.
+    """
+    places = None if mesh is None else optimizer.split(model.shardings(mesh))[0]
+
+    def step(state: TrainState, batch: BatchT):
+        TRACES["step"] += 1
+        trained, frozen = optimizer.split(state.params)
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        of_trained = lambda trained: loss(join(trained, frozen), batch, key)  # noqa: E731
+        (value, report), gradient = jax.value_and_grad(of_trained, has_aux=True)(trained)
+        if mesh is not None:
+            gradient = jax.lax.with_sharding_constraint(gradient, places)
+        new, norm = updated(optimizer, state, gradient)
+        report = report | {"loss": value, "norm": norm, "rate": optimizer.schedule(state.step)}
+        return new, {name: jnp.asarray(scalar, jnp.float32) for name, scalar in report.items()}
+
+    return compiled(step, model, optimizer, mesh)
+
+
+def make_loss_evaluation(measure: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
+    """A function of parameters and a batch, compiled for a mesh; nothing is learnt."""
+
+    def evaluate(*arguments: Any) -> Any:
+        TRACES["evaluation"] += 1
+        return measure(*arguments)
+
+    function = jax.jit(evaluate)
+
+    def run(*arguments: Any) -> Any:
+        with using(mesh):
+            return function(*arguments)
+
+    return run
+
+
+def place_rows(batch: BatchT, mesh: Mesh | None) -> BatchT:
+    """A batch on its devices, split by rows; in a run of one host."""
+    return jax.device_put(batch, None if mesh is None else _shardings(batch, mesh))
+
+
+def abstract_rows(make: Callable[[], BatchT], mesh: Mesh | None) -> BatchT:
+    """Shapes and places of the batch that `make` builds; nothing is allocated."""
+    batch = jax.eval_shape(make)
+    return batch if mesh is None else placed(batch, _shardings(batch, mesh))
+
+
+def _shardings(batch: Any, mesh: Mesh) -> Any:
+    rows = lambda leaf: ("batch", *(None,) * (leaf.ndim - 1))  # noqa: E731
+    return jax.tree.map(lambda leaf: sharding_of(leaf.shape, rows(leaf), mesh), batch)
