@@ -114,8 +114,8 @@ def test_flat_config_without_a_source_survives_export():
 
 
 def test_unknown_preset_names_the_known_ones():
-    with pytest.raises(ConfigError, match=r"no model preset 'nano': expected one of .*mini.*tiny"):
-        StepAudio2Config.preset("nano")
+    with pytest.raises(ConfigError, match=r"no model preset 'micro': expected one of .*mini.*tiny"):
+        StepAudio2Config.preset("micro")
 
 
 # --- what may be left out ---

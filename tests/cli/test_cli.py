@@ -539,7 +539,6 @@ def test_help_does_not_import_jax():
     [
         ([], "Expected one of {asr"),
         (["transcribe"], "transcribe"),
-        (["asr", "a.wav"], "--model"),
         (["asr", "a.wav", "--model", "m", "--beams", "4"], "--beams"),
         (["convert", "a", "b", "--dtype", "int4"], "int4"),
     ],
