@@ -5,7 +5,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from detokenizers import stretch
 from onnx import helper, numpy_helper
+
+from sa2jax.convert import hf
 
 
 @pytest.fixture
@@ -17,6 +20,44 @@ def source(golden) -> Path:
 def broken(source, tmp_path) -> Path:
     """A copy of the source that a test may damage."""
     return Path(shutil.copytree(source, tmp_path / "broken"))
+
+
+@pytest.fixture(scope="module")
+def kept(golden, tmp_path_factory) -> Path:
+    """A released folder whose vocoder has weight norms that are not folded, and its conversion."""
+    folder = tmp_path_factory.mktemp("kept")
+    shutil.copytree(golden / "token2wav", folder / "official")
+    stretch(folder / "official" / "hift.pt")
+    hf.convert(folder / "official", folder / "ours")
+    hf.convert(golden / "micro" / "llm", folder / "whole")
+    shutil.copytree(folder / "ours", folder / "whole" / "token2wav")
+    return folder
+
+
+@pytest.fixture
+def official(kept, tmp_path) -> Path:
+    """A released folder that a test may damage."""
+    return Path(shutil.copytree(kept / "official", tmp_path / "official"))
+
+
+@pytest.fixture
+def ours(kept, tmp_path) -> Path:
+    """Its conversion, to be damaged."""
+    return Path(shutil.copytree(kept / "ours", tmp_path / "ours"))
+
+
+@pytest.fixture
+def whole(kept, tmp_path) -> Path:
+    """Language model and detokenizer, converted."""
+    return Path(shutil.copytree(kept / "whole", tmp_path / "whole"))
+
+
+@pytest.fixture
+def model(source, kept, tmp_path) -> Path:
+    """A Hugging Face folder of language model and detokenizer, to be damaged."""
+    folder = Path(shutil.copytree(source, tmp_path / "model"))
+    shutil.copytree(kept / "official", folder / "token2wav")
+    return folder
 
 
 @pytest.fixture

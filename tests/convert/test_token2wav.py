@@ -1,12 +1,7 @@
-"""The detokenizer as a part of a model folder, and alone: there and back, compared, damaged."""
+"""The detokenizer as a part of a model folder, and alone: there and back, and compared."""
 
-import errno
 import hashlib
-import json
-import pickle
 import shutil
-import sys
-import zipfile
 from pathlib import Path
 
 import jax
@@ -14,78 +9,16 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
+from detokenizers import NETWORKS, WEIGHTS, change_tensor, entries, leaves, stretch
 from onnx import numpy_helper
 
 from sa2jax import checkpoint
 from sa2jax.convert import hf, token2wav, torch_file
 from sa2jax.convert.verify import inspect, verify
 from sa2jax.convert.vocoder import SPELLINGS
-from sa2jax.errors import CheckpointError, ConfigError
 from sa2jax.inference.speech_folder import find
 from sa2jax.models.speaker_encoder import speaker_encoder
 from sa2jax.speech_config import Token2WavConfig
-
-WEIGHTS = ("flow.pt", "hift.pt", "campplus.onnx", "speech_tokenizer_v2_25hz.onnx")
-NETWORKS = ("flow", "speaker_encoder", "speech_tokenizer", "vocoder")
-
-
-@pytest.fixture(scope="module")
-def kept(golden, tmp_path_factory) -> Path:
-    """A released folder whose vocoder has weight norms that are not folded, and its conversion."""
-    folder = tmp_path_factory.mktemp("kept")
-    shutil.copytree(golden / "token2wav", folder / "official")
-    stretch(folder / "official" / "hift.pt")
-    hf.convert(folder / "official", folder / "ours")
-    hf.convert(golden / "micro" / "llm", folder / "whole")
-    shutil.copytree(folder / "ours", folder / "whole" / "token2wav")
-    return folder
-
-
-@pytest.fixture
-def official(kept, tmp_path) -> Path:
-    """A released folder that a test may damage."""
-    return Path(shutil.copytree(kept / "official", tmp_path / "official"))
-
-
-@pytest.fixture
-def ours(kept, tmp_path) -> Path:
-    """Its conversion, to be damaged."""
-    return Path(shutil.copytree(kept / "ours", tmp_path / "ours"))
-
-
-@pytest.fixture
-def whole(kept, tmp_path) -> Path:
-    """Language model and detokenizer, converted."""
-    return Path(shutil.copytree(kept / "whole", tmp_path / "whole"))
-
-
-@pytest.fixture
-def model(source, kept, tmp_path) -> Path:
-    """A Hugging Face folder of language model and detokenizer, to be damaged."""
-    folder = Path(shutil.copytree(source, tmp_path / "model"))
-    shutil.copytree(kept / "official", folder / "token2wav")
-    return folder
-
-
-def stretch(path: Path, prefix="generator.", spelling=SPELLINGS[0]) -> None:
-    """Make a weight norm's directions longer than its lengths, with other names if need be."""
-    tensors, rng = {}, np.random.default_rng(1)
-    for name, array in torch_file.read(path).items():
-        if name.endswith(SPELLINGS[0][1]):
-            array = (array * rng.uniform(0.5, 2, (len(array), 1, 1))).astype(np.float32)
-        name = name.replace("generator.", prefix)
-        for old, new in zip(SPELLINGS[0], spelling, strict=True):
-            name = name.replace(old, new)
-        tensors[name] = array
-    torch_file.write(path, tensors)
-
-
-def entries(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir())
-
-
-def leaves(folder: Path) -> dict[str, np.ndarray]:
-    return {n: np.asarray(a) for n, a in checkpoint.flatten(checkpoint.load(folder)).items()}
 
 
 def numbers(path: Path) -> dict[str, np.ndarray]:
@@ -261,6 +194,14 @@ def test_a_lost_flow_yaml_is_written_anew(official, ours, tmp_path):
     assert verify(official, tmp_path / "back").same
 
 
+def test_leaves_are_those_of_the_networks(official):
+    cfg, params = token2wav.load_official(official)
+    abstract = speaker_encoder(cfg.speaker_encoder).abstract
+    assert jax.tree.structure(abstract) == jax.tree.structure(params["speaker_encoder"])
+    assert sorted(params) == sorted(NETWORKS)
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params))
+
+
 # --- hashes ---
 
 
@@ -292,22 +233,6 @@ def test_analysis_is_the_hash_of_what_analyses_voices(official, ours, tmp_path):
     change_tensor(official / "campplus.onnx", lambda array: array + 1)
     hf.convert(official, tmp_path / "other voices")
     assert checkpoint.read_info(tmp_path / "other voices")["analysis"] != expected
-
-
-def change_tensor(path: Path, change, pick=lambda name, array: array.ndim == 3) -> str:
-    """Change the first tensor of a released file that `pick` picks."""
-    if path.suffix == ".pt":
-        tensors = dict(torch_file.read(path))
-        name = next(n for n, a in tensors.items() if pick(n, a))
-        tensors[name] = change(np.array(tensors[name]))
-        torch_file.write(path, tensors)
-        return name
-    graph = onnx.load(path)
-    tensor = next(t for t in graph.graph.initializer if pick(t.name, np.empty(t.dims, np.float16)))
-    array = np.asarray(change(np.array(numpy_helper.to_array(tensor))))
-    tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
-    onnx.save(graph, path)
-    return tensor.name
 
 
 # --- compared ---
@@ -393,248 +318,3 @@ def test_inspect_shows_the_four_networks(model, whole):
     assert described[model].parts[3].parameters == sum(a.size for a in tensors.values())
     ours = {row.name: row for row in described[whole].rows}
     assert ours["token2wav.flow.table"].shape == tensors["input_embedding.weight"].shape
-
-
-# --- bad input: one clear line, nothing left behind ---
-
-
-def refused(model: Path, message: str, kind=CheckpointError) -> str:
-    """The error of a conversion; whole and alone it is the same, and leaves nothing."""
-    before = entries(model.parent)
-    errors = []
-    for source in (model, model / "token2wav"):
-        with pytest.raises(kind, match=message) as error:
-            hf.convert(source, model.parent / "out")
-        errors.append(str(error.value))
-    assert errors[0] == errors[1]
-    assert entries(model.parent) == before
-    assert "config.json" not in errors[0]
-    return errors[0]
-
-
-@pytest.mark.parametrize("file", WEIGHTS)
-def test_a_missing_file_is_named_with_its_place(model, file):
-    (model / "token2wav" / file).unlink()
-    error = refused(model, "lacks 1 of the 5 files of a detokenizer")
-    assert f"{model / 'token2wav'} lacks" in error
-    assert file in error
-
-
-def test_without_flow_yaml_there_is_no_detokenizer(model, tmp_path):
-    (model / "token2wav" / "flow.yaml").unlink()
-    report = hf.convert(model, tmp_path / "ours")
-    assert set(report.left_out) == {f"token2wav/{file}" for file in WEIGHTS}
-    assert any("token2wav has no flow.yaml" in note for note in report.notes)
-    with pytest.raises(CheckpointError, match=r"expected model\.safetensors|config"):
-        verify(model / "token2wav", tmp_path / "ours")
-
-
-@pytest.mark.parametrize("file", WEIGHTS)
-@pytest.mark.parametrize("part", [0.0, 0.9])
-def test_a_truncated_file(model, file, part):
-    path = model / "token2wav" / file
-    path.write_bytes(path.read_bytes()[: int(part * path.stat().st_size)])
-    assert str(path) in refused(model, r"truncated|is no \.pt file")
-
-
-@pytest.mark.parametrize("file", ["flow.pt", "hift.pt"])
-def test_a_pickle_that_would_run_code(model, file, tmp_path):
-    class Attack:
-        def __reduce__(self):
-            return Path.touch, (tmp_path / "harmed",)
-
-    path = model / "token2wav" / file
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("x/data.pkl", pickle.dumps({"w": Attack()}, 2))
-    error = refused(model, "refused: it asks for")
-    assert str(path) in error
-    assert not (tmp_path / "harmed").exists()
-
-
-def test_two_swapped_graphs(model):
-    a, b = (model / "token2wav" / file for file in WEIGHTS[2:])
-    a.rename(a.with_suffix(".tmp"))
-    b.rename(a)
-    a.with_suffix(".tmp").rename(b)
-    error = refused(model, "another model's graph")
-    assert str(b) in error
-
-
-def test_two_swapped_state_dicts(model):
-    folder = model / "token2wav"
-    shutil.copy(folder / "flow.pt", folder / "hift.pt")
-    error = refused(model, "does not hold the tensors of a HiFT vocoder")
-    assert str(folder / "hift.pt") in error
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("num_blocks: 2", "num_blocks: 3", r"missing tensors: encoder\.encoders\.2\."),
-        ("depth: 2", "depth: 1", r"unknown tensors: decoder\.estimator\.blocks\.1\."),
-        ("vocab_size: 6561", "vocab_size: 729", r"expected \[729, 32\], got \[6561, 32\]"),
-    ],
-)
-def test_flow_yaml_of_other_sizes(model, old, new, message):
-    path = model / "token2wav" / "flow.yaml"
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new))
-    error = refused(model, message)
-    assert f"{path.with_name('flow.pt')} does not fit its flow.yaml" in error
-
-
-def test_flow_yaml_of_another_model(model):
-    path = model / "token2wav" / "flow.yaml"
-    path.write_text(path.read_text().replace("depth", "deep"))
-    assert str(path) in refused(model, "unknown key estimator.deep", ConfigError)
-
-
-@pytest.mark.parametrize(
-    ("key", "size", "tensor", "message"),
-    [
-        (
-            "vocab_size: 6561", 729, "input_embedding.weight",
-            r"flow\.yaml has 729 codes, speech_tokenizer_v2_25hz\.onnx 6561",
-        ),
-        (
-            "spk_embed_dim: 192", 64, "spk_embed_affine_layer.weight",
-            r"flow\.yaml has 64 numbers in a speaker vector, campplus\.onnx 192",
-        ),
-    ],
-)  # fmt: skip
-def test_files_of_different_detokenizers(model, key, size, tensor, message):
-    path = model / "token2wav" / "flow.yaml"
-    path.write_text(path.read_text().replace(key, f"{key.split()[0]} {size}"))
-    smaller = lambda a: a[:size] if len(a) > 192 else a[:, :size]  # noqa: E731
-    change_tensor(path.with_name("flow.pt"), smaller, lambda name, _: name == tensor)
-    error = refused(model, message)
-    assert f"{model / 'token2wav'} holds files of different detokenizers" in error
-
-
-def test_a_tensor_of_integers(model):
-    path = model / "token2wav" / "hift.pt"
-    name = change_tensor(path, lambda array: array.astype(np.int32))
-    assert f"{name} (int32)" in refused(model, "expected float32, float16, bfloat16")
-
-
-def test_direction_mistakes(official, ours, tmp_path):
-    with pytest.raises(CheckpointError, match="converted already"):
-        hf.convert(ours, tmp_path / "out")
-    with pytest.raises(CheckpointError, match="expected a folder made by `sa2jax convert`"):
-        hf.export(official, tmp_path / "out")
-    with pytest.raises(CheckpointError, match="--overwrite"):
-        hf.convert(official, ours)
-    assert entries(tmp_path) == ["official", "ours"]
-
-
-def test_a_model_around_a_converted_detokenizer(model, ours, tmp_path):
-    shutil.rmtree(model / "token2wav")
-    ours.rename(model / "token2wav")
-    with pytest.raises(CheckpointError, match="token2wav is converted already"):
-        hf.convert(model, tmp_path / "out")
-
-
-CTRL_C, FULL = KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")
-
-
-@pytest.mark.parametrize(
-    ("action", "alone", "interruption"),
-    [
-        (hf.convert, False, CTRL_C),
-        (hf.convert, True, FULL),
-        (hf.export, False, FULL),
-        (hf.export, True, CTRL_C),
-    ],
-)
-def test_interrupted_in_the_middle_nothing_is_left(
-    model, whole, tmp_path, alone, action, interruption
-):
-    source = model if action is hf.convert else whole
-    source = source / "token2wav" if alone else source
-    before = entries(tmp_path)
-
-    def interrupt(done: int, total: int) -> None:
-        if done > 0.6 * total:
-            raise interruption
-
-    raised, message = (CheckpointError, "disk is full") if interruption is FULL else (
-        KeyboardInterrupt, None
-    )  # fmt: skip
-    with pytest.raises(raised, match=message):
-        action(source, tmp_path / "out", progress=interrupt)
-    assert entries(tmp_path) == before
-    left = tmp_path / ".out.sa2jax-partial"  # of a run that was killed
-    (left / "token2wav" / "params").mkdir(parents=True)
-    (left / "token2wav" / "flow.pt").write_text("half")
-    action(source, tmp_path / "out")
-    assert verify(source, tmp_path / "out").same
-    assert entries(tmp_path) == sorted([*before, "out"])
-
-
-@pytest.mark.parametrize("action", [hf.convert, hf.export])
-def test_the_disk_must_hold_both_parts(model, whole, tmp_path, monkeypatch, action):
-    source = model if action is hf.convert else whole
-    free = shutil._ntuple_diskusage(10**9, 0, 3 * 10**6)  # the language model alone would fit
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
-    with pytest.raises(CheckpointError, match="the disk is full"):
-        action(source, tmp_path / "out")
-    assert entries(tmp_path) == ["model", "whole"]
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("speech_tokenizer.graph", r"cannot read .*speech_tokenizer\.graph .*convert it again"),
-        ("params/flow.table/0.0", r"token2wav\.flow\.table|input_embedding\.weight cannot be read"),
-        ("params/vocoder.pre.bias/.zarray", "is damaged"),
-        ("params/_METADATA", "is no Orbax checkpoint"),
-    ],
-)
-def test_a_damaged_folder_is_not_exported(ours, tmp_path, name, message):
-    (ours / name).unlink()
-    with pytest.raises(CheckpointError, match=message):
-        hf.export(ours, tmp_path / "out")
-    assert entries(tmp_path) == ["ours"]
-
-
-@pytest.mark.parametrize(
-    ("path", "value", "message"),
-    [
-        (["source"], None, "is damaged"),
-        (["source", "form", "vocoder"], {"prefix": ""}, r"is damaged \(KeyError\('spelling'\)"),
-        (["source", "form", "flow", "dtypes"], {"all": "int4", "but": {}}, "is damaged"),
-        (["config", "flow", "mels"], 81, "flow and vocoder must have the same mel bands"),
-        (["config", "flow", "estimator", "layers"], 1, r"flow\.estimator\.blocks.*expected \[1, "),
-        (["config", "vocoder"], {}, r"token2wav\.vocoder: unknown or missing"),
-    ],
-)
-def test_damaged_info(ours, tmp_path, path, value, message):
-    file = ours / "sa2jax.json"
-    info = json.loads(file.read_text())
-    node = info
-    for key in path[:-1]:
-        node = node[key]
-    node[path[-1]] = value
-    file.write_text(json.dumps(info))
-    with pytest.raises((CheckpointError, ConfigError), match=message):
-        hf.export(ours, tmp_path / "out")
-    assert entries(tmp_path) == ["ours"]
-
-
-def test_only_files_in_onnx_need_its_package(official, ours, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnx", None)
-    assert verify(ours, ours).same
-    assert inspect(ours).parts
-    for action, source in ((hf.convert, official), (hf.export, ours)):
-        with pytest.raises(CheckpointError, match=r'pip install "sa2jax\[convert\]"'):
-            action(source, tmp_path / "out")
-    assert entries(tmp_path) == ["official", "ours"]
-
-
-def test_leaves_are_those_of_the_networks(official):
-    cfg, params = token2wav.load_official(official)
-    abstract = speaker_encoder(cfg.speaker_encoder).abstract
-    assert jax.tree.structure(abstract) == jax.tree.structure(params["speaker_encoder"])
-    assert sorted(params) == sorted(NETWORKS)
-    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params))
