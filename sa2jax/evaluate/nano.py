@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from sa2jax.pipeline import StepAudio2
     from sa2jax.reply import Reply
 
+NOTHING_RIGHT = "there is nothing to lose: no answer was right"
 _BOTH = ("grammar", "sums", "s"), ("Whisper", "sums_open", "s_open")  # offline, streamed
 _FILES = {"seen": "asr_seen", "unseen": "asr_unseen", "digits": "digits"}
 _NO_FILE = {
@@ -108,7 +109,7 @@ def evaluate_nano(
     if options.compares:
         row = next(row for row in ROWS if row.key == "int8")
         rows["int8"] = (
-            _compared(row, found[0], found[1], -1 if is_int8 else 1)
+            _compared(row, *(reversed(found) if is_int8 else found))
             if len(found) == 2
             else row.missing("there is nothing to compare with, see --against")
         )
@@ -118,17 +119,31 @@ def evaluate_nano(
     return Scores(title="nano", rows=tuple(wanted), facts=facts, answers=tuple(answers))
 
 
-def _compared(row: Row, one: dict[str, Row], two: dict[str, Row], sign: int) -> Row:
-    """How many points a second model is better, in the row where it is worst."""
-    points = {
-        key: sign * (-1 if found.lower else 1) * ((two[key].value or 0) - (found.value or 0))
-        for key, found in one.items()
-        if key in two and found.value is not None and two[key].value is not None
-    }
-    if not points:
+def _compared(row: Row, full: dict[str, Row], int8: dict[str, Row]) -> Row:
+    """How many points int8 weights are better than float ones, in the row where they are worst.
+
+    Args:
+        row: the one to fill.
+        full: rows of float weights, by key.
+        int8: those of int8 weights.
+    """
+    points, is_measured = {}, False
+    for key, found in full.items():
+        before, after = found.value, int8[key].value if key in int8 else None
+        if before is None or after is None:
+            continue
+        is_measured = True
+        # Where float weights have nothing right, int8 ones can lose nothing.
+        if found.lower and before < 100:
+            points[key] = before - after
+        elif not found.lower and before > 0:
+            points[key] = after - before
+    if not is_measured:
         return row.missing("no row to compare was measured")
+    if not points:
+        return row.missing(f"{NOTHING_RIGHT} with float weights")
     note = ", ".join(f"{key} {value:+.1f}" for key, value in points.items())
-    return row.measured(min(points.values()), sum(one[key].n for key in points), note)
+    return row.measured(min(points.values()), sum(full[key].n for key in points), note)
 
 
 class _Steps:
@@ -361,13 +376,16 @@ class _Exam:
 
 def _streamed(row: Row, rights: dict[str, list[bool]]) -> Row:
     """The difference in points, of the judge that finds the larger one."""
+    heard = [names for names in _BOTH if rights[names[2]]]
+    if not heard:
+        return row.missing("no judge has heard them")
     points = {
         judge: 100 * (sum(rights[streamed]) - sum(rights[offline])) / len(rights[offline])
-        for judge, offline, streamed in _BOTH
-        if rights[streamed]
+        for judge, offline, streamed in heard
+        if any(rights[offline])  # otherwise a stream can lose nothing
     }
     if not points:
-        return row.missing("no judge has heard them")
+        return row.missing(f"{NOTHING_RIGHT} offline")
     note = ", ".join(f"{judge} {value:+.1f}" for judge, value in points.items())
     return row.measured(min(points.values()), len(rights["s"] or rights["s_open"]), note)
 

@@ -181,6 +181,34 @@ def test_two_models_are_compared_where_the_second_is_worst(corpus):
         assert only["int8"].value == pytest.approx(-100 / 40)
 
 
+def test_where_nothing_is_right_nothing_can_be_lost(corpus):
+    """A model that says nothing right must not pass for one that streams without loss."""
+    rows = ("sums", "sums_open", "streamed", "int8")
+    senseless, good = Model(wrong=range(8)), Model()
+    scores = score(senseless, corpus, *rows, other=good)
+    assert scores["sums"].value == 0
+    for key, how in (("streamed", "offline"), ("int8", "with float weights")):
+        assert scores[key].mark == "not measured"
+        assert scores[key].note.endswith(f"nothing to lose: no answer was right {how}")
+    assert scores.below == ("sums", "sums_open")
+    # Its float weights are those of the second model now.
+    assert score(good, corpus, *rows, other=senseless, is_int8=True)["int8"].value is None
+    assert score(good, corpus, *rows, other=senseless)["int8"].value == -100
+
+
+def test_rows_and_judges_without_anything_right_are_left_out(corpus):
+    rows = ("sums", "tool_asked", "streamed", "int8")
+    one_tool = Model(wrong=range(8), calls={3: (ToolCall("other", {}),)})
+    scores = score(one_tool, corpus, *rows, other=Model(calls={1: ()}))
+    assert scores["tool_asked"].value == 75
+    assert scores["int8"].note == "tool_asked +0.0"
+    assert scores["int8"].n == 4
+    deaf = replace(JUDGES, open=lambda wave, rate: "")
+    options = NanoOptions(rows=("sums", "sums_open", "streamed"))
+    scores = evaluate_nano(Model(cracked=(1,)), corpus, options, judges=deaf)
+    assert (scores["streamed"].value, scores["streamed"].note) == (-12.5, "grammar -12.5")
+
+
 def test_quick_asks_few_questions_and_counts_them(corpus):
     model, ticks = Model(), []
     options = NanoOptions(rows=("sums", "tool_asked", "voice", "streamed"), quick=3, seed=5)
@@ -239,4 +267,5 @@ def test_a_real_if_senseless_model_is_asked_as_a_user_asks(corpus, monkeypatch):
     assert scores["sums"].value == 0
     assert scores["tool_unasked"].value == 100
     assert scores["seen"].value > 50
-    assert scores["int8"].value == scores["streamed"].value == 0
+    assert scores["int8"].value == 0
+    assert scores["streamed"].mark == "not measured"
