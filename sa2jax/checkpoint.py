@@ -274,7 +274,7 @@ def save_single(folder: str | Path, params: Params) -> None:
         params: nested dict of arrays.
     """
     leaves = {n: np.ascontiguousarray(jax.device_get(leaf)) for n, leaf in flatten(params).items()}
-    safetensors.numpy.save_file(leaves, Path(folder) / SINGLE)
+    (Path(folder) / SINGLE).write_bytes(safetensors.numpy.save(leaves))
 
 
 def _open_single(path: Path) -> dict[str, ts.TensorStore]:

@@ -187,12 +187,7 @@ class StepAudio2Config:
         Raises:
             ConfigError: if there is no such preset.
         """
-        folder = resources.files("sa2jax.configs.models")
-        path = folder / f"{name}.yaml"
-        if not path.is_file():
-            known = sorted(p.name[:-5] for p in folder.iterdir() if p.name.endswith(".yaml"))
-            raise ConfigError(f"no model preset {name!r}: expected one of {', '.join(known)}")
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = read_preset("models", "model", name)
         return cls(
             decoder=DecoderConfig(**raw["decoder"]),
             audio_encoder=AudioEncoderConfig(**raw["audio_encoder"]),
@@ -248,6 +243,25 @@ _INERT_KEYS = {
     "tie_word_embeddings", "torch_dtype", "torchscript", "transformers_version", "use_cache",
     "use_sliding_window",
 }  # fmt: skip
+
+
+def read_preset(folder: str, what: str, name: str) -> dict[str, Any]:
+    """The values of a named preset.
+
+    Args:
+        folder: of `configs`.
+        what: what it is a preset of, for what is said.
+        name: without `.yaml`.
+
+    Raises:
+        ConfigError: if there is no such preset.
+    """
+    home = resources.files(f"sa2jax.configs.{folder}")
+    path = home / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(p.name[:-5] for p in home.iterdir() if p.name.endswith(".yaml"))
+        raise ConfigError(f"no {what} preset {name!r}: expected one of {', '.join(known)}")
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def require(condition: bool, message: str, config: object) -> None:

@@ -7,13 +7,10 @@ what is unknown, missing or out of range is an error.
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
-
-from sa2jax.config import require
+from sa2jax.config import read_preset, require
 from sa2jax.errors import ConfigError
 from sa2jax.flow_yaml import read_flow_yaml, write_flow_yaml
 
@@ -369,12 +366,7 @@ class Token2WavConfig:
         Raises:
             ConfigError: if there is no such preset.
         """
-        folder = resources.files("sa2jax.configs.token2wav")
-        path = folder / f"{name}.yaml"
-        if not path.is_file():
-            known = sorted(p.name[:-5] for p in folder.iterdir() if p.name.endswith(".yaml"))
-            raise ConfigError(f"no detokenizer preset {name!r}: expected {', '.join(known)}")
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = read_preset("token2wav", "detokenizer", name)
         flow = raw["flow"]
         return cls(
             flow=FlowConfig(

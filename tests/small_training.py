@@ -1,15 +1,18 @@
-"""A small model and spoken pairs to train it with."""
+"""A small model, spoken pairs to train it with, and programs that are compiled once and quickly."""
 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import pytest
 import soundfile
 from jax.experimental.compilation_cache import compilation_cache
+from recorded_flow import QUICK
 
 from sa2jax import testing
 from sa2jax.config import StepAudio2Config
@@ -32,6 +35,14 @@ def cached_programs(folder: Path) -> Iterator[None]:
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
+
+
+@contextmanager
+def quick_programs(folder: Path) -> Iterator[None]:
+    """The same, and what is not told how to be compiled is not optimised."""
+    with cached_programs(folder), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", partial(jax.jit, compiler_options=QUICK))
+        yield
 
 
 def save_model(folder: Path, cfg: StepAudio2Config | None = None) -> Path:

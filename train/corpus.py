@@ -12,6 +12,8 @@ from math import prod
 
 import numpy as np
 
+from sa2jax.evaluate.words import DIGITS, ONES, TENS, number_words
+
 Exchange = tuple[str, str]  # a question and its answer
 
 # --- words --------------------------------------------------------------------------------------
@@ -21,9 +23,6 @@ def _list(words: str, separator: str | None = None) -> tuple[str, ...]:
     return tuple(words.split(separator))
 
 
-DIGITS = _list("zero one two three four five six seven eight nine")
-_TEENS = _list("ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen")
-_TENS = _list("twenty thirty forty fifty sixty seventy eighty ninety")
 DAYS = _list("monday tuesday wednesday thursday friday saturday sunday")
 LOOKING = "let me look"  # said before a tool is called: a spoken turn begins with speech
 AGAIN = "say it again"
@@ -54,7 +53,7 @@ WORDS: Mapping[str, tuple[str, ...]] = {
         "who": "he she",
         "do": "open close touch",
     }.items()
-} | {"few": DIGITS[2:], "day": DAYS, "hour": (*DIGITS[1:], *_TEENS[:3]), "degrees": _TENS}
+} | {"few": DIGITS[2:], "day": DAYS, "hour": ONES[1:13], "degrees": TENS}
 SENTENCES = (
     "turn {switch} the {color} {device} in the {room}",
     "please turn {switch} the {device}",
@@ -107,26 +106,12 @@ ASK_NAME = "what is my name"
 ASK_LOUD = ("am i loud or soft", "is my voice loud or soft")
 
 
-def number(value: int) -> str:
-    """A number from 0 to 999 in words: 342 is "three hundred forty two"."""
-    hundreds, rest = divmod(value, 100)
-    words = [DIGITS[hundreds], "hundred"] if hundreds else []
-    if rest >= 20:
-        words.append(_TENS[rest // 10 - 2])
-        rest %= 10
-        if not rest:
-            return " ".join(words)
-    if rest or not words:
-        words.append((*DIGITS, *_TEENS)[rest])
-    return " ".join(words)
-
-
 def clock(hour: int, minute: int) -> str:
     """A time of day as it is said: "three thirty", "three oh five", "three o clock"."""
-    said = number(hour % 12 or 12)
+    said = number_words(hour % 12 or 12)
     if not minute:
         return f"{said} o clock"
-    return f"{said} {'oh ' if minute < 10 else ''}{number(minute)}"
+    return f"{said} {'oh ' if minute < 10 else ''}{number_words(minute)}"
 
 
 def count_sentences() -> int:
@@ -137,7 +122,7 @@ def count_sentences() -> int:
 @cache
 def vocabulary() -> tuple[str, ...]:
     """All words that a corpus can hold but the names of voices, sorted."""
-    texts = [*DIGITS, *_TEENS, *_TENS, "hundred", *ASK_TIME, *ASK_DAY, *ASK_WHO, *ASK_LOUD]
+    texts = [*ONES, *TENS, "hundred", *ASK_TIME, *ASK_DAY, *ASK_WHO, *ASK_LOUD]
     texts += [LOOKING, AGAIN, ASK_NAME, "it is oh o clock today hello nice to meet you your this"]
     texts += [re.sub(r"\{\w+\}", " ", form) for form in SENTENCES]
     texts += [text for kind in EXCHANGES for pair in exchanges(kind) for text in pair]
@@ -170,7 +155,7 @@ def _slots(form: str) -> tuple[str, ...]:
 def _sums() -> Iterator[Exchange]:
     forms = ("what is {} plus {}", "how much is {} plus {}", "{} plus {}")
     for form, (a, b) in product(forms, product(range(10), repeat=2)):
-        yield form.format(DIGITS[a], DIGITS[b]), number(a + b)
+        yield form.format(DIGITS[a], DIGITS[b]), number_words(a + b)
 
 
 def _opposites() -> Iterator[Exchange]:
@@ -184,10 +169,10 @@ def _counting() -> Iterator[Exchange]:
     for a, b in product(range(11), repeat=2):
         if 1 <= abs(a - b) <= 8:
             step = 1 if a < b else -1
-            said = " ".join(number(n) for n in range(a, b + step, step))
-            yield f"count from {number(a)} to {number(b)}", said
+            said = " ".join(number_words(n) for n in range(a, b + step, step))
+            yield f"count from {number_words(a)} to {number_words(b)}", said
     for b in range(2, 10):
-        yield f"count to {number(b)}", " ".join(number(n) for n in range(1, b + 1))
+        yield f"count to {number_words(b)}", " ".join(number_words(n) for n in range(1, b + 1))
 
 
 EXCHANGES: Mapping[str, Callable[[], Iterator[Exchange]]] = {

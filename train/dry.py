@@ -15,7 +15,9 @@ from sa2jax.train.examples import KINDS
 from sa2jax.train.language import optimizer_config
 from sa2jax.train.loop import devices_of, mesh_of, rows_at_once
 from sa2jax.train.lora import LORA
-from sa2jax.train.network_task import SUBJECTS, NetworkRecipe
+from sa2jax.train.loss_step import make_loss_step
+from sa2jax.train.network_recipes import NetworkRecipe
+from sa2jax.train.network_task import SUBJECTS
 from sa2jax.train.optimizer import (
     MATRICES,
     OptimizerConfig,
@@ -132,7 +134,7 @@ def dry_network_run(recipe: NetworkRecipe) -> DryRun:
     optimizer, model = make_optimizer(recipe.optimizer), subject.model(network, recipe.data)
     state = abstract_state(model, optimizer, mesh)
     rows = rows_at_once(recipe.data.rows, 0, mesh)
-    step = subject.step(model, optimizer, recipe.teaching, mesh, seed=recipe.seed)
+    step = make_loss_step(subject.loss, model, optimizer, recipe.teaching, mesh, seed=recipe.seed)
     memory = _memory(step, state, subject.batch(network, recipe, mesh, rows))
     units, unit = rows * subject.longest(recipe.data), f"{subject.unit} at most"
     groups = _groups(recipe.optimizer, state)

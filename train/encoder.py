@@ -1,11 +1,11 @@
-"""The audio encoder before it meets a decoder: taught to spell by CTC, and its step.
+"""The audio encoder before it meets a decoder: taught to spell by CTC.
 
     model = encoder_teacher(config)
     params = init_encoder(config)
     optimizer = make_optimizer(
         OptimizerConfig(rate=2e-3, warmup=100, steps=1500, decay=0.01, rates=FROZEN)
     )
-    step = make_encoder_step(model, optimizer)
+    step = make_loss_step(encoder_loss, model, optimizer)
     state = init_state(model, optimizer, None, params)
     state, report = step(state, batch)
     language = language_params | {"audio_encoder": network(state.params)}
@@ -15,14 +15,13 @@ frozen. One from scratch has to learn what speech is first: a linear head spells
 (25 Hz, two symbols each) that the adapter will get, by CTC (Graves et al., ICML 2006).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from sa2jax.audio.features import log_mel, num_frames
@@ -40,9 +39,7 @@ from sa2jax.train.listening import (
     loud,
     masked,
 )
-from sa2jax.train.loss_step import Report, make_loss_evaluation, make_loss_step
-from sa2jax.train.optimizer import Optimizer
-from sa2jax.train.step import Step
+from sa2jax.train.loss_step import Report
 
 FROZEN: Mapping[str, float] = {"model.positions": 0.0}  # rates: sinusoids stay what they are
 WAVELENGTH = 10_000.0  # longest of the sinusoids, over 2π
@@ -113,12 +110,22 @@ def encoder_loss(
     Returns:
         Nats per letter, and float32 scalars to report: `letters` and `left_out`, see `ctc_loss`.
     """
+    found = encoder_heard(model, params, batch, key, config)
+    return found.loss, found.report
+
+
+def encoder_heard(
+    model: Functional[EncoderTeacher],
+    params: Params,
+    batch: SoundBatch,
+    key: Array | None = None,
+    config: EncoderTeaching | None = None,
+) -> Heard:
+    """The loss of a batch, and what was heard: letters.
+
+    Arguments are those of `encoder_loss`.
+    """
     config = EncoderTeaching() if config is None else config
-    loss, report, _ = _heard(model, params, batch, key, config)
-    return loss, report
-
-
-def _heard(model, params, batch, key, config):
     teacher = model.bind(params)
     with jax.named_scope("front_end"):
         frames = jnp.where(batch.lengths > 0, num_frames(batch.lengths), 0)
@@ -130,41 +137,4 @@ def _heard(model, params, batch, key, config):
     with jax.named_scope("letters"):
         spelled = teacher.heads(x, lengths)
         loss, report = ctc_loss(*spelled, batch.letters, batch.letter_counts)
-    return loss, report, spelled
-
-
-def make_encoder_step(
-    model: Functional[EncoderTeacher],
-    optimizer: Optimizer,
-    config: EncoderTeaching | None = None,
-    mesh: Mesh | None = None,
-    *,
-    seed: int = 0,
-) -> Step:
-    """The step of an encoder and its head, see `loss_step.make_loss_step`.
-
-    Args:
-        model: the structure of encoder and head.
-        optimizer: what is trained, and how; names begin with `model.conv`, `model.layers`,
-            `model.norm` or `heads`, and `FROZEN` keeps the positions.
-        config: how the encoder is taught.
-        mesh: devices; None for one.
-        seed: of all that is drawn.
-    """
-    loss = partial(encoder_loss, model, config=config)
-    return make_loss_step(loss, model, optimizer, mesh, seed=seed)
-
-
-def make_encoder_evaluation(
-    model: Functional[EncoderTeacher],
-    mesh: Mesh | None = None,
-    config: EncoderTeaching | None = None,
-) -> Callable[[Params, SoundBatch], Heard]:
-    """Loss and letters of a batch on its devices; nothing is disturbed or learnt."""
-    config = EncoderTeaching() if config is None else config
-
-    def hear(params: Params, batch: SoundBatch) -> Heard:
-        loss, report, spelled = _heard(model, params, batch, None, config)
-        return Heard(loss, report, letters=best_letters(*spelled))
-
-    return make_loss_evaluation(hear, mesh)
+    return Heard(loss, report, letters=best_letters(*spelled))

@@ -1,8 +1,8 @@
-"""Flow matching: the loss that teaches the detokenizer a voice, a language or a room, and its step.
+"""Flow matching: the loss that teaches the detokenizer a voice, a language or a room.
 
     model = flow_model(speech.cfg.flow)
     optimizer = make_optimizer(OptimizerConfig(rate=1e-5, steps=1000, decay=0.0))
-    step = make_flow_step(model, optimizer, Teaching())
+    step = make_loss_step(flow_loss, model, optimizer, Teaching())
     state = init_state(model, optimizer, None, speech.params(["flow"])["flow"])
     state, report = step(state, batch)  # the old state is used up
 
@@ -12,7 +12,6 @@ classifier-free guidance, and the beginning of a recording given as that of a pr
 full, as in a whole reply; streams cut it short at run time.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +28,7 @@ from sa2jax.models.flow.flow_matching import Flow, start_noise
 from sa2jax.models.flow.upsample_conformer import ConformerState
 from sa2jax.nn import Functional, Params, Policy, before, init_params
 from sa2jax.speech_config import FlowConfig
-from sa2jax.train.loss_step import abstract_rows, make_loss_evaluation, make_loss_step
-from sa2jax.train.optimizer import Optimizer
-from sa2jax.train.step import Step
+from sa2jax.train.loss_step import abstract_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,59 +195,6 @@ def _no_past(net: Flow, rows: int) -> EstimatorState:
     """What the estimator remembers before a recording: nothing, and of one branch only."""
     empty = EstimatorState.zeros(net.cfg.estimator, 1, rows, 0, net.policy.compute)
     return EstimatorState(empty.order, empty.conv[:, :, :1], empty.kv[:, :, :, :1])
-
-
-# --- the step ---------------------------------------------------------------------------------
-
-
-def make_flow_step(
-    model: Functional[Flow],
-    optimizer: Optimizer,
-    config: Teaching | None = None,
-    mesh: Mesh | None = None,
-    *,
-    seed: int = 0,
-) -> Step:
-    """The step of a flow and an optimizer on a mesh: `state, report = step(state, batch)`.
-
-    What is drawn depends on the seed and on `state.step`, so a run that goes on from a checkpoint
-    draws what it would have drawn. States are those of `train.step` (`init_state`,
-    `abstract_state`); the report has `loss`, `norm`, `rate` and what `flow_loss` reports.
-
-    Args:
-        model: the flow's structure.
-        optimizer: what is trained, and how; names begin with `table`, `speaker`, `encoder`,
-            `to_mel` or `estimator`.
-        config: how the flow is taught.
-        mesh: devices; None for one.
-        seed: of all that is drawn.
-    """
-
-    def loss(params: Params, batch: FlowBatch, key: Array):
-        return flow_loss(model, params, batch, key, config)
-
-    return make_loss_step(loss, model, optimizer, mesh, seed=seed)
-
-
-def make_flow_evaluation(
-    model: Functional[Flow], mesh: Mesh | None = None, config: Teaching | None = None
-) -> Callable[[Params, FlowBatch, Array], tuple[Float[Array, ""], Float[Array, ""]]]:
-    """The loss of a batch, and of how many frames; nothing is learnt.
-
-    Args:
-        model: the flow's structure.
-        mesh: devices; None for one.
-        config: how the flow is taught.
-
-    Returns:
-        A function of parameters, a batch on its devices, and the key of all that is drawn.
-    """
-
-    def measure(params: Params, batch: FlowBatch, key: Array):
-        loss, report = flow_loss(model, params, batch, key, config)
-        return loss, report["frames"]
-
-    return make_loss_evaluation(measure, mesh)
 
 
 # --- batches ------------------------------------------------------------------------------------

@@ -121,17 +121,6 @@ def text_of(letters: Sequence[int] | Int[np.ndarray, "U"]) -> str:
     return "".join(LETTERS[int(n) - 1] for n in letters if n > 0)
 
 
-def word_errors(said: str, heard: str) -> tuple[int, int]:
-    """Words that were changed, left out or added, and of how many that were said."""
-    words, found = said.split(), heard.split()
-    row = list(range(len(found) + 1))
-    for i, word in enumerate(words, 1):
-        corner, row[0] = row[0], i
-        for j, other in enumerate(found, 1):
-            corner, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, corner + (word != other))
-    return row[-1], len(words)
-
-
 def ctc_loss(
     logits: Float[Array, "B S V"],
     frames: Int[Array, "B"],
@@ -259,7 +248,7 @@ def masked(
     return jax.vmap(row)(jnp.arange(len(mels)), mels, frames)
 
 
-# --- steps ------------------------------------------------------------------------------------
+# --- evaluation -------------------------------------------------------------------------------
 
 
 class Heard(NamedTuple):

@@ -1,10 +1,12 @@
 """The step and the evaluation of any loss of rows: what single networks are trained with.
 
-    step = make_loss_step(loss, model, optimizer, mesh, seed=0)
+    step = make_loss_step(flow_loss, model, optimizer, Teaching(), mesh, seed=0)
     state, report = step(state, place_rows(batch, mesh))
 
-A batch is a dataclass of arrays whose first axis is that of its rows. See `flow`, `vocoder` and
-`listening` for losses.
+A batch is a dataclass of arrays whose first axis is that of its rows. A loss is a function of a
+structure, its parameters, a batch, the key of all that is drawn, and how is taught; it gives a
+number to make small and others to report. Losses are in `flow`, `vocoder`, `tokenizer`, `encoder`
+and `speaker`.
 """
 
 from collections import Counter
@@ -25,13 +27,14 @@ TRACES: Counter[str] = Counter()  # how often steps and evaluations have been tr
 
 BatchT = TypeVar("BatchT")
 Report = dict[str, Float[Array, ""]]
-Loss = Callable[[Params, BatchT, Array], tuple[Float[Array, ""], Report]]
+Loss = Callable[..., tuple[Float[Array, ""], Report]]
 
 
 def make_loss_step(
-    loss: Loss[BatchT],
+    loss: Loss,
     model: Functional[Any],
     optimizer: Optimizer,
+    config: Any = None,
     mesh: Mesh | None = None,
     *,
     seed: int = 0,
@@ -42,19 +45,20 @@ def make_loss_step(
     draws what it would have drawn. The report has `loss`, `norm`, `rate` and what the loss reports.
 
     Args:
-        loss: of parameters, a batch, and the key of all that is drawn.
+        loss: what is made small.
         model: the structure of the parameters.
         optimizer: what is trained, and how.
+        config: how is taught; by default as the loss has it.
         mesh: devices; None for one.
         seed: of all that is drawn.
     """
     places = None if mesh is None else optimizer.split(model.shardings(mesh))[0]
 
-    def step(state: TrainState, batch: BatchT):
+    def step(state: TrainState, batch: Any):
         TRACES["step"] += 1
         trained, frozen = optimizer.split(state.params)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        of_trained = lambda trained: loss(join(trained, frozen), batch, key)  # noqa: E731
+        of_trained = lambda part: loss(model, join(part, frozen), batch, key, config)  # noqa: E731
         (value, report), gradient = jax.value_and_grad(of_trained, has_aux=True)(trained)
         if mesh is not None:
             gradient = jax.lax.with_sharding_constraint(gradient, places)
@@ -65,18 +69,32 @@ def make_loss_step(
     return compiled(step, model, optimizer, mesh)
 
 
-def make_loss_evaluation(measure: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
-    """A function of parameters and a batch, compiled for a mesh; nothing is learnt."""
+def make_loss_evaluation(
+    measure: Callable[..., Any], model: Functional[Any], config: Any = None,
+    mesh: Mesh | None = None,
+) -> Callable[..., Any]:  # fmt: skip
+    """A loss, or what else is made of a batch, compiled for a mesh; nothing is learnt.
 
-    def evaluate(*arguments: Any) -> Any:
+    Args:
+        measure: a function of the same arguments as a loss.
+        model: the structure of the parameters.
+        config: how is taught; by default as `measure` has it.
+        mesh: devices; None for one.
+
+    Returns:
+        A function of parameters, a batch on its devices, and the key of all that is drawn: None
+        to draw nothing, where `measure` can.
+    """
+
+    def evaluate(params: Params, batch: Any, key: Array | None) -> Any:
         TRACES["evaluation"] += 1
-        return measure(*arguments)
+        return measure(model, params, batch, key, config)
 
     function = jax.jit(evaluate)
 
-    def run(*arguments: Any) -> Any:
+    def run(params: Params, batch: Any, key: Array | None = None) -> Any:
         with using(mesh):
-            return function(*arguments)
+            return function(params, batch, key)
 
     return run
 

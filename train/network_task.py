@@ -10,152 +10,51 @@ detokenizer that is the flow, the vocoder, the speech tokenizer or the speaker e
 its audio encoder. `SUBJECTS` says what each of them is taught with.
 """
 
-import json
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import jax
-import jiwer
 import numpy as np
 from jax.sharding import Mesh
 
 from sa2jax import audio
-from sa2jax.errors import ConfigError, TrainError
+from sa2jax.audio.features import HOP
+from sa2jax.errors import TrainError
+from sa2jax.evaluate.judges import require
+from sa2jax.evaluate.words import word_errors
+from sa2jax.models.speech_tokenizer import code_length
 from sa2jax.nn import Functional, Params
 from sa2jax.train import encoder, flow, listening, loop, speaker, tokenizer, vocoder
 from sa2jax.train.flow_data import FlowData, FlowDataConfig
 from sa2jax.train.listening import SoundBatch
 from sa2jax.train.log import Log, Meter
 from sa2jax.train.loop import Outcome, Task
-from sa2jax.train.loss_step import place_rows
+from sa2jax.train.loss_step import Loss, make_loss_evaluation, make_loss_step, place_rows
+from sa2jax.train.network_recipes import (
+    EncoderRecipe,
+    FlowRecipe,
+    NetworkRecipe,
+    SpeakerRecipe,
+    TokenizerRecipe,
+    VocoderRecipe,
+)
 from sa2jax.train.networks import OpenEncoder, OpenNetwork, open_encoder, open_network
-from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
-from sa2jax.train.recipe import ENCODER, FLOW, SPEAKER, TOKENIZER, VOCODER, Pace, build, values_of
+from sa2jax.train.optimizer import make_optimizer
+from sa2jax.train.recipe import ENCODER, FLOW, SPEAKER, TOKENIZER, VOCODER, build, values_of
 from sa2jax.train.speech_data import (
     ClipConfig,
     ClipData,
     CropConfig,
     CropData,
+    letter_room,
     read_speech_about,
 )
-from sa2jax.train.step import Step, TrainState, abstract_state, init_state
-
-# --- recipes --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class NetworkSpec:
-    """Where training begins.
-
-    Attributes:
-        folder: a model folder of this library, or for a network of the detokenizer the latter's.
-        compute: dtype of activations and products; parameters are float32.
-    """
-
-    folder: str
-    compute: Literal["float32", "bfloat16"] = "float32"
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeldOut:
-    """What is measured beside training, on recordings that are not learnt.
-
-    Attributes:
-        folder: prepared as that of training.
-        batches: at most so many of the size of a training batch.
-        draws: draws of each batch, of what is random in a loss; the same ones every time.
-    """
-
-    folder: str
-    batches: int = 16
-    draws: int = 1
-
-    def __post_init__(self):
-        if self.batches < 1 or self.draws < 1:
-            raise ConfigError(
-                f"evaluate: expected batches and draws of at least 1, got {self.batches} and "
-                f"{self.draws}"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class NetworkRecipe:
-    """A training run of one network; each kind adds `data` and `teaching`.
-
-    Attributes:
-        network: where it begins.
-        optimizer: how fast, and how long; names of parameters begin with the network's parts, or
-            with `model` and `heads` where heads teach it.
-        evaluate: what is measured beside it.
-        mesh: devices, such as `data=4`; by default all on `fsdp`.
-        seed: of data order, noise, and what else is drawn.
-        pace: how often is logged, evaluated and saved.
-    """
-
-    kind: ClassVar[str]
-
-    network: NetworkSpec
-    data: Any
-    teaching: Any
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    evaluate: HeldOut | None = None
-    mesh: str | None = None
-    seed: int = 0
-    pace: Pace = field(default_factory=Pace)
-
-    def plain(self) -> dict[str, Any]:
-        """The recipe as YAML or JSON can hold it, its kind included."""
-        return {"kind": self.kind, **json.loads(json.dumps(asdict(self), default=str))}
-
-
-@dataclass(frozen=True, kw_only=True)
-class FlowRecipe(NetworkRecipe):
-    """Of the flow; its parts are `table`, `speaker`, `encoder`, `to_mel` and `estimator`."""
-
-    kind = FLOW
-    data: FlowDataConfig
-    teaching: flow.Teaching = field(default_factory=flow.Teaching)
-
-
-@dataclass(frozen=True, kw_only=True)
-class VocoderRecipe(NetworkRecipe):
-    """Of the vocoder; its parts are `f0_predictor`, `merge`, `pre`, `stage0` …, `post`."""
-
-    kind = VOCODER
-    data: CropConfig
-    teaching: vocoder.VocoderTeaching = field(default_factory=vocoder.VocoderTeaching)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerRecipe(NetworkRecipe):
-    """Of the speech tokenizer."""
-
-    kind = TOKENIZER
-    data: ClipConfig
-    teaching: tokenizer.TokenizerTeaching = field(default_factory=tokenizer.TokenizerTeaching)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpeakerRecipe(NetworkRecipe):
-    """Of the speaker encoder."""
-
-    kind = SPEAKER
-    data: ClipConfig
-    teaching: speaker.SpeakerTeaching = field(default_factory=speaker.SpeakerTeaching)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncoderRecipe(NetworkRecipe):
-    """Of a model's audio encoder."""
-
-    kind = ENCODER
-    data: ClipConfig
-    teaching: encoder.EncoderTeaching = field(default_factory=encoder.EncoderTeaching)
+from sa2jax.train.step import TrainState, abstract_state, init_state
 
 
 def read_network_recipe(
@@ -172,6 +71,7 @@ def read_network_recipe(
 # --- what each is taught with ---------------------------------------------------------------------
 
 Found = OpenNetwork | OpenEncoder
+Measure = Callable[[Params, Iterator[Any]], dict[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,9 +83,8 @@ class Subject:
         open: the network of a folder, for a dtype of computation.
         data: batches of a config and a seed, for a network; `of` are those of training.
         batch: shapes of a batch of the longest rows.
-        step: the step, of a structure, an optimizer, a teaching, a mesh and a seed.
-        measure: metrics of parameters on held-out batches.
-        place: puts a batch on its devices.
+        loss: what is made small, see `loss_step`.
+        measure: metrics of parameters on held-out batches, for a structure, a mesh and a recipe.
         unit: what lengths of rows are counted in.
         longest: that of a row, by a config of data.
         model: the structure of what is trained, for a network and a config of data.
@@ -197,9 +96,8 @@ class Subject:
     open: Callable[[str, str], Found]
     data: Callable[..., Any]
     batch: Callable[[Found, Any, Mesh | None, int], Any]
-    step: Callable[..., Step]
-    measure: Callable[..., Callable[[Params, Iterator[Any]], dict[str, float]]]
-    place: Callable[..., Any]
+    loss: Loss
+    measure: Callable[[Functional[Any], Mesh | None, Any], Measure]
     unit: str
     longest: Callable[[Any], int]
     model: Callable[[Found, Any], Functional[Any]] = lambda network, data: network.model
@@ -268,11 +166,11 @@ def make_network_task(recipe: NetworkRecipe, out: Path) -> Task:
         held_out = replace(recipe.data, folder=recipe.evaluate.folder, shuffle=False, epochs=1)
         open_held_out = partial(subject.data, network, held_out, seed=0, of=data)
         open_held_out()  # what is wrong with it comes up now, not at the end
-        measure = subject.measure(model, mesh, recipe.teaching, recipe.evaluate)
+        measure = subject.measure(model, mesh, recipe)
         most = recipe.evaluate.batches
 
         def evaluate(state: TrainState) -> dict[str, float]:
-            batches = (subject.place(batch, mesh) for batch in islice(open_held_out(), most))
+            batches = (place_rows(batch, mesh) for batch in islice(open_held_out(), most))
             found = measure(state.params, batches)
             return {f"evaluate/{name}": value for name, value in found.items()}
 
@@ -284,8 +182,10 @@ def make_network_task(recipe: NetworkRecipe, out: Path) -> Task:
         facts={"recipe": recipe.plain(), "model": network.fingerprint(), "data": data.fingerprint},
         data=data, finite=recipe.data.epochs is not None, optimizer=optimizer, like=like,
         load=load, begin=partial(init_state, model, optimizer, mesh),
-        step=subject.step(model, optimizer, recipe.teaching, mesh, seed=recipe.seed),
-        place=partial(subject.place, mesh=mesh), evaluate=evaluate,
+        step=make_loss_step(
+            subject.loss, model, optimizer, recipe.teaching, mesh, seed=recipe.seed
+        ),
+        place=partial(place_rows, mesh=mesh), evaluate=evaluate,
         finish=partial(_write_results, subject, network), meter=Meter((0.0, 0.0), 0.0),
     )  # fmt: skip
 
@@ -303,60 +203,70 @@ def _write_results(
 # --- evaluation ---------------------------------------------------------------------------------
 
 
-def _mean_loss(evaluation: Callable[..., Any]) -> Callable[..., Any]:
+def _mean_loss(loss: Loss) -> Callable[..., Measure]:
     """The mean loss over frames, each batch with several draws that are always the same."""
 
-    def measure(model: Any, mesh: Mesh | None, teaching: Any, spec: HeldOut) -> Any:
-        compiled = evaluation(model, mesh, teaching)
+    def make(model: Functional[Any], mesh: Mesh | None, recipe: NetworkRecipe) -> Measure:
+        compiled = make_loss_evaluation(loss, model, recipe.teaching, mesh)
+        draws = 1 if recipe.evaluate is None else recipe.evaluate.draws
 
-        def run(params: Params, batches: Iterator[Any]) -> dict[str, float]:
+        def measure(params: Params, batches: Iterator[Any]) -> dict[str, float]:
             total = frames = 0.0
             for number, batch in enumerate(batches):
-                for draw in range(spec.draws):
+                for draw in range(draws):
                     key = jax.random.fold_in(jax.random.key(draw), number)
-                    loss, count = jax.device_get(compiled(params, batch, key))
-                    total, frames = total + float(loss) * float(count), frames + float(count)
+                    value, report = jax.device_get(compiled(params, batch, key))
+                    count = float(report["frames"])
+                    total, frames = total + float(value) * count, frames + count
             return {"loss": total / max(frames, 1.0)}
 
-        return run
+        return measure
 
-    return measure
+    return make
 
 
-def _mean_flow_loss(model: Any, mesh: Mesh | None, teaching: Any, spec: HeldOut) -> Any:
+def _mean_flow_loss(model: Functional[Any], mesh: Mesh | None, recipe: NetworkRecipe) -> Measure:
     """The flow's, of which no condition is dropped."""
-    measure = _mean_loss(flow.make_flow_evaluation)
-    return measure(model, mesh, replace(teaching, drop=0.0), spec)
+    whole = replace(recipe, teaching=replace(recipe.teaching, drop=0.0))
+    return _mean_loss(flow.flow_loss)(model, mesh, whole)
 
 
-def _heard(evaluation: Callable[..., Any]) -> Callable[..., Any]:
-    """Mean loss and reports over clips; the share of wrong words where letters are read."""
+def _heard(hear: Callable[..., listening.Heard]) -> Callable[..., Measure]:
+    """Mean loss and reports over clips; words that are wrong, and codes, where there are some."""
 
-    def measure(model: Any, mesh: Mesh | None, teaching: Any, spec: HeldOut) -> Any:
-        compiled = evaluation(model, mesh, teaching)
-        del spec
+    def make(model: Functional[Any], mesh: Mesh | None, recipe: NetworkRecipe) -> Measure:
+        require("jiwer")
+        compiled = make_loss_evaluation(hear, model, recipe.teaching, mesh)
 
-        def run(params: Params, batches: Iterator[SoundBatch]) -> dict[str, float]:
-            clips, sums, said, heard = 0, Counter[str](), [], []
+        def measure(params: Params, batches: Iterator[SoundBatch]) -> dict[str, float]:
+            clips, sums, codes = 0, defaultdict(float), []
+            said, read = [], []
             for batch in batches:
-                found = jax.device_get(compiled(params, batch))
-                real = np.flatnonzero(np.asarray(batch.lengths))
+                found, given = jax.device_get((compiled(params, batch), batch))
+                real = np.flatnonzero(given.lengths)
                 clips += len(real)
-                report = {name: value for name, value in found.report.items() if name in SHARES}
-                for name, value in {"loss": found.loss, **report}.items():
-                    sums[name] += float(value) * len(real)  # type: ignore[assignment]
+                for name in MEANS & found.report.keys():
+                    sums[name] += float(found.report[name]) * len(real)
+                sums["loss"] += float(found.loss) * len(real)
                 if found.letters is not None:
-                    said += [listening.text_of(batch.letters[row]) for row in real]
-                    heard += [listening.text_of(found.letters[row]) for row in real]
+                    said += [listening.text_of(given.letters[row]) for row in real]
+                    read += [listening.text_of(found.letters[row]) for row in real]
+                if found.codes is not None:
+                    counts = code_length(given.lengths // HOP)
+                    codes += [found.codes[row][: counts[row]] for row in real]
             means = {name: value / max(clips, 1) for name, value in sums.items()}
-            return means | ({"wer": jiwer.wer(said, heard)} if said else {})
+            if said:
+                errors, words = word_errors(said, read)
+                means["wer"] = sum(errors) / max(sum(words), 1)
+            return means | (tokenizer.code_usage(np.concatenate(codes)) if codes else {})
 
-        return run
+        return measure
 
-    return measure
+    return make
 
 
-SHARES = ("ctc", "mels", "right")  # of what a batch of clips reports, the means over clips
+# Of what a batch of clips reports, the means over clips.
+MEANS = frozenset({"ctc", "mels", "uneven", "accuracy", "same", "other"})
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -394,7 +304,7 @@ def _crop_batch(network: Found, recipe: Any, mesh: Mesh | None, rows: int) -> vo
 def _clip_batch(network: Found, recipe: Any, mesh: Mesh | None, rows: int) -> SoundBatch:
     del network
     longest = recipe.data.buckets[-1]
-    samples, letters = audio.features.HOP * longest, recipe.data.room(longest)
+    samples, letters = HOP * longest, letter_room(longest)
     return listening.abstract_sound_batch(mesh, rows, samples, letters)
 
 
@@ -410,18 +320,17 @@ def _beside(fresh: Callable[[Found, Any, int], Params]) -> Callable[..., Params]
 SUBJECTS: Mapping[str, Subject] = {
     FLOW: Subject(
         recipe=FlowRecipe, open=partial(open_network, FLOW), data=_flow_data, batch=_flow_batch,
-        step=flow.make_flow_step, measure=_mean_flow_loss, place=place_rows,
-        unit="codes", longest=lambda data: data.buckets[-1],
+        loss=flow.flow_loss, measure=_mean_flow_loss, unit="codes",
+        longest=lambda data: data.buckets[-1],
     ),
     VOCODER: Subject(
         recipe=VocoderRecipe, open=partial(open_network, VOCODER), data=_crops, batch=_crop_batch,
-        step=vocoder.make_vocoder_step, measure=_mean_loss(vocoder.make_vocoder_evaluation),
-        place=place_rows, unit="frames", longest=lambda data: data.crop,
+        loss=vocoder.vocoder_loss, measure=_mean_loss(vocoder.vocoder_loss), unit="frames",
+        longest=lambda data: data.crop,
     ),
     TOKENIZER: Subject(
         recipe=TokenizerRecipe, open=partial(open_network, "speech_tokenizer"), data=_clips,
-        batch=_clip_batch, step=tokenizer.make_tokenizer_step,
-        measure=_heard(tokenizer.make_tokenizer_evaluation), place=place_rows,
+        batch=_clip_batch, loss=tokenizer.tokenizer_loss, measure=_heard(tokenizer.tokenizer_heard),
         unit="frames", longest=lambda data: data.buckets[-1],
         model=lambda network, data: tokenizer.tokenizer_teacher(network.cfg, network.policy),
         start=_beside(lambda network, data, seed: tokenizer.init_tokenizer(network.cfg, seed=seed)),
@@ -429,8 +338,7 @@ SUBJECTS: Mapping[str, Subject] = {
     ),
     SPEAKER: Subject(
         recipe=SpeakerRecipe, open=partial(open_network, "speaker_encoder"), data=_clips,
-        batch=_clip_batch, step=speaker.make_speaker_step,
-        measure=_heard(speaker.make_speaker_evaluation), place=place_rows,
+        batch=_clip_batch, loss=speaker.speaker_loss, measure=_heard(speaker.speaker_heard),
         unit="frames", longest=lambda data: data.buckets[-1],
         model=lambda network, data: speaker.speaker_teacher(
             network.cfg, network.policy, speakers=_voices(data)
@@ -442,8 +350,8 @@ SUBJECTS: Mapping[str, Subject] = {
     ),
     ENCODER: Subject(
         recipe=EncoderRecipe, open=open_encoder, data=_clips, batch=_clip_batch,
-        step=encoder.make_encoder_step, measure=_heard(encoder.make_encoder_evaluation),
-        place=place_rows, unit="frames", longest=lambda data: data.buckets[-1],
+        loss=encoder.encoder_loss, measure=_heard(encoder.encoder_heard),
+        unit="frames", longest=lambda data: data.buckets[-1],
         model=lambda network, data: encoder.encoder_teacher(network.cfg, network.policy),
         start=_beside(lambda network, data, seed: encoder.init_encoder(network.cfg, seed=seed)),
         learnt=listening.network,

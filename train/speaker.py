@@ -1,11 +1,11 @@
-"""Who speaks: CAM++ taught to tell the voices of its data apart, and its step.
+"""Who speaks: CAM++ taught to tell the voices of its data apart.
 
     model = speaker_teacher(config, speakers=40)
     params = init_speaker(config, speakers=40)
     optimizer = make_optimizer(
         OptimizerConfig(rate=2e-3, warmup=50, steps=600, decay=0.01, rates=GIVEN)
     )
-    step = make_speaker_step(model, optimizer)
+    step = make_loss_step(speaker_loss, model, optimizer)
     state = init_state(model, optimizer, None, params)
     state, report = step(state, batch)
     vectors = speaker_encoder(config).bind(network(state.params))(fbank, frames)
@@ -20,15 +20,14 @@ and biases are learnt, and matrices begin with the gain that a rectifier takes a
 use are then the same arithmetic, and no running means have to be carried along.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from sa2jax.audio.features import HOP, SAMPLE_RATE, fbank
@@ -43,9 +42,8 @@ from sa2jax.train.listening import (
     disturbed,
     masked,
 )
-from sa2jax.train.loss_step import Report, make_loss_evaluation, make_loss_step
-from sa2jax.train.optimizer import Optimizer, name_of
-from sa2jax.train.step import Step
+from sa2jax.train.loss_step import Report
+from sa2jax.train.optimizer import name_of
 
 # Rates of what is given, not learnt: statistics of norms, but for the mean of vectors, which is the
 # only bias that these have.
@@ -164,12 +162,22 @@ def speaker_loss(
         among known voices (without margin), and the mean cosine of two clips of the `same` voice
         and of `other` voices, 0 where the batch has no such two.
     """
+    found = speaker_heard(model, params, batch, key, config)
+    return found.loss, found.report
+
+
+def speaker_heard(
+    model: Functional[SpeakerTeacher],
+    params: Params,
+    batch: SoundBatch,
+    key: Array | None = None,
+    config: SpeakerTeaching | None = None,
+) -> Heard:
+    """The loss of a batch, and what was heard: vectors of unit length.
+
+    Arguments are those of `speaker_loss`.
+    """
     config = SpeakerTeaching() if config is None else config
-    loss, report, _ = _heard(model, params, batch, key, config)
-    return loss, report
-
-
-def _heard(model, params, batch, key, config):
     teacher = model.bind(params)
     real = batch.lengths >= WINDOW
     with jax.named_scope("front_end"):
@@ -188,7 +196,8 @@ def _heard(model, params, batch, key, config):
     pairs = likeness(vectors, batch.speaker, real)
     report = {"rows": jnp.sum(real), "accuracy": jnp.sum(right) / count,
               "same": pairs.same, "other": pairs.other}  # fmt: skip
-    return loss, {name: jnp.asarray(x, jnp.float32) for name, x in report.items()}, vectors
+    report = {name: jnp.asarray(x, jnp.float32) for name, x in report.items()}
+    return Heard(loss, report, vectors=vectors)
 
 
 def _cut(batch: SoundBatch, key: Array | None, size: int) -> SoundBatch:
@@ -227,43 +236,3 @@ def likeness(
     same = speaker[:, None] == speaker
     mean = lambda which: jnp.sum(jnp.where(which, cosines, 0)) / jnp.maximum(which.sum(), 1)  # noqa: E731
     return Likeness(mean(pairs & same), mean(pairs & ~same))
-
-
-def make_speaker_step(
-    model: Functional[SpeakerTeacher],
-    optimizer: Optimizer,
-    config: SpeakerTeaching | None = None,
-    mesh: Mesh | None = None,
-    *,
-    seed: int = 0,
-) -> Step:
-    """The step of a speaker encoder and its head, see `loss_step.make_loss_step`.
-
-    Args:
-        model: the structure of encoder and head.
-        optimizer: what is trained, and how; names begin with `model` or `heads`, and `GIVEN` keeps
-            the statistics of norms.
-        config: how the encoder is taught.
-        mesh: devices; None for one.
-        seed: of all that is drawn.
-    """
-    loss = partial(speaker_loss, model, config=config)
-    return make_loss_step(loss, model, optimizer, mesh, seed=seed)
-
-
-def make_speaker_evaluation(
-    model: Functional[SpeakerTeacher],
-    mesh: Mesh | None = None,
-    config: SpeakerTeaching | None = None,
-) -> Callable[[Params, SoundBatch], Heard]:
-    """Loss and vectors (of unit length) of a batch on its devices; nothing is disturbed or learnt.
-
-    Voices that were not taught have vectors, too; loss and accuracy mean nothing for them.
-    """
-    config = SpeakerTeaching() if config is None else config
-
-    def hear(params: Params, batch: SoundBatch) -> Heard:
-        loss, report, vectors = _heard(model, params, batch, None, config)
-        return Heard(loss, report, vectors=vectors)
-
-    return make_loss_evaluation(hear, mesh)

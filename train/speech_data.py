@@ -37,6 +37,7 @@ from sa2jax.train.vocoder import VocoderBatch
 
 FORMAT = "speech 1"
 HOPS = {16_000: 160, 24_000: 480}  # samples of a frame: 10 ms for what hears, 20 ms for the vocoder
+MOST_LETTERS = 40  # that anybody says in a second
 FLOOR, CEILING = 60.0, 600.0  # Hz: pitch is looked for between
 
 
@@ -132,6 +133,12 @@ def _hear(item: Recording, rate: int, most: float) -> Utterance:
         raise DataError(f"{len(sound) / rate:.1f} s: expected at most {most:g} s")
     if not len(sound) or np.abs(sound).max() < SILENCE:
         raise DataError("silence")
+    letters = len(letters_of(facts["text"]))
+    if letters > MOST_LETTERS * len(sound) / rate:
+        raise DataError(
+            f"{letters} letters in {len(sound) / rate:.1f} s: expected at most {MOST_LETTERS} a "
+            "second; the text does not belong to the recording, perhaps"
+        )
     return Utterance(audio.pcm_16(sound), **facts, pitch=np.zeros(0, np.float32))
 
 
@@ -188,6 +195,11 @@ def read_speech_about(folder: Path, rate: int | None = None) -> tuple[dict[str, 
     return about, lengths
 
 
+def letter_room(frames: int) -> int:
+    """Letters for which a row of so many frames (10 ms) has room."""
+    return -(-frames * MOST_LETTERS // 100)
+
+
 class _Utterances:
     """The clips of a folder."""
 
@@ -212,18 +224,12 @@ class ClipConfig(BucketConfig):
         folder: made by `prepare_speech` at 16 kHz.
         rows: rows of a batch, of all hosts.
         buckets: lengths in frames (10 ms) that batches are padded to; each compiles a step.
-        letters: room for the letters of a clip in each second of its bucket.
         shuffle: another order every epoch.
         epochs: how often; None for without end.
     """
 
     folder: str | Path
     buckets: tuple[int, ...] = (200, 300, 400, 600)
-    letters: int = 40
-
-    def room(self, bucket: int) -> int:
-        """Letters for which a batch of this bucket has room."""
-        return -(-bucket * self.letters // 100)
 
 
 class ClipData(BucketData[SoundBatch]):
@@ -254,7 +260,7 @@ class ClipData(BucketData[SoundBatch]):
 
     def _batch(self, room: int, chosen: Sequence[int]) -> tuple[SoundBatch, int]:
         hop, rows = HOPS[audio.SAMPLE_RATE], len(chosen)
-        most = self.config.room(room)
+        most = letter_room(room)
         sound = np.zeros((rows, room * hop), np.float32)
         lengths, counts = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
         letters, speaker = np.zeros((rows, most), np.int32), np.full(rows, -1, np.int32)
@@ -264,11 +270,7 @@ class ClipData(BucketData[SoundBatch]):
             clip = self._clips[index]
             found = letters_of(clip.text)
             if len(found) > most:
-                raise DataError(
-                    f"{self.folder}, clip {index}: {len(found)} letters in "
-                    f"{len(clip.sound) / audio.SAMPLE_RATE:.1f} s; expected at most {most}: raise "
-                    "data.letters, or take the clip out"
-                )
+                raise damaged(self.folder, ValueError(f"clip {index}: {len(found)} letters"))
             lengths[row], counts[row] = len(clip.sound), len(found)
             sound[row, : len(clip.sound)] = clip.sound / np.float32(32768)
             letters[row, : len(found)] = found

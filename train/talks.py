@@ -18,6 +18,7 @@ import numpy as np
 from sa2jax.chat.template import TASKS
 from sa2jax.chat.toolbox import Toolbox
 from sa2jax.errors import ConfigError
+from sa2jax.evaluate.words import number_words
 from sa2jax.train import corpus
 from sa2jax.train.corpus import DAYS, Exchange, exchanges
 
@@ -156,9 +157,6 @@ def plan_talks(config: Talks, seed: int, scale: float = 1.0) -> list[Talk]:
         config: what there shall be.
         seed: same seed, same talks.
         scale: times all counts; a task that is asked for keeps at least two.
-
-    Raises:
-        DataError: if a training text is a held-out one, which is a bug.
     """
     found = []
     for folder, counts, makers in (
@@ -215,7 +213,7 @@ class _Draw:
         if kind == "digits":
             return " ".join(self.one(corpus.DIGITS) for _ in range(int(self.rng.integers(1, 8))))
         if kind == "number":
-            return corpus.number(int(self.rng.integers(1000)))
+            return number_words(int(self.rng.integers(1000)))
         if kind == "word":
             return self.one(corpus.single_words())
         if self.rng.random() < 0.7:

@@ -1,9 +1,9 @@
-"""Speech codes: what teaches the S3 tokenizer to hear letters through its rounding, and its step.
+"""Speech codes: what teaches the S3 tokenizer to hear letters through its rounding.
 
     model = tokenizer_teacher(config)
     params = init_tokenizer(config)
     optimizer = make_optimizer(OptimizerConfig(rate=2e-3, warmup=100, steps=1500, decay=0.01))
-    step = make_tokenizer_step(model, optimizer)
+    step = make_loss_step(tokenizer_loss, model, optimizer)
     state = init_state(model, optimizer, None, params)
     state, report = step(state, batch)
     codes = speech_tokenizer(config).bind(network(state.params))
@@ -15,15 +15,13 @@ code's mel frames, given the clip's mean and deviation of every band, so that co
 letters leave open but need not tell voices apart.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from dataclasses import dataclass, field
+from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from sa2jax.audio.features import HOP, s3_log_mel
@@ -55,9 +53,7 @@ from sa2jax.train.listening import (
     loud,
     masked,
 )
-from sa2jax.train.loss_step import Report, make_loss_evaluation, make_loss_step
-from sa2jax.train.optimizer import Optimizer
-from sa2jax.train.step import Step
+from sa2jax.train.loss_step import Report
 
 FRAMES = 4  # mel frames (100 Hz) of a code (25 Hz)
 
@@ -211,12 +207,22 @@ def tokenizer_loss(
         letter), `mels` (mean error of `s3_log_mel`), `uneven`, `used` (share of the codebook
         that the batch uses), `letters` and `left_out`, see `ctc_loss`.
     """
+    found = tokenizer_heard(model, params, batch, key, config)
+    return found.loss, found.report
+
+
+def tokenizer_heard(
+    model: Functional[TokenizerTeacher],
+    params: Params,
+    batch: SoundBatch,
+    key: Array | None = None,
+    config: TokenizerTeaching | None = None,
+) -> Heard:
+    """The loss of a batch, and what was heard: letters and codes.
+
+    Arguments are those of `tokenizer_loss`.
+    """
     config = TokenizerTeaching() if config is None else config
-    loss, report, _ = _heard(model, params, batch, key, config)
-    return loss, report
-
-
-def _heard(model, params, batch, key, config):
     teacher = model.bind(params)
     net, heads, bands = teacher.model, teacher.heads, teacher.cfg.mels
     with jax.named_scope("front_end"):
@@ -242,7 +248,7 @@ def _heard(model, params, batch, key, config):
     bent = uneven(digits, lengths)
     report |= {"ctc": ctc, "early_ctc": early, "mels": error, "uneven": bent, "used": seen.mean()}
     loss = ctc + config.early * early + config.mels * error + config.spread * bent
-    return loss, report, (spelled, codes)
+    return Heard(loss, report, letters=best_letters(*spelled), codes=codes)
 
 
 def _mel_error(
@@ -264,70 +270,18 @@ def _mel_error(
     return jnp.sum(jnp.where(own, jnp.abs(told - mels), 0)) / total
 
 
-def make_tokenizer_step(
-    model: Functional[TokenizerTeacher],
-    optimizer: Optimizer,
-    config: TokenizerTeaching | None = None,
-    mesh: Mesh | None = None,
-    *,
-    seed: int = 0,
-) -> Step:
-    """The step of a tokenizer and its heads, see `loss_step.make_loss_step`.
+def code_usage(codes: Int[np.ndarray, "N"]) -> dict[str, float]:
+    """How many different codes there are, and how many there would be if all were equally frequent.
 
     Args:
-        model: the structure of tokenizer and heads.
-        optimizer: what is trained, and how; names begin with `model.conv`, `model.layers`,
-            `model.digits` or `heads`.
-        config: how the tokenizer is taught.
-        mesh: devices; None for one.
-        seed: of all that is drawn.
+        codes: of any clips, those alone that count.
+
+    Returns:
+        `codes` and `perplexity`.
     """
-    loss = partial(tokenizer_loss, model, config=config)
-    return make_loss_step(loss, model, optimizer, mesh, seed=seed)
-
-
-def make_tokenizer_evaluation(
-    model: Functional[TokenizerTeacher],
-    mesh: Mesh | None = None,
-    config: TokenizerTeaching | None = None,
-) -> Callable[[Params, SoundBatch], Heard]:
-    """Loss, letters and codes of a batch on its devices; nothing is disturbed or learnt."""
-    config = TokenizerTeaching() if config is None else config
-
-    def hear(params: Params, batch: SoundBatch) -> Heard:
-        loss, report, (spelled, codes) = _heard(model, params, batch, None, config)
-        return Heard(loss, report, letters=best_letters(*spelled), codes=codes)
-
-    return make_loss_evaluation(hear, mesh)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CodeUsage:
-    """How codes are used over a set of clips.
-
-    Attributes:
-        counts: how often each code stands.
-    """
-
-    counts: Int[np.ndarray, "V"]
-
-    @classmethod
-    def none(cls, cfg: SpeechTokenizerConfig) -> "CodeUsage":
-        """Before the first clip."""
-        return cls(counts=np.zeros(cfg.codebook, np.int64))
-
-    def plus(self, codes: Int[Array, "B S"], lengths: Int[Array, "B"]) -> "CodeUsage":
-        """With the codes of a batch, of which each row's first `lengths` count."""
-        own = np.asarray(codes)[np.arange(codes.shape[1]) < np.asarray(lengths)[:, None]]
-        return replace(self, counts=self.counts + np.bincount(own, minlength=len(self.counts)))
-
-    @property
-    def used(self) -> int:
-        """Codes that stand anywhere."""
-        return int((self.counts > 0).sum())
-
-    @property
-    def perplexity(self) -> float:
-        """How many codes there would be if all were equally frequent."""
-        share = self.counts[self.counts > 0] / max(self.counts.sum(), 1)
-        return float(np.exp(-(share * np.log(share)).sum()))
+    _, counts = np.unique(codes, return_counts=True)
+    share = counts / max(counts.sum(), 1)
+    return {
+        "codes": float(len(counts)),
+        "perplexity": float(np.exp(-(share * np.log(share)).sum())),
+    }

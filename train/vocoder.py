@@ -1,10 +1,10 @@
-"""The vocoder: the loss that teaches it to sound like recordings, and its step.
+"""The vocoder: the loss that teaches it to sound like recordings.
 
     model = vocoder(cfg)
     rates = dict.fromkeys(FIRST_LAYERS, 2e-4)
     how = OptimizerConfig(rate=2e-3, rates=rates, betas=(0.8, 0.99), decay=0.0)
     optimizer = make_optimizer(how)
-    step = make_vocoder_step(model, optimizer, VocoderTeaching())
+    step = make_loss_step(vocoder_loss, model, optimizer, VocoderTeaching())
     state = init_state(model, optimizer, None, fresh_vocoder(cfg, seed=0))
     state, report = step(state, batch)  # the old state is used up
 
@@ -14,7 +14,6 @@ Source: HiFTNet (arXiv 2309.09493) with the multi-resolution STFT loss of Parall
 that the network behind it never learns from the mistakes of a pitch predictor that is still bad.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -28,10 +27,8 @@ from sa2jax.errors import TrainError
 from sa2jax.models.vocoder import Vocoder, vocoder
 from sa2jax.nn import Functional, Params, Policy, before, init_params
 from sa2jax.speech_config import VocoderConfig
-from sa2jax.train.loss_step import abstract_rows, make_loss_evaluation, make_loss_step
-from sa2jax.train.optimizer import Optimizer
+from sa2jax.train.loss_step import abstract_rows
 from sa2jax.train.spectra import masked_mean, spectral_distance
-from sa2jax.train.step import Step
 
 HOP, MELS = 480, 80  # samples and bands of a mel frame
 # Layers that are given mel frames. These have a mean far from 0, so an update moves all of them at
@@ -196,59 +193,6 @@ def _draws(key: Array, rows: int, share: float) -> tuple[Bool[Array, "B"], Array
     """Whether each row has the true pitch, and the key of its noise."""
     keys = jax.vmap(lambda row: jax.random.split(jax.random.fold_in(key, row)))(jnp.arange(rows))
     return jax.vmap(jax.random.uniform)(keys[:, 0]) < share, keys[:, 1]
-
-
-# --- the step ---------------------------------------------------------------------------------
-
-
-def make_vocoder_step(
-    model: Functional[Vocoder],
-    optimizer: Optimizer,
-    config: VocoderTeaching | None = None,
-    mesh: Mesh | None = None,
-    *,
-    seed: int = 0,
-) -> Step:
-    """The step of a vocoder and an optimizer on a mesh: `state, report = step(state, batch)`.
-
-    What is drawn depends on the seed and on `state.step`, so a run that goes on from a checkpoint
-    draws what it would have drawn. States are those of `train.step` (`init_state`,
-    `abstract_state`); the report has `loss`, `norm`, `rate` and what `vocoder_loss` reports.
-
-    Args:
-        model: the vocoder's structure.
-        optimizer: what is trained, and how; names begin with `f0_predictor`, `merge`, `pre`,
-            `stage0` and so on, or `post`.
-        config: how the vocoder is taught.
-        mesh: devices; None for one.
-        seed: of all that is drawn.
-    """
-
-    def loss(params: Params, batch: VocoderBatch, key: Array):
-        return vocoder_loss(model, params, batch, key, config)
-
-    return make_loss_step(loss, model, optimizer, mesh, seed=seed)
-
-
-def make_vocoder_evaluation(
-    model: Functional[Vocoder], mesh: Mesh | None = None, config: VocoderTeaching | None = None
-) -> Callable[[Params, VocoderBatch, Array], tuple[Float[Array, ""], Float[Array, ""]]]:
-    """The loss of a batch, and of how many frames; nothing is learnt.
-
-    Args:
-        model: the vocoder's structure.
-        mesh: devices; None for one.
-        config: how the vocoder is taught.
-
-    Returns:
-        A function of parameters, a batch on its devices, and the key of all that is drawn.
-    """
-
-    def measure(params: Params, batch: VocoderBatch, key: Array):
-        loss, report = vocoder_loss(model, params, batch, key, config)
-        return loss, report["frames"]
-
-    return make_loss_evaluation(measure, mesh)
 
 
 # --- batches ------------------------------------------------------------------------------------

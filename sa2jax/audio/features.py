@@ -92,9 +92,7 @@ def _log_mel(xp: Any, x: Any, n: Any, n_mels: int) -> Any:
     head = x[..., 1 : _FFT // 2 + 1]
     head = _pad(xp, head, 0, _FFT // 2 - head.shape[-1])
     x = xp.concatenate([head[..., ::-1], x], axis=-1)
-    mel = _mel(
-        xp, _frame(xp, x, frames, _FFT, HOP), _hann(_FFT), _slaney(SAMPLE_RATE, _FFT, n_mels)
-    )
+    mel = _mel(xp, _frame(xp, x, frames, _FFT, HOP), hann(_FFT), slaney(SAMPLE_RATE, _FFT, n_mels))
     return _whisper_log(xp, mel, frames, None if n is None else num_frames(n))
 
 
@@ -122,7 +120,7 @@ def s3_log_mel(
 def _s3_log_mel(xp: Any, x: Any, n: Any, n_mels: int) -> Any:
     frames = x.shape[-1] // HOP
     x = _frame(xp, _reflect(xp, x, n, _FFT // 2), frames, _FFT, HOP)
-    mel = _mel(xp, x, _hann(_FFT), _slaney(SAMPLE_RATE, _FFT, n_mels))
+    mel = _mel(xp, x, hann(_FFT), slaney(SAMPLE_RATE, _FFT, n_mels))
     return _whisper_log(xp, mel, frames, None if n is None else n // HOP)
 
 
@@ -150,7 +148,7 @@ def _mel_24k(xp: Any, x: Any, n: Any) -> Any:
     size, hop = 1920, 480
     margin, frames = (size - hop) // 2, x.shape[-1] // hop
     x = _frame(xp, _reflect(xp, x, n, margin), frames, size, hop)
-    mel = _mel(xp, x, _hann(size), _slaney(24_000, size, 80, 8000.0), magnitude=True)
+    mel = _mel(xp, x, hann(size), slaney(24_000, size, 80, 8000.0), magnitude=True)
     mel = xp.log(xp.maximum(mel, 1e-5)).swapaxes(-1, -2)  # [*B, M, frames]
     return _mask(xp, mel, None if n is None else n // hop, -1)
 
@@ -346,7 +344,7 @@ def _mask(xp: Any, x: Any, own: Any, axis: int) -> Any:
 
 
 @cache
-def _hann(size: int) -> Float[np.ndarray, " size"]:
+def hann(size: int) -> Float[np.ndarray, " size"]:
     """Periodic Hann window."""
     return (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(size) / size)).astype(np.float32)
 
@@ -366,7 +364,7 @@ def _dft(size: int, fft: int, bins: int) -> Float[np.ndarray, "size twice_bins"]
 
 
 @cache
-def _slaney(
+def slaney(
     rate: int, fft: int, n_mels: int, fmax: float | None = None
 ) -> Float[np.ndarray, "M bins"]:
     """Triangles of equal area, linear to 1 kHz, then logarithmic (`librosa.filters.mel`)."""

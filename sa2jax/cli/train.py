@@ -66,9 +66,12 @@ def train(
     )
 
     kind, values = split_kind(with_changes(read_values(config), parse_changes(set)), config)
-    folder = Path("runs") / Path(config).with_suffix("") if out is None else out
+    name = Path(config).stem if Path(config).suffix else config  # a file's, or a recipe's
+    folder = Path("runs") / name if out is None else out
     if kind == STAGES:
-        _run_stages(values, config, folder, fresh=fresh, json=json)
+        given = {"--model": model, "--data": data, "--steps": steps, "--mesh": devices.mesh,
+                 "--dry-run": dry_run, "--profile": profile}  # fmt: skip
+        _run_stages(values, config, folder, [k for k, v in given.items() if v], fresh, json)
         return
     enable_compilation_cache()
     whole = kind == LANGUAGE
@@ -136,9 +139,18 @@ def merge(
     print(f"model: {out}")
 
 
-def _run_stages(values: Any, config: str, out: Path, *, fresh: bool, json: bool) -> None:
+def _run_stages(
+    values: Any, config: str, out: Path, others: list[str], fresh: bool, json: bool
+) -> None:
+    """Run a recipe of several commands, which have options of their own."""
+    from sa2jax.errors import ConfigError
     from sa2jax.train.stages import read_stages, run_stages
 
+    if others:
+        raise ConfigError(
+            f"{config} is a recipe of stages, it takes no {', '.join(others)}: run a stage's own "
+            "command with it"
+        )
     outcome = run_stages(read_stages(values, config), out, fresh=fresh, say=common.say)
     if json:
         common.print_json(asdict(outcome))

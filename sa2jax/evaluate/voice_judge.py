@@ -111,8 +111,8 @@ def _mel(wave: Float[np.ndarray, " T"]) -> Float[np.ndarray, "frames 40"]:
     """Power in mel bands, no logarithm, as `librosa.feature.melspectrogram` has it."""
     padded = np.pad(wave, WINDOW // 2)
     frames = np.lib.stride_tricks.sliding_window_view(padded, WINDOW)[::HOP]
-    power = np.abs(np.fft.rfft(frames * features._hann(WINDOW), axis=-1)) ** 2
-    return (power @ features._slaney(RATE, WINDOW, MELS).T).astype(np.float32)
+    power = np.abs(np.fft.rfft(frames * features.hann(WINDOW), axis=-1)) ** 2
+    return (power @ features.slaney(RATE, WINDOW, MELS).T).astype(np.float32)
 
 
 def _unit(x: Float[np.ndarray, "*B 256"]) -> Float[np.ndarray, "*B 256"]:

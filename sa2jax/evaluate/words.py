@@ -4,14 +4,14 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-_ONES = [
-    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+ONES = (
+    *DIGITS,
     *("ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen"),
     *("seventeen", "eighteen", "nineteen"),
-]
-_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
-DIGITS = tuple(_ONES[:10])
-SUMS = tuple(_ONES[:19])  # what 0 to 9 and 0 to 9 can add up to
+)
+TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+SUMS = ONES[:19]  # what 0 to 9 and 0 to 9 can add up to
 # An open vocabulary has to choose between words that sound alike; a reply of one number has not.
 _SOUNDS_LIKE = {
     "won": "one", "to": "two", "too": "two", "for": "four", "fore": "four", "ate": "eight",
@@ -21,12 +21,12 @@ _SOUNDS_LIKE = {
 def number_words(value: int) -> str:
     """A number from 0 to 999 in words, as it is said: 342 is "three hundred forty two"."""
     hundreds, rest = divmod(value, 100)
-    words = [_ONES[hundreds], "hundred"] if hundreds else []
+    words = [ONES[hundreds], "hundred"] if hundreds else []
     if rest >= 20:
-        words.append(_TENS[rest // 10 - 2])
+        words.append(TENS[rest // 10 - 2])
         rest = rest % 10 or -1
     if rest > 0 or (rest == 0 and not words):
-        words.append(_ONES[rest])
+        words.append(ONES[rest])
     return " ".join(words)
 
 
@@ -46,7 +46,7 @@ def normalized(text: str) -> str:
         if not word.isascii() or not word.isdigit():
             words.append(word)
         elif len(word) > 3 or (len(word) > 1 and word[0] == "0"):
-            words += [_ONES[int(digit)] for digit in word]
+            words += [ONES[int(digit)] for digit in word]
         else:
             words += number_words(int(word)).split()
     return " ".join(words)

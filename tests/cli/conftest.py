@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 import soundfile
 from scripted import Script, Speech
 
-from sa2jax import cli, conversation, testing
+from sa2jax import cli, conversation, pipeline, testing
 from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.cli import hear
 from sa2jax.pipeline import StepAudio2
@@ -13,34 +14,48 @@ from sa2jax.pipeline import StepAudio2
 CTRL_C = "\a"  # an answer with this is interrupted
 
 
+@pytest.fixture(scope="module")
+def leave_no_traces(tmp_path_factory):
+    """No compilation cache in the home folder; what a command puts into the environment goes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "enable_compilation_cache", lambda: None)
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("JAX_PLATFORMS", os.environ.get("JAX_PLATFORMS", "cpu"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A Hugging Face folder of several shards in bfloat16."""
+    folder = tmp_path_factory.mktemp("models") / "source"
+    return testing.save_tiny_checkpoint(folder, dtype="bfloat16", shard_bytes=200_000)
+
+
+@pytest.fixture(scope="module")
+def ours(source) -> Path:
+    """The same, converted."""
+    out = source.parent / "ours"
+    cli.main(["convert", str(source), str(out)])
+    return out
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory) -> list[Path]:
+    """a.wav: 1 s at 16 kHz, mono. b.flac: 1 s at 48 kHz, stereo. c.ogg: 2 s at 8 kHz."""
+    folder = tmp_path_factory.mktemp("recordings")
+    rng = np.random.default_rng(0)
+    paths = [folder / name for name in ("a.wav", "b.flac", "c.ogg")]
+    for path, shape, rate in zip(
+        paths, [(16_000,), (48_000, 2), (16_000,)], [16_000, 48_000, 8_000], strict=True
+    ):
+        soundfile.write(path, rng.standard_normal(shape) / 10, rate)
+    return paths
+
+
 @pytest.fixture
-def run(capsys):
-    """Runs a command; gives its exit code, stdout and stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-
-    return call
-
-
-@pytest.fixture
-def refused(run):
-    """Runs a command that must end with one line and exit code 2; gives the line."""
-
-    def call(*arguments: object) -> str:
-        code, out, err = run(*arguments)
-        assert (code, out) == (2, "")
-        assert err.startswith("error: ")
-        assert err.count("\n") == 1
-        return err
-
-    return call
+def broken(tmp_path) -> Path:
+    """A folder with one float32 file that a test may damage."""
+    return testing.save_tiny_checkpoint(tmp_path / "broken")
 
 
 @pytest.fixture(scope="module")

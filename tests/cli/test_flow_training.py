@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import yaml
-from recorded_flow import QUICK
-from small_training import cached_programs, save_model, save_pairs
+from small_training import quick_programs, save_model, save_pairs
 
 from sa2jax import Speech, checkpoint, cli
 from sa2jax.cli import common
@@ -25,10 +24,8 @@ NAMED = ("step", "loss", "norm", "rate", "frames", "dropped", "prompted", "evalu
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A folder, and a cache in which each run finds what the first has compiled."""
-    folder, plain = tmp_path_factory.mktemp("flow"), jax.jit
-    with cached_programs(folder / "xla"), pytest.MonkeyPatch.context() as patch:
-        quick = lambda f, **options: plain(f, **{"compiler_options": QUICK, **options})  # noqa: E731
-        patch.setattr(jax, "jit", quick)
+    folder = tmp_path_factory.mktemp("flow")
+    with quick_programs(folder / "xla"):
         yield folder
 
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 from scripted import Script, Speech, groups
 
-from sa2jax import cli, conversation, testing
+from sa2jax import conversation, testing
 from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.cli.evaluate import evaluate
 from sa2jax.evaluate import nano
@@ -15,8 +15,7 @@ from sa2jax.pipeline import StepAudio2
 
 @pytest.fixture(autouse=True)
 def judges(monkeypatch):
-    """The command is there, and its judges hear nothing."""
-    monkeypatch.setitem(cli.COMMANDS, "eval", evaluate)
+    """Its judges hear nothing."""
     silent = nano.Judges(grammar=lambda w, r: "", open=lambda w, r: "")
     monkeypatch.setattr(nano.Judges, "load", lambda rows: silent)
 
@@ -43,20 +42,6 @@ def loads(monkeypatch):
     module = sys.modules[evaluate.__module__]
     monkeypatch.setattr(module, "_has_int8", lambda model: asked[-1][1] == "int8")
     return asked
-
-
-@pytest.fixture
-def run(capsys):
-    def call(*arguments) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-
-    return call
 
 
 QUICK = ("--quick", 1, "--row", "tool_unasked", "--row", "sums")

@@ -87,7 +87,7 @@ def test_texts_that_are_not_enough(tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="no model preset 'micro'"):
         begin("micro", tmp_path / "out", texts=[path])
-    with pytest.raises(ConfigError, match="no detokenizer preset 'micro': expected nano"):
+    with pytest.raises(ConfigError, match="no detokenizer preset 'micro': expected one of nano"):
         Token2WavConfig.preset("micro")
 
 

@@ -10,6 +10,7 @@ import pytest
 from sa2jax.chat.template import TASKS
 from sa2jax.chat.toolbox import Toolbox, get_date_time
 from sa2jax.errors import ConfigError, DataError
+from sa2jax.evaluate.words import number_words
 from sa2jax.train import corpus, talks
 from sa2jax.train.corpus_plan import Plan, read_corpus
 from sa2jax.train.talks import Line, Talks, plan_talks
@@ -35,19 +36,6 @@ def heard(line: Line) -> str:
 
 
 # --- words --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [(0, "zero"), (10, "ten"), (19, "nineteen"), (20, "twenty"), (42, "forty two"),
-     (100, "one hundred"), (305, "three hundred five"), (999, "nine hundred ninety nine")],
-)  # fmt: skip
-def test_numbers(value, words):
-    assert corpus.number(value) == words
-
-
-def test_all_numbers_differ():
-    assert len({corpus.number(n) for n in range(1000)}) == 1000
 
 
 @pytest.mark.parametrize(
@@ -78,7 +66,7 @@ def test_words_are_plain():
 def test_sums_are_right_and_complete():
     sums = corpus.exchanges("sum")
     assert len(sums) == 300
-    values = {corpus.number(n): n for n in range(19)}
+    values = {number_words(n): n for n in range(19)}
     for question, answer in sums:
         a, b = (values[word] for word in question.split() if word in values)
         assert values[answer] == a + b

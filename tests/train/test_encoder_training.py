@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from recorded_flow import QUICK, jit
+from small_speech import TEXTS, losses_of, tones
 
 from sa2jax import testing
 from sa2jax.audio.features import log_mel, num_frames
@@ -16,49 +17,26 @@ from sa2jax.models.step_audio import step_audio2
 from sa2jax.train.encoder import (
     FROZEN,
     EncoderTeaching,
+    encoder_heard,
     encoder_loss,
     encoder_teacher,
     init_encoder,
-    make_encoder_evaluation,
-    make_encoder_step,
     sinusoids,
 )
 from sa2jax.train.listening import (
     SYMBOLS,
     Disturbance,
-    SoundBatch,
-    letters_of,
     network,
     text_of,
 )
-from sa2jax.train.loss_step import TRACES, place_rows
+from sa2jax.train.loss_step import TRACES, make_loss_evaluation, make_loss_step, place_rows
 from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
 from sa2jax.train.step import init_state
 
 CFG = AudioEncoderConfig(mels=16, layers=1, embed=32, heads=2, max_positions=100, mlp_ratio=2)
 MODEL = encoder_teacher(CFG)
 PLAIN = EncoderTeaching(disturbance=None)
-TEXTS = ("abca", "cb", "ba ca")
 STEPS = 250
-
-
-def tones(texts=TEXTS, *, room: int = 0, rows: int = 0) -> SoundBatch:
-    """A chord of 120 ms for each letter, right-padded with noise that must not be heard."""
-    place = np.arange(1920) / 16_000
-    said = [letters_of(text) for text in texts] + [[]] * rows
-    total = 1920 * max(map(len, said)) + room
-    sound = np.random.default_rng(0).normal(size=(len(said), total))
-    letters = np.zeros((len(said), max(map(len, said)) + bool(room)), np.int32)
-    for row, ids in enumerate(said):
-        for n, letter in enumerate(ids):
-            chord = sum(np.sin(2 * np.pi * place * letter * f) for f in (150, 390))
-            sound[row, 1920 * n : 1920 * (n + 1)] = 0.1 * chord * np.hanning(1920)
-        letters[row, : len(ids)] = ids
-    counts = np.array([len(ids) for ids in said], np.int32)
-    return SoundBatch(
-        sound=sound.astype(np.float32), lengths=1920 * counts, letters=letters,
-        letter_counts=counts, speaker=0 * counts,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +46,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def losses():
-    """The loss, its report and its gradient; one program for each config and shape."""
-
-    @partial(jit, static_argnames="config")
-    def run(params, batch, key, config):
-        loss = partial(encoder_loss, MODEL, batch=batch, key=key, config=config)
-        return jax.value_and_grad(loss, has_aux=True)(params)
-
-    return run
+    return losses_of(encoder_loss, MODEL)
 
 
 def test_positions_are_sines_and_cosines_of_slower_and_slower_waves():
@@ -111,7 +82,7 @@ def test_an_encoder_learns_to_spell_and_keeps_its_positions(params):
     )
     mild = EncoderTeaching(disturbance=Disturbance(time_masks=0, band_masks=0))
     batch = place_rows(tones(), None)
-    step, traces = make_encoder_step(MODEL, optimizer, mild, seed=1), TRACES["step"]
+    step, traces = make_loss_step(encoder_loss, MODEL, optimizer, mild, seed=1), TRACES["step"]
     state = init_state(MODEL, optimizer, None, jax.tree.map(jnp.copy, params))
     step, reports = step.lower(state, batch).compile(QUICK), []
     for n in range(STEPS):
@@ -121,7 +92,7 @@ def test_an_encoder_learns_to_spell_and_keeps_its_positions(params):
         reports.append({name: float(x) for name, x in report.items()})
     assert TRACES["step"] == traces + 1
     assert reports[-1]["loss"] < 0.1 < 1 < reports[0]["loss"]
-    heard = make_encoder_evaluation(MODEL)(state.params, batch)
+    heard = make_loss_evaluation(encoder_heard, MODEL)(state.params, batch)
     assert [text_of(row) for row in np.asarray(heard.letters)] == list(TEXTS)
     table = np.asarray(network(state.params)["positions"])
     np.testing.assert_array_equal(table, sinusoids(CFG.max_positions, CFG.embed))
@@ -142,7 +113,7 @@ def test_what_is_taught_is_what_the_adapter_gets():
     like = structure.abstract["audio_encoder"]
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
     assert shapes(network(params)) == shapes(like)
-    heard = make_encoder_evaluation(encoder_teacher(cfg))(params, batch)
+    heard = make_loss_evaluation(encoder_heard, encoder_teacher(cfg))(params, batch)
 
     @jit
     def features(encoder):

@@ -19,9 +19,8 @@ from sa2jax.train.flow import (
     Teaching,
     _draws,
     flow_loss,
-    make_flow_step,
 )
-from sa2jax.train.loss_step import TRACES, place_rows
+from sa2jax.train.loss_step import TRACES, make_loss_step, place_rows
 from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
 from sa2jax.train.step import init_state
 
@@ -175,7 +174,7 @@ def test_a_flow_learns_a_recording_and_says_it(recorded):
     one = rows(recorded)
     batch = jax.tree.map(lambda x: np.repeat(x, 8, 0), one)  # eight levels of it at once
     optimizer = make_optimizer(OptimizerConfig(rate=5e-3, warmup=5, steps=150, decay=0.0))
-    step = make_flow_step(model, optimizer, Teaching(), seed=1)
+    step = make_loss_step(flow_loss, model, optimizer, Teaching(), seed=1)
     say = jit(
         lambda params: model.bind(params)(
             np.zeros((1, 0), np.int32), np.zeros((1, 0, recorded.cfg.mels), np.float32),
@@ -205,7 +204,7 @@ def test_a_flow_learns_a_recording_and_says_it(recorded):
 def test_a_run_that_goes_on_draws_what_it_would_have_drawn(recorded):
     batch = rows(recorded)
     optimizer = make_optimizer(OptimizerConfig(rate=1e-3, warmup=0, rates={"estimator": 0.0}))
-    step = make_flow_step(recorded.model, optimizer, seed=5)
+    step = make_loss_step(flow_loss, recorded.model, optimizer, seed=5)
     fresh = lambda: jax.tree.map(jnp.copy, recorded.params)  # noqa: E731
     state, found = init_state(recorded.model, optimizer, None, fresh()), []
     step = compiled(step, state, place_rows(batch, None))
@@ -229,8 +228,8 @@ SHARDED = """
     from pathlib import Path
     from recorded_flow import RecordedFlow
     from sa2jax.sharding import make_mesh
-    from sa2jax.train.flow import FlowBatch, make_flow_step
-    from sa2jax.train.loss_step import place_rows
+    from sa2jax.train.flow import FlowBatch, flow_loss
+    from sa2jax.train.loss_step import make_loss_step, place_rows
     from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
     from sa2jax.train.step import init_state
 
@@ -245,7 +244,7 @@ SHARDED = """
     found = {}
     for spec in ("", "data=2,fsdp=2"):
         mesh = make_mesh(spec) if spec else None
-        step = make_flow_step(recorded.model, optimizer, mesh=mesh)
+        step = make_loss_step(flow_loss, recorded.model, optimizer, mesh=mesh)
         params = jax.tree.map(jax.numpy.copy, recorded.params)
         state, losses = init_state(recorded.model, optimizer, mesh, params), []
         places = jax.tree.map(lambda x: x.sharding, state)

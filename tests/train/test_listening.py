@@ -23,7 +23,6 @@ from sa2jax.train.listening import (
     masked,
     network,
     text_of,
-    word_errors,
 )
 from sa2jax.train.loss_step import place_rows
 
@@ -52,21 +51,6 @@ def test_letters_are_numbered_from_1_in_the_order_of_the_alphabet():
 )
 def test_a_text_keeps_what_can_be_spelled(text, clean):
     assert text_of(letters_of(text)) == clean
-
-
-@pytest.mark.parametrize(
-    ("said", "heard", "errors"),
-    [
-        ("one two three", "one two three", 0),
-        ("one two three", "one three", 1),
-        ("one two three", "one two two three", 1),
-        ("one two three", "won too free", 3),
-        ("one two", "", 2),
-        ("one two three four", "two three four five", 2),
-    ],
-)
-def test_word_errors_are_the_fewest_changes(said, heard, errors):
-    assert word_errors(said, heard) == (errors, len(said.split()))
 
 
 def test_the_best_letters_drop_repetitions_and_blanks():

@@ -11,7 +11,8 @@ from sa2jax.errors import CheckpointError, TrainError
 from sa2jax.inference.speech_folder import SpeechFolder
 from sa2jax.inference.voices import Voice
 from sa2jax.train.flow_data import FlowDataConfig
-from sa2jax.train.network_task import FlowRecipe, NetworkSpec, make_network_task
+from sa2jax.train.network_recipes import FlowRecipe, NetworkSpec
+from sa2jax.train.network_task import make_network_task
 from sa2jax.train.networks import open_network
 
 

@@ -12,7 +12,8 @@ from sa2jax.speech_config import Token2WavConfig
 from sa2jax.train.base import open_base
 from sa2jax.train.corpus_plan import read_corpus
 from sa2jax.train.language import optimizer_config
-from sa2jax.train.network_task import FlowRecipe, read_network_recipe
+from sa2jax.train.network_recipes import FlowRecipe
+from sa2jax.train.network_task import read_network_recipe
 from sa2jax.train.optimizer import make_optimizer
 from sa2jax.train.recipe import (
     Recipe,

@@ -8,31 +8,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from recorded_flow import QUICK, jit
+from small_speech import SMALL, losses_of
 
 from sa2jax.audio.features import fbank
 from sa2jax.errors import TrainError
 from sa2jax.models.speaker_encoder import speaker_encoder
-from sa2jax.speech_config import SpeakerEncoderConfig
 from sa2jax.train.listening import Disturbance, SoundBatch, network
-from sa2jax.train.loss_step import TRACES, place_rows
+from sa2jax.train.loss_step import TRACES, make_loss_evaluation, make_loss_step, place_rows
 from sa2jax.train.optimizer import OptimizerConfig, make_optimizer, name_of
 from sa2jax.train.speaker import (
     GIVEN,
     SpeakerTeaching,
     init_speaker,
     likeness,
-    make_speaker_evaluation,
-    make_speaker_step,
     margin_loss,
+    speaker_heard,
     speaker_loss,
     speaker_teacher,
 )
 from sa2jax.train.step import init_state
 
-CFG = SpeakerEncoderConfig(
-    mels=16, head=4, stages=(1,), channels=16, growth=8, bottleneck=8, mask=4, layers=(2,),
-    dilations=(1,), embed=8,
-)  # fmt: skip
+CFG = SMALL.speaker_encoder
 VOICES = 3
 MODEL = speaker_teacher(CFG, speakers=VOICES)
 PLAIN = SpeakerTeaching(disturbance=None)
@@ -64,14 +60,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def losses():
-    """The loss, its report and its gradient; one program for each config and shape."""
-
-    @partial(jit, static_argnames="config")
-    def run(params, batch, key, config):
-        loss = partial(speaker_loss, MODEL, batch=batch, key=key, config=config)
-        return jax.value_and_grad(loss, has_aux=True)(params)
-
-    return run
+    return losses_of(speaker_loss, MODEL)
 
 
 def test_the_margin_is_taken_from_the_own_voice():
@@ -120,7 +109,7 @@ def test_a_part_of_a_long_clip_is_heard(params, losses):
 
 def test_vectors_are_those_of_the_encoder_in_use(params):
     batch = place_rows(voices(), None)
-    heard = make_speaker_evaluation(MODEL, None, PLAIN)(params, batch)
+    heard = make_loss_evaluation(speaker_heard, MODEL, PLAIN)(params, batch)
 
     @jit
     def vectors(params):
@@ -136,7 +125,7 @@ def test_an_encoder_learns_voices_and_keeps_given_statistics(params):
     rates = OptimizerConfig(rate=1e-2, warmup=5, steps=STEPS, decay=0.0, rates=GIVEN)
     optimizer = make_optimizer(rates)
     mild = SpeakerTeaching(disturbance=Disturbance(band_masks=0, snr=(30, 40)))
-    step, traces = make_speaker_step(MODEL, optimizer, mild, seed=1), TRACES["step"]
+    step, traces = make_loss_step(speaker_loss, MODEL, optimizer, mild, seed=1), TRACES["step"]
     batch = place_rows(voices(), None)
     state = init_state(MODEL, optimizer, None, jax.tree.map(jnp.copy, params))
     step, reports = step.lower(state, batch).compile(QUICK), []
@@ -147,7 +136,8 @@ def test_an_encoder_learns_voices_and_keeps_given_statistics(params):
         reports.append({name: float(x) for name, x in report.items()})
     assert TRACES["step"] == traces + 1
     assert reports[-1]["loss"] < 0.3 * reports[0]["loss"]
-    new = make_speaker_evaluation(MODEL, None, PLAIN)(state.params, place_rows(voices(5), None))
+    others = place_rows(voices(5), None)
+    new = make_loss_evaluation(speaker_heard, MODEL, PLAIN)(state.params, others)
     assert float(new.report["accuracy"]) > 0.8
     assert float(new.report["same"]) > float(new.report["other"]) + 0.25
 

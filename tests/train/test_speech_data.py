@@ -160,8 +160,9 @@ def test_what_cannot_be(source, low, high, tmp_path):
         ClipData(ClipConfig(folder=high), seed=0)
     with pytest.raises(DataError, match="expected a bucket that large"):
         ClipData(ClipConfig(folder=low[0], buckets=(50,)), seed=0)
-    crowded = ClipData(ClipConfig(folder=low[0], buckets=(80,), rows=5, letters=1), seed=0)
-    with pytest.raises(DataError, match=r"letters in .* s; expected at most 1"):
-        next(crowded)
+    row = {"audio": str(source.parent / "0.wav"), "text": "far too many letters for so little"}
+    (tmp_path / "crowded.jsonl").write_text(json.dumps(row))
+    with pytest.raises(DataError, match=r"34 letters in 0.4 s: expected at most 40 a second"):
+        prepare_speech([tmp_path / "crowded.jsonl"], tmp_path / "out")
     with pytest.raises(DataError, match="crop 0"):
         CropConfig(folder=high, crop=0)

@@ -9,57 +9,34 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from recorded_flow import QUICK, jit
+from small_speech import SMALL, TEXTS, losses_of, tones
 
 from sa2jax.audio.features import s3_log_mel
 from sa2jax.errors import TrainError
 from sa2jax.models.speech_tokenizer import FSQ_SCALE, speech_tokenizer
-from sa2jax.speech_config import SpeechTokenizerConfig
 from sa2jax.train.listening import (
     Disturbance,
-    SoundBatch,
-    letters_of,
     network,
     text_of,
 )
-from sa2jax.train.loss_step import TRACES, place_rows
+from sa2jax.train.loss_step import TRACES, make_loss_evaluation, make_loss_step, place_rows
 from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
 from sa2jax.train.step import init_state
 from sa2jax.train.tokenizer import (
-    CodeUsage,
     TokenizerTeaching,
+    code_usage,
     init_tokenizer,
-    make_tokenizer_evaluation,
-    make_tokenizer_step,
     soft_digits,
+    tokenizer_heard,
     tokenizer_loss,
     tokenizer_teacher,
     uneven,
 )
 
-CFG = SpeechTokenizerConfig(mels=16, layers=1, embed=32, mlp=64, memory=5, digits=4, head_dim=16)
+CFG = SMALL.speech_tokenizer
 MODEL = tokenizer_teacher(CFG)
 PLAIN = TokenizerTeaching(disturbance=None)
-TEXTS = ("abca", "cb", "ba ca")
 STEPS = 250
-
-
-def tones(texts=TEXTS, *, room: int = 0, rows: int = 0) -> SoundBatch:
-    """A chord of 120 ms for each letter, right-padded with noise that must not be heard."""
-    place = np.arange(1920) / 16_000
-    said = [letters_of(text) for text in texts] + [[]] * rows
-    total = 1920 * max(map(len, said)) + room
-    sound = np.random.default_rng(0).normal(size=(len(said), total))
-    letters = np.zeros((len(said), max(map(len, said)) + bool(room)), np.int32)
-    for row, ids in enumerate(said):
-        for n, letter in enumerate(ids):
-            chord = sum(np.sin(2 * np.pi * place * letter * f) for f in (150, 390))
-            sound[row, 1920 * n : 1920 * (n + 1)] = 0.1 * chord * np.hanning(1920)
-        letters[row, : len(ids)] = ids
-    counts = np.array([len(ids) for ids in said], np.int32)
-    return SoundBatch(
-        sound=sound.astype(np.float32), lengths=1920 * counts, letters=letters,
-        letter_counts=counts, speaker=0 * counts,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -69,19 +46,12 @@ def params():
 
 @pytest.fixture(scope="module")
 def losses():
-    """The loss, its report and its gradient; one program for each config and shape."""
-
-    @partial(jit, static_argnames="config")
-    def run(params, batch, key, config):
-        loss = partial(tokenizer_loss, MODEL, batch=batch, key=key, config=config)
-        return jax.value_and_grad(loss, has_aux=True)(params)
-
-    return run
+    return losses_of(tokenizer_loss, MODEL)
 
 
 def test_codes_are_those_of_the_tokenizer_in_use(params):
     batch = place_rows(tones(), None)
-    heard = make_tokenizer_evaluation(MODEL)(params, batch)
+    heard = make_loss_evaluation(tokenizer_heard, MODEL)(params, batch)
     frames = batch.lengths // 160
 
     @jit
@@ -138,7 +108,7 @@ def test_a_tokenizer_learns_to_spell(params):
     optimizer = make_optimizer(OptimizerConfig(rate=1e-2, warmup=10, steps=STEPS, decay=0.0))
     mild = TokenizerTeaching(disturbance=Disturbance(time_masks=0, band_masks=0))
     batch = place_rows(tones(), None)
-    step, traces = make_tokenizer_step(MODEL, optimizer, mild, seed=1), TRACES["step"]
+    step, traces = make_loss_step(tokenizer_loss, MODEL, optimizer, mild, seed=1), TRACES["step"]
     state = init_state(MODEL, optimizer, None, jax.tree.map(jnp.copy, params))
     step, reports = step.lower(state, batch).compile(QUICK), []
     for n in range(STEPS):
@@ -149,7 +119,7 @@ def test_a_tokenizer_learns_to_spell(params):
     assert TRACES["step"] == traces + 1
     assert reports[-1]["ctc"] < 0.1 < 1 < reports[0]["ctc"]
     assert reports[-1]["mels"] < 0.6 * reports[0]["mels"]
-    heard = make_tokenizer_evaluation(MODEL)(state.params, batch)
+    heard = make_loss_evaluation(tokenizer_heard, MODEL)(state.params, batch)
     assert [text_of(row) for row in np.asarray(heard.letters)] == list(TEXTS)
 
     # What was saved after the first step goes on as the run did.
@@ -178,15 +148,11 @@ def test_digits_are_even_where_all_codes_are_equally_frequent():
     assert float(uneven(one, length)) == pytest.approx(1 + (2 / 3) ** 2)
 
 
-def test_usage_counts_codes_of_clips_only():
-    usage = CodeUsage.none(CFG)
-    assert (usage.used, usage.perplexity) == (0, 1)
-    codes = np.array([[5, 5, 7, 0], [7, 80, 80, 80]])
-    usage = usage.plus(codes, np.array([3, 1]))
-    assert (usage.counts[5], usage.counts[7], usage.counts.sum()) == (2, 2, 4)
-    assert usage.used == 2
-    assert usage.perplexity == pytest.approx(2)
-    assert usage.plus(codes, np.array([0, 4])).used == 3
+def test_how_codes_are_used():
+    assert code_usage(np.array([5, 5, 7, 7])) == {"codes": 2, "perplexity": pytest.approx(2)}
+    assert code_usage(np.array([80])) == {"codes": 1, "perplexity": 1}
+    uneven_use = code_usage(np.array([1, 1, 1, 2]))["perplexity"]
+    assert uneven_use == pytest.approx(4 / 3**0.75)
 
 
 @pytest.mark.parametrize("field", ["early", "mels", "spread"])

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from recorded_flow import QUICK, jit
+from small_speech import SMALL
 
 from sa2jax.errors import TrainError
 from sa2jax.models.vocoder import vocoder
-from sa2jax.speech_config import VocoderConfig
-from sa2jax.train.loss_step import TRACES, place_rows
+from sa2jax.train.loss_step import TRACES, make_loss_evaluation, make_loss_step, place_rows
 from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
 from sa2jax.train.step import abstract_state, init_state
 from sa2jax.train.vocoder import (
@@ -26,17 +26,11 @@ from sa2jax.train.vocoder import (
     VocoderTeaching,
     abstract_vocoder_batch,
     fresh_vocoder,
-    make_vocoder_evaluation,
-    make_vocoder_step,
     vocoder_loss,
 )
 
 # One stage only: nothing is slower than compiling.
-CFG = VocoderConfig(
-    channels=32, harmonics=3, rates=(30,), kernels=(60,), n_fft=64, hop=16, block_kernels=(3,),
-    block_dilations=((1,),), source_kernels=(3,), source_dilations=((1,),), f0_channels=16,
-    f0_layers=1,
-)  # fmt: skip
+CFG = SMALL.vocoder
 PLAIN = VocoderTeaching(resolutions=((256, 64), (1024, 256)), forced=1.0)
 MODEL = vocoder(CFG)
 FRAMES = 10
@@ -235,7 +229,7 @@ def test_a_vocoder_learns_a_sound_and_a_run_that_goes_on_is_the_same_run(params)
     )  # fmt: skip
     state = init_state(MODEL, optimizer, None, jax.tree.map(jnp.copy, params))
     traces, found = TRACES["step"], []
-    step = make_vocoder_step(MODEL, optimizer, replace(PLAIN, forced=0.8), seed=5)
+    step = make_loss_step(vocoder_loss, MODEL, optimizer, replace(PLAIN, forced=0.8), seed=5)
     step = step.lower(
         abstract_state(MODEL, optimizer), abstract_vocoder_batch(None, 2, FRAMES)
     ).compile(QUICK)
@@ -257,18 +251,17 @@ def test_a_vocoder_learns_a_sound_and_a_run_that_goes_on_is_the_same_run(params)
     assert last["mel"] < first["mel"] / 5, (first, last)
     assert last["pitch"] < first["pitch"] / 4, (first, last)
     assert last["voicing"] >= 0.9, (first, last)
-    loss, frames = make_vocoder_evaluation(MODEL, None, PLAIN)(
-        state.params, batch, jax.random.key(0)
-    )
+    measure = make_loss_evaluation(vocoder_loss, MODEL, PLAIN)
+    loss, report = measure(state.params, batch, jax.random.key(0))
     assert float(loss) == pytest.approx(last["loss"], rel=0.2)
-    assert float(frames) == 2 * FRAMES
+    assert float(report["frames"]) == 2 * FRAMES
 
 
 def test_frozen_parts_stay(params):
     optimizer = make_optimizer(OptimizerConfig(rate=1e-3, warmup=0, rates={"f0_predictor": 0.0}))
     state = init_state(MODEL, optimizer, None, jax.tree.map(jnp.copy, params))
     batch = place_rows(rows(), None)
-    step = make_vocoder_step(MODEL, optimizer, PLAIN).lower(state, batch).compile(QUICK)
+    step = make_loss_step(vocoder_loss, MODEL, optimizer, PLAIN).lower(state, batch).compile(QUICK)
     state, _ = step(state, batch)
     jax.tree.map(
         np.testing.assert_array_equal, state.params["f0_predictor"], params["f0_predictor"]
@@ -284,14 +277,14 @@ SHARDED = """
     from sa2jax.sharding import make_mesh
     from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
     from sa2jax.train.step import init_state
-    from sa2jax.train.loss_step import place_rows
-    from sa2jax.train.vocoder import fresh_vocoder, make_vocoder_step
+    from sa2jax.train.loss_step import make_loss_step, place_rows
+    from sa2jax.train.vocoder import fresh_vocoder, vocoder_loss
 
     optimizer = make_optimizer(OptimizerConfig(rate=1e-3, warmup=0, eps=1e-4))
     batch, found = rows((10, 4, 0, 7)), {}
     for spec in ("", "data=2,fsdp=2"):
         mesh = make_mesh(spec) if spec else None
-        step = make_vocoder_step(MODEL, optimizer, PLAIN, mesh)
+        step = make_loss_step(vocoder_loss, MODEL, optimizer, PLAIN, mesh)
         state, losses = init_state(MODEL, optimizer, mesh, fresh_vocoder(CFG, mesh=mesh)), []
         places = jax.tree.map(lambda x: x.sharding, state)
         for _ in range(2):
