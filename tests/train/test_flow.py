@@ -196,7 +196,9 @@ def test_a_flow_learns_a_recording_and_says_it(recorded):
     assert int(state.step) == 150
     first, last = np.mean(losses[:10]), np.mean(losses[-10:])
     after = distance(state.params)
-    assert {"loss", "norm", "rate", "frames", "rows", "dropped", "prompted"} == set(report)
+    assert set(report) == {
+        "loss", "norm", "rate", "flow", "prior", "frames", "rows", "dropped", "prompted"
+    }  # fmt: skip
     assert last < first / 4, (first, last)
     assert after < before / 3, (before, after)
 
