@@ -5,9 +5,10 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import soundfile
-from recorded_flow import jit
+from recorded_flow import QUICK, jit
 
 from sa2jax.nn import Policy
 from sa2jax.speech_config import (
@@ -20,8 +21,10 @@ from sa2jax.speech_config import (
     VocoderConfig,
 )
 from sa2jax.train.listening import SoundBatch, letters_of
+from sa2jax.train.loss_step import TRACES, make_loss_step
 from sa2jax.train.networks import STRUCTURES, save_detokenizer
 from sa2jax.train.optimizer import name_of
+from sa2jax.train.step import init_state
 
 TEXTS = ("abca", "cb", "ba ca")
 SMALL = Token2WavConfig(
@@ -101,3 +104,23 @@ def losses_of(loss, model):
         return jax.value_and_grad(of_params, has_aux=True)(params)
 
     return run
+
+
+def learn(loss, model, optimizer, config, params, batch, steps: int):
+    """Train on one batch; gives the state, the reports of all steps, and has checked the run.
+
+    A step is traced once, and what was saved after the first one goes on as the run did.
+    """
+    step, traces = make_loss_step(loss, model, optimizer, config, seed=1), TRACES["step"]
+    state = init_state(model, optimizer, None, jax.tree.map(jnp.copy, params))
+    step, reports = step.lower(state, batch).compile(QUICK), []
+    for n in range(steps):
+        if n == 1:
+            saved = jax.tree.map(np.asarray, state)
+        state, report = step(state, batch)
+        reports.append({name: float(x) for name, x in report.items()})
+    assert TRACES["step"] == traces + 1
+    again, report = step(jax.device_put(saved, jax.local_devices()[0]), batch)
+    assert float(report["loss"]) == reports[1]["loss"]
+    assert int(again.step) == 2
+    return state, reports

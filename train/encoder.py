@@ -36,10 +36,10 @@ from sa2jax.train.listening import (
     best_letters,
     ctc_loss,
     disturbed,
+    loss_of,
     loud,
     masked,
 )
-from sa2jax.train.loss_step import Report
 
 FROZEN: Mapping[str, float] = {"model.positions": 0.0}  # rates: sinusoids stay what they are
 WAVELENGTH = 10_000.0  # longest of the sinusoids, over 2π
@@ -91,13 +91,13 @@ def sinusoids(length: int, width: int) -> Float[Array, "T D"]:
     return jnp.pad(waves, ((0, 0), (0, width - 2 * half)))
 
 
-def encoder_loss(
+def encoder_heard(
     model: Functional[EncoderTeacher],
     params: Params,
     batch: SoundBatch,
-    key: Array | None,
+    key: Array | None = None,
     config: EncoderTeaching | None = None,
-) -> tuple[Float[Array, ""], Report]:
+) -> Heard:
     """How badly a batch's letters can be read from the encoder's features.
 
     Args:
@@ -108,22 +108,7 @@ def encoder_loss(
         config: how, by default `EncoderTeaching()`.
 
     Returns:
-        Nats per letter, and float32 scalars to report: `letters` and `left_out`, see `ctc_loss`.
-    """
-    found = encoder_heard(model, params, batch, key, config)
-    return found.loss, found.report
-
-
-def encoder_heard(
-    model: Functional[EncoderTeacher],
-    params: Params,
-    batch: SoundBatch,
-    key: Array | None = None,
-    config: EncoderTeaching | None = None,
-) -> Heard:
-    """The loss of a batch, and what was heard: letters.
-
-    Arguments are those of `encoder_loss`.
+        Nats per letter, scalars to report (`letters` and `left_out`, see `ctc_loss`), and letters.
     """
     config = EncoderTeaching() if config is None else config
     teacher = model.bind(params)
@@ -138,3 +123,6 @@ def encoder_heard(
         spelled = teacher.heads(x, lengths)
         loss, report = ctc_loss(*spelled, batch.letters, batch.letter_counts)
     return Heard(loss, report, letters=best_letters(*spelled))
+
+
+encoder_loss = loss_of(encoder_heard)

@@ -8,9 +8,9 @@ network and of heads that only teach it:
     params = {"model": ..., "heads": ...}     # `network(params)` is what a user gets
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from sa2jax.errors import TrainError
-from sa2jax.nn import Linear, Params, Policy, before
-from sa2jax.train.loss_step import Report, abstract_rows
+from sa2jax.nn import Functional, Linear, Params, Policy, before
+from sa2jax.train.loss_step import Loss, Report, abstract_rows
 
 LETTERS = " abcdefghijklmnopqrstuvwxyz'"  # ids from 1 on; 0 is CTC's blank
 SYMBOLS = len(LETTERS) + 1
@@ -248,15 +248,15 @@ def masked(
     return jax.vmap(row)(jnp.arange(len(mels)), mels, frames)
 
 
-# --- evaluation -------------------------------------------------------------------------------
+# --- what was heard ---------------------------------------------------------------------------
 
 
 class Heard(NamedTuple):
-    """What an evaluation makes of a batch.
+    """What a network makes of a batch.
 
     Attributes:
-        loss: that of training, without disturbances.
-        report: what training reports.
+        loss: what is made small.
+        report: float32 scalars to report.
         letters: the likeliest symbols (50 Hz), see `best_letters` and `text_of`; or None.
         codes: speech codes (25 Hz), or None.
         vectors: one for each clip, or None.
@@ -267,6 +267,18 @@ class Heard(NamedTuple):
     letters: Int[Array, "B T"] | None = None
     codes: Int[Array, "B S"] | None = None
     vectors: Float[Array, "B D"] | None = None
+
+
+def loss_of(hear: Callable[..., Heard]) -> Loss:
+    """The loss, and what it reports, of a function that hears a batch: what a step makes small."""
+
+    def loss(
+        model: Functional[Any], params: Params, batch: SoundBatch, key: Array | None, config: Any
+    ) -> tuple[Float[Array, ""], Report]:
+        found = hear(model, params, batch, key, config)
+        return found.loss, found.report
+
+    return loss
 
 
 # --- batches ----------------------------------------------------------------------------------

@@ -40,9 +40,9 @@ from sa2jax.train.listening import (
     Heard,
     SoundBatch,
     disturbed,
+    loss_of,
     masked,
 )
-from sa2jax.train.loss_step import Report
 from sa2jax.train.optimizer import name_of
 
 # Rates of what is given, not learnt: statistics of norms, but for the mean of vectors, which is the
@@ -141,13 +141,13 @@ def margin_loss(
     return -jnp.sum(own * jax.nn.log_softmax(logits), axis=-1)
 
 
-def speaker_loss(
+def speaker_heard(
     model: Functional[SpeakerTeacher],
     params: Params,
     batch: SoundBatch,
-    key: Array | None,
+    key: Array | None = None,
     config: SpeakerTeaching | None = None,
-) -> tuple[Float[Array, ""], Report]:
+) -> Heard:
     """How badly voices can be told apart.
 
     Args:
@@ -158,24 +158,9 @@ def speaker_loss(
         config: how, by default `SpeakerTeaching()`.
 
     Returns:
-        Nats per clip, and float32 scalars to report: how many `rows` there are, the `accuracy`
-        among known voices (without margin), and the mean cosine of two clips of the `same` voice
-        and of `other` voices, 0 where the batch has no such two.
-    """
-    found = speaker_heard(model, params, batch, key, config)
-    return found.loss, found.report
-
-
-def speaker_heard(
-    model: Functional[SpeakerTeacher],
-    params: Params,
-    batch: SoundBatch,
-    key: Array | None = None,
-    config: SpeakerTeaching | None = None,
-) -> Heard:
-    """The loss of a batch, and what was heard: vectors of unit length.
-
-    Arguments are those of `speaker_loss`.
+        Nats per clip, vectors of unit length, and scalars to report: how many `rows` there are, the
+        `accuracy` among known voices (without margin), and the mean cosine of two clips of the
+        `same` voice and of `other` voices, 0 where the batch has no such two.
     """
     config = SpeakerTeaching() if config is None else config
     teacher = model.bind(params)
@@ -198,6 +183,9 @@ def speaker_heard(
               "same": pairs.same, "other": pairs.other}  # fmt: skip
     report = {name: jnp.asarray(x, jnp.float32) for name, x in report.items()}
     return Heard(loss, report, vectors=vectors)
+
+
+speaker_loss = loss_of(speaker_heard)
 
 
 def _cut(batch: SoundBatch, key: Array | None, size: int) -> SoundBatch:

@@ -50,10 +50,10 @@ from sa2jax.train.listening import (
     best_letters,
     ctc_loss,
     disturbed,
+    loss_of,
     loud,
     masked,
 )
-from sa2jax.train.loss_step import Report
 
 FRAMES = 4  # mel frames (100 Hz) of a code (25 Hz)
 
@@ -186,13 +186,13 @@ def codes_of(digits: Float[Array, "B S G"], lengths: Int[Array, "B"]) -> Int[Arr
     return jnp.where(before(lengths, codes.shape[1]), codes, 0)
 
 
-def tokenizer_loss(
+def tokenizer_heard(
     model: Functional[TokenizerTeacher],
     params: Params,
     batch: SoundBatch,
-    key: Array | None,
+    key: Array | None = None,
     config: TokenizerTeaching | None = None,
-) -> tuple[Float[Array, ""], Report]:
+) -> Heard:
     """How badly letters and mel frames can be read from a batch's codes.
 
     Args:
@@ -203,24 +203,9 @@ def tokenizer_loss(
         config: how, by default `TokenizerTeaching()`.
 
     Returns:
-        The weighted sum of errors, and float32 scalars to report: `ctc` and `early_ctc` (nats per
-        letter), `mels` (mean error of `s3_log_mel`), `uneven`, `used` (share of the codebook
-        that the batch uses), `letters` and `left_out`, see `ctc_loss`.
-    """
-    found = tokenizer_heard(model, params, batch, key, config)
-    return found.loss, found.report
-
-
-def tokenizer_heard(
-    model: Functional[TokenizerTeacher],
-    params: Params,
-    batch: SoundBatch,
-    key: Array | None = None,
-    config: TokenizerTeaching | None = None,
-) -> Heard:
-    """The loss of a batch, and what was heard: letters and codes.
-
-    Arguments are those of `tokenizer_loss`.
+        The weighted sum of errors, letters, codes, and scalars to report: `ctc` and `early_ctc`
+        (nats per letter), `mels` (mean error of `s3_log_mel`), `uneven`, `used` (share of the
+        codebook that the batch uses), `letters` and `left_out`, see `ctc_loss`.
     """
     config = TokenizerTeaching() if config is None else config
     teacher = model.bind(params)
@@ -249,6 +234,9 @@ def tokenizer_heard(
     report |= {"ctc": ctc, "early_ctc": early, "mels": error, "uneven": bent, "used": seen.mean()}
     loss = ctc + config.early * early + config.mels * error + config.spread * bent
     return Heard(loss, report, letters=best_letters(*spelled), codes=codes)
+
+
+tokenizer_loss = loss_of(tokenizer_heard)
 
 
 def _mel_error(
