@@ -5,7 +5,7 @@ Words are lower-case, without punctuation; numbers are words.
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import product
 from math import prod
@@ -116,7 +116,7 @@ def clock(hour: int, minute: int) -> str:
 
 def count_sentences() -> int:
     """How many sentences the grammar has."""
-    return sum(prod(len(WORDS[s]) for s in _slots(form)) for form in SENTENCES)
+    return sum(prod(len(WORDS[s]) for s in slots(form)) for form in SENTENCES)
 
 
 @cache
@@ -137,15 +137,26 @@ def single_words() -> tuple[str, ...]:
     return tuple(word for word in vocabulary() if word not in alike)
 
 
-def sentence(rng: np.random.Generator) -> str:
-    """A sentence of the grammar; all forms are equally likely."""
-    form = SENTENCES[int(rng.integers(len(SENTENCES)))]
-    words = {slot: WORDS[slot][int(rng.integers(len(WORDS[slot])))] for slot in _slots(form)}
-    return form.format(**words)
+def sentence(
+    rng: np.random.Generator,
+    forms: Sequence[str] = SENTENCES,
+    words: Mapping[str, Sequence[str]] = WORDS,
+) -> str:
+    """A sentence of a grammar; all forms are equally likely, and all words of a slot.
+
+    Args:
+        rng: what is drawn from.
+        forms: sentences with slots, such as "call {name} {when}".
+        words: what each slot may hold.
+    """
+    form = forms[int(rng.integers(len(forms)))]
+    found = {slot: words[slot][int(rng.integers(len(words[slot])))] for slot in slots(form)}
+    return form.format(**found)
 
 
 @cache
-def _slots(form: str) -> tuple[str, ...]:
+def slots(form: str) -> tuple[str, ...]:
+    """Names of what a form leaves open."""
     return tuple(re.findall(r"\{(\w+)\}", form))
 
 

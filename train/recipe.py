@@ -173,9 +173,19 @@ def recipe_names() -> list[str]:
 def read_values(source: str | Path) -> dict[str, Any]:
     """The values of a recipe, by its name or file, unchecked.
 
+    A recipe with `like: NAME` has the values of another one but those that it gives itself, by
+    dotted key as in `with_changes`.
+
     Raises:
         ConfigError: if there is none, or it is no YAML.
     """
+    return _read_values(source, ())
+
+
+def _read_values(source: str | Path, before: tuple[str, ...]) -> dict[str, Any]:
+    """The same, of a recipe that others on the way to it are like."""
+    if str(source) in before:
+        raise ConfigError(f"{before[0]}: recipes that are like each other in a circle")
     path = Path(source)
     if path.suffix not in (".yaml", ".yml"):
         item = files("sa2jax.configs.recipes") / f"{source}.yaml"
@@ -193,7 +203,10 @@ def read_values(source: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{source} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{source}: expected `key: value` lines, got {type(values).__name__}")
-    return values
+    other = values.pop("like", None)
+    if other is None:
+        return values
+    return with_changes(_read_values(str(other), (*before, str(source))), values)
 
 
 def read_recipe(source: str | Path, changes: Mapping[str, Any] | None = None) -> Recipe:

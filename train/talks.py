@@ -8,9 +8,11 @@ no training file.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
@@ -119,6 +121,9 @@ class Talks:
         read_in_english: part of the tts prompts that are the English ones.
         held_out: what is kept for evaluation.
         known: the voices that are to be known by name.
+        forms: sentences in place of the grammar's, with its slots and those of `words`, such as
+            "bring the {color} {instrument}"; none for the grammar's own.
+        words: more slots, or other words of the grammar's: "piano guitar drum" for each.
     """
 
     counts: Mapping[str, int]
@@ -130,8 +135,30 @@ class Talks:
     read_in_english: float
     held_out: HeldOut
     known: tuple[str, ...] = field(default=())
+    forms: tuple[str, ...] = ()
+    words: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def grammar(self) -> Sequence[str]:
+        """Forms of sentences."""
+        return self.forms or corpus.SENTENCES
+
+    @cached_property
+    def slots(self) -> Mapping[str, Sequence[str]]:
+        """What each slot of a form may hold."""
+        return corpus.WORDS | {name: tuple(words.split()) for name, words in self.words.items()}
 
     def __post_init__(self):
+        if empty := [name for name, words in self.words.items() if not words.split()]:
+            raise ConfigError(f"talks.words.{empty[0]}: expected words")
+        for form in self.forms:
+            if not form or re.sub(r"\{\w+\}|[a-z']+", "a", form).strip("a ") or "  " in form:
+                raise ConfigError(f"talks.forms: expected words and {{slots}}, got {form!r}")
+            if strange := [name for name in corpus.slots(form) if name not in self.slots]:
+                raise ConfigError(
+                    f"talks.forms: {form!r} has a slot {strange[0]}; there are "
+                    + ", ".join(sorted(self.slots))
+                )
         for name, known in _PARTS.items():
             given = getattr(self, name)
             if strange := [key for key in given if key not in known]:
@@ -209,7 +236,7 @@ class _Draw:
 
     def _open(self, kind: str) -> str:
         if kind == "sentence":
-            return corpus.sentence(self.rng)
+            return corpus.sentence(self.rng, self.config.grammar, self.config.slots)
         if kind == "digits":
             return " ".join(self.one(corpus.DIGITS) for _ in range(int(self.rng.integers(1, 8))))
         if kind == "number":

@@ -221,3 +221,34 @@ def test_split_is_checked(monkeypatch):
 def test_wrong_recipes(change, message):
     with pytest.raises(ConfigError, match=message):
         read_corpus("nano/corpus", change)
+
+
+# --- other words --------------------------------------------------------------------------------
+
+
+def test_words_of_ones_own():
+    config = read_corpus("words/corpus").talks
+    new = {word for words in config.words.values() for word in words.split()}
+    assert len(new) == 50
+    assert not new & {*corpus.vocabulary()}
+    planned = plan_talks(config, 0, 0.2)
+    assert Counter(talk.file for talk in planned) == {"talks/asr": 500, "heldout/asr_seen": 60}
+    said = {file: [heard(talk.lines[1]) for talk in of(planned, file)] for file in
+            ("talks/asr", "heldout/asr_seen")}  # fmt: skip
+    assert not {*said["talks/asr"]} & {*said["heldout/asr_seen"]}
+    assert all(new & {*text.split()} for texts in said.values() for text in texts)
+    assert new == {word for text in said["talks/asr"] for word in text.split() if word in new}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"talks.forms": ["play the {horn}"]}, "has a slot horn; there are animal, "),
+     ({"talks.forms": [""]}, "expected words and {slots}, got ''"),
+     ({"talks.forms": ["Play it!"]}, "expected words and {slots}, got 'Play it!'"),
+     ({"talks.forms": ["play {0}  it"]}, "expected words and {slots}"),
+     ({"talks.forms": ["play {it"]}, "expected words and {slots}"),
+     ({"talks.words": {"beast": " "}}, "talks.words.beast: expected words")],
+)  # fmt: skip
+def test_bad_words(change, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        read_corpus("words/corpus", change)

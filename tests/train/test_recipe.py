@@ -176,10 +176,27 @@ def test_recipes_of_other_kinds(name):
         assert read_network_recipe(name, kind=kind).kind == kind
 
 
-def test_the_stages_of_nano_say_what_commands_take():
-    """Every recipe, and no other, is a stage; each stage is a command."""
-    stages = read_values("nano/all")["stages"]
+@pytest.mark.parametrize("family", ["nano", "words"])
+def test_stages_say_what_commands_take(family):
+    """Every recipe of a family is a stage; each stage is a command."""
+    stages = read_values(f"{family}/all")["stages"]
     commands = [shlex.split(command) for command in stages.values()]
     named = {words[words.index("--config") + 1] for words in commands if "--config" in words}
-    assert named == {name for name in recipe_names() if name.startswith("nano/")} - {"nano/all"}
+    own = {name for name in recipe_names() if name.startswith(f"{family}/")}
+    assert own - {f"{family}/all"} == {name for name in named if name in own}
     assert {words[0] for words in commands} <= set(COMMANDS)
+
+
+def test_a_recipe_like_another_gives_what_differs(tmp_path):
+    (tmp_path / "first.yaml").write_text("kind: a\nx: {y: 1, z: [2, 3]}\n")
+    (tmp_path / "second.yaml").write_text(f"like: {tmp_path / 'first.yaml'}\nx.z: [4]\nw: 5\n")
+    (tmp_path / "third.yaml").write_text(f"like: {tmp_path / 'second.yaml'}\nkind: b\n")
+    assert read_values(tmp_path / "second.yaml") == {"kind": "a", "x": {"y": 1, "z": [4]}, "w": 5}
+    assert read_values(tmp_path / "third.yaml")["kind"] == "b"
+    (tmp_path / "third.yaml").write_text(f"like: {tmp_path / 'fourth.yaml'}\n")
+    (tmp_path / "fourth.yaml").write_text(f"like: {tmp_path / 'third.yaml'}\n")
+    with pytest.raises(ConfigError, match="in a circle"):
+        read_values(tmp_path / "third.yaml")
+    (tmp_path / "fourth.yaml").write_text("like: nowhere\n")
+    with pytest.raises(ConfigError, match="no recipe 'nowhere'"):
+        read_values(tmp_path / "third.yaml")
