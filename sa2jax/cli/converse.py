@@ -27,6 +27,7 @@ def chat(
     system: str = "You are a helpful assistant.",
     out: MaybeWavOut = None,
     voice: str | None = None,
+    picture: Path | None = None,
     stream: bool = False,
     first: int | None = None,
     tools: Path | None = None,
@@ -54,6 +55,7 @@ def chat(
             samples (16 bit, mono, 24 kHz) to standard output, and text to stderr. The answers of a
             conversation are numbered: reply-1.wav, reply-2.wav.
         voice: Who speaks: name of a voice, a voice file, or a recording of the speaker.
+        picture: Draw question and spoken answer, waves and mel spectra, into this file (.png).
         stream: Print and write the answer as it comes.
         first: Codes of the first chunk of sound (25 are a second); fewer begin sooner.
         tools: JSON file with a list of the schemas of what the model may call.
@@ -68,6 +70,7 @@ def chat(
         json: Print JSON.
     """
     from sa2jax.chat.template import Text
+    from sa2jax.cli.picture import artist
     from sa2jax.errors import PromptError
     from sa2jax.inference.requests import Options
     from sa2jax.inference.sampling import Sampling
@@ -77,6 +80,9 @@ def chat(
         raise PromptError("--json is for one answer: give a recording or --text, and no -o -")
     if voice is not None and out is None and not interactive:
         raise PromptError("a voice, but no file for what it says: give -o")
+    if picture is not None and (out is None or interactive):
+        raise PromptError("--picture is of one spoken answer: give a question, and -o")
+    draw = None if picture is None else artist(picture)
     if first is not None and first < 1:
         raise PromptError(f"expected a first chunk of at least 1 code, got {first}")
     if history is not None and history.suffix != ".json":
@@ -118,6 +124,9 @@ def chat(
             print(*map(talk.as_written, calls), sep="\n", file=screen)
             common.say("nobody ran these calls; in a conversation you are asked for the results")
         talk.tell(reply, out, times=stream or out is not None)
+    if draw is not None:
+        draw(reply, files)
+        common.say(f"picture: {picture}")
     live.keep()
 
 

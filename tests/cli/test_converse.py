@@ -3,11 +3,13 @@
 import io
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from matplotlib import image
 from scripted import SAMPLES, TOOL_CALL, TOOL_CALL_END, groups, sound
 
 from sa2jax import cli, pipeline, testing
@@ -242,6 +244,10 @@ def test_bad_tools(refused, script, text, message):
         ("chat --text hi -o no/x.wav", "no folder no"),
         ("chat --text hi -o x.wav --voice nobody", "no voice 'nobody': expected one of anna, bert"),
         ("chat --text hi -o x.wav --first 0", "at least 1 code, got 0"),
+        ("chat --text hi --picture x.png", "is of one spoken answer"),
+        ("chat -o x.wav --picture x.png", "is of one spoken answer"),
+        ("chat --text hi -o x.wav --picture x.jpg", "to end in .png, got x.jpg"),
+        ("chat --text hi -o x.wav --picture no/x.png", "no folder no"),
         ("chat --text hi --history talk.txt", "to end in .json, got talk.txt"),
         ("chat --text hi --max-new-tokens 0", "max_new_tokens=0"),
         ("tts -o x.wav", "expected one text"),
@@ -270,6 +276,21 @@ def test_raw_samples_are_not_for_a_terminal(script, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.main(["chat", "--text", "hi", "-o", "-", "--stream", *WHERE])
     assert "pipe them into a player" in capsys.readouterr().err
+
+
+def test_picture(run, refused, script, recording, monkeypatch):
+    script.will_say(HELLO)
+    code, _, err = run("chat", recording, "-o", "x.wav", "--picture", "x.png", *WHERE)
+    assert code == 0
+    assert err.endswith("picture: x.png\n")
+    panels = image.imread("x.png")
+    height, width, _ = panels.shape
+    for half in (panels[:, : width // 2], panels[:, width // 2 :]):  # both have a spectrum
+        assert len(np.unique(half[height // 2 :].reshape(-1, 4), axis=0)) > 50
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "pip install 'sa2jax[train]'" in refused(
+        "chat", recording, "-o", "y.wav", "--picture", "y.png", *WHERE
+    )
 
 
 def test_nothing_spoken(refused, run, script):
