@@ -13,7 +13,14 @@ from sa2jax.convert.token2wav import supply_voices
 from sa2jax.convert.transfer import copy_side_files, read_stored
 from sa2jax.convert.weights import parse_dtype
 from sa2jax.errors import CheckpointError, ConfigError
-from sa2jax.inference.speech_folder import HEARING, KIND, VOICES, SpeechFolder, is_ours
+from sa2jax.inference.speech_folder import (
+    DEFAULT_VOICE,
+    HEARING,
+    KIND,
+    VOICES,
+    SpeechFolder,
+    is_ours,
+)
 
 
 def join(
@@ -34,8 +41,8 @@ def join(
         out: folder to make; it appears only when it is complete.
         dtype: of all floating numbers; by default each tensor keeps its own.
         single: write the numbers of each as one file `params.safetensors`, for small models.
-        voices: recordings of voices, by the names they shall have. The detokenizer's own voices
-            come along if its numbers stay what they are.
+        voices: recordings of voices, by the names they shall have; the first becomes the default.
+            The detokenizer's own voices come along if its numbers stay what they are.
         overwrite: replace a checkpoint at `out`.
 
     Returns:
@@ -68,6 +75,8 @@ def join(
         params = _read(tongue.folder, cast)
         heard = {name: params[name] for name in HEARING}
         own = checkpoint.read_info(tongue.folder) | {"analysis": checkpoint.content_hash(heard)}
+        if voices:
+            own[DEFAULT_VOICE] = next(iter(voices))
         _write(folder / KIND, params, own, single)
         notes = supply_voices(folder, tongue.home)
         made = SpeechFolder(folder)

@@ -61,7 +61,8 @@ def join(
         out: Folder to make; it appears only when it is complete.
         dtype: Dtype to store; by default each tensor keeps its own.
         single: Write one file of numbers for each, for small models.
-        voice: NAME=RECORDING, a voice to make; the option may be given several times.
+        voice: NAME=RECORDING, a voice to make; the option may be given several times, and the
+            first is the default voice.
         overwrite: Replace a checkpoint at OUT.
     """
     common.stay_on_host()

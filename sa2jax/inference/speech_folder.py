@@ -26,6 +26,7 @@ KIND = "token2wav"
 YAML = "flow.yaml"
 VOICES, RECORDINGS = "voices", "assets"
 SPEAKING, HEARING = ("flow", "vocoder"), ("speech_tokenizer", "speaker_encoder")
+DEFAULT_VOICE = "default_voice"  # in a folder's facts: the name of one of its voices
 DEFAULTS = ("default", "default_female", "default_male")  # what voice "default" stands for
 
 
@@ -172,7 +173,8 @@ class SpeechFolder:
         return notes
 
     def _default(self, known: dict[str, Path]) -> str | None:
-        chosen = next((name for name in DEFAULTS if name in known), None)
+        own = [] if self.official else [self._info.get(DEFAULT_VOICE)]
+        chosen = next((name for name in (*own, *DEFAULTS) if name in known), None)
         return chosen or (next(iter(known)) if len(known) == 1 else None)
 
     @cached_property

@@ -48,7 +48,8 @@ def recording(tmp_path_factory):
 @pytest.fixture(scope="module")
 def joined(begun, recording, tmp_path_factory):
     out = tmp_path_factory.mktemp("joined") / "model"
-    notes = join(begun, begun, out, dtype="bfloat16", single=True, voices={"anna": recording})
+    voices = {"sue": recording, "anna": recording}
+    notes = join(begun, begun, out, dtype="bfloat16", single=True, voices=voices)
     assert notes == []
     return out
 
@@ -104,7 +105,8 @@ def test_parts_in_one_file_each(begun, joined):
 
 def test_what_was_joined_speaks(joined):
     model = StepAudio2.from_pretrained(joined)
-    assert list(model.speech.folder.voices) == ["anna"]
+    assert list(model.speech.folder.voices) == ["anna", "sue"]
+    assert model.speech.voice().name == "sue"  # the first one given
     wave = model.speech.vocode([1, 2, 3] * 9, voice="anna")
     assert wave.shape == (27 * 960,)
     assert np.isfinite(wave).all()
@@ -119,14 +121,17 @@ def test_a_joined_model_is_trained_on(joined, tmp_path):
     moved = {name for name in before if not np.array_equal(before[name], after[name])}
     assert moved
     assert all(name.startswith("flow.") for name in moved)
-    assert list(SpeechFolder(tmp_path / "flow").voices) == ["anna"]
+    made = SpeechFolder(tmp_path / "flow")
+    assert list(made.voices) == ["anna", "sue"]
+    assert made.voice().name == "sue"
 
 
 def test_a_network_that_hears_leaves_voices_behind(joined, tmp_path):
     network = open_network("speech_tokenizer", joined)
     params = jax.tree.map(lambda leaf: leaf * 2, jax.device_get(network.load(None)))
-    (note,) = network.save(params, tmp_path / "ears")
-    assert "voice anna was analysed by other weights" in note
+    notes = network.save(params, tmp_path / "ears")
+    for name, note in zip(("anna", "sue"), notes, strict=True):
+        assert f"voice {name} was analysed by other weights" in note
     made = SpeechFolder(tmp_path / "ears")
     assert made.voices == {}
     assert made.analysis != SpeechFolder(joined).analysis
