@@ -110,7 +110,7 @@ def dry_run(recipe: Recipe) -> DryRun:
     )  # fmt: skip
     step = make_step(
         base.model, optimizer, mesh, remat=recipe.remat, chunk=recipe.chunk,
-        gradients=recipe.gradients,
+        gradients=recipe.gradients, unroll=recipe.unroll,
     )  # fmt: skip
     trained, _ = optimizer.split(state.params)
     added_up = sum(map(_size, jax.tree.leaves(trained))) * jnp.dtype(recipe.gradients).itemsize
@@ -134,7 +134,10 @@ def dry_network_run(recipe: NetworkRecipe) -> DryRun:
     optimizer, model = make_optimizer(recipe.optimizer), subject.model(network, recipe.data)
     state = abstract_state(model, optimizer, mesh)
     rows = rows_at_once(recipe.data.rows, 0, mesh)
-    step = make_loss_step(subject.loss, model, optimizer, recipe.teaching, mesh, seed=recipe.seed)
+    step = make_loss_step(
+        subject.loss, model, optimizer, recipe.teaching, mesh, seed=recipe.seed,
+        unroll=recipe.unroll,
+    )  # fmt: skip
     memory = _memory(step, state, subject.batch(network, recipe, mesh, rows))
     units, unit = rows * subject.longest(recipe.data), f"{subject.unit} at most"
     groups = _groups(recipe.optimizer, state)

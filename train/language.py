@@ -89,7 +89,7 @@ def make_task(recipe: Recipe, out: Path) -> Task:
     optimizer = make_optimizer(optimizer_config(recipe))
     step = make_step(
         base.model, optimizer, mesh, remat=recipe.remat, chunk=recipe.chunk,
-        gradients=recipe.gradients,
+        gradients=recipe.gradients, unroll=recipe.unroll,
     )  # fmt: skip
     like = abstract_state(base.model, optimizer, mesh)
     trains = lambda part: optimizer.trains(f"{part}.kernel")  # noqa: E731

@@ -38,6 +38,7 @@ def make_loss_step(
     mesh: Mesh | None = None,
     *,
     seed: int = 0,
+    unroll: bool = False,
 ) -> Step:
     """The step of a loss: `state, report = step(state, batch)`; see `train.step` for states.
 
@@ -51,6 +52,7 @@ def make_loss_step(
         config: how is taught; by default as the loss has it.
         mesh: devices; None for one.
         seed: of all that is drawn.
+        unroll: write out layers, see `nn.unrolling`.
     """
     places = None if mesh is None else optimizer.split(model.shardings(mesh))[0]
 
@@ -66,7 +68,7 @@ def make_loss_step(
         report = report | {"loss": value, "norm": norm, "rate": optimizer.schedule(state.step)}
         return new, {name: jnp.asarray(scalar, jnp.float32) for name, scalar in report.items()}
 
-    return compiled(step, model, optimizer, mesh)
+    return compiled(step, model, optimizer, mesh, unroll=unroll)
 
 
 def make_loss_evaluation(

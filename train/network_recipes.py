@@ -61,6 +61,7 @@ class NetworkRecipe:
             with `model` and `heads` where heads teach it.
         evaluate: what is measured beside it.
         mesh: devices, such as `data=4`; by default all on `fsdp`.
+        unroll: write out layers instead of a loop over them: faster on a CPU, longer to compile.
         seed: of data order, noise, and what else is drawn.
         pace: how often is logged, evaluated and saved.
     """
@@ -73,6 +74,7 @@ class NetworkRecipe:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluate: HeldOut | None = None
     mesh: str | None = None
+    unroll: bool = False
     seed: int = 0
     pace: Pace = field(default_factory=Pace)
 

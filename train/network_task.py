@@ -183,7 +183,8 @@ def make_network_task(recipe: NetworkRecipe, out: Path) -> Task:
         data=data, finite=recipe.data.epochs is not None, optimizer=optimizer, like=like,
         load=load, begin=partial(init_state, model, optimizer, mesh),
         step=make_loss_step(
-            subject.loss, model, optimizer, recipe.teaching, mesh, seed=recipe.seed
+            subject.loss, model, optimizer, recipe.teaching, mesh, seed=recipe.seed,
+            unroll=recipe.unroll,
         ),
         place=partial(place_rows, mesh=mesh), evaluate=evaluate,
         finish=partial(_write_results, subject, network), meter=Meter((0.0, 0.0), 0.0),

@@ -115,6 +115,7 @@ class Recipe:
         remat: what the gradient computes again: `full`, `dots`, or null for nothing.
         chunk: positions of each row whose logits are held at a time.
         gradients: dtype in which the gradients of a batch's parts are added up.
+        unroll: write out layers instead of a loop over them: faster on a CPU, longer to compile.
         seed: of data order and fresh parameters.
         pace: how often is logged, evaluated and saved.
     """
@@ -128,6 +129,7 @@ class Recipe:
     remat: Remat | None = "full"
     chunk: int = CHUNK
     gradients: Literal["float32", "bfloat16"] = "float32"
+    unroll: bool = False
     seed: int = 0
     pace: Pace = field(default_factory=Pace)
 
@@ -151,7 +153,7 @@ class Recipe:
 
 
 # What may change when a run goes on: nothing that its numbers depend on.
-FREE = ("mesh", "pace", "evaluate", "model.save", "data.max_rejects")
+FREE = ("mesh", "unroll", "pace", "evaluate", "model.save", "data.max_rejects")
 
 
 # What a recipe may train: the model, or a part of it; or several things one after the other.

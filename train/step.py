@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sa2jax.config import StepAudio2Config
 from sa2jax.errors import TrainError
 from sa2jax.models.step_audio import StepAudio2Model
-from sa2jax.nn import Functional, Params, Remat
+from sa2jax.nn import Functional, Params, Remat, unrolling
 from sa2jax.sharding import placed, shard, sharding_of, using
 from sa2jax.train.objective import CHUNK, Sums, next_token_loss
 from sa2jax.train.optimizer import Optimizer, apply_updates, join
@@ -139,6 +139,7 @@ class Step:
 
     function: Any
     mesh: Mesh | None
+    unroll: bool = False
 
     def __call__(
         self, state: TrainState, batch: Batch
@@ -150,13 +151,13 @@ class Step:
             those of each stream as `text/loss`, the gradient's `norm` before it is clipped, the
             learning `rate` and the `weight` of the batch.
         """
-        with using(self.mesh):
+        with using(self.mesh), unrolling(self.unroll):
             return self.function(state, batch)
 
     def lower(self, state: TrainState, batch: Batch) -> Any:
         """For arguments as `abstract_state` and `abstract_batch` give them; then `.compile()`."""
         # Devices may be a topology's, which nothing can run on; constants are made meanwhile.
-        with _describing(self.mesh):
+        with _describing(self.mesh), unrolling(self.unroll):
             return self.function.lower(state, batch)
 
 
@@ -172,6 +173,7 @@ def make_step(
     remat: Remat | None = "full",
     chunk: int = CHUNK,
     gradients: DTypeLike = jnp.float32,
+    unroll: bool = False,
 ) -> Step:
     """The step of a model and an optimizer on a mesh.
 
@@ -184,6 +186,7 @@ def make_step(
         remat: what the gradient computes again, see `nn.over_layers`.
         chunk: positions of each row whose logits are held at a time.
         gradients: dtype in which those of a batch's parts are added up.
+        unroll: write out layers, see `nn.unrolling`.
     """
     loss = partial(loss_of, model, remat=remat, chunk=chunk)
     places = None if mesh is None else optimizer.split(model.shardings(mesh))[0]
@@ -227,7 +230,7 @@ def make_step(
         report = {key: jnp.asarray(value, jnp.float32) for key, value in report.items()}
         return new, report
 
-    return compiled(step, model, optimizer, mesh)
+    return compiled(step, model, optimizer, mesh, unroll=unroll)
 
 
 def updated(
@@ -243,14 +246,19 @@ def updated(
 
 
 def compiled(
-    step: Callable[..., Any], model: Functional[Any], optimizer: Optimizer, mesh: Mesh | None
+    step: Callable[..., Any],
+    model: Functional[Any],
+    optimizer: Optimizer,
+    mesh: Mesh | None,
+    *,
+    unroll: bool = False,
 ) -> Step:
     """A step that uses up its state and leaves the new one in the same places."""
     options: dict[str, Any] = {"donate_argnums": 0}
     if mesh is not None:
         whole = NamedSharding(mesh, PartitionSpec())
         options["out_shardings"] = (state_shardings(model, optimizer, mesh), whole)
-    return Step(jax.jit(step, **options), mesh)
+    return Step(jax.jit(step, **options), mesh, unroll)
 
 
 def make_evaluation(

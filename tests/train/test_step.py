@@ -104,6 +104,22 @@ def test_parts_that_are_computed_again_add_up_to_one_batch():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one.params, other.params)
 
 
+def test_layers_that_are_written_out_are_the_same_step():
+    model, optimizer = step_audio2(CFG), make_optimizer(replace(FAST, eps=1e-4))
+    found = []
+    for unroll in (False, True):
+        step = make_step(model, optimizer, unroll=unroll)
+        state = init_state(model, optimizer, None, testing.tiny_params(CFG))
+        lowered = step.lower(*jax.tree.map(jax.typeof, (state, rows())))
+        loops = lowered.as_text().count("stablehlo.while")
+        found.append((loops, *step(state, rows())))
+    (loops, one, report), (fewer, other, again) = found
+    assert fewer == loops - 3  # of the decoder there and back, and of the frozen encoder
+    for key in report:
+        np.testing.assert_allclose(report[key], again[key], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one.params, other.params)
+
+
 @pytest.mark.parametrize(
     "policy",
     [
