@@ -26,7 +26,7 @@ from sa2jax.train.samples import ABOUT, FORMAT, N_MELS, Reject, Sample, pack
 
 REJECTS = "rejects.jsonl"
 CODE_RATE = 25  # audio codes of a second
-_TURN = 4  # tokens around a turn's content
+_MARKS = 2  # `<|BOT|>` and `<|EOT|>` of a turn
 
 # Letters of each script; what has none of them is not counted.
 _SCRIPTS = {
@@ -230,19 +230,23 @@ class Tally:
         ))  # fmt: skip
         length, tools = frames, sample.record.tools
         if self.tokenizer is not None and tools:
-            length += _TURN + len(self.tokenizer.encode(render_tools(tools)))
+            length += _MARKS + self._count(f"tool_json_schemas\n{render_tools(tools)}")
         for index, turn in enumerate(sample.record.turns):
             text = turn.content.replace(AUDIO, "")
             for script, count in characters(text).items():
                 self.characters[script] += count
             if self.tokenizer is None:
                 continue
-            words = len(self.tokenizer.encode(text))
+            words = self._count(text)
             self.tokens["text"] += words
             codes = len(sample.codes.get(index, ()))
             # A spoken turn has groups of a word and its codes.
-            length += _TURN + (max(-(-codes // GROUP), words) * (1 + GROUP) if codes else words)
+            length += _MARKS + self._count(f"{turn.role}\n")
+            length += max(-(-codes // GROUP), words) * (1 + GROUP) if codes else words
         self.lengths.append(heard + spoken / CODE_RATE if self.tokenizer is None else length)
+
+    def _count(self, text: str) -> int:
+        return len(self.tokenizer.encode(text)) if self.tokenizer is not None else 0
 
     def facts(self) -> dict[str, Any]:
         """The counts, for dataset.json."""

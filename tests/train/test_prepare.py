@@ -128,7 +128,7 @@ def test_characters():
 
 
 def test_lengths_in_tokens():
-    """As many as the template makes of it, but for the turns' marks, which are about four each."""
+    """As many as the template makes of it."""
     tokenizer = Tokenizer(testing.byte_tokenizer(testing.AUDIO_START, 512))
     tally = Tally(tokenizer)
     turns = (Turn("user", "<audio>ab"), Turn("assistant", "c", speech=tuple(range(9))))
@@ -136,10 +136,10 @@ def test_lengths_in_tokens():
     codes = {1: np.arange(9, dtype=np.int32)}
     tally.add(Sample(Record(turns, ("a",)), ((mel,),), codes))
     assert tally.tokens == {"text": 3, "heard": 127, "codes": 9}
-    assert tally.facts()["lengths"]["longest"] == 127 + (4 + 2) + (4 + 3 * 5)
+    assert tally.facts()["lengths"]["longest"] == (2 + 5 + 127 + 2) + (2 + 10 + 3 * 5)
     tools = [{"name": "x"}]
     tally.add(Sample(Record((Turn("user", "ab"),), tools=tools)))
-    assert tally.lengths[1] == 4 + 2 + 4 + len(json.dumps(tools))
+    assert tally.lengths[1] == (2 + 5 + 2) + (2 + 18 + len(json.dumps(tools)))
 
 
 # --- spoken answers -------------------------------------------------------------------------------
