@@ -74,7 +74,7 @@ def test_the_clock_is_asked_and_a_time_is_said(nano, held_out):
         )  # fmt: skip
         reply = chat.say(item.audio, speak=True)
         assert len(reply.audio) > 0
-        said.append(reply.text.strip().startswith(("it is", "today is")))
+        said.append("it is" in reply.text or "today is" in reply.text)
     assert sum(said) >= 5
 
 
