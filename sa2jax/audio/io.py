@@ -17,6 +17,7 @@ import numpy as np
 import soundfile
 from jaxtyping import Float, Int16
 
+from sa2jax.audio.blas import one_thread
 from sa2jax.audio.features import CHUNK_SAMPLES, SAMPLE_RATE
 from sa2jax.errors import AudioError
 
@@ -285,7 +286,8 @@ def _polyphase(
         windows = np.lib.stride_tricks.sliding_window_view(reached, width, axis=1)[:, ::step_in]
         if width > step_in:  # overlapping rows are no matrix to BLAS
             windows = np.ascontiguousarray(windows)
-        np.matmul(windows, kernel, out=out[:, :, first:last])
+        with one_thread():
+            np.matmul(windows, kernel, out=out[:, :, first:last])
     return out.reshape(len(held), -1)
 
 
