@@ -84,16 +84,7 @@ def make_example(
         RecordError: if nothing of the sample can be learnt.
         DataError: for an unknown style.
     """
-    if style not in STYLES:
-        raise DataError(f"style={style!r}: expected one of {', '.join(STYLES)}")
-    row = _Row(sample, tokenizer, cfg)
-    try:
-        if style == "chat":
-            _write_chat(row)
-        else:
-            _write_raw(row)
-    except PromptError as error:
-        raise RecordError(str(error)) from None
+    row = _written(sample, tokenizer, cfg, style)
     ids = np.asarray(row.ids, np.int32)
     kinds = kinds_of(ids, tokenizer.special)
     given = weights or {}
@@ -108,6 +99,15 @@ def make_example(
     return Example(ids, learnt, kinds, tuple(row.mels), tuple(row.starts), sample.record.where)
 
 
+def length_of(sample: Sample, tokenizer: Tokenizer, cfg: StepAudio2Config) -> int:
+    """How many tokens `make_example` makes of a sample in the `chat` style.
+
+    Raises:
+        RecordError: if the sample is no conversation that the template knows.
+    """
+    return len(_written(sample, tokenizer, cfg, "chat").ids)
+
+
 def kinds_of(ids: Int32[np.ndarray, "T"], special: SpecialTokens) -> UInt8[np.ndarray, "T"]:
     """Which of `KINDS` each token is: a code of speech, a filler of either side, or else text."""
     codes = ids - special.audio_code_0
@@ -117,6 +117,21 @@ def kinds_of(ids: Int32[np.ndarray, "T"], special: SpecialTokens) -> UInt8[np.nd
 
 
 # --- the row under way --------------------------------------------------------------------------
+
+
+def _written(sample: Sample, tokenizer: Tokenizer, cfg: StepAudio2Config, style: Style) -> "_Row":
+    """All tokens of a sample."""
+    if style not in STYLES:
+        raise DataError(f"style={style!r}: expected one of {', '.join(STYLES)}")
+    row = _Row(sample, tokenizer, cfg)
+    try:
+        if style == "chat":
+            _write_chat(row)
+        else:
+            _write_raw(row)
+    except PromptError as error:
+        raise RecordError(str(error)) from None
+    return row
 
 
 class _Row:

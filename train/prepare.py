@@ -124,13 +124,16 @@ def prepare(
         heard = stack.enter_context(closing(
             _heard(files.jobs(model.plan, reader), files.processes(config.workers))
         ))  # fmt: skip
-        tally = Tally(model.tokenizer)
+        tally = Tally(model.reader)
         for done, result in enumerate(_with_codes(heard, model), 1):
             if isinstance(result, Reject):
                 rejects.add(result)
             else:
-                writer.add(result)
-                tally.add(result)
+                try:
+                    tally.add(result)
+                    writer.add(result)
+                except RecordError as error:
+                    rejects.add(Reject(result.record.where, str(error)))
             progress(done, files.total)
         if not writer.samples:
             raise DataError(f"none of {len(rejects)} records can be used; {rejects.last}")
@@ -155,29 +158,34 @@ class _Plan:
 class _Model:
     """What a model's folder has to say about its data."""
 
-    def __init__(self, plan: _Plan, tokenizer: Tokenizer | None, speech: Any):
-        self.plan, self.tokenizer, self._speech = plan, tokenizer, speech
+    def __init__(
+        self,
+        plan: _Plan,
+        reader: tuple[Tokenizer, StepAudio2Config] | None = None,
+        speech: Any = None,
+    ):
+        self.plan, self.reader, self._speech = plan, reader, speech
         self.analysis: str | None = None  # known once codes have been made
 
     @classmethod
     def of(cls, folder: str | Path | None) -> Self:
         """Look at a folder; weights are not read before they are needed."""
         if folder is None:
-            return cls(_Plan(), None, None)
+            return cls(_Plan())
         from sa2jax.inference.speech_folder import SpeechFolder, find
 
         folder = Path(folder)
         if not folder.is_dir():
             raise CheckpointError(f"no folder {folder}: expected a model folder")
-        n_mels, num_codes, tokenizer = N_MELS, NUM_CODES, None
+        n_mels, num_codes, reader = N_MELS, NUM_CODES, None
         if (folder / "config.json").is_file():
-            n_mels = StepAudio2Config.from_hf(folder).audio_encoder.mels
-            tokenizer = Tokenizer.from_folder(folder)
-            num_codes = tokenizer.special.num_codes
+            tokenizer, cfg = Tokenizer.from_folder(folder), StepAudio2Config.from_hf(folder)
+            n_mels, num_codes = cfg.audio_encoder.mels, tokenizer.special.num_codes
+            reader = tokenizer, cfg
         speech = None if find(folder) is None else SpeechFolder(folder)
-        if tokenizer is None and speech is None:
+        if reader is None and speech is None:
             raise CheckpointError(f"{folder} holds no model: expected config.json or token2wav/")
-        return cls(_Plan(n_mels, num_codes, speech is not None), tokenizer, speech)
+        return cls(_Plan(n_mels, num_codes, speech is not None), reader, speech)
 
     def codes_of(self, clips: list[np.ndarray]) -> list[np.ndarray]:
         """Codes of recordings at 16 kHz."""

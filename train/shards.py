@@ -16,17 +16,16 @@ from typing import Any, Self
 import numpy as np
 
 from sa2jax import audio
-from sa2jax.chat.interleave import GROUP
 from sa2jax.chat.tokenizer import Tokenizer
-from sa2jax.chat.tools import render_tools
+from sa2jax.config import StepAudio2Config
 from sa2jax.convert.weights import parse_size
 from sa2jax.errors import DataError
+from sa2jax.train.examples import length_of
 from sa2jax.train.records import AUDIO
 from sa2jax.train.samples import ABOUT, FORMAT, N_MELS, Reject, Sample, pack
 
 REJECTS = "rejects.jsonl"
 CODE_RATE = 25  # audio codes of a second
-_MARKS = 2  # `<|BOT|>` and `<|EOT|>` of a turn
 
 # Letters of each script; what has none of them is not counted.
 _SCRIPTS = {
@@ -205,11 +204,12 @@ class Tally:
     """What the samples hold.
 
     Args:
-        tokenizer: counts text; without it lengths are seconds.
+        reader: tokenizer and sizes of the model that will read them; without one lengths are
+            seconds.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None = None):
-        self.tokenizer = tokenizer
+    def __init__(self, reader: tuple[Tokenizer, StepAudio2Config] | None = None):
+        self.reader = reader
         self.characters = dict.fromkeys(("zh", "en", "ja", "ko", "other"), 0)
         self.tokens = dict.fromkeys(("text", "heard", "codes"), 0)
         self.heard, self.lengths = array("d"), array("d")
@@ -217,42 +217,38 @@ class Tally:
     @property
     def unit(self) -> str:
         """What lengths are measured in."""
-        return "seconds" if self.tokenizer is None else "tokens"
+        return "seconds" if self.reader is None else "tokens"
 
     def add(self, sample: Sample) -> None:
-        """Count a sample."""
+        """Count a sample.
+
+        Raises:
+            RecordError: if lengths are in tokens, and this is no conversation that a model reads;
+                nothing has been counted then.
+        """
         heard = seconds_heard(sample)
         spoken = sum(map(len, sample.codes.values()))
+        if self.reader is None:
+            self.lengths.append(heard + spoken / CODE_RATE)
+        else:
+            self.lengths.append(length_of(sample, *self.reader))
         self.heard.append(heard)
         self.tokens["codes"] += spoken
-        self.tokens["heard"] += (frames := sum(
+        self.tokens["heard"] += sum(
             int(audio.num_tokens(chunk.shape[1])) + 2 for clip in sample.mels for chunk in clip
-        ))  # fmt: skip
-        length, tools = frames, sample.record.tools
-        if self.tokenizer is not None and tools:
-            length += _MARKS + self._count(f"tool_json_schemas\n{render_tools(tools)}")
-        for index, turn in enumerate(sample.record.turns):
+        )
+        for turn in sample.record.turns:
             text = turn.content.replace(AUDIO, "")
             for script, count in characters(text).items():
                 self.characters[script] += count
-            if self.tokenizer is None:
-                continue
-            words = self._count(text)
-            self.tokens["text"] += words
-            codes = len(sample.codes.get(index, ()))
-            # A spoken turn has groups of a word and its codes.
-            length += _MARKS + self._count(f"{turn.role}\n")
-            length += max(-(-codes // GROUP), words) * (1 + GROUP) if codes else words
-        self.lengths.append(heard + spoken / CODE_RATE if self.tokenizer is None else length)
-
-    def _count(self, text: str) -> int:
-        return len(self.tokenizer.encode(text)) if self.tokenizer is not None else 0
+            if self.reader is not None:
+                self.tokens["text"] += len(self.reader[0].encode(text))
 
     def facts(self) -> dict[str, Any]:
         """The counts, for dataset.json."""
         lengths = np.asarray(self.lengths)
         middle, most, largest = (float(round(x, 2)) for x in np.quantile(lengths, (0.5, 0.95, 1)))
-        tokens = None if self.tokenizer is None else self.tokens
+        tokens = None if self.reader is None else self.tokens
         return {
             "characters": self.characters,
             "tokens": tokens,

@@ -14,6 +14,7 @@ from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.errors import CheckpointError, DataError
 from sa2jax.inference.speech_folder import SpeechFolder
 from sa2jax.train import prepare as module
+from sa2jax.train.examples import make_example
 from sa2jax.train.prepare import PrepareConfig, prepare
 from sa2jax.train.records import Record, Turn
 from sa2jax.train.samples import Sample, ShardSource, open_source, pack
@@ -86,16 +87,12 @@ def test_shards(talks, tmp_path):
 
 
 def test_same_bytes_everywhere(talks, tmp_path, monkeypatch):
-    """Whoever reads, however many they are, wherever the data is.
-
-    A single worker is this process, whose matrix products may take several threads: on some
-    machines they round in another order than those of the others, which have one thread each.
-    """
+    """Whoever reads, however many they are, wherever the data is."""
+    prepare([talks], tmp_path / "one", PrepareConfig(workers=1))
     monkeypatch.setattr(module, "_PER_WORKER", 2)
-    prepare([talks], tmp_path / "one", PrepareConfig(workers=3))
     prepare([talks], tmp_path / "two", PrepareConfig(workers=2))
     shutil.move(talks.parent, tmp_path / "moved")
-    prepare([tmp_path / "moved"], tmp_path / "three", PrepareConfig(workers=2))
+    prepare([tmp_path / "moved"], tmp_path / "three", PrepareConfig(workers=1))
     first = contents(tmp_path / "one")
     assert first == contents(tmp_path / "two") == contents(tmp_path / "three")
     assert "OMP_NUM_THREADS" not in os.environ or os.environ["OMP_NUM_THREADS"]
@@ -134,16 +131,32 @@ def test_characters():
 def test_lengths_in_tokens():
     """As many as the template makes of it."""
     tokenizer = Tokenizer(testing.byte_tokenizer(testing.AUDIO_START, 512))
-    tally = Tally(tokenizer)
+    cfg = testing.tiny_config()
+    tally = Tally((tokenizer, cfg))
     turns = (Turn("user", "<audio>ab"), Turn("assistant", "c", speech=tuple(range(9))))
     mel = np.zeros((16, 1002), np.float32)  # 10 s: 125 tokens
     codes = {1: np.arange(9, dtype=np.int32)}
-    tally.add(Sample(Record(turns, ("a",)), ((mel,),), codes))
+    spoken = Sample(Record(turns, ("a",)), ((mel,),), codes)
+    tally.add(spoken)
     assert tally.tokens == {"text": 3, "heard": 127, "codes": 9}
-    assert tally.facts()["lengths"]["longest"] == (2 + 5 + 127 + 2) + (2 + 10 + 3 * 5)
-    tools = [{"name": "x"}]
-    tally.add(Sample(Record((Turn("user", "ab"),), tools=tools)))
-    assert tally.lengths[1] == (2 + 5 + 2) + (2 + 18 + len(json.dumps(tools)))
+    asked = 1 + len("human\n") + 127 + len("ab") + 1  # `<|BOT|>` … `<|EOT|>`
+    # `<tts_start>`, three groups of a word or pad and four codes or pads, `<tts_end>`
+    assert tally.lengths[0] == asked + 1 + len("assistant\n") + 1 + 3 * 5 + 1 + 1
+    tools = [{"type": "function", "function": {"name": "x"}}]
+    plain = Sample(Record((Turn("user", "ab"), Turn("assistant", "c")), tools=tools))
+    tally.add(plain)
+    for sample, length in zip((spoken, plain), tally.lengths, strict=True):
+        assert length == len(make_example(sample, tokenizer, cfg).ids)
+    assert tally.lengths[1] > len("tool_json_schemas\n") + len(json.dumps(tools))
+    assert tally.facts()["lengths"]["longest"] == max(tally.lengths)
+
+
+def test_what_no_template_reads_is_rejected(model, tmp_path):
+    turns = [{"role": "user", "content": "Time?"}, {"role": "tool_call", "content": "now()"}]
+    rows = [json.dumps({"messages": turns}), row("Yes", [])]
+    about = prepare([fill(tmp_path / "in", rows)], tmp_path / "out", PrepareConfig(model=model))
+    assert (about["samples"], about["rejected"]) == (1, 1)
+    assert "now()" in (tmp_path / "out" / "rejects.jsonl").read_text()
 
 
 # --- spoken answers -------------------------------------------------------------------------------
