@@ -28,12 +28,14 @@ class BucketConfig:
     Attributes:
         rows: rows of a batch, of all hosts.
         buckets: lengths that batches are padded to, in rising order; each compiles a step.
+        often: how often an epoch has the samples of each bucket; none for once each.
         shuffle: another order every epoch.
         epochs: how often; None for without end.
     """
 
     rows: int = 8
     buckets: tuple[int, ...] = ()
+    often: tuple[int, ...] = ()
     shuffle: bool = True
     epochs: int | None = None
 
@@ -44,6 +46,11 @@ class BucketConfig:
             )
         if not self.buckets or min(self.buckets) < 1 or list(self.buckets) != sorted(self.buckets):
             raise DataError(f"expected buckets in rising order, got {self.buckets}")
+        if self.often and (len(self.often) != len(self.buckets) or min(self.often) < 1):
+            raise DataError(
+                f"often={list(self.often)}: expected a number of at least 1 for each of the "
+                f"{len(self.buckets)} buckets"
+            )
 
 
 class BucketData(ABC, Generic[BatchT]):
@@ -97,6 +104,7 @@ class BucketData(ABC, Generic[BatchT]):
                 f"large, got {config.buckets}"
             )
         told = [identity, config.rows, list(config.buckets), config.shuffle, seed]
+        told += [list(config.often)] if config.often else []
         self.fingerprint = hashlib.sha256(json.dumps(told).encode()).hexdigest()
         self.tokens, self.waited = 0, 0.0
         self._epoch, self._next = 0, 0
@@ -153,12 +161,15 @@ class BucketData(ABC, Generic[BatchT]):
     def _plan_of(self, epoch: int) -> list[tuple[int, list[int]]]:
         """Each batch's padded length and samples, −1 for an empty row."""
         order = np.arange(len(self._lengths))
+        rooms = np.searchsorted(self.config.buckets, self._lengths)  # the first that is as long
+        if self.config.often:
+            order = np.repeat(order, np.asarray(self.config.often)[rooms])
         if self.config.shuffle:
             order = np.random.default_rng([self._seed, epoch]).permutation(order)
         waiting: dict[int, list[int]] = {room: [] for room in self.config.buckets}
         plan = []
         for index in order:
-            room = next(n for n in self.config.buckets if n >= self._lengths[index])
+            room = self.config.buckets[rooms[index]]
             waiting[room].append(int(index))
             if len(waiting[room]) == self.config.rows:
                 plan.append((room, waiting.pop(room)))

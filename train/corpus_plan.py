@@ -33,6 +33,8 @@ class Settings:
         soft: peak of soft ones.
         level: RMS level of replies and clean speech, dB.
         silence: before and after replies, s.
+        answers: replies of at most so many words are said by all of `talks.known`, for
+            `speech.jsonl`: who speaks in one of these voices has heard short answers in it.
         clean: part of the clips to transcribe that `speech.jsonl` has without effects.
         prompt: what voices/NAME.wav says; {name} is the voice's.
     """
@@ -47,6 +49,7 @@ class Settings:
     silence: Range
     clean: float
     prompt: str
+    answers: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,8 +150,14 @@ class Plan:
                     jobs.append(_heard(config, talk, turn, line.clip))
                 elif line.speak:
                     held_out = talk.file.startswith("heldout/")
-                    said = Job(reply_path(talk, line.text), line.text, own, held_out=held_out)
-                    jobs.append(said)
+                    path = reply_path(talk, line.text)
+                    jobs.append(Job(path, line.text, own, held_out=held_out))
+                    if not held_out and len(line.text.split()) <= config.answers:
+                        folder, name = path.rsplit("/", 1)
+                        jobs += [
+                            Job(f"{folder}/{voice}/{name}", line.text, _own(config, voice))
+                            for voice in config.talks.known[1:]
+                        ]
         return cls(talks, {job.path: job for job in jobs})
 
 

@@ -7,7 +7,8 @@
 
 A recording becomes its audio codes, its mel frames (24 kHz, 50 Hz, two a code) and a speaker
 vector, all as `Voice.from_wav` hears them. A line of a .jsonl file is `{"audio": "a.wav"}`, with
-`"voice": "b.wav"` if the speaker shall be heard elsewhere; paths are relative to the file.
+`"voice": "b.wav"` if the speaker shall be heard elsewhere; paths are relative to the file. A word
+is too short to tell who speaks: recordings below a second need such a voice.
 
     OUT/samples.array_record   each record one piece of a recording, safetensors
     OUT/lengths.npy            codes of each
@@ -28,7 +29,7 @@ from safetensors.numpy import load, save
 from sa2jax import audio
 from sa2jax.errors import AudioError, DataError, Sa2jaxError
 from sa2jax.inference.speech_folder import SpeechFolder
-from sa2jax.inference.voices import MAX_SECONDS, MEL_RATE, MIN_SECONDS, SILENCE
+from sa2jax.inference.voices import MAX_SECONDS, MEL_RATE, MIN_SECONDS, SILENCE, VoiceAnalyzer
 from sa2jax.train.buckets import BucketConfig, BucketData
 from sa2jax.train.flow import FlowBatch
 from sa2jax.train.recordings import (
@@ -44,6 +45,7 @@ from sa2jax.train.shards import CODE_RATE
 
 FORMAT = "flow 1"
 FRAMES = 2  # mel frames of a code
+SHORTEST = 0.2  # seconds of a piece
 _AT_ONCE = 32  # pieces whose codes are found together
 
 
@@ -114,7 +116,7 @@ def _heard(
     A `Reject` may come before the samples of recordings ahead of it.
     """
     analyzer = speech.analyzer
-    identify = lru_cache(64)(lambda path: analyzer.speaker_of(_low(path)[: _samples(16_000)]))
+    identify = lru_cache(64)(lambda path: _speaker(analyzer, path))
     waiting: list[tuple[str, np.ndarray, np.ndarray, np.ndarray]] = []
 
     def finish() -> Iterator[tuple[bytes, int]]:
@@ -141,11 +143,22 @@ def _heard(
         progress(done, len(items))
 
 
+def _speaker(analyzer: VoiceAnalyzer, path: str) -> Float[np.ndarray, "C"]:
+    """Who speaks in the first 30 s."""
+    wave = _low(path)[: _samples(audio.SAMPLE_RATE)]
+    if len(wave) < MIN_SECONDS * audio.SAMPLE_RATE:
+        raise AudioError(
+            f"{len(wave) / audio.SAMPLE_RATE:.2f} s do not tell who speaks: expected at least "
+            f'{MIN_SECONDS:g} s, or "voice" with a longer recording of the same speaker'
+        )
+    return analyzer.speaker_of(wave)
+
+
 def _pieces(item: Recording) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Name, samples at 16 kHz and at 24 kHz of each piece of a recording."""
     low, high = _low(item.path), audio.load(item.path, MEL_RATE, mono="mean")
     step, high_step = _samples(audio.SAMPLE_RATE), _samples(MEL_RATE)
-    least, kept = int(MIN_SECONDS * audio.SAMPLE_RATE), 0
+    least, kept = int(SHORTEST * audio.SAMPLE_RATE), 0
     for number, start in enumerate(range(0, len(low), step)):
         piece, other = low[start : start + step], high[number * high_step :][:high_step]
         if len(piece) >= least and np.abs(piece).max() >= SILENCE:
@@ -153,8 +166,8 @@ def _pieces(item: Recording) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
             yield f"{item.where}@{number * MAX_SECONDS:g}s", piece, other
     if not kept:
         raise AudioError(
-            f"expected at least {MIN_SECONDS:g} s of sound, got {len(low) / audio.SAMPLE_RATE:.2f} "
-            "s or silence"
+            f"expected at least {SHORTEST:g} s of sound, got {len(low) / audio.SAMPLE_RATE:.2f} s "
+            "or silence"
         )
 
 

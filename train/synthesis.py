@@ -4,7 +4,8 @@
 
     OUT/talks/TASK.jsonl    conversations to learn, see `records`; talks/heard (16 kHz), talks/said
     OUT/heldout/TASK.jsonl  others of the same kinds, with open texts that no file above has
-    OUT/speech.jsonl        {"audio", "text", "speaker"}: clean 24 kHz speech of many voices
+    OUT/speech.jsonl        {"audio", "text", "speaker"}: clean 24 kHz speech of many voices; beside
+                            less than a second of it "voice", more of the same speaker
     OUT/heard.jsonl         the same of all that is heard in conversations, 16 kHz
     OUT/voices/NAME.wav     a clean recording of each voice that can be asked for
     OUT/corpus.json         what there is
@@ -31,6 +32,7 @@ from jaxtyping import Float
 
 from sa2jax.errors import DataError
 from sa2jax.folders import disk_errors
+from sa2jax.inference.voices import MIN_SECONDS
 from sa2jax.train import corpus, effects
 from sa2jax.train.corpus_plan import CorpusConfig, Job, Plan, clip_path, reply_path
 from sa2jax.train.records import AUDIO
@@ -84,7 +86,7 @@ def synthesize(
         for number, (name, seconds) in enumerate(_made(plan, out, config, workers), 1):
             lengths[name] = seconds
             progress(number, total)
-        about = _about(config, scale, plan, _write_rows(out, plan), lengths)
+        about = _about(config, scale, plan, _write_rows(out, plan, lengths), lengths)
         _put(out / ABOUT, json.dumps(about, indent=1))
     return about
 
@@ -244,7 +246,7 @@ def _row(talk: Talk, jobs: Mapping[str, Job]) -> dict[str, Any]:
     return row | {"speakers": speakers} | ({"tools": TOOLS} if talk.tools else {})
 
 
-def _write_rows(out: Path, plan: Plan) -> dict[str, list[str]]:
+def _write_rows(out: Path, plan: Plan, seconds: Mapping[str, float]) -> dict[str, list[str]]:
     """Write all jsonl files; the recordings that each of them has, as seen from OUT."""
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
     used: dict[str, list[str]] = defaultdict(list)
@@ -265,9 +267,23 @@ def _write_rows(out: Path, plan: Plan) -> dict[str, list[str]]:
             row = {"audio": name[start:], "text": job.text, "speaker": job.manner.speaker}
             rows[file].append(row)
             used[file].append(name)
+    for file in (SPEECH, f"{HELD_OUT}{SPEECH}"):
+        _name_voices(rows[file], [seconds[name] for name in used[file]])
     for file, found in rows.items():
         _put(out / file, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in found))
     return used
+
+
+def _name_voices(rows: list[dict[str, Any]], seconds: list[float]) -> None:
+    """Beside recordings that are too short to tell who speaks: the longest of the same speaker."""
+    longest: dict[str, tuple[float, str]] = {}
+    for row, length in zip(rows, seconds, strict=True):
+        who, known = row["speaker"], (length, row["audio"])
+        longest[who] = max(longest.get(who, known), known)
+    for row, length in zip(rows, seconds, strict=True):
+        most, name = longest[row["speaker"]]
+        if length < MIN_SECONDS <= most:
+            row["voice"] = name
 
 
 def _about(

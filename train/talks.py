@@ -111,7 +111,8 @@ class Talks:
     """What conversations a corpus holds.
 
     Attributes:
-        counts: conversations by task: asr, tts, repeat, sums, chat, tools, voices, text.
+        counts: conversations by task: asr, short (transcribing one word, as often a digit as any
+            other), tts, repeat, sums, chat, tools, voices, text, clock (asking for it in text).
         open: parts of what is transcribed: sentence, digits, number, word, question; the last two
             are never held out and not read aloud.
         chat: parts: greeting, opposite, count, again, name, two.
@@ -277,6 +278,11 @@ def _asr(draw: _Draw) -> tuple[Line, ...]:
     return _system("asr"), _heard(text, voice=voice), _written(text)
 
 
+def _short(draw: _Draw) -> tuple[Line, ...]:
+    text = draw.one(corpus.DIGITS if draw.rng.integers(2) else corpus.single_words())
+    return _system("asr"), _heard(text), _written(text)
+
+
 def _tts(draw: _Draw) -> tuple[Line, ...]:
     task = TASKS["tts"]
     english = draw.rng.random() < draw.config.read_in_english
@@ -352,6 +358,12 @@ def _voices(draw: _Draw) -> tuple[Line, ...]:
     return _system("paralinguistic"), _heard(draw.one(corpus.ASK_LOUD), loud=loud), _said(answer)
 
 
+def _clock_in_text(draw: _Draw) -> tuple[Line, ...]:
+    """What the clock says is learnt here, a thousand times of day: no sound, few tokens."""
+    kind = "time" if draw.rng.random() < 0.8 else "day"
+    return _system("chat"), *_clock(draw, kind, spoken=False)
+
+
 def _text(draw: _Draw) -> tuple[Line, ...]:
     kind, system = draw.part(draw.config.text), _system("chat")
     if kind == "clock":
@@ -365,8 +377,8 @@ def _text(draw: _Draw) -> tuple[Line, ...]:
 
 
 _TASKS: Mapping[str, Callable[[_Draw], tuple[Line, ...]]] = {
-    "asr": _asr, "tts": _tts, "repeat": _repeat, "sums": _sum, "chat": _chat, "tools": _tools,
-    "voices": _voices, "text": _text,
+    "asr": _asr, "short": _short, "tts": _tts, "repeat": _repeat, "sums": _sum, "chat": _chat,
+    "tools": _tools, "voices": _voices, "text": _text, "clock": _clock_in_text,
 }  # fmt: skip
 _HELD_OUT = {
     ("asr_seen" if name == "asr" else name): task for name, task in _TASKS.items()

@@ -184,6 +184,47 @@ def test_tools(planned):
     assert json.loads(Toolbox(["get_date_time"]).text) == talks.TOOLS
 
 
+def test_short_ones(planned):
+    short = of(planned, "talks/short")
+    assert all(heard(talk.lines[1]) == talk.lines[2].text for talk in short)
+    digits = sum(talk.lines[2].text in corpus.DIGITS for talk in short) / len(short)
+    assert 0.4 < digits < 0.65
+    assert {talk.lines[2].text for talk in short} <= {*corpus.DIGITS, *corpus.single_words()}
+
+
+def test_the_clock_in_writing(planned):
+    clocks = of(planned, "talks/clock")
+    assert all(
+        talk.tools and not any(line.clip or line.speak for line in talk.lines) for talk in clocks
+    )
+    assert len({talk.lines[3].text.split()[1] for talk in clocks}) > 0.95 * len(clocks)
+    for _, asked, _, told, answer in (talk.lines for talk in clocks):
+        _, clock, name, _ = told.text.split()
+        hour, minute = map(int, clock.split(":")[:2])
+        day = "day" in asked.text
+        right = f"today is {name.lower()}" if day else f"it is {corpus.clock(hour, minute)}"
+        assert answer.text == right
+
+
+def test_short_answers_in_all_voices():
+    config = read_corpus("nano/corpus", {"answers": 2})
+    said = {name: job for name, job in Plan.of(config, 0.02).jobs.items() if "/said/" in name}
+    own = {name: job for name, job in said.items() if name.count("/") == 2}
+    short = {
+        job.text
+        for name, job in own.items()
+        if name.startswith("talks/") and len(job.text.split()) <= 2
+    }
+    assert short
+    assert len(short) < len(own)
+    for voice in ("sue", "rob"):
+        more = {job.text for name, job in said.items() if f"/said/{voice}/" in name}
+        assert more == short
+        assert {j.manner.speaker for n, j in said.items() if f"/{voice}/" in n} == {voice}
+    without = Plan.of(read_corpus("nano/corpus", {"answers": 0}), 0.02).jobs
+    assert {name for name in without if "/said/" in name} == {*own}
+
+
 def test_unseen_voice(config, planned):
     unseen, seen = of(planned, "heldout/asr_unseen"), of(planned, "heldout/asr_seen")
     assert [heard(talk.lines[1]) for talk in unseen] == [heard(talk.lines[1]) for talk in seen]

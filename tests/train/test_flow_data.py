@@ -40,6 +40,7 @@ def prepared(speech, tmp_path_factory):
     tone(root / "hums" / "short.wav", 0.5)
     soundfile.write(root / "hums" / "still.wav", np.zeros(48000), 24000)
     lines = [{"audio": "hums/0.wav", "voice": "hums/2.wav"}, {"text": "?"}, {"audio": "none.wav"}]
+    lines.append({"audio": "hums/short.wav", "voice": "hums/2.wav"})
     path = root / "more.jsonl"
     path.write_text("".join(json.dumps(line) + "\n\n" for line in lines))
     about = prepare_flow([root / "hums", path], root / "ready", speech)
@@ -60,17 +61,17 @@ def test_recordings_are_heard_as_voices_are(prepared, speech):
     root, about = prepared
     rejects = [json.loads(line) for line in (root / "ready" / "rejects.jsonl").open()]
     assert [(r["where"], r["reason"].split(",")[0]) for r in rejects] == [
-        ("short.wav", "expected at least 1 s of sound"),
-        ("still.wav", "expected at least 1 s of sound"),
+        ("short.wav", "0.50 s do not tell who speaks: expected at least 1 s"),
+        ("still.wav", "expected at least 0.2 s of sound"),
         ("more.jsonl:3", 'expected {"audio": "a.wav"}'),
         ("more.jsonl:5", rejects[3]["reason"].split(",")[0]),
     ]
     assert "none.wav" in rejects[3]["reason"]
-    assert (about["samples"], about["rejected"]) == (4, 4)
+    assert (about["samples"], about["rejected"]) == (5, 4)
     heard, analyzer = SpeechFolder(speech), SpeechFolder(speech).analyzer
     assert about["speech_tokenizer"] == heard.analysis
     data = FlowData(config(prepared, shuffle=False, epochs=1, rows=1), seed=0)
-    first, second, third, mixed = all_of(data)
+    first, second, third, mixed, word = all_of(data)
     for number, batch in enumerate((first, second, third)):
         path = root / "hums" / f"{number}.wav"
         length, codes = int(batch.lengths[0]), analyzer.codes(path)
@@ -83,6 +84,9 @@ def test_recordings_are_heard_as_voices_are(prepared, speech):
         np.testing.assert_allclose(batch.speaker[0], analyzer.speaker_of(low), atol=1e-5)
     np.testing.assert_array_equal(mixed.codes, first.codes)
     np.testing.assert_array_equal(mixed.speaker, third.speaker)
+    np.testing.assert_array_equal(word.speaker, third.speaker)
+    count = len(analyzer.codes(root / "hums" / "short.wav"))
+    assert int(word.lengths[0]) in (count, count - 1)
     assert data.seconds_heard == pytest.approx(about["seconds"])
 
 
@@ -94,6 +98,16 @@ def test_an_epoch_has_every_piece_once(prepared):
     lengths = sorted(int(n) for batch in batches for n in batch.lengths if n)
     assert lengths == sorted([*data._lengths, *data._lengths])
     assert not data.empty().lengths.any()
+
+
+def test_an_epoch_has_some_buckets_more_often(prepared):
+    data = FlowData(config(prepared, buckets=(20, 50, 75), often=(3, 1, 2), epochs=1), seed=0)
+    lengths = [int(n) for batch in all_of(data) for n in batch.lengths if n]
+    times = {int(n): (3 if n <= 20 else 1 if n <= 50 else 2) for n in data._lengths}
+    assert set(times.values()) == {1, 2, 3}
+    assert sorted(lengths) == sorted(int(n) for n in data._lengths for _ in range(times[int(n)]))
+    once = FlowData(config(prepared, buckets=(20, 50, 75), epochs=1), seed=0)
+    assert once.fingerprint != data.fingerprint
 
 
 def test_the_order_is_the_seeds_and_can_be_gone_back_to(prepared):
@@ -162,6 +176,8 @@ def test_damaged_folders(prepared, tmp_path, damage, message):
         ({"rows": 0}, "rows and epochs of at least 1"),
         ({"buckets": (75, 50)}, "buckets in rising order"),
         ({"buckets": (50,)}, "expected a bucket that large"),
+        ({"often": (2,)}, "for each of the 2 buckets"),
+        ({"often": (2, 0)}, "a number of at least 1"),
     ],
 )
 def test_configs_that_do_not_fit(prepared, options, message):

@@ -104,7 +104,17 @@ def test_clean_speech(made):
     folder, _ = made
     rows = [json.loads(line) for line in (folder / "speech.jsonl").open()]
     assert all((folder / row["audio"]).is_file() for row in rows)
-    assert {row["speaker"] for row in rows if "/said/" in row["audio"]} == {"anna"}
+    said = [row for row in rows if "/said/" in row["audio"]]
+    short = {row["text"] for row in said if len(row["text"].split()) <= 3}
+    for name in ("sue", "rob"):
+        assert {row["text"] for row in said if row["speaker"] == name} == short
+        assert all(f"/said/{name}/" in row["audio"] for row in said if row["speaker"] == name)
+    assert {row["speaker"] for row in said} == {"anna", "sue", "rob"}
+    seconds = lambda name: soundfile.info(folder / name).duration  # noqa: E731
+    for row in rows:
+        assert not ("voice" in row and seconds(row["audio"]) >= 1)
+        assert "voice" not in row or seconds(row["voice"]) >= 1
+    assert any("voice" in row for row in said)
     held = [json.loads(line) for line in (folder / "heldout/speech.jsonl").open()]
     assert all((folder / "heldout" / row["audio"]).is_file() for row in held)
     assert not {row["text"] for row in rows} & {row["text"] for row in held}
