@@ -116,7 +116,7 @@ def _heard(
     A `Reject` may come before the samples of recordings ahead of it.
     """
     analyzer = speech.analyzer
-    identify = lru_cache(64)(lambda path: _speaker(analyzer, path))
+    identify = lru_cache(64)(lambda path: speaker_in(analyzer, path))
     waiting: list[tuple[str, np.ndarray, np.ndarray, np.ndarray]] = []
 
     def finish() -> Iterator[tuple[bytes, int]]:
@@ -143,8 +143,12 @@ def _heard(
         progress(done, len(items))
 
 
-def _speaker(analyzer: VoiceAnalyzer, path: str) -> Float[np.ndarray, "C"]:
-    """Who speaks in the first 30 s."""
+def speaker_in(analyzer: VoiceAnalyzer, path: str) -> Float[np.ndarray, "C"]:
+    """Who speaks in the first 30 s of a recording.
+
+    Raises:
+        AudioError: if it cannot be read, or is too short to tell.
+    """
     wave = _low(path)[: _samples(audio.SAMPLE_RATE)]
     if len(wave) < MIN_SECONDS * audio.SAMPLE_RATE:
         raise AudioError(

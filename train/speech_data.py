@@ -4,14 +4,18 @@
     data = ClipData(ClipConfig(folder="ready/16k", rows=16), seed=0)     # whole clips
     prepare_speech(["speech.jsonl"], "ready/24k", rate=24_000, pitch=True)
     data = CropData(CropConfig(folder="ready/24k", rows=16), seed=0)     # pieces of one length
+    prepare_speech([…], "ready/made", rate=24_000, pitch=True, model="runs/flow/model")
+
+With a model, its flow makes the mel frames again from the recordings' codes and speakers: a vocoder
+that learns from those hears what it will hear at run time.
 
 A line of a .jsonl file is `{"audio": "a.wav", "text": "what is said", "speaker": "anna"}`; what is
 learnt says which of them is needed. Where there is pitch, and how high, pyworld tells (the DIO
 algorithm, refined by StoneMask, of https://github.com/mmorise/World).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,7 @@ from sa2jax.errors import DataError, Sa2jaxError
 from sa2jax.inference.voices import SILENCE
 from sa2jax.train.buckets import BucketConfig, BucketData
 from sa2jax.train.listening import SoundBatch, letters_of
+from sa2jax.train.made_mel import MelMaker
 from sa2jax.train.recordings import (
     Recording,
     Samples,
@@ -33,10 +38,11 @@ from sa2jax.train.recordings import (
     write_samples,
 )
 from sa2jax.train.samples import Reject
-from sa2jax.train.vocoder import VocoderBatch
+from sa2jax.train.vocoder import MELS, VocoderBatch
 
 FORMAT = "speech 1"
 HOPS = {16_000: 160, 24_000: 480}  # samples of a frame: 10 ms for what hears, 20 ms for the vocoder
+_AT_ONCE = 64  # recordings said again together, those of like length in a batch
 MOST_LETTERS = 40  # that anybody says in a second
 FLOOR, CEILING = 60.0, 600.0  # Hz: pitch is looked for between
 
@@ -50,12 +56,14 @@ class Utterance:
         text: what is said; may be empty.
         speaker: who says it; may be empty.
         pitch: Hz of each frame of 20 ms, 0 where there is none; empty where nobody looked.
+        mel: log-mel frames (50 Hz) that a flow made of its codes; none where no flow was asked.
     """
 
     sound: Int16[np.ndarray, "N"]
     text: str
     speaker: str
     pitch: Float[np.ndarray, "T"]
+    mel: Float[np.ndarray, "T M"] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
 
 # --- hearing ----------------------------------------------------------------------------------
@@ -67,6 +75,7 @@ def prepare_speech(
     *,
     rate: int = audio.SAMPLE_RATE,
     pitch: bool = False,
+    model: str | Path | None = None,
     max_seconds: float = 25.0,
     max_rejects: int = 100,
     overwrite: bool = False,
@@ -79,6 +88,8 @@ def prepare_speech(
         out: folder to make, whole or not at all.
         rate: Hz: 16000 for networks that hear, 24000 for the vocoder.
         pitch: whether to find the pitch; needs pyworld, and 24000 Hz.
+        model: folder with a detokenizer whose flow shall make the mel frames; needs 24000 Hz.
+            Recordings below a second need "voice" in their line, see `flow_data`.
         max_seconds: longer recordings are not used.
         max_rejects: recordings that may be unusable.
         overwrite: replace a prepared folder that is there already.
@@ -90,35 +101,76 @@ def prepare_speech(
     Raises:
         DataError: if a source cannot be read, too much is unusable, nothing is usable, or pyworld
             is not installed.
-        CheckpointError: if `out` cannot be written.
+        CheckpointError: if `out` cannot be written, or the model has no detokenizer.
     """
     if rate not in HOPS:
         raise DataError(f"rate {rate}: expected {' or '.join(map(str, HOPS))} Hz")
-    if pitch and rate != 24_000:
-        raise DataError("pitch is kept for the vocoder: expected a rate of 24000 Hz beside it")
+    if (pitch or model is not None) and rate != 24_000:
+        what = "pitch is" if pitch else "mel frames are"
+        raise DataError(f"{what} kept for the vocoder: expected a rate of 24000 Hz beside it")
     find = _pitch_finder() if pitch else None
     items, speakers = find_recordings(sources), set()
 
-    def heard() -> Iterator[tuple[bytes, int] | Reject]:
+    def heard() -> Iterator[tuple[Recording, Utterance] | Reject]:
         for done, item in enumerate(items, 1):
             try:
                 found = _hear(item, rate, max_seconds)
-                speakers.add(found.speaker)
                 if find is not None:
                     found = replace(found, pitch=find(found.sound))
-                yield pack(found), -(-len(found.sound) // HOPS[rate])
+                yield item, found
             except Sa2jaxError as error:
                 yield Reject(item.where, str(error))
             progress(done, len(items))
+
+    def packed() -> Iterator[tuple[bytes, int] | Reject]:
+        for found in _said_again(heard(), None if model is None else MelMaker(model)):
+            if isinstance(found, Reject):
+                yield found
+            else:
+                speakers.add(found.speaker)
+                yield pack(found), -(-len(found.sound) // HOPS[rate])
 
     def describe(lengths: list[int]) -> dict[str, Any]:
         seconds = sum(lengths) * HOPS[rate] / rate
         return {
             "format": FORMAT, "rate": rate, "seconds": seconds, "pitch": pitch,
-            "speakers": sorted(speakers),
+            "mel": model is not None, "speakers": sorted(speakers),
         }  # fmt: skip
 
-    return write_samples(out, heard(), describe, max_rejects=max_rejects, overwrite=overwrite)
+    return write_samples(out, packed(), describe, max_rejects=max_rejects, overwrite=overwrite)
+
+
+def _said_again(
+    heard: Iterable[tuple[Recording, Utterance] | Reject], maker: MelMaker | None
+) -> Iterator[Utterance | Reject]:
+    """Utterances, with mel frames if somebody makes them; rejects may overtake others."""
+    waiting: list[Utterance] = []
+    speakers: list[np.ndarray] = []
+
+    def finish(maker: MelMaker) -> Iterator[Utterance]:
+        mels = maker.make([one.sound for one in waiting], speakers) if waiting else []
+        for one, mel in zip(waiting, mels, strict=True):
+            frames = min(len(mel), -(-len(one.sound) // HOPS[24_000]))  # they end where codes end
+            sound, pitch = one.sound[: frames * HOPS[24_000]], one.pitch[:frames]
+            yield replace(one, sound=sound, pitch=pitch, mel=mel[:frames])
+        waiting.clear()
+        speakers.clear()
+
+    for found in heard:
+        if isinstance(found, Reject):
+            yield found
+        elif maker is None:
+            yield found[1]
+        else:
+            try:
+                speakers.append(maker.speaker_in(found[0].beside("voice")))
+                waiting.append(found[1])
+            except Sa2jaxError as error:
+                yield Reject(found[0].where, str(error))
+            if len(waiting) == _AT_ONCE:
+                yield from finish(maker)
+    if maker is not None:
+        yield from finish(maker)
 
 
 def _hear(item: Recording, rate: int, most: float) -> Utterance:
@@ -169,14 +221,16 @@ def pack(found: Utterance) -> bytes:
     """An utterance as one safetensors blob."""
     text = {"text": found.text, "speaker": found.speaker}
     arrays = {name: np.frombuffer(value.encode(), np.uint8) for name, value in text.items()}
-    return save(arrays | {"sound": found.sound, "pitch": found.pitch})
+    more = {"mel": np.ascontiguousarray(found.mel)} if len(found.mel) else {}
+    return save(arrays | {"sound": found.sound, "pitch": found.pitch} | more)
 
 
 def unpack(blob: bytes) -> Utterance:
     """What `pack` packed."""
     arrays = load(blob)
     text, speaker = (arrays[name].tobytes().decode() for name in ("text", "speaker"))
-    return Utterance(arrays["sound"], text, speaker, arrays["pitch"])
+    mel = {"mel": arrays["mel"]} if "mel" in arrays else {}
+    return Utterance(arrays["sound"], text, speaker, arrays["pitch"], **mel)
 
 
 def read_speech_about(folder: Path, rate: int | None = None) -> tuple[dict[str, Any], np.ndarray]:
@@ -338,6 +392,7 @@ class CropData(BucketData[VocoderBatch]):
         hop, rows = HOPS[24_000], len(chosen)
         sound = np.zeros((rows, room * hop), np.float32)
         pitch, frames = np.full((rows, room), -1, np.float32), np.zeros(rows, np.int32)
+        mel = np.zeros((rows, room, MELS), np.float32) if self.about.get("mel") else None
         for row, piece in enumerate(chosen):
             if piece < 0:
                 continue
@@ -349,7 +404,9 @@ class CropData(BucketData[VocoderBatch]):
             frames[row] = count
             if len(clip.pitch):
                 pitch[row, :count] = clip.pitch[first : first + count]
-        return VocoderBatch(sound=sound, f0=pitch, frames=frames), int(frames.sum())
+            if mel is not None:
+                mel[row, :count] = clip.mel[first : first + count]
+        return VocoderBatch(sound=sound, f0=pitch, frames=frames, mel=mel), int(frames.sum())
 
     def _first(self, piece: int, spare: int) -> int:
         """Where a piece begins: drawn anew every epoch, in order without shuffling."""

@@ -9,9 +9,10 @@
     state, report = step(state, batch)  # the old state is used up
 
 Source: HiFTNet (arXiv 2309.09493) with the multi-resolution STFT loss of Parallel WaveGAN (arXiv
-1910.11480) and no discriminator. The vocoder hears what it will hear at run time: mel frames that
-`audio.mel_24k` makes of the recording. Its source is mostly made from the recording's own pitch, so
-that the network behind it never learns from the mistakes of a pitch predictor that is still bad.
+1910.11480) and no discriminator. The vocoder hears mel frames that `audio.mel_24k` makes of the
+recording, or those that a flow makes of its codes, which is what it will hear at run time. Its
+source is mostly made from the recording's own pitch, so that the network behind it never learns
+from the mistakes of a pitch predictor that is still bad.
 """
 
 from dataclasses import dataclass
@@ -84,11 +85,13 @@ class VocoderBatch:
         f0: pitch in Hz in the middle of each mel frame (20 ms), 0 where there is none, −1 where it
             is not known, [B, T].
         frames: mel frames of each row, 0 for an empty one, [B].
+        mel: log-mel frames that the vocoder hears, [B, T, M]; None for those of the sound.
     """
 
     sound: Float[Array, "B N"]
     f0: Float[Array, "B T"]
     frames: Int[Array, "B"]
+    mel: Float[Array, "B T M"] | None = None
 
 
 def fresh_vocoder(
@@ -152,7 +155,8 @@ def vocoder_loss(
     sound = jnp.where(before(frames * HOP, room * HOP), batch.sound.astype(jnp.float32), 0)
 
     with jax.named_scope("hear"):
-        mel = mel_24k(sound, frames * HOP).swapaxes(1, 2)  # [B, T, M]
+        true = mel_24k(sound, frames * HOP).swapaxes(1, 2)  # [B, T, M]
+        mel = true if batch.mel is None else batch.mel
     with jax.named_scope("f0"):
         found = net.f0(mel, frames)
         known = valid & (batch.f0 >= 0)
@@ -175,7 +179,7 @@ def vocoder_loss(
         )
         again = mel_24k(made, frames * HOP).swapaxes(1, 2)
         judged = before(last, room) & ~before(first, room)
-        timbre = masked_mean(jnp.mean(jnp.abs(again - mel), -1), judged.astype(jnp.float32))
+        timbre = masked_mean(jnp.mean(jnp.abs(again - true), -1), judged.astype(jnp.float32))
         loss = config.convergence * convergence + config.magnitude * magnitude
         loss = loss + config.mel * timbre + config.pitch * pitch
     report = {

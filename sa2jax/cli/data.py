@@ -89,6 +89,7 @@ def _prepare_speech(
     *,
     rate: Literal[16000, 24000] = 16000,
     pitch: bool = False,
+    model: Path | None = None,
     max_seconds: float = 25.0,
     max_rejects: int = 100,
     overwrite: bool = False,
@@ -103,6 +104,7 @@ def _prepare_speech(
         rate: Hz: 16000 for the speech tokenizer, the speaker encoder and the audio encoder, 24000
             for the vocoder.
         pitch: Find the pitch, for the vocoder; needs pyworld.
+        model: Folder whose flow shall make the mel frames that a vocoder hears, at 24000 Hz.
         max_seconds: Longer recordings are not used.
         max_rejects: Stop if more recordings than these cannot be used.
         overwrite: Replace a prepared folder.
@@ -113,8 +115,8 @@ def _prepare_speech(
     *sources, out = _sources_and_out(paths)
     with common.bar("reading", unit="recordings") as tick:
         about = prepare_speech(
-            sources, out, rate=rate, pitch=pitch, max_seconds=max_seconds, max_rejects=max_rejects,
-            overwrite=overwrite, progress=tick,
+            sources, out, rate=rate, pitch=pitch, model=model, max_seconds=max_seconds,
+            max_rejects=max_rejects, overwrite=overwrite, progress=tick,
         )  # fmt: skip
     _print(about, Path(out), json)
 

@@ -187,6 +187,43 @@ class Token2Wav:
         samples = self.cfg.vocoder.samples * frames
         return [row[:n] for row, n in zip(speech[:count], samples, strict=False)]
 
+    def mels(
+        self,
+        codes: Sequence[Int[np.ndarray, "_"]],
+        speakers: Sequence[Float[np.ndarray, "C"]],
+        *,
+        seed: int = 0,
+    ) -> list[Float[np.ndarray, "Q M"]]:
+        """The flow alone, in voices of which there is nothing but the speaker's vector.
+
+        Args:
+            codes: codes (25 Hz) of each reply, at least one.
+            speakers: a vector for each.
+            seed: another one gives another reading.
+
+        Returns:
+            Log-mel frames (50 Hz), two for each code.
+        """
+        found: list[np.ndarray] = [np.empty(0, np.float32)] * len(codes)
+        order = sorted(range(len(codes)), key=lambda i: len(codes[i]))
+        ratio = self.cfg.flow.encoder.upsample
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            padded, lengths = _pad([codes[i] for i in rows])
+            prompt = (
+                np.zeros((len(rows), CODE_RATE), np.int32),
+                np.zeros((len(rows), ratio * CODE_RATE, self.cfg.flow.mels), np.float32),
+            )
+            who = np.stack([speakers[i] for i in rows]).astype(np.float32)
+            none = np.zeros(len(rows), np.int32)
+            mel = self._mel(
+                self.params["flow"], *prompt, who, none, padded, lengths, self._guidance,
+                self._flow_noise, seed,
+            )  # fmt: skip
+            for i, row, count in zip(rows, np.asarray(mel), ratio * lengths, strict=True):
+                found[i] = row[:count]
+        return found
+
     # --- streams ---------------------------------------------------------------------------
 
     def start(

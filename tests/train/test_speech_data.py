@@ -9,6 +9,9 @@ import soundfile
 from sound import tone
 
 from sa2jax.errors import DataError
+from sa2jax.inference.speech_folder import SPEAKING, SpeechFolder
+from sa2jax.inference.token2wav import Token2Wav
+from sa2jax.train.flow_data import speaker_in
 from sa2jax.train.listening import letters_of
 from sa2jax.train.speech_data import (
     ClipConfig,
@@ -139,6 +142,37 @@ def test_pitch(source, tmp_path):
     for row, count in enumerate(batch.frames):
         middle = batch.f0[row, 5 : count - 5]
         np.testing.assert_allclose(middle, 150 + 20 * row, rtol=0.02)
+
+
+def test_mel_frames_that_a_flow_makes(source, golden, tmp_path):
+    home = golden / "token2wav"
+    lines = [json.loads(line) for line in source.read_text().splitlines() if line.startswith("{")]
+    path = source.parent / "again.jsonl"
+    soundfile.write(source.parent / "long.wav", tone(1.2, rate=24_000, frequency=200), 24_000)
+    rows = [line | {"voice": "long.wav"} for line in lines[:3]] + lines[3:4]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    about = prepare_speech([path], tmp_path / "made", rate=24_000, model=home)
+    assert about["mel"]
+    assert (about["samples"], about["rejected"]) == (3, 1)
+    assert '"voice" with a longer' in (tmp_path / "made" / "rejects.jsonl").read_text().replace(
+        "\\", ""
+    )
+    config = CropConfig(folder=tmp_path / "made", rows=3, crop=60, shuffle=False)
+    batch = next(CropData(config, seed=0))
+    speech = SpeechFolder(home)
+    speaker = speaker_in(speech.analyzer, str(source.parent / "long.wav"))
+    codes = speech.analyzer.codes([source.parent / row["audio"] for row in rows[:3]])
+    talker = Token2Wav(speech.cfg, speech.params(SPEAKING))
+    own = talker.mels(codes, [speaker] * 3, seed=1)
+    for row, mel in enumerate(own):
+        count = int(batch.frames[row])
+        assert count in (len(mel), len(mel) - 1)
+        np.testing.assert_allclose(batch.mel[row, :count], mel[:count], atol=2e-4)
+        assert not batch.mel[row, count:].any()
+    others = talker.mels(codes, [speaker] * 3, seed=2)
+    assert max(np.abs(a - b).max() for a, b in zip(own, others, strict=True)) > 0.1
+    with pytest.raises(DataError, match="kept for the vocoder"):
+        prepare_speech([path], tmp_path / "low", model=home)
 
 
 def test_pyworld_is_asked_for(source, tmp_path, monkeypatch):

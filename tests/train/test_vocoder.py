@@ -15,6 +15,7 @@ import pytest
 from recorded_flow import QUICK, jit
 from small_speech import SMALL
 
+from sa2jax import audio
 from sa2jax.errors import TrainError
 from sa2jax.models.vocoder import vocoder
 from sa2jax.train.loss_step import TRACES, make_loss_evaluation, make_loss_step, place_rows
@@ -136,6 +137,27 @@ def test_empty_rows_count_for_nothing(params):
     assert found["frames"] == 10
     assert found == pytest.approx(losses(params, rows((10,))), rel=2e-4)
     assert losses(params, rows((0, 0), room=10))["loss"] < 1e-4
+
+
+def test_other_mel_frames_are_heard_and_the_true_ones_judge(params):
+    batch = rows()
+    heard = []
+
+    class Listener(Teacher):
+        def decode(self, mel, source, frames):
+            heard.append(mel)
+            return super().decode(mel, source, frames)
+
+    own = np.random.default_rng(0).normal(size=(*batch.f0.shape, 80)).astype(np.float32)
+    given = replace(batch, mel=own)
+    _, report = vocoder_loss(Listener(given), {}, given, jax.random.key(0))
+    np.testing.assert_array_equal(heard[0], own)
+    assert float(report["mel"]) < 1e-5  # the sound is the recording's
+    true = audio.mel_24k(batch.sound).swapaxes(1, 2)
+    assert losses(params, replace(batch, mel=true)) == pytest.approx(
+        losses(params, batch), rel=1e-4
+    )
+    assert losses(params, given)["loss"] > 1.03 * losses(params, batch)["loss"]  # fresh: deaf
 
 
 def test_the_margin_is_not_judged(params):
