@@ -19,9 +19,11 @@ from sa2jax.inference.sampling import Sampling
 
 MOST_BYTES = 16_000_000
 GREEDY = Options(sampling=Sampling(temperature=0), max_new_tokens=256)
-# What the few items must reach: below the figures of docs/nano.md by what so few may differ.
+# The floors of the table; where a judge hears 19 replies, one reply less than were right when the
+# model was shipped (84, 74 and 0): on another CPU a sound may be rounded to another word.
 BOUNDS = {
-    "seen": 15, "unseen": 45, "sums": 75, "tool_asked": 80, "tool_unasked": 80, "streamed": -11,
+    "seen": 8, "unseen": 25, "sums": 78, "sums_open": 68, "tool_asked": 95, "tool_unasked": 95,
+    "streamed": -6,
 }  # fmt: skip
 
 
@@ -56,26 +58,37 @@ def test_rows_of_the_table(scores, key):
 
 
 def test_int8_matrices_hear_as_well(nano, held_out):
-    """Of the few recordings, the words of which not more than two differ from the floats'."""
+    """Of thirty recordings, not more than one is written down in other words than by floats."""
     items = [str(item.audio) for item in held_out.items("asr_seen")]
     small = StepAudio2.from_pretrained("nano", dtype="int8")
     texts, others = nano.transcribe(items), small.transcribe(items)
-    assert sum(a != b for a, b in zip(texts, others, strict=True)) <= 3
+    assert sum(a != b for a, b in zip(texts, others, strict=True)) <= 1
 
 
-def test_the_clock_is_asked_and_a_time_is_said(nano, held_out):
-    """Which time it says is another matter: see the limits in docs/nano.md."""
-    asked = [item for item in held_out.items("tools") if item.tool][:6]
+@pytest.fixture(scope="module")
+def clock_answers(nano, held_out) -> list[str]:
+    """What is said aloud at half past three on a Monday."""
     said = []
-    for item in asked:
+    for item in [item for item in held_out.items("tools") if item.tool][:6]:
         chat = nano.chat(
             tools=["get_date_time"], options=GREEDY,
             functions={"get_date_time": lambda: "2024-05-06 15:30:00 Monday UTC+00:00"},
         )  # fmt: skip
         reply = chat.say(item.audio, speak=True)
         assert len(reply.audio) > 0
-        said.append("it is" in reply.text or "today is" in reply.text)
-    assert sum(said) >= 5
+        said.append(reply.text)
+    return said
+
+
+def test_the_clock_is_asked_and_day_and_minute_are_read(clock_answers):
+    right = ["thirty" in text or "monday" in text for text in clock_answers]
+    assert sum(right) >= 5
+
+
+@pytest.mark.xfail(strict=True, reason="the hour is often wrong: see the limits in docs/nano.md")
+def test_the_hour_is_read(clock_answers):
+    right = ["three thirty" in text or "monday" in text for text in clock_answers]
+    assert sum(right) >= 4
 
 
 def test_voices_differ_and_words_do_not(nano):
