@@ -61,8 +61,8 @@ KINDS = {
     ),
     "tokenizer": Kind(
         part="speech_tokenizer.",
-        learning={"ctc", "early_ctc", "mels", "uneven", "used"} | SPELT,
-        shown={"loss", "ctc", "mels", "uneven", "wer", "codes", "perplexity"},
+        learning={"ctc", "early_ctc", "mels", "uneven", "overshoot", "used"} | SPELT,
+        shown={"loss", "ctc", "mels", "uneven", "overshoot", "wer", "codes", "perplexity"},
         data=CLIPS, teaching=MILD,
     ),
     "speaker": Kind(

@@ -25,6 +25,7 @@ from sa2jax.train.tokenizer import (
     TokenizerTeaching,
     code_usage,
     init_tokenizer,
+    overshoot,
     soft_digits,
     tokenizer_heard,
     tokenizer_loss,
@@ -35,7 +36,7 @@ from sa2jax.train.tokenizer import (
 CFG = SMALL.speech_tokenizer
 MODEL = tokenizer_teacher(CFG)
 PLAIN = TokenizerTeaching(disturbance=None)
-STEPS = 250
+STEPS = 400
 
 
 @pytest.fixture(scope="module")
@@ -68,13 +69,12 @@ def test_codes_are_those_of_the_tokenizer_in_use(params):
 def test_digits_are_whole_and_their_gradient_passes_the_rounding(params):
     net = speech_tokenizer(CFG).bind(network(params))
     hidden = jax.random.normal(jax.random.key(0), (1, 6, CFG.embed))
-    digits = np.asarray(soft_digits(net, hidden))
+    raw = net.digits(hidden)
+    digits = np.asarray(soft_digits(raw))
     np.testing.assert_allclose(digits, np.round(digits), atol=1e-6)
     assert set(np.round(digits).ravel()) == {-1, 0, 1}
-    soft = lambda hidden: jnp.tanh(net.digits(hidden)) * FSQ_SCALE  # noqa: E731
-    gradients = [
-        jax.grad(lambda x, f=f: f(x).sum())(hidden) for f in (soft, partial(soft_digits, net))
-    ]
+    soft = lambda x: jnp.tanh(x) * FSQ_SCALE  # noqa: E731
+    gradients = [jax.grad(lambda x, f=f: f(x).sum())(raw) for f in (soft, soft_digits)]
     np.testing.assert_allclose(*gradients, rtol=1e-5)
 
 
@@ -97,8 +97,8 @@ def test_padding_and_empty_rows_change_nothing(params, losses):
         {k: float(v) for k, v in report.items()}, rel=1e-5
     )
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-3), same, gradient)
-    parts = report["ctc"] + report["early_ctc"] + report["mels"] + report["uneven"]
-    assert float(loss) == pytest.approx(float(parts), rel=1e-6)
+    parts = [report[name] for name in ("ctc", "early_ctc", "mels", "uneven", "overshoot")]
+    assert float(loss) == pytest.approx(float(sum(parts)), rel=1e-6)
 
 
 @pytest.mark.slow
@@ -132,6 +132,15 @@ def test_digits_are_even_where_all_codes_are_equally_frequent():
     assert float(uneven(alike, length)) == pytest.approx(2 * (2 / 3) ** 2)
     one = 0 * every + 1
     assert float(uneven(one, length)) == pytest.approx(1 + (2 / 3) ** 2)
+
+
+def test_what_is_far_from_the_levels_is_pulled_back():
+    raw = jnp.array([[[0.5, -1.0], [3.0, 0.0], [9.0, 9.0]]])
+    length = jnp.array([2])  # the last is padding
+    assert float(overshoot(raw, length)) == pytest.approx(2.0**2 / 4)
+    pull = jax.grad(overshoot)(raw, length)
+    np.testing.assert_allclose(pull, [[[0, 0], [1, 0], [0, 0]]])
+    assert float(overshoot(raw, jnp.array([0]))) == 0
 
 
 def test_how_codes_are_used():
