@@ -155,10 +155,7 @@ class Token2Wav:
         if len(voices) != len(replies):
             raise CodeError(f"expected one voice or {len(replies)}, got {len(voices)}")
         waves: list[np.ndarray] = [self._silence(len(c)) for c in (codes if many else [codes])]
-        order = [i for i in range(len(replies)) if len(replies[i])]
-        order.sort(key=lambda i: len(replies[i]))
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
+        for rows in self._batches(replies):
             made = self._speak(
                 [replies[i] for i in rows], [voices[i] for i in rows], seed, source_noise
             )
@@ -205,22 +202,15 @@ class Token2Wav:
             Log-mel frames (50 Hz), two for each code.
         """
         found: list[np.ndarray] = [np.empty(0, np.float32)] * len(codes)
-        order = sorted(range(len(codes)), key=lambda i: len(codes[i]))
-        ratio = self.cfg.flow.encoder.upsample
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
+        for rows in self._batches(codes):
             padded, lengths = _pad([codes[i] for i in rows])
-            prompt = (
-                np.zeros((len(rows), CODE_RATE), np.int32),
-                np.zeros((len(rows), ratio * CODE_RATE, self.cfg.flow.mels), np.float32),
-            )
-            who = np.stack([speakers[i] for i in rows]).astype(np.float32)
-            none = np.zeros(len(rows), np.int32)
+            prompts = self._prompts([_no_recording(speakers[i], self.cfg.flow.mels) for i in rows])
             mel = self._mel(
-                self.params["flow"], *prompt, who, none, padded, lengths, self._guidance,
-                self._flow_noise, seed,
+                self.params["flow"], *prompts, padded, lengths, self._guidance, self._flow_noise,
+                seed,
             )  # fmt: skip
-            for i, row, count in zip(rows, np.asarray(mel), ratio * lengths, strict=True):
+            counts = self.cfg.flow.encoder.upsample * lengths
+            for i, row, count in zip(rows, np.asarray(mel), counts, strict=True):
                 found[i] = row[:count]
         return found
 
@@ -368,6 +358,12 @@ class Token2Wav:
 
     # --- parts -----------------------------------------------------------------------------
 
+    def _batches(self, replies: Sequence[Int[np.ndarray, "_"]]) -> Iterator[list[int]]:
+        """Places of all replies but empty ones, those of like length together."""
+        order = sorted((i for i, r in enumerate(replies) if len(r)), key=lambda i: len(replies[i]))
+        for start in range(0, len(order), self.batch_size):
+            yield order[start : start + self.batch_size]
+
     def _started(self, voice: Voice, seed: int, parity: bool, keep: int) -> StreamState:
         """A stream of one row that has said nothing; kept, so only copies of it may be stepped."""
         key = voice.hash, seed, parity, keep
@@ -408,6 +404,11 @@ class Token2Wav:
         return np.zeros(codes * self.sample_rate // CODE_RATE, np.float32)
 
 
+def _no_recording(speaker: Float[np.ndarray, "C"], mels: int) -> Voice:
+    """A voice of which there is a vector alone."""
+    return Voice("", np.zeros(0, np.int32), speaker, np.zeros((0, mels), np.float32), "", "")
+
+
 def _widen(noise: Float[np.ndarray, "B N H"] | None, samples: int) -> np.ndarray | None:
     """Draws for all samples of a program; nothing if it makes its own."""
     if noise is None:
@@ -425,7 +426,7 @@ def _pad(
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
     """Rows of codes side by side, right-padded to a bucket, and their lengths."""
     lengths = np.array([len(row) for row in rows], np.int32)
-    width = round_up(int(lengths.max()), CODE_RATE) if width is None else width
+    width = round_up(max(int(lengths.max()), 1), CODE_RATE) if width is None else width
     padded = np.zeros((len(rows), width), np.int32)
     for line, row in zip(padded, rows, strict=True):
         line[: len(row)] = row
