@@ -8,8 +8,8 @@
 
 Source: flow matching (arXiv 2210.02747) with optimal-transport paths, as CosyVoice 2 (arXiv
 2412.10117) trains it: noise levels that dwell near noise, conditions dropped together for
-classifier-free guidance, and the beginning of a recording given as that of a prompt. Attention is
-full, as in a whole reply; streams cut it short at run time.
+classifier-free guidance, and the beginning of a recording given as that of a prompt. Rows may be
+heard chunk by chunk, so that a stream sounds like a whole reply (section 2.3 there).
 """
 
 from dataclasses import dataclass
@@ -22,10 +22,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from sa2jax.errors import TrainError
+from sa2jax.inference.token2wav import CHUNK
 from sa2jax.models.flow import flow_model
 from sa2jax.models.flow.dit import EstimatorState
 from sa2jax.models.flow.flow_matching import Flow, start_noise
-from sa2jax.models.flow.upsample_conformer import ConformerState
+from sa2jax.models.flow.upsample_conformer import ConformerState, heard
 from sa2jax.nn import Functional, Params, Policy, before, init_params
 from sa2jax.speech_config import FlowConfig
 from sa2jax.train.loss_step import abstract_rows
@@ -39,6 +40,8 @@ class Teaching:
         drop: share of rows without any condition, for classifier-free guidance.
         prompt: share of rows whose beginning is given as a prompt's.
         prompt_share: most of a row's frames that are given; how many is drawn anew for each row.
+        stream: share of rows that are heard in chunks, as a stream is: what is given of a row, then
+            1 to 25 codes, then 25 at a time. The others are heard whole.
         sigma: deviation of the noise that is left at the end of a path.
         prior: weight of the distance between the encoder's frames and the mel frames, as Grad-TTS
             (arXiv 2105.06337) has it: codes that begin from nothing are understood sooner. The
@@ -48,11 +51,12 @@ class Teaching:
     drop: float = 0.2
     prompt: float = 0.5
     prompt_share: float = 0.3
+    stream: float = 0.0
     sigma: float = 1e-6
     prior: float = 0.0
 
     def __post_init__(self):
-        for name in ("drop", "prompt", "prompt_share", "sigma"):
+        for name in ("drop", "prompt", "prompt_share", "stream", "sigma"):
             if not 0 <= getattr(self, name) <= 1:
                 raise TrainError(f"{name}={getattr(self, name)}: expected a number from 0 to 1")
         if self.prior < 0:
@@ -116,15 +120,19 @@ def flow_loss(
         x = net.table[...][codes].astype(dtype)
         x = jnp.where(before(lengths, room)[..., None], x, 0)
         x = jnp.pad(x, [(0, 0), (0, look), (0, 0)])
+        given = uniform[0] * config.prompt_share * frames
+        prompted = uniform[1] < config.prompt
+        given = jnp.where(prompted, given.astype(jnp.int32), 0)
+        chunks = None
+        if config.stream:
+            chunks = _chunks(-(-given // ratio), uniform[4], room)
+            chunks = jnp.where(uniform[5, :, None] < config.stream, chunks, 0)
         nothing = ConformerState.zeros(cfg.encoder, batch_size, 0, dtype)
-        x, _ = net.encoder(x, lengths, lengths, nothing)
+        x, _ = net.encoder(x, lengths, lengths, nothing, chunks=chunks)
         mu = net.to_mel(x)
         voice = batch.speaker.astype(jnp.float32)
         voice = voice / jnp.maximum(jnp.linalg.norm(voice, axis=-1, keepdims=True), 1e-12)
         voice = jnp.broadcast_to(net.speaker(voice)[:, None], mu.shape)
-        given = uniform[0] * config.prompt_share * frames
-        prompted = uniform[1] < config.prompt
-        given = jnp.where(prompted, given.astype(jnp.int32), 0)
         mel = jnp.where(valid, batch.mels.astype(jnp.float32), 0)
         cond = jnp.where(before(given, mel.shape[1])[..., None], mel, 0).astype(dtype)
         dropped = uniform[2] < config.drop
@@ -143,9 +151,10 @@ def flow_loss(
         # One level a row: what it means is a row's own, for all of its frames.
         parts = blocks.transpose(1, 2, 0, 3)[:, :, :, None], out.swapaxes(0, 1)[:, :, None]
         inputs = jnp.concatenate([path.astype(dtype), known], axis=-1)
-        velocity, _ = net.estimator(
-            inputs, parts, valid[..., 0], frames, _no_past(net, batch_size), 0
-        )
+        mask = valid[..., 0]
+        if chunks is not None:
+            mask = mask[:, None] & heard(jnp.repeat(chunks, ratio, axis=1))
+        velocity, _ = net.estimator(inputs, parts, mask, frames, _no_past(net, batch_size), 0)
 
     with jax.named_scope("loss"):
         error = jnp.where(valid, jnp.square(velocity - target), 0)
@@ -179,13 +188,21 @@ def fresh_flow(cfg: FlowConfig, seed: int = 0, mesh: Mesh | None = None) -> Para
     return params
 
 
-def _draws(key: Array, rows: int) -> tuple[Float[Array, "4 B"], Int[Array, "B"]]:
-    """Four uniform numbers for each row, and the seed of its noise."""
+def _chunks(given: Int[Array, "B"], uniform: Float[Array, "B"], room: int) -> Int[Array, "B P"]:
+    """The chunk in which a stream would hear each code, after `given` ones of a prompt."""
+    first = given + 1 + (CHUNK * uniform).astype(jnp.int32)
+    place = jnp.arange(room)
+    later = 2 + (place - first[:, None]) // CHUNK
+    return jnp.where(place < given[:, None], 0, jnp.where(place < first[:, None], 1, later))
+
+
+def _draws(key: Array, rows: int) -> tuple[Float[Array, "6 B"], Int[Array, "B"]]:
+    """Six uniform numbers for each row, and the seed of its noise."""
 
     def row(number):
         uniform, seed = jax.random.split(jax.random.fold_in(key, number))
         most = jnp.iinfo(jnp.int32).max
-        return jax.random.uniform(uniform, (4,)), jax.random.randint(seed, (), 0, most)
+        return jax.random.uniform(uniform, (6,)), jax.random.randint(seed, (), 0, most)
 
     uniform, seeds = jax.vmap(row)(jnp.arange(rows))
     return uniform.T, seeds

@@ -14,9 +14,12 @@ from recorded_flow import QUICK, RecordedFlow, jit
 
 from sa2jax.errors import TrainError
 from sa2jax.models.flow.flow_matching import flow_model, start_noise, unstack_flow
+from sa2jax.models.flow.upsample_conformer import ConformerState
+from sa2jax.models.flow.upsample_conformer import heard as heard_by
 from sa2jax.train.flow import (
     FlowBatch,
     Teaching,
+    _chunks,
     _draws,
     flow_loss,
 )
@@ -97,6 +100,72 @@ def test_the_loss_is_the_error_of_the_velocity_that_sampling_uses(recorded, loss
     expected = np.mean((np.asarray(velocity(recorded.params, path, level)) - target) ** 2)
     assert float(loss) == pytest.approx(float(expected), rel=1e-4)
     assert float(report["frames"]) == 2 * CODES
+
+
+def test_a_row_in_chunks_is_a_stream(recorded):
+    """Encoder and estimator give at once what they give chunk by chunk, with what they remember."""
+    sizes, look = (4, 3, 5), recorded.cfg.encoder.lookahead
+    chunks = np.repeat(np.arange(3), sizes)[None]
+    codes, mels = recorded.codes(1, CODES)[0], recorded.cfg.mels
+    inputs = np.random.default_rng(0).normal(size=(2, 2 * CODES, 4 * mels)).astype(np.float32)
+
+    @jit
+    def encoded(params):
+        net = recorded.model.bind(params)
+        x = jnp.pad(net.table[...][codes][None], [(0, 0), (0, look), (0, 0)])
+        nothing = ConformerState.zeros(recorded.cfg.encoder, 1, 0, x.dtype)
+        present = np.array([CODES])
+        whole, _ = net.encoder(x, present, present, nothing)
+        at_once, _ = net.encoder(x, present, present, nothing, chunks=chunks)
+        state, pieces, first = nothing.grown(0), [], 0
+        for size in sizes:
+            piece = x[:, first : first + size + look]
+            count = np.array([size])
+            heard = np.array([min(size + look, CODES - first)])
+            y, state = net.encoder(piece, heard, count, state, capacity=CODES)
+            pieces.append(y)
+            first += size
+        return at_once, jnp.concatenate(pieces, axis=1), whole
+
+    at_once, streamed, whole = encoded(recorded.params)
+    np.testing.assert_allclose(at_once, streamed, atol=2e-5)
+    assert np.abs(at_once - whole).max() > 1e-2
+
+    @jit
+    def velocities(params):
+        net = recorded.model.bind(params)
+        parts = jax.tree.map(lambda part: part[0], net.estimator.at(np.array([0.3], np.float32)))
+        _, empty = net._empty(1, 1)
+        counts = np.full(2, 2 * CODES)
+        mask = jnp.repeat(heard_by(jnp.repeat(chunks, 2, axis=1)), 2, axis=0)
+        at_once, _ = net.estimator(inputs, parts, mask, counts, empty, 0)
+        state, pieces, first = empty.grown(2 * CODES), [], 0
+        for size in sizes:
+            piece, count = inputs[:, first : first + 2 * size], np.full(2, 2 * size)
+            there = jnp.concatenate([state.order >= 0, jnp.ones((1, 2 * size), bool)], axis=1)
+            y, new = net.estimator(piece, parts, jnp.repeat(there, 2, axis=0), count, state, 0)
+            new = jax.tree.map(lambda leaf: leaf[None], new)
+            seen = np.array([first])
+            state = state.admit(new, count[:1], counts[:1], seen, keep=100, parity=False)
+            pieces.append(y)
+            first += 2 * size
+        return at_once, jnp.concatenate(pieces, axis=1)
+
+    np.testing.assert_allclose(*velocities(recorded.params), atol=2e-5)
+
+
+def test_chunks_follow_what_is_given():
+    found = np.asarray(_chunks(jnp.array([0, 4]), jnp.array([0.0, 0.999]), 60))
+    np.testing.assert_array_equal(found[0], [1] + 25 * [2] + 25 * [3] + 9 * [4])
+    np.testing.assert_array_equal(found[1], 4 * [0] + 25 * [1] + 25 * [2] + 6 * [3])
+
+
+def test_rows_that_are_heard_in_chunks(recorded, losses):
+    batch = rows(recorded, (60,))
+    whole, part = (float(losses(batch, 1, replace(PLAIN, stream=s))[0]) for s in (0.0, 1.0))
+    assert part != pytest.approx(whole, rel=1e-4)
+    seen_at_once = float(losses(batch, 1, replace(PLAIN, stream=1e-9))[0])
+    assert seen_at_once == pytest.approx(whole, rel=1e-5)
 
 
 def test_padding_and_what_lies_in_it_change_nothing(recorded, losses):

@@ -196,7 +196,7 @@ class Attention(nnx.Module):
         self.o = Linear(heads, embed, policy=policy, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "G T D"], mask: Bool[Array, "G S"], cache: Float[Array, "2 G N A H"]
+        self, x: Float[Array, "G T D"], mask: Bool[Array, "G ..."], cache: Float[Array, "2 G N A H"]
     ) -> tuple[Float[Array, "G T D"], Float[Array, "2 G N T H"]]:
         """Attend to cached and new keys; gives the new keys and values too."""
         q, k, v = (f(x).swapaxes(1, 2) for f in (self.q, self.k, self.v))  # [G, N, T, H]
@@ -306,7 +306,7 @@ class DiT(nnx.Module):
         self,
         x: Float[Array, "G T C"],
         parts: tuple[Float[Array, "L 9 D"], Float[Array, "2 D"]],
-        mask: Bool[Array, "G S"],
+        mask: Bool[Array, "G S"] | Bool[Array, "G T S"],
         counts: Int[Array, "G"],
         state: EstimatorState,
         step: Int[Array, ""] | int,
@@ -318,7 +318,7 @@ class DiT(nnx.Module):
         Args:
             x: noisy mel, features, speaker and prompt mel of each frame, side by side.
             parts: what `at` says of this step.
-            mask: keys that exist, cached ones first.
+            mask: keys that exist, or those that each frame may see; cached ones first.
             counts: frames of each row that count.
             state: what the rows have seen.
             step: index of the Euler step, for the state.

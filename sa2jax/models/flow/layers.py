@@ -13,7 +13,7 @@ def attend(
     q: Float[Array, "B N T H"],
     k: Float[Array, "B N S H"],
     v: Float[Array, "B N S H"],
-    mask: Bool[Array, "B S"],
+    mask: Bool[Array, "B S"] | Bool[Array, "B T S"],
     bias: Float[Array, "B N T S"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attention with heads before time, as the caches lie in memory; float32 softmax.
@@ -22,11 +22,12 @@ def attend(
         q: queries.
         k: keys, cached ones and new ones.
         v: values.
-        mask: keys that exist; a row without any yields a mean over all.
+        mask: keys that exist, or those that each query may see; a query without any yields a mean
+            over all.
         bias: added to the products before they are scaled.
     """
     B, N, T, H = q.shape
-    mask = jnp.repeat(mask, N, axis=0)  # [B*N, S]
+    mask = jnp.repeat(mask if mask.ndim == 3 else mask[:, None], N, axis=0)  # [B*N, 1 or T, S]
     q, k, v = (x.reshape(B * N, -1, H) for x in (q, k, v))
     operands = (q, k, v, mask, None if bias is None else bias.reshape(B * N, T, -1))
     y = jax.lax.platform_dependent(operands, cpu=_in_turns, default=_at_once)
@@ -39,7 +40,7 @@ def _at_once(operands: tuple[Any, ...]) -> Float[Array, "G T H"]:
     exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     scores = jnp.einsum("gth,gsh->gts", q, k, precision=exact, preferred_element_type=jnp.float32)
     scores = (scores if bias is None else scores + bias) * q.shape[-1] ** -0.5
-    scores = scores + jnp.where(mask, 0.0, -1e30)[:, None]
+    scores = scores + jnp.where(mask, 0.0, -1e30)
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     # Dividing after the product is the same and touches far fewer numbers.
     total = jnp.sum(weights, axis=-1, keepdims=True)

@@ -103,6 +103,11 @@ def distances(new: int, cached: int, size: int) -> Float[Array, "R D"]:
     return jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1).reshape(len(angle), size)
 
 
+def heard(chunks: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
+    """Which keys [B, queries, keys] a stream has by the time of each query's chunk."""
+    return chunks[:, None] <= chunks[:, :, None]
+
+
 def by_key(scores: Float[Array, "B N T R"], keys: int) -> Float[Array, "B N T S"]:
     """Scores by distance, farthest first, to scores by key (the shift of Transformer-XL).
 
@@ -132,7 +137,7 @@ class RelativeAttention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         table: Float[Array, "R D"],
-        mask: Bool[Array, "B S"],
+        mask: Bool[Array, "B T S"],
         cache: Float[Array, "2 B N C H"],
     ) -> tuple[Float[Array, "B T D"], Float[Array, "2 B N T H"]]:
         """Attend to cached and new keys; gives the new keys and values too."""
@@ -215,6 +220,7 @@ class UpsampleConformer(nnx.Module):
         counts: Int[Array, "B"],
         state: ConformerState,
         *,
+        chunks: Int[Array, "B T"] | None = None,
         capacity: int | None = None,
         trace: dict[str, Array] | None = None,
     ) -> tuple[Float[Array, "B R D"], ConformerState]:
@@ -226,6 +232,8 @@ class UpsampleConformer(nnx.Module):
                 as at the end of a reply.
             counts: codes of each row to encode, of T at most; the others are looked at only.
             state: what the rows have seen.
+            chunks: number of the chunk in which a stream would hear each code, rising along a row:
+                none is seen by codes of earlier chunks. None if all are heard at once.
             capacity: room for codes in the state to return, by default as much as now.
             trace: filled with intermediate results by name.
 
@@ -244,7 +252,9 @@ class UpsampleConformer(nnx.Module):
             look_conv = window(y, counts, state.look_conv.shape[1])
             x = note(trace, "look_ahead", self.look_back(y) + x[:, :new])
         with jax.named_scope("layers"):
-            x, kv = self._attend(self.layers, x, counts, state.length, state.kv, trace, "layers")
+            x, kv = self._attend(
+                self.layers, x, counts, chunks, state.length, state.kv, trace, "layers"
+            )
         with jax.named_scope("upsample"):
             x = jnp.concatenate(
                 [state.up_conv.astype(x.dtype), jnp.repeat(x, ratio, axis=1)], axis=1
@@ -254,8 +264,9 @@ class UpsampleConformer(nnx.Module):
             x = note(trace, "up_embed", self.up_embed(x))
         with jax.named_scope("up_layers"):
             x, up_kv = self._attend(
-                self.up_layers, x, ratio * counts, ratio * state.length,
-                state.up_kv, trace, "up_layers",
+                self.up_layers, x, ratio * counts,
+                None if chunks is None else jnp.repeat(chunks, ratio, axis=1),
+                ratio * state.length, state.up_kv, trace, "up_layers",
             )  # fmt: skip
         size = state.capacity if capacity is None else capacity
         state = ConformerState(
@@ -267,12 +278,16 @@ class UpsampleConformer(nnx.Module):
         )
         return note(trace, "encoder_out", self.norm(x)), state
 
-    def _attend(self, layers, x, counts, seen, cache, trace, name):
+    def _attend(self, layers, x, counts, chunks, seen, cache, trace, name):
         """Run one stack of layers; gives the new keys and values of all of them."""
         new, cached = x.shape[1], cache.shape[SLOTS]
         table = distances(new, cached, x.shape[2]).astype(x.dtype)
         old = jnp.arange(cached)[None] >= cached - seen[:, None]
-        mask = jnp.concatenate([old, before(counts, new)], axis=1)
+        mask = jnp.concatenate([old, before(counts, new)], axis=1)[:, None]
+        if chunks is not None:
+            mask = mask & jnp.pad(
+                heard(chunks), [(0, 0), (0, 0), (cached, 0)], constant_values=True
+            )
 
         def layer(x, layer_and_index):
             module, i = layer_and_index
