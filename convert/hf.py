@@ -236,6 +236,11 @@ def export(
         )
     speaks = token2wav.is_ours(source / SPEECH)
     speech = token2wav.Ours(source / SPEECH) if speaks else None
+    notes = ()
+    own = _own(source, speech)
+    if speech is not None and not speech.form:
+        notes = (f"{source / SPEECH} {token2wav.NO_RELEASED_FORM}; it is left out",)
+        speech = None
     tensors = {
         name: TensorInfo(info.shape, cast or weights.source_dtypes[name])
         for name, info in weights.tensors.items()
@@ -245,13 +250,14 @@ def export(
     with folders.new_folder(out, overwrite=overwrite) as folder:
         folders.need_space(folder, total)
         write_safetensors(folder, tensors, weights, limit, share(progress, 0, total))
-        left_out = copy_side_files(source, folder, _own(source, speech))
+        left_out = copy_side_files(source, folder, own)
         if speech:
             tick = share(progress, size, total)
             left_out += _inside(token2wav.export_into(speech, folder / SPEECH, tick))
         if cast is not None:
             _write_config_dtype(folder / "config.json", cast.name)
-    notes = _kept(cast) if speech else ()
+    if speech:
+        notes = _kept(cast)
     if weights.int8:
         notes = (*notes, "the matrices were int8: their numbers are rounded")
     return report(tensors | _prefixed(speech), total, started, left_out, notes)

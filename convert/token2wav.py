@@ -66,6 +66,9 @@ def _vocoder_rules(cfg: Any, form: Mapping[str, Any]) -> list[Rule]:
     return vocoder.vocoder_rules(cfg, prefix=form["prefix"], spelling=(length, direction))
 
 
+NEVER_RELEASED: dict[str, Any] = {"form": {}, "folded": ()}
+NO_RELEASED_FORM = "was trained from nothing: there is no released form that it could have"
+
 # The largest first: what comes later is then read beside nothing else.
 PARTS = {
     "speech_tokenizer": _Part(
@@ -195,7 +198,8 @@ class Ours:
         tensors: shape and dtype of every leaf by dotted path, such as `flow.table`.
         sources: those of every tensor of the released form, by network and released name.
         folded: leaves that a fold made.
-        form: of each network, what its released file alone told.
+        form: of each network, what its released file alone told; empty if it was never released,
+            but trained from nothing.
 
     Raises:
         CheckpointError: if it is damaged or no converted detokenizer.
@@ -212,12 +216,12 @@ class Ours:
         self.sources: dict[str, TensorInfo] = {}
         try:
             self.config = Token2WavConfig.from_dict(info["config"])
-            self.form = info["source"]["form"]
-            self.folded = frozenset(info["source"]["folded"])
+            released = info.get("source", NEVER_RELEASED)
+            self.form, self.folded = released["form"], frozenset(released["folded"])
             shapes = {f"{n}.{leaf}": s for n in PARTS for leaf, s in self._shapes(n).items()}
             stored = {name: tuple(leaf.shape) for name, leaf in self._leaves.items()}
             checkpoint.require_fit(self.folder, stored, shapes)
-            for name in PARTS:
+            for name in self.form:
                 self._add(name)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
@@ -383,6 +387,8 @@ def export(
 ) -> Report:
     """Export a detokenizer that stands alone; see `hf.export`."""
     started, ours = time.perf_counter(), Ours(source)
+    if not ours.form:
+        raise CheckpointError(f"{source} {NO_RELEASED_FORM}")
     with folders.new_folder(out, overwrite=overwrite) as folder:
         folders.need_space(folder, ours.bytes)
         left_out = export_into(ours, folder, share(progress, 0, ours.bytes))

@@ -21,6 +21,7 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from sa2jax import audio
+from sa2jax.assets import model_folder
 from sa2jax.chat.tokenizer import NUM_CODES, Tokenizer
 from sa2jax.config import StepAudio2Config
 from sa2jax.errors import AudioError, CheckpointError, DataError
@@ -174,7 +175,7 @@ class _Model:
             return cls(_Plan())
         from sa2jax.inference.speech_folder import SpeechFolder, find
 
-        folder = Path(folder)
+        folder = model_folder(folder)
         if not folder.is_dir():
             raise CheckpointError(f"no folder {folder}: expected a model folder")
         n_mels, num_codes, reader = N_MELS, NUM_CODES, None

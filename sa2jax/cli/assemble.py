@@ -66,6 +66,7 @@ def join(
         overwrite: Replace a checkpoint at OUT.
     """
     common.stay_on_host()
+    from sa2jax.assets import model_folder
     from sa2jax.convert.join import join as put
     from sa2jax.errors import VoiceError
 
@@ -75,7 +76,10 @@ def join(
         if not (name and equals and recording):
             raise VoiceError(f"--voice {word}: expected NAME=RECORDING, such as anna=anna.wav")
         named[name] = Path(recording)
-    notes = put(model, speech, out, dtype=dtype, single=single, voices=named, overwrite=overwrite)
+    notes = put(
+        model_folder(model), model_folder(speech), out,
+        dtype=dtype, single=single, voices=named, overwrite=overwrite,
+    )  # fmt: skip
     for note in notes:
         common.say(f"note: {note}")
     print(f"model: {out}")

@@ -91,7 +91,7 @@ def export(
     """Turn a model folder of this library back into a Hugging Face checkpoint.
 
     Args:
-        source: Folder made by `sa2jax convert`.
+        source: Folder made by `sa2jax convert`, or nano.
         out: Folder to make; it appears only when it is complete.
         dtype: Dtype to store; by default what each tensor had before it was converted.
         dequantize: Write the numbers that int8 matrices stand for.
@@ -100,12 +100,13 @@ def export(
         json: Print JSON.
     """
     common.stay_on_host()
+    from sa2jax.assets import model_folder
     from sa2jax.convert.hf import export
 
     with common.bar("exporting") as tick:
         report = export(
-            source, out, dtype=dtype, dequantize=dequantize, max_shard_size=max_shard_size,
-            overwrite=overwrite, progress=tick,
+            model_folder(source), out, dtype=dtype, dequantize=dequantize,
+            max_shard_size=max_shard_size, overwrite=overwrite, progress=tick,
         )  # fmt: skip
     _report(report, out, json)
 
@@ -123,14 +124,16 @@ def verify(
     Tensors are compared one by one. With --text or --wav also the logits of that prompt.
 
     Args:
-        a: One model folder.
-        b: The other model folder.
+        a: One model folder, or nano.
+        b: The other model folder, or nano.
         text: Text of a prompt.
         wav: A recording in that prompt.
         json: Print JSON.
     """
+    from sa2jax.assets import model_folder
     from sa2jax.convert.verify import compare_prompt, verify
 
+    a, b = model_folder(a), model_folder(b)
     with common.bar("comparing") as tick:
         result = verify(a, b, progress=tick)
     logits = None if text is None and wav is None else compare_prompt(a, b, text or "", wav)
@@ -148,13 +151,14 @@ def inspect(folder: Annotated[Source, tyro.conf.arg(metavar="FOLDER")], *, json:
     """Show what a checkpoint is made of, without loading it.
 
     Args:
-        folder: Model folder of this library, or a Hugging Face folder.
+        folder: Model folder of this library, a Hugging Face folder, or nano.
         json: Print JSON.
     """
     common.stay_on_host()
+    from sa2jax.assets import model_folder
     from sa2jax.convert.verify import inspect, print_inspection
 
-    found = inspect(folder)
+    found = inspect(model_folder(folder))
     if json:
         common.print_json(asdict(found))
     else:

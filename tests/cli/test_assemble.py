@@ -37,6 +37,17 @@ def test_begin_and_join_say_what_they_need(refused, tmp_path):
     assert not out.exists()
 
 
+def test_the_model_that_comes_along_has_a_name(run, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("join", "nano", "nano", "copy", "--single")[0] == 0
+    code, said, _ = run("verify", "nano", "copy")
+    assert code == 0
+    assert "0 differing" in said
+    assert "audio_encoder" in run("inspect", "nano")[1]
+    assert run("export", "nano", "out")[0] == 0
+    assert "micro is no model folder" in refused("join", "micro", "nano", "other")
+
+
 def test_recordings_are_prepared_and_shown(run, refused, tmp_path):
     soundfile.write(tmp_path / "a.wav", tone(0.5, rate=16_000, frequency=200), 16_000)
     line = {"audio": "a.wav", "text": "hello", "speaker": "anna"}

@@ -17,6 +17,7 @@ import safetensors.numpy
 from devices import environment, run_on_devices
 
 from sa2jax import checkpoint
+from sa2jax.assets import model_folder
 from sa2jax.config import StepAudio2Config
 from sa2jax.convert import hf, weights
 from sa2jax.convert.verify import verify
@@ -204,6 +205,23 @@ def test_both_ways_of_loading_fill_shards(source, tmp_path):
     command = ["-c", textwrap.dedent(script), source, tmp_path / "ours"]
     run = run_on_devices(4, command, tmp_path / "cache")
     assert int(run.stdout.split()[-1]) > 10
+
+
+def test_a_detokenizer_that_was_never_released_stays_behind(tmp_path):
+    """The model that comes along: its language model goes to and fro, the rest cannot."""
+    nano = model_folder("nano")
+    report = hf.export(nano, tmp_path / "out")
+    (note,) = report.notes
+    assert "token2wav was trained from nothing" in note
+    assert "it is left out" in note
+    assert not (tmp_path / "out" / "token2wav").exists()
+    hf.convert(tmp_path / "out", tmp_path / "back")
+    result = verify(nano, tmp_path / "back")
+    assert result.differing == ()
+    assert all(name.startswith("token2wav.") for name in result.only_a)
+    with pytest.raises(CheckpointError, match="no released form"):
+        hf.export(nano / "token2wav", tmp_path / "alone")
+    assert not (tmp_path / "alone").exists()
 
 
 # --- bad input: one clear line, nothing left behind ---

@@ -220,6 +220,12 @@ def test_a_model(spoken, tmp_path, model, monkeypatch):
     assert reject["reason"] == "message 2: no audio code 208, expected 0 to 207"
 
 
+def test_the_model_that_comes_along(talks, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    about = prepare([talks], "out", PrepareConfig(model="nano"))
+    assert (about["n_mels"], about["lengths"]["unit"]) == (80, "tokens")
+
+
 # --- what is not usable ---------------------------------------------------------------------------
 
 BAD = {
