@@ -20,9 +20,9 @@ from sa2jax.inference.sampling import Sampling
 MOST_BYTES = 16_000_000
 GREEDY = Options(sampling=Sampling(temperature=0), max_new_tokens=256)
 # The floors of the table; where a judge hears 19 replies, one reply less than were right when the
-# model was shipped (84, 74 and 0): on another CPU a sound may be rounded to another word.
+# model was shipped (94, 84 and 0): on another CPU a sound may be rounded to another word.
 BOUNDS = {
-    "seen": 8, "unseen": 25, "sums": 78, "sums_open": 68, "tool_asked": 95, "tool_unasked": 95,
+    "seen": 8, "unseen": 25, "sums": 89, "sums_open": 78, "tool_asked": 95, "tool_unasked": 95,
     "streamed": -6,
 }  # fmt: skip
 
@@ -65,8 +65,7 @@ def test_int8_matrices_hear_as_well(nano, held_out):
     assert sum(a != b for a, b in zip(texts, others, strict=True)) <= 1
 
 
-@pytest.fixture(scope="module")
-def clock_answers(nano, held_out) -> list[str]:
+def test_the_clock_is_asked_and_read(nano, held_out):
     """What is said aloud at half past three on a Monday."""
     said = []
     for item in [item for item in held_out.items("tools") if item.tool][:6]:
@@ -77,18 +76,9 @@ def clock_answers(nano, held_out) -> list[str]:
         reply = chat.say(item.audio, speak=True)
         assert len(reply.audio) > 0
         said.append(reply.text)
-    return said
-
-
-def test_the_clock_is_asked_and_day_and_minute_are_read(clock_answers):
-    right = ["thirty" in text or "monday" in text for text in clock_answers]
+    right = ["three thirty" in text or "monday" in text for text in said]
     assert sum(right) >= 5
-
-
-@pytest.mark.xfail(strict=True, reason="the hour is often wrong: see the limits in docs/nano.md")
-def test_the_hour_is_read(clock_answers):
-    right = ["three thirty" in text or "monday" in text for text in clock_answers]
-    assert sum(right) >= 4
+    assert any("three thirty" in text for text in said)
 
 
 def test_voices_differ_and_words_do_not(nano):
