@@ -20,7 +20,8 @@ from sa2jax.inference.sampling import Sampling
 MOST_BYTES = 16_000_000
 GREEDY = Options(sampling=Sampling(temperature=0), max_new_tokens=256)
 # The floors of the table; where a judge hears 19 replies, one reply less than were right when the
-# model was shipped (94, 84 and −5; the last has no room): on another CPU a sound may be rounded to another word.
+# model was shipped (94 and 84): on another CPU a sound may be rounded to another word. Streams then
+# lost one reply of 19, and may lose no more.
 BOUNDS = {
     "seen": 8, "unseen": 25, "sums": 89, "sums_open": 78, "tool_asked": 95, "tool_unasked": 95,
     "streamed": -6,
