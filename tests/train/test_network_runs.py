@@ -62,7 +62,7 @@ KINDS = {
     "tokenizer": Kind(
         part="speech_tokenizer.",
         learning={"ctc", "early_ctc", "mels", "uneven", "overshoot", "used"} | SPELT,
-        shown={"loss", "ctc", "mels", "uneven", "overshoot", "wer", "codes", "perplexity"},
+        shown={"loss", "ctc", "mels", "uneven", "wer", "codes", "perplexity"},
         data=CLIPS, teaching=MILD,
     ),
     "speaker": Kind(
