@@ -183,7 +183,7 @@ def _print(reply: "Reply") -> None:
     if reply.thinking:
         common.say(reply.thinking.strip())
     if reply.text or not reply.tool_calls:
-        print(reply.text)
+        print(reply.text.strip())
 
 
 def _read_tools(path: Path) -> str:

@@ -129,7 +129,7 @@ def translate(
     if json:
         common.print_json(sound.as_json(reply, out))
     else:
-        print(reply.text)
+        print(reply.text.strip())
         common.say(made)
 
 

@@ -82,9 +82,10 @@ class Talk:
                     continue
                 if thinking and not piece.thinking:
                     common.say("")
-                thinking, said = bool(piece.thinking), said or bool(piece.text)
+                text = piece.text if said else piece.text.lstrip()  # speech begins with a space
+                thinking, said = bool(piece.thinking), said or bool(text)
                 print(piece.thinking, end="", file=sys.stderr, flush=True)
-                print(piece.text, end="", file=self.text, flush=True)
+                print(text, end="", file=self.text, flush=True)
                 for result in piece.tool_results:
                     common.say(f"[{getattr(result.call, 'name', 'call')}] {result.text}")
         finally:
