@@ -31,6 +31,8 @@ from sa2jax.nn import Functional, Params, Policy, before, init_params
 from sa2jax.speech_config import FlowConfig
 from sa2jax.train.loss_step import abstract_rows
 
+_SHORT = 5  # codes of the shortest chunks; a reply begins after 0.2 s
+
 
 @dataclass(frozen=True, kw_only=True)
 class Teaching:
@@ -41,7 +43,8 @@ class Teaching:
         prompt: share of rows whose beginning is given as a prompt's.
         prompt_share: most of a row's frames that are given; how many is drawn anew for each row.
         stream: share of rows that are heard in chunks, as a stream is: what is given of a row, then
-            1 to 25 codes, then 25 at a time. The others are heard whole.
+            chunks of one size, 5 to 25 codes, the first of them any part of it. The others are
+            heard whole.
         sigma: deviation of the noise that is left at the end of a path.
         prior: weight of the distance between the encoder's frames and the mel frames, as Grad-TTS
             (arXiv 2105.06337) has it: codes that begin from nothing are understood sooner. The
@@ -125,7 +128,7 @@ def flow_loss(
         given = jnp.where(prompted, given.astype(jnp.int32), 0)
         chunks = None
         if config.stream:
-            chunks = _chunks(-(-given // ratio), uniform[4], room)
+            chunks = _chunks(-(-given // ratio), uniform[4], uniform[6], room)
             chunks = jnp.where(uniform[5, :, None] < config.stream, chunks, 0)
         nothing = ConformerState.zeros(cfg.encoder, batch_size, 0, dtype)
         x, _ = net.encoder(x, lengths, lengths, nothing, chunks=chunks)
@@ -188,21 +191,28 @@ def fresh_flow(cfg: FlowConfig, seed: int = 0, mesh: Mesh | None = None) -> Para
     return params
 
 
-def _chunks(given: Int[Array, "B"], uniform: Float[Array, "B"], room: int) -> Int[Array, "B P"]:
-    """The chunk in which a stream would hear each code, after `given` ones of a prompt."""
-    first = given + 1 + (CHUNK * uniform).astype(jnp.int32)
+def _chunks(
+    given: Int[Array, "B"], first: Float[Array, "B"], size: Float[Array, "B"], room: int
+) -> Int[Array, "B P"]:
+    """The chunk in which a stream would hear each code, after `given` ones of a prompt.
+
+    Sizes are drawn, with `size` and `first` uniform in [0, 1): chunks have from `_SHORT` codes to
+    as many as streams have by default, the first one from one code to as many as the others.
+    """
+    sizes = _SHORT + ((CHUNK + 1 - _SHORT) * size).astype(jnp.int32)
+    first = given + 1 + (sizes * first).astype(jnp.int32)
     place = jnp.arange(room)
-    later = 2 + (place - first[:, None]) // CHUNK
+    later = 2 + (place - first[:, None]) // sizes[:, None]
     return jnp.where(place < given[:, None], 0, jnp.where(place < first[:, None], 1, later))
 
 
-def _draws(key: Array, rows: int) -> tuple[Float[Array, "6 B"], Int[Array, "B"]]:
-    """Six uniform numbers for each row, and the seed of its noise."""
+def _draws(key: Array, rows: int) -> tuple[Float[Array, "7 B"], Int[Array, "B"]]:
+    """Seven uniform numbers for each row, and the seed of its noise."""
 
     def row(number):
         uniform, seed = jax.random.split(jax.random.fold_in(key, number))
         most = jnp.iinfo(jnp.int32).max
-        return jax.random.uniform(uniform, (6,)), jax.random.randint(seed, (), 0, most)
+        return jax.random.uniform(uniform, (7,)), jax.random.randint(seed, (), 0, most)
 
     uniform, seeds = jax.vmap(row)(jnp.arange(rows))
     return uniform.T, seeds

@@ -155,9 +155,11 @@ def test_a_row_in_chunks_is_a_stream(recorded):
 
 
 def test_chunks_follow_what_is_given():
-    found = np.asarray(_chunks(jnp.array([0, 4]), jnp.array([0.0, 0.999]), 60))
+    first, size = jnp.array([0.0, 0.999, 0.5]), jnp.array([0.999, 0.999, 0.0])
+    found = np.asarray(_chunks(jnp.array([0, 4, 2]), first, size, 60))
     np.testing.assert_array_equal(found[0], [1] + 25 * [2] + 25 * [3] + 9 * [4])
     np.testing.assert_array_equal(found[1], 4 * [0] + 25 * [1] + 25 * [2] + 6 * [3])
+    np.testing.assert_array_equal(found[2, :16], 2 * [0] + 3 * [1] + 5 * [2] + 5 * [3] + [4])
 
 
 def test_rows_that_are_heard_in_chunks(recorded, losses):
