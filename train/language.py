@@ -99,6 +99,9 @@ def make_task(recipe: Recipe, out: Path) -> Task:
         encoder_trained=trains("audio_encoder.layers.mlp.up"),
     )
 
+    sound = recipe.data.mel_rows * recipe.data.mel_frames / 100
+    room = recipe.data.rows * recipe.data.length, recipe.data.rows * sound
+
     # --- evaluation ---------------------------------------------------------------------------
     evaluate = None
     if recipe.evaluate is not None:
@@ -121,7 +124,7 @@ def make_task(recipe: Recipe, out: Path) -> Task:
         like=like, load=partial(base.load, mesh, recipe.seed),
         begin=partial(init_state, base.model, optimizer, mesh), step=step,
         place=partial(place_batch, mesh=mesh), evaluate=evaluate,
-        finish=partial(_write_results, base), meter=Meter(work, peak_flops()),
+        finish=partial(_write_results, base), meter=Meter(work, peak_flops(), room),
     )  # fmt: skip
 
 

@@ -27,7 +27,8 @@ KINDS = {
 # What a line on the screen has; the files have all.
 SHOWN = (
     "loss", "text/loss", "audio/loss", "accuracy", "norm", "rate", "evaluate/loss",
-    "evaluate/accuracy", "seconds_per_step", "tokens_per_second", "mfu", "data_wait",
+    "evaluate/accuracy", "seconds_per_step", "tokens_per_second", "tokens_filled", "sound_filled",
+    "mfu", "data_wait",
 )  # fmt: skip
 
 
@@ -110,15 +111,18 @@ class Log:
 
 
 class Meter:
-    """How fast a run is, between two lines of its log.
+    """How fast a run is, and how full its rows are, between two lines of its log.
 
     Args:
         flops: of a token and of a second of sound, see `flops_of`.
         peak: FLOP/s of all devices together; 0 if unknown.
+        room: tokens and seconds of sound that the rows of a step have room for; 0 if unknown.
     """
 
-    def __init__(self, flops: tuple[float, float], peak: float):
-        self._flops, self._peak = flops, peak
+    def __init__(
+        self, flops: tuple[float, float], peak: float, room: tuple[float, float] = (0.0, 0.0)
+    ):
+        self._flops, self._peak, self._room = flops, peak, room
         self._mark: tuple[float, ...] | None = None
 
     def read(self, steps: int, tokens: int, heard: float, waited: float) -> dict[str, float]:
@@ -145,6 +149,11 @@ class Meter:
             "audio_hours_per_second": heard_ / 3600 / seconds,
             "data_wait": waited_ / seconds,
         }
+        for name, used, room in zip(
+            ("tokens_filled", "sound_filled"), (tokens_, heard_), self._room, strict=True
+        ):
+            if room:
+                rates[name] = used / steps_ / room
         if self._peak:
             work = self._flops[0] * tokens_ + self._flops[1] * heard_
             rates["mfu"] = work / seconds / self._peak

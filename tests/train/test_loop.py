@@ -265,12 +265,14 @@ def test_flops_and_rates():
     assert token == 6 * matrices
     assert second == 2 * 50 * e.layers * (4 * 16 * 16 + 2 * 16 * 64)
     assert flops_of(cfg, base_trained=False, encoder_trained=False)[0] == 4 * matrices
-    meter = Meter((token, second), peak=1e12)
+    meter = Meter((token, second), peak=1e12, room=(160, 0))
     assert meter.read(1, 100, 1.0, 0.0) == {}
     rates = meter.read(3, 300, 3.0, 0.0)
     seconds = 2 * rates["seconds_per_step"]
     assert rates["tokens_per_second"] == pytest.approx(200 / seconds)
     assert rates["mfu"] == pytest.approx((200 * token + 2 * second) / seconds / 1e12)
+    assert rates["tokens_filled"] == pytest.approx(100 / 160)
+    assert "sound_filled" not in rates
 
 
 def test_a_cut_line_of_metrics_does_not_count(tmp_path):
