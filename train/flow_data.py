@@ -30,6 +30,7 @@ from sa2jax import audio
 from sa2jax.errors import AudioError, DataError, Sa2jaxError
 from sa2jax.inference.speech_folder import SpeechFolder
 from sa2jax.inference.voices import MAX_SECONDS, MEL_RATE, MIN_SECONDS, SILENCE, VoiceAnalyzer
+from sa2jax.train.bending import bent
 from sa2jax.train.buckets import BucketConfig, BucketData
 from sa2jax.train.flow import FlowBatch
 from sa2jax.train.recordings import (
@@ -74,18 +75,22 @@ def prepare_flow(
     out: str | os.PathLike[str],
     model: str | Path,
     *,
+    bends: int = 0,
     max_rejects: int = 100,
     overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Hear recordings with a checkpoint's own networks and keep what was heard.
 
-    Longer recordings are cut every 30 s. What cannot be used is listed in rejects.jsonl.
+    Longer recordings are cut every 30 s. A recording may be kept several times, each time with the
+    codes of another mouth (see `bending`) beside its own mel frames and speaker. What
+    cannot be used is listed in rejects.jsonl.
 
     Args:
         sources: recordings, folders of them, and .jsonl files.
         out: folder to make, whole or not at all.
         model: folder with the detokenizer to be tuned: codes mean nothing to another.
+        bends: how many more times; without any, codes may tell the flow who speaks.
         max_rejects: recordings that may be unusable.
         overwrite: replace a prepared folder that is there already.
         progress: told about recordings done and recordings in all.
@@ -97,19 +102,25 @@ def prepare_flow(
         DataError: if a source cannot be read, too much is unusable, or nothing is usable.
         CheckpointError: if the model has no detokenizer, or `out` cannot be written.
     """
+    if bends < 0:
+        raise DataError(f"bends={bends}: expected 0 or more")
     speech = SpeechFolder(model)
     items = find_recordings(sources)
 
     def describe(lengths: list[int]) -> dict[str, Any]:
         seconds = sum(lengths) / CODE_RATE
-        return {"format": FORMAT, "seconds": seconds, "speech_tokenizer": speech.analysis}
+        about = {"format": FORMAT, "seconds": seconds, "speech_tokenizer": speech.analysis}
+        return about | ({"bends": bends} if bends else {})
 
-    heard = _heard(items, speech, progress)
+    heard = _heard(items, speech, bends, progress)
     return write_samples(out, heard, describe, max_rejects=max_rejects, overwrite=overwrite)
 
 
 def _heard(
-    items: Sequence[Recording], speech: SpeechFolder, progress: Callable[[int, int], None]
+    items: Sequence[Recording],
+    speech: SpeechFolder,
+    bends: int,
+    progress: Callable[[int, int], None],
 ) -> Iterator[tuple[bytes, int] | Reject]:
     """Samples in the order of their recordings; codes are found for many pieces together.
 
@@ -120,11 +131,16 @@ def _heard(
     waiting: list[tuple[str, np.ndarray, np.ndarray, np.ndarray]] = []
 
     def finish() -> Iterator[tuple[bytes, int]]:
-        codes = analyzer.codes_of([low for _, low, _, _ in waiting])
-        for (where, _, high, speaker), found in zip(waiting, codes, strict=True):
-            mel = audio.mel_24k(high).T  # [Q, M]
-            count = min(len(found), len(mel) // FRAMES)
-            yield pack(FlowSample(found[:count], mel[: FRAMES * count], speaker, where)), count
+        heard = [analyzer.mel_of(low) for _, low, _, _ in waiting]
+        said = [audio.mel_24k(high).T for _, _, high, _ in waiting]  # [Q, M] each
+        for number in range(1 + bends):
+            # A piece is bent in the same way whatever comes before it.
+            rngs = [np.random.default_rng([number, *where.encode()]) for where, *_ in waiting]
+            mels = [bent(*x) for x in zip(heard, rngs, strict=True)] if number else heard
+            codes = analyzer.codes_of_mels(mels)
+            for (where, _, _, speaker), mel, found in zip(waiting, said, codes, strict=True):
+                count = min(len(found), len(mel) // FRAMES)
+                yield pack(FlowSample(found[:count], mel[: FRAMES * count], speaker, where)), count
         waiting.clear()
 
     for done, item in enumerate(items, 1):

@@ -371,14 +371,18 @@ def slaney(
     rate: int, fft: int, n_mels: int, fmax: float | None = None
 ) -> Float[np.ndarray, "M bins"]:
     """Triangles of equal area, linear to 1 kHz, then logarithmic (`librosa.filters.mel`)."""
+    hz = slaney_edges(fmax or rate / 2, n_mels)
+    bank = _triangles(hz, np.fft.rfftfreq(fft, 1 / rate))
+    return (bank * (2 / (hz[2:] - hz[:-2]))[:, None]).astype(np.float32)
+
+
+def slaney_edges(top: float, n_mels: int) -> Float[np.ndarray, "M_2"]:
+    """Where bands of `slaney` begin, peak and end, Hz: band m at m, m + 1 and m + 2."""
     per_mel, knee, log_step = 200 / 3, 1000.0, np.log(6.4) / 27
-    top = fmax or rate / 2
     top_mel = top / per_mel if top < knee else knee / per_mel + np.log(top / knee) / log_step
     mels = np.linspace(0, top_mel, n_mels + 2)
     log_hz = knee * np.exp(log_step * (mels - knee / per_mel))
-    hz = np.where(mels < knee / per_mel, mels * per_mel, log_hz)
-    bank = _triangles(hz, np.fft.rfftfreq(fft, 1 / rate))
-    return (bank * (2 / (hz[2:] - hz[:-2]))[:, None]).astype(np.float32)
+    return np.where(mels < knee / per_mel, mels * per_mel, log_hz)
 
 
 @cache

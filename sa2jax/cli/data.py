@@ -58,6 +58,7 @@ def _prepare_flow(
     paths: Paths,
     *,
     model: Path,
+    bends: int = 0,
     max_rejects: int = 100,
     overwrite: bool = False,
     json: bool = False,
@@ -68,6 +69,8 @@ def _prepare_flow(
         paths: Recordings (wav, flac, mp3, ogg, opus) of at least 1 s, folders of them, or .jsonl
             files with a line {"audio": "a.wav"} each; and, last, the folder to make.
         model: Folder with the detokenizer to train: its own networks hear the recordings.
+        bends: Keep each recording as often again with the codes of the same speech with another
+            pitch, formants and tilt, so that the flow does not learn from codes who speaks.
         max_rejects: Stop if more recordings than these cannot be used.
         overwrite: Replace a prepared folder.
         json: Print JSON.
@@ -79,8 +82,9 @@ def _prepare_flow(
     enable_compilation_cache()
     with common.bar("hearing", unit="recordings") as tick:
         about = prepare_flow(
-            sources, out, model, max_rejects=max_rejects, overwrite=overwrite, progress=tick
-        )
+            sources, out, model, bends=bends, max_rejects=max_rejects, overwrite=overwrite,
+            progress=tick,
+        )  # fmt: skip
     _print(about, Path(out), json)
 
 

@@ -217,17 +217,22 @@ class VoiceAnalyzer:
 
     def codes_of(self, clips: Sequence[Float[np.ndarray, "T"]]) -> list[Int[np.ndarray, "P"]]:
         """Codes of samples at 16 kHz; clips of like length are analysed together."""
-        short = [len(clip) for clip in clips if len(clip) < 2 * audio.HOP]
-        if short:
-            raise AudioError(f"expected at least {2 * audio.HOP} samples, got {min(short)}")
-        order = sorted(range(len(clips)), key=lambda i: len(clips[i]))
-        codes: list[np.ndarray] = [np.empty(0, np.int32)] * len(clips)
+        return self.codes_of_mels([self.mel_of(clip) for clip in clips])
+
+    def mel_of(self, clip: Float[np.ndarray, "T"]) -> Float[np.ndarray, "M F"]:
+        """What the tokenizer hears of samples at 16 kHz: log-mel frames (100 Hz)."""
+        if len(clip) < 2 * audio.HOP:
+            raise AudioError(f"expected at least {2 * audio.HOP} samples, got {len(clip)}")
+        return audio.s3_log_mel(clip, n_mels=self.cfg.speech_tokenizer.mels)
+
+    def codes_of_mels(self, mels: Sequence[Float[np.ndarray, "M F"]]) -> list[Int[np.ndarray, "P"]]:
+        """Codes of what `mel_of` gave; clips of like length are analysed together."""
+        order = sorted(range(len(mels)), key=lambda i: mels[i].shape[1])
+        codes: list[np.ndarray] = [np.empty(0, np.int32)] * len(mels)
         for start in range(0, len(order), CLIPS_AT_ONCE):
             chosen = order[start : start + CLIPS_AT_ONCE]
-            bands = self.cfg.speech_tokenizer.mels
-            mels = [audio.s3_log_mel(clips[i], n_mels=bands) for i in chosen]
-            room = _room(max(mel.shape[1] for mel in mels))
-            batch, frames = audio.pad_mels(mels, room)
+            room = _room(max(mels[i].shape[1] for i in chosen))
+            batch, frames = audio.pad_mels([mels[i] for i in chosen], room)
             found, _ = self._tokenize(self._params["speech_tokenizer"], batch, frames)
             for i, row, count in zip(chosen, np.asarray(found), code_length(frames), strict=True):
                 codes[i] = row[:count].astype(np.int32)
