@@ -82,15 +82,14 @@ def prepare_flow(
 ) -> dict[str, Any]:
     """Hear recordings with a checkpoint's own networks and keep what was heard.
 
-    Longer recordings are cut every 30 s. A recording may be kept several times, each time with the
-    codes of another mouth (see `bending`) beside its own mel frames and speaker. What
-    cannot be used is listed in rejects.jsonl.
+    Longer recordings are cut every 30 s. What cannot be used is listed in rejects.jsonl.
 
     Args:
         sources: recordings, folders of them, and .jsonl files.
         out: folder to make, whole or not at all.
         model: folder with the detokenizer to be tuned: codes mean nothing to another.
-        bends: how many more times; without any, codes may tell the flow who speaks.
+        bends: how many more times each recording is kept, with the codes of another mouth (see
+            `bending`) beside its own mel frames and speaker.
         max_rejects: recordings that may be unusable.
         overwrite: replace a prepared folder that is there already.
         progress: told about recordings done and recordings in all.
@@ -134,10 +133,9 @@ def _heard(
         heard = [analyzer.mel_of(low) for _, low, _, _ in waiting]
         said = [audio.mel_24k(high).T for _, _, high, _ in waiting]  # [Q, M] each
         for number in range(1 + bends):
-            # A piece is bent in the same way whatever comes before it.
-            rngs = [np.random.default_rng([number, *where.encode()]) for where, *_ in waiting]
-            mels = [bent(*x) for x in zip(heard, rngs, strict=True)] if number else heard
-            codes = analyzer.codes_of_mels(mels)
+            codes = analyzer.codes_of_mels(
+                [_bent(mel, piece[0], number) for piece, mel in zip(waiting, heard, strict=True)]
+            )
             for (where, _, _, speaker), mel, found in zip(waiting, said, codes, strict=True):
                 count = min(len(found), len(mel) // FRAMES)
                 yield pack(FlowSample(found[:count], mel[: FRAMES * count], speaker, where)), count
@@ -157,6 +155,11 @@ def _heard(
         if done == len(items):
             yield from finish()
         progress(done, len(items))
+
+
+def _bent(mel: Float[np.ndarray, "M F"], where: str, number: int) -> Float[np.ndarray, "M F"]:
+    """A piece as it is heard the n-th time: first as it is, then bent by its own random numbers."""
+    return bent(mel, np.random.default_rng([number, *where.encode()])) if number else mel
 
 
 def speaker_in(analyzer: VoiceAnalyzer, path: str) -> Float[np.ndarray, "C"]:
