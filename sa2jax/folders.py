@@ -98,11 +98,16 @@ def need_space(path: Path, size: int) -> None:
         )
 
 
+def holds_checkpoint(folder: Path) -> bool:
+    """Whether a folder looks like a checkpoint, of this library or of Hugging Face."""
+    return folder.is_dir() and any(any(folder.glob(mark)) for mark in MARKS)
+
+
 def _refuse(out: Path, overwrite: bool) -> None:
     """Raise unless `out` may be made: it does not exist, is empty, or may be replaced."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if not out.is_dir() or not any(any(out.glob(mark)) for mark in MARKS):
+    if not holds_checkpoint(out):
         raise CheckpointError(f"{out} already holds something else: choose another folder")
     if not overwrite:
         raise CheckpointError(

@@ -52,6 +52,14 @@ def test_it_is_small_and_complete():
     assert (folder / "README.md").is_file()
 
 
+def test_only_a_checkpoint_takes_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nano" / "checkpoints").mkdir(parents=True)
+    assert model_folder("nano").is_absolute()
+    (tmp_path / "nano" / "sa2jax.json").write_text("{}")
+    assert model_folder("nano") == Path("nano")
+
+
 @pytest.mark.parametrize("key", BOUNDS)
 def test_rows_of_the_table(scores, key):
     row, bound = scores[key], BOUNDS[key]

@@ -107,7 +107,7 @@ def prepare_flow(
     items = find_recordings(sources)
 
     def describe(lengths: list[int]) -> dict[str, Any]:
-        seconds = sum(lengths) / CODE_RATE
+        seconds = sum(lengths) / CODE_RATE / (1 + bends)  # each piece is as long every time
         about = {"format": FORMAT, "seconds": seconds, "speech_tokenizer": speech.analysis}
         return about | ({"bends": bends} if bends else {})
 

@@ -239,6 +239,8 @@ def _table(about: Mapping[str, Any], folder: Path) -> Table:
     rejected = about.get("rejected", 0)
     table.add_row("rejected", f"{rejected}, see rejects.jsonl" if rejected else "none")
     table.add_row("audio heard", hours(about["seconds"]))
+    if bends := about.get("bends"):
+        table.add_row("kept", f"{1 + bends} times, {bends} with codes of another mouth")
     if shards:
         table.add_row("speech to say", hours(about.get("seconds_spoken", 0)))
         letters = {k: n for k, n in about.get("characters", {}).items() if n}

@@ -82,12 +82,15 @@ def batches(folder) -> list:
     return list(FlowData(config, seed=0))
 
 
-def test_bent_recordings_have_other_codes_and_their_own_voice(speech, sources, tmp_path):
+def test_bent_recordings_have_other_codes_and_their_own_voice(run, speech, sources, tmp_path):
     about = prepare_flow([sources], tmp_path / "ready", speech, bends=2)
     assert (about["samples"], about["bends"]) == (9, 2)
     plain = prepare_flow([sources], tmp_path / "plain", speech)
     assert plain["samples"] == 3
     assert "bends" not in plain
+    assert about["seconds"] == plain["seconds"]
+    assert "3 times, 2 with codes of another mouth" in run("data", "show", tmp_path / "ready")[1]
+    assert "another mouth" not in run("data", "show", tmp_path / "plain")[1]
     bent_ones, ones = batches(tmp_path / "ready"), batches(tmp_path / "plain")
     for number, one in enumerate(ones):
         same, first, second = bent_ones[number::3]
