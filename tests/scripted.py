@@ -149,6 +149,11 @@ def sound(codes: Sequence[int]) -> np.ndarray:
     return np.repeat(np.array(codes, np.float32), SAMPLES) / 1000
 
 
+def pcm16(wave: np.ndarray) -> np.ndarray:
+    """The 16-bit numbers that a file has of it."""
+    return np.round(wave * np.float32(32768)).astype(np.int16)
+
+
 def call(name: str, arguments: str = "{}") -> list[int]:
     return [TOOL_CALL, *f"function\n{name}\n{arguments}".encode(), TOOL_CALL_END]
 
@@ -166,6 +171,8 @@ def interrupt(*args, **more):
     raise KeyboardInterrupt
 
 
+CTRL_C = "\a"  # a command is interrupted while it says this
+HELLO = groups("hello", range(10, 30))
 RATE = 16_000
 CLIP = np.random.default_rng(0).standard_normal(RATE).astype(np.float32) / 10, RATE  # 13 tokens
 SYSTEM = turn("system", "You are a helpful assistant.")

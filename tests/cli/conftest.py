@@ -4,14 +4,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from scripted import Script, Speech
+from scripted import CTRL_C, Script, Speech
 
 from sa2jax import cli, conversation, pipeline, testing
 from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.cli import hear
 from sa2jax.pipeline import StepAudio2
-
-CTRL_C = "\a"  # an answer with this is interrupted
 
 
 @pytest.fixture(scope="module")

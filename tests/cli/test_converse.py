@@ -10,28 +10,14 @@ import numpy as np
 import pytest
 import soundfile
 from matplotlib import image
-from scripted import SAMPLES, TOOL_CALL, TOOL_CALL_END, groups, sound
+from scripted import CTRL_C, HELLO, SAMPLES, SEARCH, call, groups, pcm16, sound
 
 from sa2jax import cli, pipeline, testing
 from sa2jax.cli import hear
 from sa2jax.pipeline import StepAudio2
 
-SEARCH = {
-    "name": "search",
-    "parameters": {"type": "object", "properties": {"query": {"type": "string"}}},
-}
-CLOCK = {"name": "get_date_time", "description": "Now."}
 WHERE = ("--model", "nowhere")  # never loaded: the fixture `script` stands in
-CTRL_C = "\a"
-HELLO = groups("hello", range(10, 30))
-
-
-def call(name: str, arguments: str = "{}") -> list[int]:
-    return [TOOL_CALL, *f"function\n{name}\n{arguments}".encode(), TOOL_CALL_END]
-
-
-def rounded(wave: np.ndarray) -> np.ndarray:
-    return np.round(wave * np.float32(32768)).astype(np.int16)
+TOOLS = [SEARCH, {"name": "get_date_time", "description": "Now."}]
 
 
 # --- the real model ---
@@ -130,7 +116,7 @@ def test_speech(run, script, pcm):
     code, out, err = run("chat", "--text", "hello", "--voice", "bert", "-o", "x.wav", *WHERE)
     assert (code, out) == (0, "hello\n")
     assert err.startswith("x.wav: first sound ")
-    np.testing.assert_array_equal(pcm("x.wav"), rounded(sound(range(10, 30))))
+    np.testing.assert_array_equal(pcm("x.wav"), pcm16(sound(range(10, 30))))
     assert script.options[0].max_new_tokens == 4096
     code, out, err = run("chat", "--text", "hello", "-o", "y.wav", *WHERE)
     assert (code, out) == (0, "bye\n")
@@ -176,7 +162,7 @@ def test_full_disk_leaves_nothing(refused, script, monkeypatch):
 
 
 def test_tools(run, script):
-    Path("tools.json").write_text(json.dumps([SEARCH, CLOCK]))
+    Path("tools.json").write_text(json.dumps(TOOLS))
     script.will_say(call("get_date_time"), "It is late.", call("search", '{"query": "x"}'))
     ask = ("chat", "--text", "hi", "--tools", "tools.json", "--stream", *WHERE)
     code, out, err = run(*ask)

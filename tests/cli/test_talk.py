@@ -9,27 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from scripted import SAMPLES, TOOL_CALL, TOOL_CALL_END, groups, sound
+from scripted import CTRL_C, HELLO, SAMPLES, SEARCH, call, groups, pcm16, sound
 
 from sa2jax import cli
 from sa2jax.cli import sound as output
 
-SEARCH = {
-    "name": "search",
-    "parameters": {"type": "object", "properties": {"query": {"type": "string"}}},
-}
-CLOCK = {"name": "get_date_time", "description": "Now."}
 WHERE = ("--model", "nowhere")  # never loaded: the fixture `script` stands in
-CTRL_C = "\a"
-HELLO = groups("hello", range(10, 30))
-
-
-def call(name: str, arguments: str = "{}") -> list[int]:
-    return [TOOL_CALL, *f"function\n{name}\n{arguments}".encode(), TOOL_CALL_END]
-
-
-def rounded(wave: np.ndarray) -> np.ndarray:
-    return np.round(wave * np.float32(32768)).astype(np.int16)
+TOOLS = [SEARCH, {"name": "get_date_time", "description": "Now."}]
 
 
 class Terminal(io.StringIO):
@@ -106,7 +92,7 @@ def test_all_sound_into_a_pipe(script, monkeypatch, capsysbinary):
     cli.main(["chat", "-o", "-", *WHERE])
     raw, err = capsysbinary.readouterr()
     np.testing.assert_array_equal(
-        np.frombuffer(raw, "<i2"), np.tile(rounded(sound(range(10, 30))), 2)
+        np.frombuffer(raw, "<i2"), np.tile(pcm16(sound(range(10, 30))), 2)
     )
     assert err.count(b"hello\n") == 2
 
@@ -150,7 +136,7 @@ def test_interrupt_speech(hold, script, monkeypatch, pcm):
     script.will_say(groups("a", range(60)), groups("b", range(10)))
     code, _, err = hold("a", "b", options=["--voice", "anna"])
     assert (code, err.count("interrupted")) == (0, 2)
-    np.testing.assert_array_equal(pcm("reply-1.wav"), rounded(sound(range(25))))
+    np.testing.assert_array_equal(pcm("reply-1.wav"), pcm16(sound(range(25))))
     assert sum(i >= 304 for i in script.prompts[1]) == 25
 
 
@@ -171,7 +157,7 @@ def test_a_failing_answer_is_taken_back(hold, script, monkeypatch):
 
 
 def test_results_of_tools(hold, script):
-    Path("tools.json").write_text(json.dumps([SEARCH, CLOCK]))
+    Path("tools.json").write_text(json.dumps(TOOLS))
     script.will_say(
         call("search", '{"query": "x"}'), "found",
         call("search") + call("get_date_time"), "both", call("search"),
