@@ -99,7 +99,7 @@ def need_space(path: Path, size: int) -> None:
 
 
 def holds_checkpoint(folder: Path) -> bool:
-    """Whether a folder looks like a checkpoint, of this library or of Hugging Face."""
+    """Whether a folder has one of the `MARKS`, of a checkpoint or of prepared recordings."""
     return folder.is_dir() and any(any(folder.glob(mark)) for mark in MARKS)
 
 

@@ -180,4 +180,6 @@ OPEN = turn("assistant", close=False)
 SPOKEN = turn("assistant", [TTS_START], close=False)
 QUERY = {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]}
 SEARCH = {"type": "function", "function": {"name": "search", "parameters": QUERY}}
+TOOLS = [SEARCH, {"name": "get_date_time", "description": "Now."}]
+WHERE = ("--model", "nowhere")  # options of a command; never loaded, a `Script` stands in
 SUMMARISE = "\n\n\n请用口语化形式总结检索结果，简短地回答用户的问题。"

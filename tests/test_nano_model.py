@@ -52,10 +52,13 @@ def test_it_is_small_and_complete():
     assert (folder / "README.md").is_file()
 
 
-def test_only_a_checkpoint_takes_its_name(tmp_path, monkeypatch):
+def test_a_folder_of_its_name_is_never_passed_over(run, refused, held_out, tmp_path, monkeypatch):
+    (item, *_) = held_out.items("asr_seen")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "nano" / "checkpoints").mkdir(parents=True)
-    assert model_folder("nano").is_absolute()
+    (tmp_path / "nano" / "model").mkdir(parents=True)
+    said = refused("asr", item.audio, "--model", "nano")
+    assert f"{tmp_path / 'nano'} holds no checkpoint, and comes before" in said
+    assert run("asr", item.audio)[0] == 0  # none was named: it is the one that comes along
     (tmp_path / "nano" / "sa2jax.json").write_text("{}")
     assert model_folder("nano") == Path("nano")
 

@@ -46,13 +46,13 @@ def model_or_demonstration(model: Path | None) -> Path:
     """The model that the user named, or the one that comes along, with a note."""
     if model is not None:
         return model
-    from sa2jax.assets import NANO, model_folder
+    from sa2jax.assets import SHIPPED
     from sa2jax.errors import ConfigError
 
-    if not model_folder(NANO).is_dir():
+    if not SHIPPED.is_dir():
         raise ConfigError("expected --model FOLDER: no model comes with this installation")
     say("note: no --model is given: this is nano, a demonstration model of a few hundred words")
-    return Path(NANO)
+    return SHIPPED
 
 
 def stay_on_host() -> None:

@@ -14,12 +14,11 @@ def test_no_model_is_named(refused, run, tmp_path, monkeypatch):
     wav = tmp_path / "a.wav"
     soundfile.write(wav, tone(0.5, rate=16_000, frequency=200), 16_000)
     nowhere = tmp_path / "nowhere"
-    monkeypatch.setattr(assets, "model_folder", lambda name: nowhere)
+    monkeypatch.setattr(assets, "SHIPPED", nowhere)
     assert "expected --model FOLDER" in refused("asr", wav)
     assert "expected --model FOLDER" in refused("voice", "list")
     assert "no folder" in refused("asr", wav, "--model", nowhere)
     testing.save_tiny_checkpoint(nowhere)
-    monkeypatch.setattr("sa2jax.pipeline.model_folder", lambda name: nowhere)
     code, _, said = run("asr", wav, "--max-new-tokens", "2")
     assert code == 0
     assert "note: no --model is given: this is nano, a demonstration model" in said

@@ -10,15 +10,11 @@ import numpy as np
 import pytest
 import soundfile
 from matplotlib import image
-from scripted import CTRL_C, HELLO, SAMPLES, SEARCH, call, groups, pcm16, sound
+from scripted import CTRL_C, HELLO, SAMPLES, TOOLS, WHERE, call, groups, pcm16, sound
 
 from sa2jax import cli, pipeline, testing
 from sa2jax.cli import hear
 from sa2jax.pipeline import StepAudio2
-
-WHERE = ("--model", "nowhere")  # never loaded: the fixture `script` stands in
-TOOLS = [SEARCH, {"name": "get_date_time", "description": "Now."}]
-
 
 # --- the real model ---
 

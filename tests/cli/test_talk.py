@@ -9,13 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from scripted import CTRL_C, HELLO, SAMPLES, SEARCH, call, groups, pcm16, sound
+from scripted import CTRL_C, HELLO, SAMPLES, TOOLS, WHERE, call, groups, pcm16, sound
 
 from sa2jax import cli
 from sa2jax.cli import sound as output
-
-WHERE = ("--model", "nowhere")  # never loaded: the fixture `script` stands in
-TOOLS = [SEARCH, {"name": "get_date_time", "description": "Now."}]
 
 
 class Terminal(io.StringIO):
