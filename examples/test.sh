@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All tests, in an environment of their own: examples/test.sh [what pytest takes]
+# The tests, in an environment of their own: examples/test.sh [what pytest takes]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 examples/setup.sh test

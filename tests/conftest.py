@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytest_plugins = ["compiling", "processor_time", "pytester"]
+
 # A shell starts background jobs with interrupts ignored, and all their children with them.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -12,6 +14,21 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 HERE = Path(__file__).parent
 SMALL_GOLDEN = HERE / "golden"
 LARGE_GOLDEN = HERE.parent.parent / "shared" / "golden"  # not in the repository; used when there
+
+
+# Whole folders that both version pairs run, see CONTRIBUTING.md, and that compile as users do.
+BOTH_PAIRS = ("parity", "convert")
+OPTIMIZED = ("plan",)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        topic = item.path.relative_to(HERE).parts[0]
+        if topic in BOTH_PAIRS:
+            item.add_marker("both_pairs")
+        if topic in OPTIMIZED:
+            item.add_marker("optimized")
 
 
 def golden_folder() -> Path:
@@ -51,7 +68,13 @@ def converted_detokenizer(golden, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.fixture(scope="session", params=golden_checkpoints(), ids=lambda folder: folder.name)
+def marked(folder: Path):
+    """What a larger recording repeats of a small one is slow."""
+    slow = folder.parent == LARGE_GOLDEN
+    return pytest.param(folder, id=folder.name, marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.fixture(scope="session", params=map(marked, golden_checkpoints()))
 def recorded_checkpoint(request) -> Path:
     """A folder with `llm/`, a checkpoint, and `golden/`, what the official code made of it."""
     return request.param

@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).parent
-# Nearly all of the time goes into compiling; how fast the programs are does not matter.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 needs_libtpu = pytest.mark.skipif(
     find_spec("libtpu") is None, reason="needs libtpu: pip install 'sa2jax[plan]'"

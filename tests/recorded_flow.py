@@ -3,20 +3,10 @@
 from functools import cached_property
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from sa2jax.convert.flow import load
 from sa2jax.models.flow import flow_model, unstack_flow
-
-# These tests compile more than they compute: without optimisation in a sixth of the time.
-QUICK: dict = {"xla_backend_optimization_level": 0}
-if jax.__version_info__ < (0, 11):
-    QUICK["xla_cpu_use_fusion_emitters"] = False
-
-
-def jit(function, **options):
-    return jax.jit(function, compiler_options=QUICK, **options)
 
 
 class RecordedFlow:

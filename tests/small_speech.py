@@ -1,14 +1,16 @@
 """The smallest networks that hear and speak, and clips with letters that can be told apart."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import soundfile
-from recorded_flow import QUICK, jit
+from jax import jit
 
 from sa2jax.nn import Policy
 from sa2jax.speech_config import (
@@ -48,19 +50,31 @@ SMALL = Token2WavConfig(
 )  # fmt: skip
 
 
-def save_networks(folder: Path) -> Path:
-    """A detokenizer of `SMALL` sizes and random numbers."""
+# The same with as many codes as a released model: for tests that need a voice, but no real one.
+SPEAKER = replace(
+    SMALL,
+    flow=replace(SMALL.flow, codes=6561),
+    speech_tokenizer=replace(SMALL.speech_tokenizer, digits=8),
+)
+
+
+def small_networks(cfg: Token2WavConfig = SPEAKER) -> dict[str, Any]:
+    """Random numbers for every network of a detokenizer."""
     rng = np.random.default_rng(0)
 
     def numbers(path, leaf):
         middle = name_of(path).endswith(("scale", "variance"))
         return (middle + 0.1 * rng.standard_normal(leaf.shape)).astype(np.float32)
 
-    params = {
-        name: jax.tree.map_with_path(numbers, make(getattr(SMALL, name), Policy()).abstract)
+    return {
+        name: jax.tree.map_with_path(numbers, make(getattr(cfg, name), Policy()).abstract)
         for name, make in STRUCTURES.items()
     }
-    save_detokenizer(folder, SMALL, params)
+
+
+def save_networks(folder: Path, cfg: Token2WavConfig = SMALL) -> Path:
+    """A detokenizer of these sizes and random numbers."""
+    save_detokenizer(folder, cfg, small_networks(cfg))
     return folder
 
 
@@ -113,7 +127,7 @@ def learn(loss, model, optimizer, config, params, batch, steps: int):
     """
     step, traces = make_loss_step(loss, model, optimizer, config, seed=1), TRACES["step"]
     state = init_state(model, optimizer, None, jax.tree.map(jnp.copy, params))
-    step, reports = step.lower(state, batch).compile(QUICK), []
+    step, reports = step.lower(state, batch).compile(), []
     for n in range(steps):
         if n == 1:
             saved = jax.tree.map(np.asarray, state)

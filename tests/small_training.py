@@ -1,48 +1,15 @@
-"""A small model, spoken pairs to train it with, and programs that are compiled once and quickly."""
+"""A small model, and spoken pairs to train it with."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-import pytest
 import soundfile
-from jax.experimental.compilation_cache import compilation_cache
-from recorded_flow import QUICK
 
 from sa2jax import testing
 from sa2jax.config import StepAudio2Config
 from sa2jax.train.recipe import Recipe, build
-
-
-@contextmanager
-def cached_programs(folder: Path) -> Iterator[None]:
-    """A cache in which each run of one recipe finds what the first has compiled."""
-    settings = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
-@contextmanager
-def quick_programs(folder: Path) -> Iterator[None]:
-    """The same, and what is not told how to be compiled is not optimised."""
-    with cached_programs(folder), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", partial(jax.jit, compiler_options=QUICK))
-        yield
 
 
 def save_model(folder: Path, cfg: StepAudio2Config | None = None) -> Path:

@@ -4,11 +4,9 @@ import csv
 import io
 import math
 from dataclasses import asdict
-from functools import partial
 
 import jax
 import pytest
-from recorded_flow import QUICK
 from rich.console import Console
 
 from sa2jax import bench as package
@@ -46,14 +44,6 @@ TINY = Token2WavConfig(
         dilations=(1,), embed=8,
     ),
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Compile without optimisation: figures mean nothing here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", partial(jax.jit, compiler_options=QUICK))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +117,7 @@ def test_the_ratio_is_taken_round_by_round():
     assert (made.ours, made.reference, made.ratio) == (2.0, 3.0, 0.5)
 
 
+@pytest.mark.both_pairs
 def test_the_language_side(monkeypatch):
     monkeypatch.setattr(package.language, "copy_bandwidth", lambda: 1.0)
     monkeypatch.setattr(StepAudio2Config, "preset", lambda name: tiny_config())

@@ -9,6 +9,8 @@ import pytest
 from sa2jax import checkpoint, folders
 from sa2jax.errors import CheckpointError
 
+pytestmark = pytest.mark.both_pairs
+
 FIRST = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import soundfile
 import yaml
 from sound import tone
@@ -9,6 +10,7 @@ from sound import tone
 from sa2jax import assets, testing
 
 
+@pytest.mark.both_pairs
 def test_no_model_is_named(refused, run, tmp_path, monkeypatch):
     """There is a demonstration model or there is none: nothing else is taken in its place."""
     wav = tmp_path / "a.wav"

@@ -25,6 +25,7 @@ def entries(folder: Path) -> list[str]:
 # --- conversion ---
 
 
+@pytest.mark.both_pairs
 @pytest.mark.parametrize("dtype", [None, "float32"])
 def test_there_and_back_bit_for_bit(run, recorded_checkpoint, tmp_path, dtype):
     source = recorded_checkpoint / "llm"
@@ -61,12 +62,14 @@ def test_verify_finds_a_difference(run, ours, broken):
     assert len(json.loads(out)["differing"]) == json.loads(out)["compared"]
 
 
+@pytest.mark.both_pairs
 def test_verify_compares_answers(run, source, ours, recordings):
     code, out, err = run("verify", source, ours, "--text", "hi", "--wav", recordings[0])
     assert (code, err) == (0, "")
     assert "same best token in 100.0%" in out.splitlines()[-1]
 
 
+@pytest.mark.both_pairs
 @pytest.mark.parametrize("form", ["source", "ours"])
 def test_inspect(run, source, form, request):
     folder = request.getfixturevalue(form)

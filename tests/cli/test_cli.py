@@ -26,6 +26,7 @@ def process(*arguments: object, script: str = "") -> subprocess.CompletedProcess
     )
 
 
+@pytest.mark.both_pairs
 def test_process_asr(source, recordings):
     """What a shell sees: text alone on stdout, nothing on stderr."""
     command = ["asr", *recordings[:2], "--model", source, "--max-new-tokens", 4]

@@ -11,6 +11,7 @@ import pytest
 import soundfile
 from matplotlib import image
 from scripted import CTRL_C, HELLO, SAMPLES, TOOLS, WHERE, call, groups, pcm16, sound
+from small_speech import SPEAKER, save_networks
 
 from sa2jax import cli, pipeline, testing
 from sa2jax.cli import hear
@@ -20,14 +21,15 @@ from sa2jax.pipeline import StepAudio2
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory, golden) -> StepAudio2:
+def real(tmp_path_factory) -> StepAudio2:
     """Random weights; compiled once for all commands."""
-    cfg = testing.tiny_config(max_positions=2048)
-    folder = testing.save_tiny_checkpoint(tmp_path_factory.mktemp("real") / "model", cfg)
+    cfg, home = testing.tiny_config(max_positions=2048), tmp_path_factory.mktemp("real")
+    folder = testing.save_tiny_checkpoint(home / "model", cfg)
+    speaker = save_networks(home / "speaker", SPEAKER)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "enable_compilation_cache", lambda: None)
         patch.setattr("sa2jax.speech.enable_compilation_cache", lambda: None)
-        model = hear.ModelOptions(model=folder, detokenizer=golden / "token2wav").load()
+        model = hear.ModelOptions(model=folder, detokenizer=speaker).load()
         assert model.speech.sample_rate == 24_000
     return model
 
@@ -72,6 +74,7 @@ def test_raw_samples_are_those_of_the_file(speaks, capsysbinary, pcm):
     assert b"\nfirst sound " in err
 
 
+@pytest.mark.slow
 def test_read_aloud(run, speaks, pcm):
     code, out, err = run("tts", "--text", "Good morning!", "-o", "x.wav", *speaks)
     assert (code, err) == (0, "")
@@ -96,6 +99,7 @@ def test_spoken_translation(run, speaks, recording, pcm):
 # --- one question ---
 
 
+@pytest.mark.both_pairs
 def test_text(run, script):
     script.will_say("Hi", "Hi")
     ask = ("chat", "--text", "hello", *WHERE)
@@ -107,6 +111,7 @@ def test_text(run, script):
     assert [options.max_new_tokens for options in script.options] == [1024, 1024]
 
 
+@pytest.mark.both_pairs
 def test_speech(run, script, pcm):
     script.will_say(HELLO, groups("bye", []))
     code, out, err = run("chat", "--text", "hello", "--voice", "bert", "-o", "x.wav", *WHERE)
@@ -281,6 +286,7 @@ def test_nothing_spoken(refused, run, script):
     assert os.listdir() == []
 
 
+@pytest.mark.both_pairs
 def test_tts_from_stdin(run, script, monkeypatch):
     script.will_say(HELLO)
     monkeypatch.setattr("sys.stdin", io.StringIO("Good morning!"))

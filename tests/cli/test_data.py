@@ -18,6 +18,7 @@ def registered(monkeypatch):
     monkeypatch.setitem(cli.COMMANDS, "data", data)
 
 
+@pytest.mark.both_pairs
 def test_prepare_and_show(run, tmp_path):
     out = tmp_path / "ready"
     code, text, err = run("data", "prepare", EXAMPLES / "talks.jsonl", out)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import yaml
-from small_training import quick_programs, save_model, save_pairs
+from small_training import save_model, save_pairs
 
 from sa2jax import Speech, checkpoint, cli
 from sa2jax.cli import common
@@ -23,10 +23,7 @@ NAMED = ("step", "loss", "norm", "rate", "frames", "dropped", "prompted", "evalu
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder, and a cache in which each run finds what the first has compiled."""
-    folder = tmp_path_factory.mktemp("flow")
-    with quick_programs(folder / "xla"):
-        yield folder
+    return tmp_path_factory.mktemp("flow")
 
 
 @pytest.fixture(scope="module")

@@ -45,6 +45,7 @@ def scripted(monkeypatch):
 # --- listening ---
 
 
+@pytest.mark.both_pairs
 def test_asr(run, ours, recordings):
     """The whole way, from files to texts."""
     code, out, err = run("asr", *recordings, "--model", ours, "--max-new-tokens", 24, "--json")
@@ -56,6 +57,7 @@ def test_asr(run, ours, recordings):
     assert len(set(texts)) == 3
 
 
+@pytest.mark.both_pairs
 @pytest.mark.parametrize("command", ["asr", "translate", "caption"])
 def test_text_of_several_files(run, scripted, ours, recordings, command):
     scripted("eins", "zwei", "drei")

@@ -7,6 +7,7 @@ import pytest
 from sa2jax.plan import chips
 
 
+@pytest.mark.both_pairs
 def test_table(run):
     code, out, err = run("plan", "--topology", "h100:2", "--batch", 8)
     assert (code, err) == (0, "")

@@ -1,41 +1,23 @@
 """The commands of speech alone, as a user runs them."""
 
 import json
-import shutil
 
-import jax
 import numpy as np
 import pytest
 import soundfile
-from jax.experimental.compilation_cache import compilation_cache
+from small_speech import SPEAKER, save_networks
 
 from sa2jax import cli
 from sa2jax.inference import speech_folder
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Every command compiles anew, as in a shell: from a cache of this module's own."""
-    folder, least = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
-    before = {name: getattr(jax.config, name) for name in (folder, least)}
-    jax.config.update(folder, str(tmp_path_factory.mktemp("xla")))
-    jax.config.update(least, 0.1)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
 @pytest.fixture(scope="module")
 def model(golden, tmp_path_factory):
-    """A released detokenizer with one recording, converted."""
-    folder = tmp_path_factory.mktemp("model")
-    shutil.copytree(golden / "token2wav", folder / "released")
-    (folder / "released" / "assets").mkdir()
-    shutil.copy(golden / "t2w_golden" / "prompt.wav", folder / "released" / "assets" / "anna.wav")
-    cli.main(["convert", str(folder / "released"), str(folder / "ours")])
-    return folder / "ours"
+    """A small detokenizer with a voice."""
+    folder = save_networks(tmp_path_factory.mktemp("model") / "ours", SPEAKER)
+    prompt = golden / "t2w_golden" / "prompt.wav"
+    cli.main(["voice", "add", "anna", str(prompt), "--model", str(folder)])
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +37,7 @@ def codes(tmp_path):
     return path
 
 
+@pytest.mark.both_pairs
 def test_recording_to_codes_and_back(run, model, recording, tmp_path):
     code, out, err = run("tokenize", recording, "--model", model)
     assert (code, err) == (0, "")
@@ -109,6 +92,7 @@ def test_codes_in_an_object_and_from_stdin(run, model, codes, tmp_path, monkeypa
     assert first.read_bytes() == second.read_bytes() == third.read_bytes()
 
 
+@pytest.mark.both_pairs
 def test_voices(run, refused, model, recording):
     code, out, err = run("voice", "list", "--model", model)
     assert (code, out, err) == (0, f"anna\t{model}/voices/anna.safetensors\n", "")

@@ -16,6 +16,7 @@ def recipe(tmp_path_factory):
     return file
 
 
+@pytest.mark.both_pairs
 def test_a_run_and_its_end(run, recipe, tmp_path):
     out = tmp_path / "run"
     code, said, progress = run("train", "--config", recipe, "--out", out, "--steps", 2)
@@ -52,6 +53,7 @@ def test_dry_run(run, recipe):
     assert "frozen" in said
 
 
+@pytest.mark.both_pairs
 def test_an_adapter_is_merged_into_the_model_it_was_trained_beside(run, recipe, tmp_path):
     """The same as what the run itself merges."""
     words = "--set", "lora={rank: 2, rate: 0.01}", "--steps", 2

@@ -1,14 +1,12 @@
 """Conversations with a real, if senseless, model and voice."""
 
 from collections import Counter
-from functools import partial
 
-import jax
 import numpy as np
 import pytest
-from recorded_flow import QUICK
-from recorded_speech import recorded_token2wav, recorded_voice
+from recorded_speech import other_voice
 from scripted import Speech, heard, turn
+from small_speech import SPEAKER, small_networks
 
 from sa2jax import testing
 from sa2jax.chat import template
@@ -31,13 +29,10 @@ def noise(seconds: float, seed: int = 0) -> tuple[np.ndarray, int]:
 
 
 @pytest.fixture(scope="module")
-def speech(golden):
-    """The recorded detokenizer, compiled quickly."""
-    cfg, params = recorded_token2wav(golden)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", partial(jax.jit, compiler_options=QUICK))
-        speak = Token2Wav(cfg, params, steps=2)
-    voice = recorded_voice(golden)
+def speech():
+    """A small detokenizer."""
+    speak = Token2Wav(SPEAKER, small_networks(), steps=2)
+    voice = other_voice(0, 31, SPEAKER)
     found = Speech()
     found.token2wav, found.voice = speak, lambda wanted="default": voice
     return found

@@ -30,6 +30,7 @@ from sa2jax.errors import PromptError
 # --- streams ---
 
 
+@pytest.mark.both_pairs
 def test_sound_comes_as_soon_as_a_chunk_is_there(script, model):
     script.will_say(groups("Hello", range(100)))
     lengths = {}

@@ -47,6 +47,7 @@ def loads(monkeypatch):
 QUICK = ("--quick", 1, "--row", "tool_unasked", "--row", "sums")
 
 
+@pytest.mark.both_pairs
 def test_a_table_and_its_answers(run, loads, corpus, tmp_path):
     code, out, err = run("eval", "nano", "--corpus", corpus, "--model", tmp_path, *QUICK,
                          "--answers", tmp_path / "answers.jsonl")  # fmt: skip

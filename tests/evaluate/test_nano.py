@@ -1,13 +1,10 @@
 """Scores of models whose answers are known."""
 
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
-from recorded_flow import QUICK
 from scripted import Speech
 
 from sa2jax import testing
@@ -256,7 +253,6 @@ def test_a_real_if_senseless_model_is_asked_as_a_user_asks(corpus, monkeypatch):
     from sa2jax.pipeline import StepAudio2
 
     pytest.importorskip("jiwer")
-    monkeypatch.setattr(jax, "jit", partial(jax.jit, compiler_options=QUICK))
     cfg = testing.tiny_config(max_positions=2048)
     tokenizer = Tokenizer(testing.byte_tokenizer(testing.AUDIO_START, 512))
     model = StepAudio2(cfg, testing.tiny_params(cfg), tokenizer, speech=lambda: Speech())

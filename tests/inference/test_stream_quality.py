@@ -4,12 +4,8 @@
 whole reply is the official one, too: so this compares with the official stream on the same codes.
 """
 
-from functools import partial
-
-import jax
 import numpy as np
 import pytest
-from recorded_flow import QUICK
 from recorded_speech import recorded_token2wav, recorded_voice
 from sound import click_energy, joints, log_spectral_distance
 
@@ -21,9 +17,7 @@ QUIET = np.zeros((1, 1, 9), np.float32)  # no noise in the source: it would diff
 @pytest.fixture(scope="module")
 def speak(golden):
     cfg, params = recorded_token2wav(golden)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", partial(jax.jit, compiler_options=QUICK))
-        return Token2Wav(cfg, params)
+    return Token2Wav(cfg, params)
 
 
 def recorded_codes(golden):
@@ -44,6 +38,7 @@ def streamed(speak, voice, codes, *, parity):
     return pieces
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [recorded_codes, random_codes])
 def test_default_stream_is_nearer_to_the_whole_reply(golden, speak, make):
     codes, voice = make(golden), recorded_voice(golden)

@@ -1,13 +1,10 @@
-"""The joined detokenizer with the recorded tiny weights: batches, streams, bad input."""
+"""The joined detokenizer with small random weights: batches, streams, bad input."""
 
-from functools import partial
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recorded_flow import QUICK
-from recorded_speech import other_voice, recorded_token2wav, recorded_voice
+from recorded_speech import other_voice
+from small_speech import SPEAKER, small_networks
 
 from sa2jax.errors import CodeError, ConfigError
 from sa2jax.inference import token2wav
@@ -21,16 +18,13 @@ PAD = 6561
 
 
 @pytest.fixture(scope="module")
-def speak(golden):
-    cfg, params = recorded_token2wav(golden)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", partial(jax.jit, compiler_options=QUICK))
-        return Token2Wav(cfg, params)
+def speak():
+    return Token2Wav(SPEAKER, small_networks())
 
 
 @pytest.fixture(scope="module")
-def voices(golden, speak):
-    return [recorded_voice(golden), *(other_voice(i, n, speak.cfg) for i, n in ((1, 30), (2, 44)))]
+def voices():
+    return [other_voice(i, n, SPEAKER) for i, n in ((0, 31), (1, 30), (2, 44))]
 
 
 def reply(seed: int, count: int) -> np.ndarray:
@@ -54,7 +48,7 @@ def run(speak, state, codes, parts):
 
 
 def test_batch_of_eight_equals_eight_alone(speak, voices):
-    lengths = [50, 3, 27, 41, 1, 50, 42, 33]
+    lengths = [25, 3, 17, 21, 1, 25, 12, 23]
     replies = [reply(i, n) for i, n in enumerate(lengths)]
     chosen = [voices[i % 3] for i in range(8)]
     batch = speak(replies, chosen)
@@ -88,14 +82,11 @@ def test_lengths_share_programs(speak, voices):
     assert before == TRACES
 
 
-def test_guidance_and_steps(golden, speak, voices):
+def test_guidance_and_steps(speak, voices):
     codes = reply(0, 20)
-    plain = speak(codes, voices[0])
-    cfg, params = recorded_token2wav(golden)
+    plain, params = speak(codes, voices[0]), small_networks()
     for options in ({"guidance": 0.0}, {"steps": 3}, {"dtype": jnp.bfloat16}):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(jax, "jit", partial(jax.jit, compiler_options=QUICK))
-            wave = Token2Wav(cfg, params, **options)(codes, voices[0])
+        wave = Token2Wav(SPEAKER, params, **options)(codes, voices[0])
         assert wave.shape == plain.shape
         assert np.isfinite(wave).all()
         assert np.abs(wave - plain).max() > 1e-4, options
@@ -104,6 +95,7 @@ def test_guidance_and_steps(golden, speak, voices):
 # --- streams ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parity", [True, False])
 def test_interleaved_streams_equal_separate_ones(speak, voices, parity):
     """Three streams that begin and end at different times, with idle steps between."""
@@ -133,7 +125,16 @@ def test_interleaved_streams_equal_separate_ones(speak, voices, parity):
         np.testing.assert_allclose(together, alone, atol=CLOSE)
 
 
-@pytest.mark.parametrize("parts", [(28, 25, 7), (1, 2, 3, 40, 14), (60,), (57, 0, 0, 3), (60, 0)])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (28, 25, 7),
+        pytest.param((1, 2, 3, 40, 14), marks=pytest.mark.slow),
+        pytest.param((60,), marks=pytest.mark.slow),
+        pytest.param((57, 0, 0, 3), marks=pytest.mark.slow),
+        pytest.param((60, 0), marks=pytest.mark.slow),
+    ],
+)
 def test_any_partition_gives_all_samples(speak, voices, parts):
     codes = reply(0, 60)
     wave = run(speak, speak.start(voices[:1]), codes, parts)
@@ -157,6 +158,7 @@ def test_codes_alone_decide_the_partition(speak, voices):
     np.testing.assert_allclose(np.concatenate(pieces), expected, atol=CLOSE)
 
 
+@pytest.mark.both_pairs
 def test_stream_of_codes_as_they_come(speak, voices):
     codes = reply(0, 60)
     expected = run(speak, speak.start(voices[:1]), codes, (28, 25, 7))
@@ -205,6 +207,7 @@ def test_only_streams_of_one_kind_are_joined(speak, voices):
             join([plain, speak.start(voices[:1], **other)])
 
 
+@pytest.mark.slow
 def test_long_stream(speak, voices, monkeypatch):
     """Beyond the official limits: 1000 mel frames of cache, 5000 frames of positions."""
     monkeypatch.setattr(token2wav, "ROOM", 4096)
@@ -216,6 +219,7 @@ def test_long_stream(speak, voices, monkeypatch):
     assert level.min() > level.max() / 4
 
 
+@pytest.mark.slow
 def test_room_grows(speak, voices, monkeypatch):
     """A stream that outgrows its cache sounds as one that had room from the start."""
     codes = reply(0, 330)

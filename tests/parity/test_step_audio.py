@@ -10,6 +10,8 @@ from sa2jax.inference.sampling import Sampling
 from sa2jax.inference.session import Session
 from sa2jax.models.audio_encoder import adapter_length, encoder_length
 
+pytestmark = pytest.mark.optimized
+
 ATOL = 1e-3  # measured: below 2e-5
 CASES = ["text_only", "audio_text", "two_clips", "batch_rpad"]
 

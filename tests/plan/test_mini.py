@@ -10,11 +10,11 @@ from sa2jax.plan import planner as plan
 
 pytestmark = [pytest.mark.slow, needs_libtpu]
 GIB = 2**30
+# All batches once in each dtype; other chips at the largest.
 ONE = [
-    (chip, dtype, batch)
-    for chip, dtypes in (("v5e:1x1", ["int8"]), ("v6e:1x1", ["bfloat16", "int8"]),
-                         ("v5p:1x1x1", ["bfloat16", "int8"]))
-    for dtype in dtypes for batch in (1, 8, 32)
+    *(("v5e:1x1", "int8", batch) for batch in (1, 8, 32)),
+    *(("v6e:1x1", "bfloat16", batch) for batch in (1, 8, 32)),
+    ("v6e:1x1", "int8", 32), ("v5p:1x1x1", "bfloat16", 32), ("v5p:1x1x1", "int8", 32),
 ]  # fmt: skip
 
 
@@ -53,11 +53,18 @@ def test_an_int8_cache_is_half_the_cache():
     assert made.cache == pytest.approx((0.5 + 1 / 64) * 7 * GIB)  # a scale for 128 numbers
 
 
-def test_int8_with_a_16k_cache_and_its_voice_fits_one_v5e():
-    """A conversation of the full context: decoder, encoder and detokenizer on one chip."""
+def test_int8_with_a_16k_cache_leaves_half_of_one_v5e():
+    """A conversation of the full context: decoder and encoder on one chip."""
+    made = plan.plan(Spec(topology="v5e:1x1", dtype="int8", length=16384))
+    assert made.fits
+    assert made.peak + made.rest < 0.65 * made.usable
+
+
+@pytest.mark.skipif("SA2JAX_LONG" not in os.environ, reason="minutes: set SA2JAX_LONG")
+def test_its_voice_fits_beside_it():
+    """Decoder, encoder and detokenizer on one chip."""
     thinks = plan.plan(Spec(topology="v5e:1x1", dtype="int8", length=16384))
     speaks = plan.plan(Spec(topology="v5e:1x1", workload="token2wav", length=1))
-    assert thinks.fits
     assert speaks.fits
     assert thinks.peak + thinks.rest + speaks.peak < 0.7 * thinks.usable
 
@@ -77,9 +84,3 @@ def test_a_step_of_fine_tuning_fits(topology, dtype):
     made = plan.plan(Spec(topology=topology, dtype=dtype, workload="train"))
     assert made.fits
     assert made.moments > 0
-
-
-def test_what_does_not_fit_says_so():
-    made = plan.plan(Spec(topology="v5e:1x1", batch=32))
-    assert not made.fits
-    assert made.peak == pytest.approx(21.3 * GIB, rel=0.01)

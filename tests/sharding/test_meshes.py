@@ -6,7 +6,7 @@ from pathlib import Path
 
 import on_meshes
 import pytest
-from devices import QUICK, run_on_devices
+from devices import run_on_devices
 
 from sa2jax import testing
 
@@ -27,9 +27,9 @@ def folder(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("meshes", MESHES)
-def test_every_program_on_a_mesh(meshes, folder, golden, tmp_path):
-    command = [HERE.parent / "on_meshes.py", folder, golden, *meshes]
-    run = run_on_devices(8, command, tmp_path, QUICK)
+def test_every_program_on_a_mesh(meshes, folder, tmp_path):
+    command = [HERE.parent / "on_meshes.py", folder, *meshes]
+    run = run_on_devices(8, command, tmp_path)
     assert "rematerialization" not in run.stderr, run.stderr
     reports = [json.loads(line) for line in run.stdout.splitlines()]
     assert [found["mesh"] for found in reports] == list(meshes)

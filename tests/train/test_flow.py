@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recorded_flow import QUICK, RecordedFlow, jit
+from jax import jit
+from recorded_flow import RecordedFlow
 
 from sa2jax.errors import TrainError
 from sa2jax.models.flow.flow_matching import flow_model, start_noise, unstack_flow
@@ -38,7 +39,7 @@ def recorded(golden) -> RecordedFlow:
 
 def compiled(step, state, batch):
     """The step without what makes compilation slow."""
-    return step.lower(state, batch).compile(QUICK)
+    return step.lower(state, batch).compile()
 
 
 def rows(recorded, lengths=(CODES,), room: int | None = None) -> FlowBatch:
@@ -338,7 +339,7 @@ SHARDED = """
 @pytest.mark.slow
 def test_a_sharded_step_is_the_same_step(golden, tmp_path):
     script = textwrap.dedent(SHARDED)
-    run = devices.run_on_devices(4, ["-c", script, golden], tmp_path, devices.QUICK)
+    run = devices.run_on_devices(4, ["-c", script, golden], tmp_path)
     alone, spread = json.loads(run.stdout).values()
     np.testing.assert_allclose(spread["losses"], alone["losses"], rtol=1e-4)
     assert spread["losses"][0] != spread["losses"][1]

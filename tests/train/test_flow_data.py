@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 import soundfile
-from recorded_flow import RecordedFlow, jit
+from jax import jit
+from recorded_flow import RecordedFlow
 
 from sa2jax import audio
 from sa2jax.errors import DataError, Sa2jaxError

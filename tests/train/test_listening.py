@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recorded_flow import jit
+from jax import jit
 
 from sa2jax.errors import TrainError
 from sa2jax.train.listening import (

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from small_training import cached_programs, recipe, save_model, save_pairs, values
+from small_training import recipe, save_model, save_pairs, values
 
 from sa2jax import StepAudio2, checkpoint, testing
 from sa2jax.errors import DataError, TrainError
@@ -30,10 +30,7 @@ from sa2jax.train.step import abstract_state
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder, and a cache in which runs of one recipe find what the first has compiled."""
-    folder = tmp_path_factory.mktemp("training")
-    with cached_programs(folder / "xla"):
-        yield folder
+    return tmp_path_factory.mktemp("training")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 from small_speech import save_networks, save_tones
-from small_training import quick_programs, save_model
+from small_training import save_model
 
 from sa2jax import checkpoint
 from sa2jax.convert import hf
@@ -80,10 +80,7 @@ SLOW = {"tokenizer": pytest.mark.slow}  # its draws and heads are many to compil
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder, and a cache in which each run finds what the first has compiled."""
-    folder = tmp_path_factory.mktemp("networks")
-    with quick_programs(folder / "xla"):
-        yield folder
+    return tmp_path_factory.mktemp("networks")
 
 
 @pytest.fixture(scope="module")

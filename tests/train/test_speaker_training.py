@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recorded_flow import jit
+from jax import jit
 from small_speech import SMALL, learn, losses_of
 
 from sa2jax.audio.features import fbank

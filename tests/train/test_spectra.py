@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recorded_flow import jit
+from jax import jit
 
 from sa2jax.train.spectra import FLOOR, power_spectrum, spectral_distance, windows_inside
 

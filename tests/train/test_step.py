@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from devices import QUICK, run_on_devices
+from devices import run_on_devices
 from flax import nnx
 
 from sa2jax import testing
@@ -48,6 +48,7 @@ def rows(count: int = 4, length: int = 12) -> Batch:
     return Batch(ids=ids[:, :-1], targets=ids[:, 1:], weights=weights)
 
 
+@pytest.mark.both_pairs
 def test_it_learns_a_batch_by_heart():
     model, optimizer = step_audio2(CFG), make_optimizer(FAST)
     step = make_step(model, optimizer, chunk=8)
@@ -206,7 +207,7 @@ SHARDED = """
 
 def test_a_sharded_step_is_the_same_step(tmp_path: Path):
     """Eight devices: equal losses and parameters, moments split as parameters, nothing gathered."""
-    run = run_on_devices(8, ["-c", textwrap.dedent(SHARDED)], tmp_path, QUICK)
+    run = run_on_devices(8, ["-c", textwrap.dedent(SHARDED)], tmp_path)
     assert "Involuntary full rematerialization" not in run.stderr
     result = json.loads(run.stdout)
     for spec, ways in (

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recorded_flow import jit
+from jax import jit
 from small_speech import SMALL, TEXTS, learn, losses_of, tones
 
 from sa2jax.audio.features import s3_log_mel

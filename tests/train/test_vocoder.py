@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recorded_flow import QUICK, jit
+from jax import jit
 from small_speech import SMALL
 
 from sa2jax import audio
@@ -254,7 +254,7 @@ def test_a_vocoder_learns_a_sound_and_a_run_that_goes_on_is_the_same_run(params)
     step = make_loss_step(vocoder_loss, MODEL, optimizer, replace(PLAIN, forced=0.8), seed=5)
     step = step.lower(
         abstract_state(MODEL, optimizer), abstract_vocoder_batch(None, 2, FRAMES)
-    ).compile(QUICK)
+    ).compile()
     for number in range(150):
         if number == 2:
             kept = jax.tree.map(jnp.copy, state)
@@ -283,7 +283,7 @@ def test_frozen_parts_stay(params):
     optimizer = make_optimizer(OptimizerConfig(rate=1e-3, warmup=0, rates={"f0_predictor": 0.0}))
     state = init_state(MODEL, optimizer, None, jax.tree.map(jnp.copy, params))
     batch = place_rows(rows(), None)
-    step = make_loss_step(vocoder_loss, MODEL, optimizer, PLAIN).lower(state, batch).compile(QUICK)
+    step = make_loss_step(vocoder_loss, MODEL, optimizer, PLAIN).lower(state, batch).compile()
     state, _ = step(state, batch)
     jax.tree.map(
         np.testing.assert_array_equal, state.params["f0_predictor"], params["f0_predictor"]
@@ -321,7 +321,7 @@ SHARDED = """
 @pytest.mark.slow
 def test_a_sharded_step_is_the_same_step(tmp_path):
     command = ["-c", textwrap.dedent(SHARDED), Path(__file__).parent]
-    run = devices.run_on_devices(4, command, tmp_path, devices.QUICK)
+    run = devices.run_on_devices(4, command, tmp_path)
     alone, spread = json.loads(run.stdout).values()
     np.testing.assert_allclose(spread["losses"], alone["losses"], rtol=1e-4)
     assert spread["losses"][0] != spread["losses"][1]
