@@ -3,6 +3,7 @@
 from functools import cached_property
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from sa2jax.convert.flow import load
@@ -49,14 +50,14 @@ class RecordedFlow:
             mel = self.model.bind(params)(*args, noise=self.noise, trace=trace, **kwargs)
             return mel, trace
 
-        call = jit(run, static_argnames="steps")
+        call = jax.jit(run, static_argnames="steps")
         return lambda *args, **kwargs: call(self.params, *args, **kwargs)
 
     @cached_property
     def offline_batch(self):
         """Many replies, with layers in a loop."""
         model, params = flow_model(self.cfg, stacked=False), unstack_flow(self.params)
-        call = jit(lambda params, *args: model.bind(params)(*args, noise=self.noise))
+        call = jax.jit(lambda params, *args: model.bind(params)(*args, noise=self.noise))
         return lambda *args: call(params, *args)
 
     @cached_property
@@ -64,7 +65,7 @@ class RecordedFlow:
         def run(params, *args):
             return self.model.bind(params).start(*args, noise=self.noise, parity=True)
 
-        call = jit(run)
+        call = jax.jit(run)
         return lambda *args: call(self.params, *args)
 
     @cached_property
@@ -77,7 +78,7 @@ class RecordedFlow:
             state, mel = bound.step(state, codes, lengths, last, noise=self.noise, trace=trace)
             return state, mel, trace["mu"]
 
-        call = jit(run)
+        call = jax.jit(run)
         return lambda *args: call(self.params, *args)
 
 
