@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import yaml
+from small_speech import SPEAKER, save_networks
 from small_training import save_model, save_pairs
 
 from sa2jax import Speech, checkpoint, cli
@@ -28,12 +29,11 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(golden, home):
-    """A released detokenizer with one recording, converted."""
-    released = shutil.copytree(golden / "token2wav", home / "released")
-    (released / "assets").mkdir()
-    shutil.copy(golden / "t2w_golden" / "prompt.wav", released / "assets" / "anna.wav")
-    cli.main(["convert", str(released), str(home / "ours")])
-    return home / "ours"
+    """A small detokenizer with a voice."""
+    folder = save_networks(home / "ours", SPEAKER)
+    prompt = golden / "t2w_golden" / "prompt.wav"
+    cli.main(["voice", "add", "anna", str(prompt), "--model", str(folder)])
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +145,7 @@ def test_recordings_that_cannot_be_prepared(
 # --- train --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_detokenizer_that_speaks(whole, model):
     lines = read_metrics(whole / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 3, 4, 5, 6, 6]
@@ -168,6 +169,7 @@ def test_a_run_leaves_a_detokenizer_that_speaks(whole, model):
     assert np.abs(waves[0] - waves[1]).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(run, home, config, whole):
     out, seen = home / "interrupted", []
 
@@ -190,6 +192,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(run, home, config, wh
     assert learnt(out) == learnt(whole)
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_as_another(refused, home, config, whole, model, tmp_path):
     other = shutil.copytree(model, tmp_path / "other")
     words = "train", "--config", config, "--out", whole
@@ -202,6 +205,7 @@ def test_a_run_does_not_go_on_as_another(refused, home, config, whole, model, tm
     assert "teaching.drop: 0.2 → 0.5" in refused(*words, "--set", "teaching.drop=0.5")
 
 
+@pytest.mark.slow
 def test_dry_run(run, config):
     code, said, _ = run("train", "--config", config, "--dry-run", "--json")
     assert code == 0
