@@ -14,10 +14,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from sa2jax.atomic_io import disk_errors
 from sa2jax.errors import TrainError
-from sa2jax.folders import disk_errors
 from sa2jax.train.optimizer import Optimizer, join
-from sa2jax.train.step import TrainState
+from sa2jax.train.state import TrainState
 
 STATE, DATA = "state", "data"
 

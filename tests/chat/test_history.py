@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from sa2jax import audio
-from sa2jax.chat.history import Heard, load, save
+from sa2jax.audio.recording import Heard
+from sa2jax.chat.history import load, save
 from sa2jax.chat.template import Audio, Ids, Message, Text, render
 from sa2jax.errors import AudioError, CheckpointError, PromptError
 
