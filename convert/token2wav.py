@@ -143,7 +143,7 @@ def convert_into(source: Official, out: Path, tick: Tick) -> list[str]:
 
     Args:
         source: the detokenizer.
-        out: folder to make, inside `folders.new_folder`.
+        out: folder to make, inside `atomic_io.new_folder`.
         tick: told about bytes done and bytes in all.
 
     Returns:
@@ -202,7 +202,7 @@ def export_into(source: Ours, out: Path, tick: Tick) -> list[str]:
 
     Args:
         source: the detokenizer.
-        out: folder to make, inside `folders.new_folder`.
+        out: folder to make, inside `atomic_io.new_folder`.
         tick: told about bytes done and bytes in all.
 
     Returns:

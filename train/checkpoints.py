@@ -74,7 +74,7 @@ class Checkpoints:
         Args:
             step: which.
             optimizer: tells what is trained.
-            like: shapes and places, see `step.abstract_state`.
+            like: shapes and places, see `state.abstract_state`.
             params: those that the run began with, for the frozen ones.
 
         Returns:

@@ -1,7 +1,7 @@
 """The loop of a training run: update, log, evaluate, checkpoint, stop, and go on.
 
-What is trained is a `Task`: the language model's is made in `language.py`, a single network's in
-`network_task.py`. A run's folder has
+What is trained is a `Task`: the language model's is made in `language/task.py`, a single
+network's in `networks/task.py`. A run's folder has
 
     run.json         the recipe, and what it began with
     checkpoints/     states; the same run goes on from the last one

@@ -216,7 +216,7 @@ def test_an_interrupt_while_listening_to_a_whole_answer_takes_it_back(script, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("sa2jax.pipeline.reply.Step._heard", interrupt)
+        patch.setattr("sa2jax.pipeline.answer.Step._heard", interrupt)
         with pytest.raises(KeyboardInterrupt):
             chat.say("a", speak=True)
     assert chat.rounds == []

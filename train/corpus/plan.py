@@ -33,7 +33,7 @@ class Settings:
         soft: peak of soft ones.
         level: RMS level of replies and clean speech, dB.
         silence: before and after replies, s.
-        answers: replies of at most so many words are said by all of `talks.known`, for
+        answers: replies of at most so many words are said by all of `conversations.known`, for
             `speech.jsonl`: who speaks in one of these voices has heard short answers in it.
         clean: part of the clips to transcribe that `speech.jsonl` has without effects.
         prompt: what voices/NAME.wav says; {name} is the voice's.
@@ -57,7 +57,7 @@ class CorpusConfig(Settings):
     """A recipe.
 
     Attributes:
-        voices: by name; the first of `talks.known` is the assistant's own.
+        voices: by name; the first of `conversations.known` is the assistant's own.
     """
 
     voices: Mapping[str, VoiceSpec]

@@ -268,7 +268,7 @@ def _policy(spec: ModelSpec) -> Policy:
 
 @contextmanager
 def _shared_folder(out: str | Path, overwrite: bool) -> Iterator[Path]:
-    """`folders.new_folder` for all hosts of a run: the first makes it and names it at the end."""
+    """`atomic_io.new_folder` for all hosts of a run: the first makes it and names it at the end."""
     several = jax.process_count() > 1
     meet = multihost_utils.sync_global_devices if several else lambda name: None
     if jax.process_index() > 0:

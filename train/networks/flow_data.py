@@ -89,7 +89,7 @@ def prepare_flow(
         out: folder to make, whole or not at all.
         model: folder with the detokenizer to be tuned: codes mean nothing to another.
         bends: how many more times each recording is kept, with the codes of another mouth (see
-            `bending`) beside its own mel frames and speaker.
+            `perturbation`) beside its own mel frames and speaker.
         max_rejects: recordings that may be unusable.
         overwrite: replace a prepared folder that is there already.
         progress: told about recordings done and recordings in all.

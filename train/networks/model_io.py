@@ -231,7 +231,7 @@ def save_detokenizer(folder: Path, cfg: Token2WavConfig, params: Params) -> None
     """Write a detokenizer that was never released: it can be trained, not exported.
 
     Args:
-        folder: where, inside `folders.new_folder`; made if need be.
+        folder: where, inside `atomic_io.new_folder`; made if need be.
         cfg: sizes.
         params: of all four networks.
     """

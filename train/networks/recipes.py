@@ -1,7 +1,7 @@
 """Recipes of single networks: everything that a training run of one depends on.
 
 Of the detokenizer that is the flow, the vocoder, the speech tokenizer or the speaker encoder; of a
-model its audio encoder. What they are taught with: `network_task`.
+model its audio encoder. What they are taught with: `task`.
 """
 
 import json

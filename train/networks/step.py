@@ -5,8 +5,8 @@
 
 A batch is a dataclass of arrays whose first axis is that of its rows. A loss is a function of a
 structure, its parameters, a batch, the key of all that is drawn, and how is taught; it gives a
-number to make small and others to report. Losses are in `flow`, `vocoder`, `tokenizer`, `encoder`
-and `speaker`.
+number to make small and others to report. Losses are in `flow`, `vocoder`, `speech_tokenizer`,
+`audio_encoder` and `speaker_encoder`.
 """
 
 from collections import Counter
@@ -40,7 +40,7 @@ def make_loss_step(
     seed: int = 0,
     unroll: bool = False,
 ) -> Step:
-    """The step of a loss: `state, report = step(state, batch)`; see `train.step` for states.
+    """The step of a loss: `state, report = step(state, batch)`; see `train.state`.
 
     What is drawn depends on the seed and on `state.step`, so a run that goes on from a checkpoint
     draws what it would have drawn. The report has `loss`, `norm`, `rate` and what the loss reports.

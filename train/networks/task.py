@@ -68,7 +68,7 @@ from sa2jax.train.state import TrainState, abstract_state, init_state
 def read_network_recipe(
     source: str | Path, changes: Mapping[str, Any] | None = None, *, kind: str = FLOW
 ) -> NetworkRecipe:
-    """A recipe by its name or file; see `recipe.read_recipe`.
+    """A recipe by its name or file; see `language.recipe.read_recipe`.
 
     Raises:
         ConfigError: for a key that does not exist, a value of another kind, or a recipe of one.
@@ -92,7 +92,7 @@ class Subject(Generic[FoundT]):
         open: the network of a folder, for a dtype of computation.
         data: batches of a config and a seed, for a network; `of` are those of training.
         batch: shapes of a batch of the longest rows.
-        loss: what is made small, see `loss_step`.
+        loss: what is made small, see `networks.step`.
         measure: metrics of parameters on held-out batches, for a structure, a mesh and a recipe.
         unit: what lengths of rows are counted in.
         longest: that of a row, by a config of data.
