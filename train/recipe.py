@@ -1,9 +1,9 @@
 """Recipes: everything that a training run depends on, in one YAML file.
 
-    recipe = read_recipe("smoke", {"optimizer.steps": 50})  # from configs/recipes, or a file
+    values = read_values("smoke")  # from configs/recipes, or a file
 
 A recipe's head says in comments what it needs, how long it takes and what comes out. A key `kind`
-at its top says what is trained: the language model, unless it is there; see `network_task`.
+at its top says what is trained: the language model, unless it is there; see `networks.task`.
 """
 
 from collections.abc import Mapping
