@@ -10,7 +10,6 @@ import soundfile
 
 from sa2jax.chat import tokenizer_files
 from sa2jax.inference.requests import Generation
-from sa2jax.pipeline import model as pipeline
 
 pytestmark = pytest.mark.usefixtures("leave_no_traces")
 RATE = 16_000
@@ -33,7 +32,7 @@ class Scripted:
 
 @pytest.fixture
 def scripted(monkeypatch):
-    monkeypatch.setattr(pipeline, "Generator", Scripted)
+    monkeypatch.setattr("sa2jax.pipeline.base.Generator", Scripted)
     monkeypatch.setattr(Scripted, "asked", [])
 
     def use(*replies: str) -> type[Scripted]:
