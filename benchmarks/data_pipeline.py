@@ -21,13 +21,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from sa2jax import audio, testing
+from sa2jax import audio
+from sa2jax.chat import tokenizer_files
 from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.config import StepAudio2Config
-from sa2jax.train.data import DataConfig, make_data
-from sa2jax.train.records import parse
-from sa2jax.train.samples import Sample, hear
-from sa2jax.train.shards import ShardWriter
+from sa2jax.train.data.records import parse
+from sa2jax.train.data.samples import Sample, hear
+from sa2jax.train.data.shards import ShardWriter
+from sa2jax.train.language.data import DataConfig, make_data
 
 LENGTH, ROUNDS, GOAL = 4096, 3, 200
 WORDS = "the rain will stay until late in the evening and then move on to the sea"
@@ -91,7 +92,7 @@ def measure(folder: Path, workers: int, mel_rows: int, seconds: float) -> Figure
         sources={str(folder): 1.0}, length=LENGTH, rows=2, mel_rows=mel_rows, clips=15,
         workers=workers,
     )  # fmt: skip
-    tokenizer, cfg = Tokenizer(testing.byte_tokenizer()), StepAudio2Config.preset("mini")
+    tokenizer, cfg = Tokenizer(tokenizer_files.byte_tokenizer()), StepAudio2Config.preset("mini")
     data = make_data(config, tokenizer, cfg, seed=0)
     for _ in range(20):  # processes have started, buffers are filled, open rows are full
         next(data)

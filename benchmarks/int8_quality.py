@@ -20,13 +20,14 @@ from sa2jax import testing
 from sa2jax.config import AudioEncoderConfig, DecoderConfig, StepAudio2Config
 from sa2jax.convert.hf import load_hf
 from sa2jax.convert.verify import compare_logits
-from sa2jax.inference.generate import Generator
+from sa2jax.inference.engine import Generator
 from sa2jax.inference.requests import Request
 from sa2jax.models.step_audio import step_audio2
 from sa2jax.nn import Policy
 from sa2jax.quantize import quantize_params
+from sa2jax.train.language.step import Batch, make_step
 from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
-from sa2jax.train.step import Batch, init_state, make_step
+from sa2jax.train.state import init_state
 
 HERE = Path(__file__).parent.parent
 SIZE, ROWS, LENGTH, STEPS = 96, 8, 256, 250

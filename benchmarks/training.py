@@ -7,6 +7,7 @@ import argparse
 import json
 import time
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +17,18 @@ from flax import nnx
 from sa2jax.config import StepAudio2Config
 from sa2jax.models.step_audio import StepAudio2Model
 from sa2jax.nn import Policy, functional, init_params
+from sa2jax.train.language.step import Batch, make_step, place_batch
 from sa2jax.train.log import flops_of, peak_flops
 from sa2jax.train.lora import ONLY_LORA, add_lora, init_lora, join
 from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
-from sa2jax.train.step import Batch, init_state, make_step, place_batch
+from sa2jax.train.state import init_state
 
 
 def some_batch(cfg, rows: int, length: int, sound: float, packed: int) -> Batch:
     """Random tokens; the first seconds of every row are heard, in 25 s clips."""
     rng = np.random.default_rng(0)
     ids = rng.integers(0, cfg.decoder.vocab, (rows, length + 1), dtype=np.int32)
-    batch = {}
+    batch: dict[str, Any] = {}
     if packed > 1:
         each, place = -(-length // packed), np.arange(length, dtype=np.int32)
         batch["segments"] = np.broadcast_to(1 + place // each, (rows, length))

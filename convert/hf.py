@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from sa2jax import checkpoint, folders
+from sa2jax import atomic_io, checkpoint
 from sa2jax.checkpoint import Tick
 from sa2jax.config import StepAudio2Config
 from sa2jax.convert import token2wav
@@ -170,8 +170,8 @@ def convert(
             plan = with_int8(plan, int8_kernels(cfg, float_head=float_head))
         speech = token2wav.Official(source / SPEECH) if speaks else None
         total = plan.bytes + (speech.bytes if speech else 0)
-        with folders.new_folder(out, overwrite=overwrite) as folder:
-            folders.need_space(folder, total)
+        with atomic_io.new_folder(out, overwrite=overwrite) as folder:
+            atomic_io.need_space(folder, total)
             leaves = {name: (info.shape, info.dtype) for name, info in plan.leaves.items()}
             arrays = checkpoint.create(folder / checkpoint.PARAMS, leaves)
             write(plan, arrays, share(progress, 0, total))
@@ -247,8 +247,8 @@ def export(
     }
     size = sum(info.nbytes for info in tensors.values())
     total = size + (speech.bytes if speech else 0)
-    with folders.new_folder(out, overwrite=overwrite) as folder:
-        folders.need_space(folder, total)
+    with atomic_io.new_folder(out, overwrite=overwrite) as folder:
+        atomic_io.need_space(folder, total)
         write_safetensors(folder, tensors, weights, limit, share(progress, 0, total))
         left_out = copy_side_files(source, folder, own)
         if speech:

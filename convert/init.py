@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from sa2jax import checkpoint, folders
+from sa2jax import atomic_io, checkpoint
 from sa2jax.chat.tokenizer import Tokenizer, added_token
+from sa2jax.chat.tokenizer_files import byte_tokenizer
 from sa2jax.checkpoint import Tick
 from sa2jax.config import AudioEncoderConfig, StepAudio2Config
 from sa2jax.convert.hf import leaf_shapes, llm_rules
@@ -38,7 +39,6 @@ from sa2jax.convert.transfer import (
 )
 from sa2jax.convert.weights import SafetensorsFolder, TensorInfo, Weights, parse_dtype
 from sa2jax.errors import CheckpointError, ConfigError, TokenizerError
-from sa2jax.testing import byte_tokenizer
 
 VOCAB = 158720  # rows of the released table
 CONTEXT = 16384  # tokens of the released context
@@ -118,8 +118,8 @@ def init(
         plans = _plans(cfg, grown, _Part(ears), seed, cast)
         leaves = {name: info for plan in plans for name, info in plan.leaves.items()}
         total = sum(plan.bytes for plan in plans)
-        with folders.new_folder(out, overwrite=overwrite) as folder:
-            folders.need_space(folder, total)
+        with atomic_io.new_folder(out, overwrite=overwrite) as folder:
+            atomic_io.need_space(folder, total)
             if tokenizer is None:
                 _grow_tokenizer(decoder, used, folder, vocab)
             else:

@@ -8,19 +8,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from sa2jax import checkpoint, folders
+from sa2jax import atomic_io, checkpoint
 from sa2jax.convert.token2wav import supply_voices
 from sa2jax.convert.transfer import copy_side_files, read_stored
 from sa2jax.convert.weights import parse_dtype
 from sa2jax.errors import CheckpointError, ConfigError
-from sa2jax.inference.speech_folder import (
-    DEFAULT_VOICE,
-    HEARING,
-    KIND,
-    VOICES,
-    SpeechFolder,
-    is_ours,
-)
+from sa2jax.speech.layout import DEFAULT_VOICE, HEARING, KIND, VOICES, is_ours
+from sa2jax.speech.store import SpeechFolder
 
 
 def join(
@@ -62,7 +56,7 @@ def join(
     info = checkpoint.read_info(model)
     if info.get("int8") is not None and cast is not None:
         raise ConfigError(f"{model} holds int8 matrices: they cannot become {dtype}")
-    with folders.new_folder(out, overwrite=overwrite) as folder:
+    with atomic_io.new_folder(out, overwrite=overwrite) as folder:
         copy_side_files(model, folder, {
             checkpoint.INFO, checkpoint.PARAMS, KIND, VOICES,
             *(path.name for path in model.glob("*.safetensors")),

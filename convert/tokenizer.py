@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 
 from sa2jax.chat.tokenizer import Tokenizer
+from sa2jax.chat.tokenizer_files import save_tokenizer_files
 from sa2jax.config import StepAudio2Config
 from sa2jax.errors import TokenizerError
-from sa2jax.testing import save_tokenizer_files
 
 FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",

@@ -21,7 +21,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from sa2jax import folders
+from sa2jax import atomic_io
 from sa2jax.convert.weights import TensorInfo
 from sa2jax.errors import CheckpointError
 
@@ -102,10 +102,10 @@ def write(
     if foreign:
         raise CheckpointError(f"{path}: torch has no storage for {foreign}")
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with folders.disk_errors(path):
+    with atomic_io.disk_errors(path):
         try:
             with part.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
-                add = lambda name, data: _add(archive, f"{path.stem}/{name}", data)  # noqa: E731
+                add = lambda name, data: _add(archive, f"{path.stem}/{name}", data)
                 add("data.pkl", _program(tensors))
                 add("byteorder", b"little")
                 for key, (name, info) in enumerate(tensors.items()):

@@ -24,9 +24,9 @@ from sa2jax.convert.rules import fold
 from sa2jax.convert.tokenizer import find
 from sa2jax.convert.weights import SafetensorsFolder, TensorInfo, Weights, blocks
 from sa2jax.errors import CheckpointError
-from sa2jax.inference.speech_folder import find as find_speech
 from sa2jax.pipeline import StepAudio2
 from sa2jax.quantize import round_to_int8
+from sa2jax.speech.layout import find as find_speech
 
 # First component of a released name -> the part it belongs to; our leaves start with the part.
 PARTS = {"model": "decoder", "lm_head": "decoder", "encoder": "audio_encoder"}

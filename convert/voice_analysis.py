@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from sa2jax import checkpoint, folders
+from sa2jax import atomic_io, checkpoint
 from sa2jax.convert.onnx_graph import OnnxGraph
 from sa2jax.convert.rules import Join, Op, Rule, Shape, Split, Transpose, rule
 from sa2jax.convert.transfer import Network, Plan, make_plan, read
@@ -232,7 +232,7 @@ def speaker_encoder_rules(cfg: SpeakerEncoderConfig) -> list[Rule]:
         source, target = f"xvector.block{b}.tdnnd", f"blocks.block{b}.layers"
         sizes = [inputs + i * new for i in range(layers)]
 
-        def stack(part: str, leaf: str, shapes: list[Shape], *steps: Op) -> None:
+        def stack(part: str, leaf: str, shapes: Sequence[Shape], *steps: Op) -> None:
             names = [f"{source}{i}.{part}" for i in range(1, 1 + len(shapes))]  # noqa: B023
             rules.append(rule(names, f"{target}.{leaf}", Stack(shapes), *steps))  # noqa: B023
 
@@ -323,7 +323,7 @@ class Folded:
         return {f"{n}.{p}" for n in self.norms.values() for p in NORM_PARTS if p != "bias"}
 
     def _affine(self, conv: str) -> tuple[np.ndarray, np.ndarray]:
-        get = lambda part: self.source.get(f"{self.norms[conv]}.{part}").astype(np.float64)  # noqa: E731
+        get = lambda part: self.source.get(f"{self.norms[conv]}.{part}").astype(np.float64)
         factor = get("weight") / np.sqrt(get("running_var") + NORM_EPS)
         return factor, get("running_mean")
 
@@ -425,7 +425,7 @@ def _tensors(plan: Plan, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
 def _write(path: Path, data: bytes) -> None:
     """Write a file that appears only when it is complete."""
     part = path.with_name(f".{path.name}.part")
-    with folders.disk_errors(path):
+    with atomic_io.disk_errors(path):
         try:
             part.write_bytes(data)
             part.replace(path)

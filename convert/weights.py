@@ -58,7 +58,10 @@ class TensorInfo:
 class Weights(Protocol):
     """A checkpoint as named tensors that are read one at a time."""
 
-    tensors: dict[str, TensorInfo]
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Shape and dtype of each, by name."""
+        ...
 
     def get(self, name: str) -> np.ndarray:
         """The tensor, read-only; perhaps a view of a file."""

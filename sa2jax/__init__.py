@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from sa2jax.chat.template import Text
     from sa2jax.chat.tool_schema import Tool
     from sa2jax.chat.toolbox import ToolAnswer
-    from sa2jax.conversation import Chat
-    from sa2jax.inference.voices import Voice
     from sa2jax.pipeline import StepAudio2
-    from sa2jax.reply import Reply, ReplyPiece
+    from sa2jax.pipeline.conversation import Chat
+    from sa2jax.pipeline.reply import Reply, ReplyPiece
+    from sa2jax.pipeline.stream import Stream
     from sa2jax.speech import Speech
-    from sa2jax.stream import Stream
+    from sa2jax.speech.voices import Voice
 
 __version__ = "0.1.0"
 __all__ = [
@@ -38,16 +38,16 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Chat": "conversation",
-    "Reply": "reply",
-    "ReplyPiece": "reply",
+    "Chat": "pipeline.conversation",
+    "Reply": "pipeline.reply",
+    "ReplyPiece": "pipeline.reply",
     "StepAudio2": "pipeline",
     "Speech": "speech",
-    "Stream": "stream",
+    "Stream": "pipeline.stream",
     "Text": "chat.template",
     "Tool": "chat.tool_schema",
     "ToolAnswer": "chat.toolbox",
-    "Voice": "inference.voices",
+    "Voice": "speech.voices",
 }
 
 

@@ -34,8 +34,8 @@ import safetensors
 import safetensors.numpy
 import tensorstore as ts
 
+from sa2jax.atomic_io import disk_errors
 from sa2jax.errors import CheckpointError
-from sa2jax.folders import disk_errors
 
 FORMAT = 2  # 1: the output matrices of attention had their heads apart
 INFO = "sa2jax.json"

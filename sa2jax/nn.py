@@ -10,22 +10,24 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import partial
 from operator import itemgetter
 from typing import Any, Generic, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
-from sa2jax import kernels, sharding
+from sa2jax import sharding
 
 Params = dict[Any, Any]
 Remat = Literal["full", "dots"]
 M = TypeVar("M", bound=nnx.Module)
+ArrayT = TypeVar("ArrayT", Array, np.ndarray)
+"""Arrays of a batch: `Array` on devices, `np.ndarray` as the host made them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +82,7 @@ class Functional(Generic[M]):
 
     def shardings(self, mesh: Mesh) -> Params:
         """Where each parameter lives on a mesh, in the same tree."""
-        is_axes = lambda v: isinstance(v, tuple)  # noqa: E731
+        is_axes = lambda v: isinstance(v, tuple)
         return jax.tree.map(
             lambda axes, leaf: sharding.sharding_of(leaf.shape, axes, mesh),
             self.axes, self.abstract, is_leaf=is_axes,
@@ -96,7 +98,7 @@ class Functional(Generic[M]):
 def functional(make: Callable[[], M]) -> Functional[M]:
     """Describe the module that `make` builds without allocating any memory."""
     graphdef, state = nnx.split(nnx.eval_shape(make))
-    is_param = lambda v: isinstance(v, nnx.Variable)  # noqa: E731
+    is_param = lambda v: isinstance(v, nnx.Variable)
     axes = jax.tree.map(lambda v: v.get_metadata("axes"), state, is_leaf=is_param)
     return Functional(graphdef, nnx.to_pure_dict(state), nnx.to_pure_dict(axes))
 
@@ -108,7 +110,7 @@ def init_params(make: Callable[[], nnx.Module], shardings: Params | None = None)
         make: builds the module.
         shardings: where they go, see `Functional.shardings`; by default the first device.
     """
-    draw = lambda: nnx.to_pure_dict(nnx.state(make()))  # noqa: E731
+    draw = lambda: nnx.to_pure_dict(nnx.state(make()))
     # It runs once, and of each parameter's draw LLVM makes much: on a CPU that is most of the time.
     quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     return jax.jit(draw, out_shardings=shardings, compiler_options=quick)()
@@ -360,86 +362,3 @@ def rotary(
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=["keys", "segments"], meta_fields=["causal"])
-@dataclass(frozen=True, kw_only=True)
-class Mask:
-    """Which keys a query may look at: what all of the rules given allow.
-
-    Attributes:
-        causal: those of its own place and before.
-        keys: those that are marked, [B, S].
-        segments: those of its own segment, [B, T].
-    """
-
-    causal: bool = False
-    keys: Bool[Array, "B S"] | None = None
-    segments: Int[Array, "B T"] | None = None
-
-    def dense(self, steps: int) -> Bool[Array, "B T S"]:
-        """The whole table; one row for the batch if all its rows are alike."""
-        shape = (1, steps, steps)
-        mask = jnp.tril(jnp.ones(shape, bool)) if self.causal else jnp.ones(shape, bool)
-        if self.keys is not None:
-            mask = mask & self.keys[:, None]
-        if self.segments is not None:
-            mask = mask & (self.segments[:, :, None] == self.segments[:, None])
-        return mask
-
-
-def attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    mask: Mask,
-) -> Float[Array, "B T N H"]:
-    """Scaled dot-product attention with a float32 softmax; float32 inputs are multiplied exactly.
-
-    The back end is chosen by the platform that a program is compiled for: one head after the other
-    on a CPU, splash attention on a TPU and cuDNN's flash attention on a GPU where they fit (half
-    precision, causal, heads of 128), `jax.nn.dot_product_attention` otherwise.
-
-    Args:
-        q: queries; N is a multiple of K, and each group of N/K queries shares one key head.
-        k: keys.
-        v: values.
-        mask: which keys a query may look at. A query that sees none yields a mean over all keys.
-    """
-    exact = "highest" if q.dtype == jnp.float32 else None
-    # Heads that are spread over devices are not gone through one by one.
-    choices = {"cpu": kernels.all_heads if sharding.is_spread() else kernels.head_by_head}
-    if mask.causal and mask.keys is None:
-        if kernels.splash_fits(q, k):
-            choices["tpu"] = kernels.splash
-        if kernels.cudnn_fits(q) and mask.segments is None:
-            choices["cuda"] = kernels.cudnn
-    with jax.default_matmul_precision(exact):
-        return jax.lax.platform_dependent(q, k, v, mask, **choices, default=kernels.all_heads)
-
-
-def cached_attention(
-    q: Float[Array, "B T N H"],
-    k: Shaped[Array, "L B K S H"],
-    v: Shaped[Array, "L B K S H"],
-    layer: Int[Array, ""] | int,
-    positions: Int[Array, "B T"],
-    scales: tuple[Float[Array, "L B K S"], Float[Array, "L B K S"]] | None = None,
-) -> Float[Array, "B T N H"]:
-    """Attention over the keys and values of one layer of a cache, as far as each query's position.
-
-    Args:
-        q: queries.
-        k: keys of all layers, heads before slots.
-        v: values of all layers.
-        layer: the layer to look at.
-        positions: the last slot that each query may look at; a query of a position that no slot
-            has is padding, and its result has no meaning.
-        scales: of int8 keys and values, one for each head and slot.
-    """
-    exact = "highest" if q.dtype == jnp.float32 else None
-    choices = {"tpu": kernels.decode} if kernels.decode_fits(q, k) else {}
-    with jax.default_matmul_precision(exact):
-        return jax.lax.platform_dependent(
-            q, k, v, layer, positions, scales, **choices, default=kernels.folded
-        )

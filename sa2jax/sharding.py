@@ -155,7 +155,7 @@ def on_each_device(
     mesh = jax.sharding.get_abstract_mesh()
 
     def split(*args):
-        of = lambda axes: lambda x: spec_of(x.shape, axes, mesh)  # noqa: E731
+        of = lambda axes: lambda x: spec_of(x.shape, axes, mesh)
         specs = tuple(jax.tree.map(of(axes), arg) for axes, arg in zip(inputs, args, strict=True))
         out = specs[[tuple(axes) for axes in inputs].index(tuple(output))]
         return jax.shard_map(run, in_specs=specs, out_specs=out, check_vma=False)(*args)
@@ -204,7 +204,7 @@ def deal_out(tree: Any, mesh: Mesh | None, rows: int, axes: Any) -> Any:
     """Put arrays where `over_rows` takes them from, and leaves them; nothing if they are there."""
     if mesh is None:
         return tree
-    place = lambda axis, x: jax.device_put(x, NamedSharding(mesh, _spec_of_rows(mesh, rows, axis)))  # noqa: E731
+    place = lambda axis, x: jax.device_put(x, NamedSharding(mesh, _spec_of_rows(mesh, rows, axis)))
     return jax.tree.map(lambda axis, x: jax.tree.map(partial(place, axis), x), axes, tree)
 
 
@@ -215,7 +215,7 @@ def _spec_of_rows(mesh: Mesh, rows: int, axis: int) -> PartitionSpec:
 
 def placed(abstract: Any, shardings: Any) -> Any:
     """Shapes and dtypes with the places where they go."""
-    place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)  # noqa: E731
+    place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
     return jax.tree.map(place, abstract, shardings)
 
 

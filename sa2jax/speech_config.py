@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from sa2jax.audio.rates import SPEECH_SAMPLE_RATE
 from sa2jax.config import read_preset, require
 from sa2jax.errors import ConfigError
 from sa2jax.flow_yaml import read_flow_yaml, write_flow_yaml
@@ -245,7 +246,7 @@ class VocoderConfig:
     mels: int = 80
     channels: int = 512
     harmonics: int = 8
-    sample_rate: int = 24000
+    sample_rate: int = SPEECH_SAMPLE_RATE
     sine_amplitude: float = 0.1
     noise_std: float = 0.003
     voiced_threshold: float = 10.0

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sa2jax import checkpoint, folders
+from sa2jax import atomic_io, checkpoint
 from sa2jax.errors import CheckpointError
 
 pytestmark = pytest.mark.both_pairs
@@ -16,7 +16,7 @@ FIRST = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 @pytest.fixture
 def params(rng) -> checkpoint.Params:
-    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
     return {"layers": {"w": draw(3, 4, 5), "b": draw(3, 4)}, "table": draw(7, 4)}
 
 
@@ -181,11 +181,11 @@ def test_info_that_cannot_be_understood(tmp_path, text, message):
 
 
 def test_two_runs_cannot_write_one_folder(tmp_path):
-    with folders.new_folder(tmp_path / "out") as folder:
+    with atomic_io.new_folder(tmp_path / "out") as folder:
         (folder / "a").write_text("first")
         with (
             pytest.raises(CheckpointError, match="another run is writing"),
-            folders.new_folder(tmp_path / "out"),
+            atomic_io.new_folder(tmp_path / "out"),
         ):
             pass
     assert (tmp_path / "out" / "a").read_text() == "first"
@@ -196,6 +196,6 @@ def test_new_folder_where_nothing_can_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(CheckpointError, match="cannot write"),
-        folders.new_folder(tmp_path / "file" / "out"),
+        atomic_io.new_folder(tmp_path / "file" / "out"),
     ):
         pass

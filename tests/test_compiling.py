@@ -1,11 +1,11 @@
-"""How tests compile, see tests/compiling.py."""
+"""How tests compile, see tests/helpers/compiling.py."""
 
 import os
 import time
 
-import compiling
 import jax
 import pytest
+from helpers import compiling
 
 
 def test_most_tests_are_compiled_quickly():

@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sa2jax import kernels, nn, testing
-from sa2jax.inference.generate import Generator
+from sa2jax import testing
+from sa2jax.attention.base import Mask
+from sa2jax.attention.dispatch import attention
+from sa2jax.attention.xla import all_heads
+from sa2jax.inference.engine import Generator
 from sa2jax.inference.requests import Options, Request
 from sa2jax.models.step_audio import step_audio2
 
@@ -24,17 +27,17 @@ def qkv(steps, dtype=jnp.bfloat16):
 def test_cudnn_attends_like_xla(steps, packed):
     q, k, v = qkv(steps)
     segments = jnp.sort(jax.random.randint(jax.random.key(1), (2, steps), 1, 4)) if packed else None
-    mask = nn.Mask(causal=True, segments=segments)
+    mask = Mask(causal=True, segments=segments)
 
     def both(attend):
-        loss = lambda q, k, v: (attend(q, k, v, mask).astype(jnp.float32) ** 2).sum()  # noqa: E731
+        loss = lambda q, k, v: (attend(q, k, v, mask).astype(jnp.float32) ** 2).sum()
         return attend(q, k, v, mask), *jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
 
-    text = jax.jit(lambda *x: nn.attention(*x, mask)).lower(q, k, v).compile().as_text()
+    text = jax.jit(lambda *x: attention(*x, mask)).lower(q, k, v).compile().as_text()
     assert ("cudnn" in text) is not packed  # it knows no segments
-    exact = both(lambda q, k, v, m: kernels.all_heads(*(x.astype("f4") for x in (q, k, v)), m))
-    for ours, plain, true in zip(both(nn.attention), both(kernels.all_heads), exact, strict=True):
-        distance = lambda x, true=true: float(jnp.linalg.norm((x - true).astype("f4")))  # noqa: E731
+    exact = both(lambda q, k, v, m: all_heads(*(x.astype("f4") for x in (q, k, v)), m))
+    for ours, plain, true in zip(both(attention), both(all_heads), exact, strict=True):
+        distance = lambda x, true=true: float(jnp.linalg.norm((x - true).astype("f4")))
         assert distance(ours) < 2 * distance(plain) + 1e-3
 
 

@@ -32,7 +32,7 @@ def test_a_test_that_is_not_slow_may_not_be_dear(pytester, monkeypatch, mark, co
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     pytester.makepyfile(TESTS.format(mark=mark))
     pytester.makeini("[pytest]\nmarkers = slow: dear")
-    options = ["-p", "processor_time", "-n", str(workers), "-q", "--cpu-limit", "0.25"]
+    options = ["-p", "helpers.processor_time", "-n", str(workers), "-q", "--cpu-limit", "0.25"]
     result = pytester.runpytest_subprocess(*options)
     assert result.ret == code
     result.stdout.fnmatch_lines(["*=== processor time ===*", "*test_dear*", "*in all, 2 tests"])

@@ -15,7 +15,7 @@ from sa2jax.config import StepAudio2Config
 from sa2jax.convert import hf
 from sa2jax.convert.verify import compare_logits, inspect, verify
 from sa2jax.errors import CheckpointError, ConfigError
-from sa2jax.inference.generate import Generator
+from sa2jax.inference.engine import Generator
 from sa2jax.inference.loading import policy_of
 from sa2jax.inference.requests import Options, Request
 from sa2jax.models.step_audio import StepAudio2Model, step_audio2

@@ -14,10 +14,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from sa2jax.atomic_io import disk_errors
 from sa2jax.errors import TrainError
-from sa2jax.folders import disk_errors
 from sa2jax.train.optimizer import Optimizer, join
-from sa2jax.train.step import TrainState
+from sa2jax.train.state import TrainState
 
 STATE, DATA = "state", "data"
 
@@ -74,7 +74,7 @@ class Checkpoints:
         Args:
             step: which.
             optimizer: tells what is trained.
-            like: shapes and places, see `step.abstract_state`.
+            like: shapes and places, see `state.abstract_state`.
             params: those that the run began with, for the frozen ones.
 
         Returns:

@@ -12,10 +12,11 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sa2jax.atomic_io import disk_errors
+from sa2jax.audio.rates import MEL_RATE
+from sa2jax.chips import CHIPS
 from sa2jax.config import StepAudio2Config
 from sa2jax.errors import TrainError
-from sa2jax.folders import disk_errors
-from sa2jax.plan.chips import CHIPS
 
 METRICS, CURVES = "metrics.jsonl", "loss.png"
 # How devices call themselves, and their names here.
@@ -178,7 +179,9 @@ def flops_of(
     decoder = d.layers * d.embed * (heads + 3 * d.mlp) + d.vocab * d.embed
     encoder = e.layers * e.embed * e.embed * (4 + 2 * e.mlp_ratio)
     per_token = (6 if base_trained else 4) * decoder
-    return per_token, (6 if encoder_trained else 2) * encoder * 50  # frames a second inside it
+    return per_token, (
+        6 if encoder_trained else 2
+    ) * encoder * MEL_RATE // 2  # two frames are one inside it
 
 
 def peak_flops() -> float:

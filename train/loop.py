@@ -1,7 +1,7 @@
 """The loop of a training run: update, log, evaluate, checkpoint, stop, and go on.
 
-What is trained is a `Task`: the language model's is made in `language.py`, a single network's in
-`network_task.py`. A run's folder has
+What is trained is a `Task`: the language model's is made in `language/task.py`, a single
+network's in `networks/task.py`. A run's folder has
 
     run.json         the recipe, and what it began with
     checkpoints/     states; the same run goes on from the last one
@@ -25,15 +25,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from sa2jax.atomic_io import disk_errors
 from sa2jax.errors import Sa2jaxError, TrainError
-from sa2jax.folders import disk_errors
 from sa2jax.nn import Params
 from sa2jax.sharding import batch_ways, make_mesh
 from sa2jax.train.checkpoints import Checkpoints
 from sa2jax.train.log import Log, Meter, plot
 from sa2jax.train.optimizer import Optimizer
 from sa2jax.train.recipe import Pace, differences
-from sa2jax.train.step import TrainState
+from sa2jax.train.state import TrainState
 
 RUN, STATES, REJECTS = "run.json", "checkpoints", "rejects.jsonl"
 
@@ -250,7 +250,7 @@ def rows_at_once(rows: int, parts: int, mesh: Mesh | None) -> int:
 def describe(name: str, like: TrainState, optimizer: Optimizer, mesh: Mesh | None) -> str:
     """A line that says how much is trained, and where."""
     trained, frozen = optimizer.split(like.params)
-    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree)) / 1e6  # noqa: E731
+    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree)) / 1e6
     return (
         f"{name}: {count(trained):.4g} M parameters trained, {count(frozen):.4g} M frozen, on "
         f"{devices_of(mesh)}"

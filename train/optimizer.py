@@ -119,7 +119,7 @@ def make_optimizer(config: OptimizerConfig) -> Optimizer:
 
     def of_part(updates, params):
         del params
-        share = lambda path, x: x * (config.rate_of(name_of(path)) / config.rate)  # noqa: E731
+        share = lambda path, x: x * (config.rate_of(name_of(path)) / config.rate)
         return jax.tree.map_with_path(share, updates)
 
     first, second = config.betas
@@ -200,7 +200,7 @@ def are_matrices(tree: Any) -> Any:
 
 
 def _float32(tree: Any) -> Any:
-    floating = lambda x: jnp.issubdtype(x.dtype, jnp.floating)  # noqa: E731
+    floating = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
     return jax.tree.map(lambda x: x.astype(jnp.float32) if floating(x) else x, tree)
 
 

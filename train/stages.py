@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sa2jax.atomic_io import disk_errors
 from sa2jax.errors import ConfigError, TrainError
-from sa2jax.folders import disk_errors
 from sa2jax.train.recipe import build
 
 DONE = "stages.json"

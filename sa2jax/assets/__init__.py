@@ -3,8 +3,8 @@
 from importlib.resources import files
 from pathlib import Path
 
+from sa2jax.atomic_io import holds_checkpoint
 from sa2jax.errors import CheckpointError
-from sa2jax.folders import holds_checkpoint
 
 NANO = "nano"
 SHIPPED = Path(str(files(__name__) / NANO))  # where it is, if it came along

@@ -3,7 +3,6 @@
 from sa2jax.audio.features import (
     CHUNK_SAMPLES,
     HOP,
-    SAMPLE_RATE,
     fbank,
     log_mel,
     mel_24k,
@@ -13,6 +12,7 @@ from sa2jax.audio.features import (
     s3_log_mel,
 )
 from sa2jax.audio.io import Audio, load, pcm_16, read, resample, split, write
+from sa2jax.audio.rates import SAMPLE_RATE
 
 __all__ = [
     "CHUNK_SAMPLES",

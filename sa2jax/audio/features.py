@@ -23,10 +23,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from sa2jax.audio.blas import one_thread
+from sa2jax.audio.rates import MEL_RATE, SAMPLE_RATE, SPEECH_SAMPLE_RATE
 from sa2jax.errors import AudioError
 
-SAMPLE_RATE = 16_000  # Hz, the listening side
-HOP = 160  # samples per log-mel frame: 10 ms
+HOP = SAMPLE_RATE // MEL_RATE  # samples per log-mel frame: 10 ms
 CHUNK_SAMPLES = 400_000  # 25 s, the longest clip the encoder is given
 
 _TAIL = 479  # zeros that Step-Audio 2 appends to every clip
@@ -149,7 +149,7 @@ def _mel_24k(xp: Any, x: Any, n: Any) -> Any:
     size, hop = 1920, 480
     margin, frames = (size - hop) // 2, x.shape[-1] // hop
     x = _frame(xp, _reflect(xp, x, n, margin), frames, size, hop)
-    mel = _mel(xp, x, hann(size), slaney(24_000, size, 80, 8000.0), magnitude=True)
+    mel = _mel(xp, x, hann(size), slaney(SPEECH_SAMPLE_RATE, size, 80, 8000.0), magnitude=True)
     mel = xp.log(xp.maximum(mel, 1e-5)).swapaxes(-1, -2)  # [*B, M, frames]
     return _mask(xp, mel, None if n is None else n // hop, -1)
 

@@ -18,7 +18,8 @@ import soundfile
 from jaxtyping import Float, Int16
 
 from sa2jax.audio.blas import one_thread
-from sa2jax.audio.features import CHUNK_SAMPLES, SAMPLE_RATE
+from sa2jax.audio.features import CHUNK_SAMPLES
+from sa2jax.audio.rates import SAMPLE_RATE
 from sa2jax.errors import AudioError
 
 Audio: TypeAlias = str | os.PathLike[str] | bytes | BinaryIO | np.ndarray | tuple[np.ndarray, int]

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 OURS, REFERENCE = "ours", "reference"
+TURN = 48  # tokens of a conversation's next question
 
 Times = dict[tuple[str, str], list[float]]  # side and part -> seconds, one for each round
 

@@ -17,6 +17,7 @@ from sa2jax import audio
 from sa2jax.bench.common import (
     OURS,
     REFERENCE,
+    TURN,
     Bench,
     Row,
     copy_bandwidth,
@@ -26,7 +27,7 @@ from sa2jax.bench.common import (
 )
 from sa2jax.config import StepAudio2Config
 from sa2jax.errors import ConfigError
-from sa2jax.inference.generate import Generator
+from sa2jax.inference.engine import Generator
 from sa2jax.inference.loading import policy_of
 from sa2jax.inference.requests import Options, Request
 from sa2jax.inference.session import Session
@@ -35,8 +36,6 @@ from sa2jax.models.step_audio import StepAudio2Model, step_audio2, unstack_decod
 from sa2jax.nn import Policy, init_params
 from sa2jax.runtime import enable_compilation_cache, scans_layers
 from sa2jax.sharding import make_mesh
-
-TURN = 48  # tokens of a conversation's next question
 
 
 def bench(
@@ -120,7 +119,7 @@ class Ours:
         mesh: Mesh | None = None,
     ):
         wide = spread_heads(cfg, mesh)
-        make = lambda: StepAudio2Model(wide, policy=policy, rngs=nnx.Rngs(0))  # noqa: E731
+        make = lambda: StepAudio2Model(wide, policy=policy, rngs=nnx.Rngs(0))
         places = None if mesh is None else step_audio2(wide, policy).shardings(mesh)
         params = init_params(make, places)
         stacked = scans_layers(mesh)
@@ -141,7 +140,7 @@ class Ours:
 
     def parts(self, steps: int) -> dict[str, Callable[[], Any]]:
         """What is timed, in this order."""
-        decode = lambda: self.decode(steps)  # noqa: E731
+        decode = lambda: self.decode(steps)
         return {
             "encode": self.encode, "prefill": self.prefill, "decode": decode, "turn": self.turn,
         }  # fmt: skip

@@ -13,8 +13,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
 
 from sa2jax import audio
-from sa2jax.bench.common import timed
-from sa2jax.bench.language import TURN
+from sa2jax.bench.common import TURN, timed
 from sa2jax.config import StepAudio2Config
 
 
@@ -54,7 +53,7 @@ class Reference:
 
     def parts(self, steps: int) -> dict[str, Callable[[], Any]]:
         """What is timed, in this order."""
-        decode = lambda: self.decode(steps)  # noqa: E731
+        decode = lambda: self.decode(steps)
         return {
             "encode": self.encode, "prefill": self.prefill, "decode": decode, "turn": self.turn,
         }  # fmt: skip
@@ -100,7 +99,7 @@ class Reference:
         seconds = []
         for extra in points:
             part = ids[:, : self.ids.shape[1] + extra]
-            run = lambda part=part: self.decoder(part, use_cache=False, logits_to_keep=1)  # noqa: E731
+            run = lambda part=part: self.decoder(part, use_cache=False, logits_to_keep=1)
             seconds.append(timed(run))
         pairs = zip(points, points[1:], seconds, seconds[1:], strict=False)
         return sum((b - a) * (s + t) / 2 for a, b, s, t in pairs)

@@ -14,10 +14,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sa2jax import audio
+from sa2jax.audio.rates import CODE_RATE
 from sa2jax.bench.common import OURS, REFERENCE, Bench, Row, Times, machine, row, take_turns
 from sa2jax.errors import ConfigError
-from sa2jax.inference.token2wav import CODE_RATE, StreamState, Token2Wav
-from sa2jax.inference.voices import Voice, VoiceAnalyzer
 from sa2jax.models.flow import flow_model
 from sa2jax.models.speaker_encoder import speaker_encoder
 from sa2jax.models.speech_tokenizer import speech_tokenizer
@@ -25,6 +24,8 @@ from sa2jax.models.vocoder import vocoder
 from sa2jax.nn import Params
 from sa2jax.runtime import enable_compilation_cache
 from sa2jax.sharding import make_mesh
+from sa2jax.speech.token2wav import StreamState, Token2Wav
+from sa2jax.speech.voices import Voice, VoiceAnalyzer
 from sa2jax.speech_config import Token2WavConfig
 
 SECONDS, FACTOR = "s, less is better", "s/s, less is better"
@@ -191,7 +192,7 @@ def random_params(abstract: Params, seed: int = 0) -> Params:
 
 def whole_rows(times: Times, seconds: float) -> list[Row]:
     """Rows of one recording, spoken again in its own voice."""
-    factor = lambda t: t / seconds  # noqa: E731
+    factor = lambda t: t / seconds
     clip = f"one recording of {seconds:g} s"
     notes = {
         "tokenizer": ("speech tokenizer", f"{clip}: log-mel and codes"),
@@ -214,7 +215,7 @@ def stream_rows(times: Times, streams: Sequence[int], chunk: int) -> list[Row]:
     for side in {side for side, _ in times}:
         pairs = zip(times[side, "start"], times[side, "first"], strict=True)
         times[side, "sound"] = [sum(pair) for pair in pairs]
-    same = lambda t: t  # noqa: E731
+    same = lambda t: t
     rows = [
         row("start", SECONDS, "start", times, same, "what a stream's voice alone decides"),
         row("first sound", SECONDS, "sound", times, same, f"start, and {chunk} codes"),
@@ -229,7 +230,7 @@ def stream_rows(times: Times, streams: Sequence[int], chunk: int) -> list[Row]:
         if n > 1 and (REFERENCE, part) in times:
             note += f"; the official code: {n} calls"
         rows.append(row(f"chunk, {name}", SECONDS, part, times, same, note))
-        factor = lambda t, n=n: t * CODE_RATE / (chunk * n)  # noqa: E731
+        factor = lambda t, n=n: t * CODE_RATE / (chunk * n)
         note = f"chunks of {chunk} codes, per second of each stream's sound"
         rows.append(row(f"stream, {name}", FACTOR, part, times, factor, note))
     return rows

@@ -12,71 +12,19 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float32
 
-from sa2jax import audio
+from sa2jax.atomic_io import disk_errors
+from sa2jax.audio.recording import Heard
 from sa2jax.chat.template import ROLES, Audio, Ids, Message, Piece, Text
-from sa2jax.errors import AudioError, PromptError
-from sa2jax.folders import disk_errors
+from sa2jax.errors import PromptError
 
 FORMAT, VERSION = "sa2jax-chat", 1
 _KEYS = {"format", "version", "model", "arrays", "sha256", "facts", "turns"}
-
-
-@dataclass(frozen=True, eq=False)
-class Heard:
-    """A recording that was said.
-
-    Attributes:
-        samples: 16 kHz mono, a read-only copy of what is given.
-
-    Raises:
-        AudioError: if these are no samples.
-    """
-
-    samples: Float32[np.ndarray, "N"]
-    _mels: dict[int, tuple[np.ndarray, ...]] = field(default_factory=dict, init=False, repr=False)
-
-    def __post_init__(self):
-        samples = np.array(self.samples)
-        if samples.dtype != np.float32 or samples.ndim != 1 or not samples.size:
-            raise AudioError(
-                f"expected float32 samples [N], got {samples.dtype} {samples.shape}; read the "
-                "audio with Heard.of"
-            )
-        if not np.isfinite(samples).all():
-            raise AudioError("expected finite samples, got NaN or Inf")
-        samples.flags.writeable = False
-        object.__setattr__(self, "samples", samples)
-
-    @classmethod
-    def of(cls, source: audio.Audio) -> Self:
-        """Read a recording of any rate and channels, as `audio.load` does.
-
-        Raises:
-            AudioError: if it cannot be read.
-        """
-        return cls(audio.load(source))
-
-    @property
-    def seconds(self) -> float:
-        """Its length."""
-        return len(self.samples) / audio.SAMPLE_RATE
-
-    def mels(self, n_mels: int) -> list[Float32[np.ndarray, "M frames"]]:
-        """Log-mel frames of each 25 s of it; computed once and kept, read-only."""
-        if n_mels not in self._mels:
-            chunks = audio.split(self.samples)
-            mels = tuple(np.asarray(audio.log_mel(chunk, n_mels=n_mels)) for chunk in chunks)
-            for mel in mels:
-                mel.flags.writeable = False
-            self._mels[n_mels] = mels
-        return [*self._mels[n_mels]]
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ SPECIAL = (
     + " <audio_start> <audio_end> <audio_patch> <audio_patch_pad> <|SC|> <tts_start> <tts_end> "
     "<tts_pad>"
 ).split()
+AUDIO_START = 296  # of a tokenizer of bytes for small models: the released ids less 151392
 BYTES = 0xF5  # bytes 0xF5 to 0xFF never occur in UTF-8
 
 
@@ -135,3 +136,42 @@ def save_files(folder: str | Path, description: Mapping[str, Any]) -> Path:
     lines = ["#version: 0.2", *model["merges"]]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
+
+
+def byte_tokenizer(audio_start: int = 151688, vocab: int = 158720) -> tokenizers.Tokenizer:
+    """A tokenizer with one token per byte and the released special tokens, made in moments.
+
+    The id of a byte is its value. Special tokens and audio codes keep their released distance from
+    `<audio_start>`; ids between the bytes and `<|endoftext|>` have no token and decode to nothing,
+    like the unused last rows of the released vocabulary. Otherwise it is a Qwen2 tokenizer.
+
+    Args:
+        audio_start: id of `<audio_start>`: 151688 as released, 296 in the micro checkpoints.
+        vocab: vocabulary of the model: audio codes end there, at `<audio_6561>` at the latest.
+
+    Raises:
+        ValueError: if the tokens do not fit.
+    """
+    return backend_of(_byte_description(audio_start, vocab), where="byte_tokenizer")
+
+
+def save_tokenizer_files(
+    folder: str | Path, *, audio_start: int = 151688, vocab: int = 158720
+) -> Path:
+    """Write `byte_tokenizer` as the tokenizer files of a Hugging Face checkpoint.
+
+    Writes tokenizer.json, tokenizer_config.json, added_tokens.json, special_tokens_map.json,
+    vocab.json and merges.txt (which has no merges), and returns the folder, made if need be.
+    """
+    return save_files(folder, _byte_description(audio_start, vocab))
+
+
+def _byte_description(audio_start: int, vocab: int) -> dict[str, Any]:
+    first = audio_start - SPECIAL.index("<audio_start>")
+    code_0 = first + len(SPECIAL)
+    if first < BYTES or vocab <= code_0:
+        raise ValueError(
+            f"audio_start {audio_start} and vocab {vocab} leave no room: expected audio_start >= "
+            f"{BYTES + audio_start - first} and vocab > {code_0}"
+        )
+    return describe(vocab - code_0, first=first)

@@ -297,7 +297,7 @@ def _text(value: Any) -> str:
 
 def _is_voice(value: Any) -> bool:
     """Whether this is a `Voice`, without importing jax: who has one has imported it."""
-    home = sys.modules.get("sa2jax.inference.voices")
+    home = sys.modules.get("sa2jax.speech.voices")
     return isinstance(value, getattr(home, "Voice", ()))
 
 

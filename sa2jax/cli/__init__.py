@@ -15,16 +15,16 @@ from types import FrameType
 import tyro
 
 from sa2jax.cli import common
-from sa2jax.cli.assemble import begin, join
+from sa2jax.cli.bench import bench
+from sa2jax.cli.chat import chat, tts
 from sa2jax.cli.checkpoints import convert, export, inspect, verify
-from sa2jax.cli.converse import chat, tts
 from sa2jax.cli.data import data
 from sa2jax.cli.evaluate import evaluate
-from sa2jax.cli.hear import asr, caption, translate
-from sa2jax.cli.measure import bench
+from sa2jax.cli.init_join import begin, join
 from sa2jax.cli.plan import plan
-from sa2jax.cli.speak import reconstruct, tokenize, vocode, voice
+from sa2jax.cli.speech import reconstruct, tokenize, vocode, voice
 from sa2jax.cli.train import merge, train
+from sa2jax.cli.transcribe import asr, caption, translate
 from sa2jax.errors import Sa2jaxError
 
 COMMANDS: dict[str, Callable[..., None]] = {

@@ -42,7 +42,7 @@ def _prepare(
         overwrite: Replace a prepared folder.
         json: Print JSON.
     """
-    from sa2jax.train.prepare import PrepareConfig, prepare
+    from sa2jax.train.data.prepare import PrepareConfig, prepare
 
     *sources, out = _sources_and_out(paths)
     config = PrepareConfig(
@@ -76,7 +76,7 @@ def _prepare_flow(
         json: Print JSON.
     """
     from sa2jax.runtime import enable_compilation_cache
-    from sa2jax.train.flow_data import prepare_flow
+    from sa2jax.train.networks.flow_data import prepare_flow
 
     *sources, out = _sources_and_out(paths)
     enable_compilation_cache()
@@ -114,7 +114,7 @@ def _prepare_speech(
         overwrite: Replace a prepared folder.
         json: Print JSON.
     """
-    from sa2jax.train.speech_data import prepare_speech
+    from sa2jax.train.networks.speech_data import prepare_speech
 
     *sources, out = _sources_and_out(paths)
     with common.bar("reading", unit="recordings") as tick:
@@ -152,9 +152,9 @@ def _synthesize(
     common.stay_on_host()
     import os
 
-    from sa2jax.train.corpus_plan import read_corpus
+    from sa2jax.train.corpus.plan import read_corpus
+    from sa2jax.train.corpus.synthesize import synthesize
     from sa2jax.train.recipe import parse_changes
-    from sa2jax.train.synthesis import synthesize
 
     changes = parse_changes(set) | ({} if seed is None else {"seed": seed})
     recipe = read_corpus(config, changes)
@@ -176,8 +176,8 @@ def _show(folder: Folder, *, json: bool = False):
         json: Print JSON.
     """
     common.stay_on_host()
-    from sa2jax.train import flow_data, speech_data
-    from sa2jax.train.samples import ABOUT, read_about
+    from sa2jax.train.data.samples import ABOUT, read_about
+    from sa2jax.train.networks import flow_data, speech_data
 
     try:
         text = (folder / ABOUT).read_text(encoding="utf-8")

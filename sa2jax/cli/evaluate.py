@@ -127,7 +127,7 @@ def _has_int8(model: "StepAudio2") -> bool:
 
 def _write(path: Path, scores: "Scores") -> None:
     """Write every answer as a line of jsonl."""
-    from sa2jax.folders import disk_errors
+    from sa2jax.atomic_io import disk_errors
 
     lines = (json_.dumps(asdict(answer), ensure_ascii=False) for answer in scores.answers)
     with disk_errors(path):

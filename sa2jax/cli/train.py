@@ -54,10 +54,10 @@ def train(
     """
     devices.join_hosts()
     from sa2jax.runtime import enable_compilation_cache
+    from sa2jax.train.language.recipe import Recipe
     from sa2jax.train.recipe import (
         LANGUAGE,
         STAGES,
-        Recipe,
         build,
         parse_changes,
         read_values,
@@ -87,17 +87,17 @@ def train(
         changes["mesh"] = devices.mesh
     values = with_changes(values, changes)
     if whole:
-        from sa2jax.train.language import train
+        from sa2jax.train.language.task import train
 
         recipe = build(Recipe, values, config)
         start = partial(train, recipe)
     else:
-        from sa2jax.train.network_task import SUBJECTS, train_network
+        from sa2jax.train.networks.task import SUBJECTS, train_network
 
         recipe = build(SUBJECTS[kind].recipe, values, config)
         start = partial(train_network, recipe)
     if dry_run:
-        from sa2jax.train.dry import dry_network_run, dry_run
+        from sa2jax.train.dry_run import dry_network_run, dry_run
 
         found = (dry_run if whole else dry_network_run)(recipe)
         common.print_json(asdict(found)) if json else found.print(common.wide())
@@ -129,8 +129,9 @@ def merge(
         overwrite: Replace a checkpoint at OUT.
     """
     common.stay_on_host()
-    from sa2jax.train.base import open_base, stored_dtype
-    from sa2jax.train.recipe import ModelSpec, build
+    from sa2jax.train.language.model_io import open_base, stored_dtype
+    from sa2jax.train.language.recipe import ModelSpec
+    from sa2jax.train.recipe import build
 
     # What is stored as it is read takes the least memory.
     values = {"folder": str(model), "dtype": stored_dtype(model).name}

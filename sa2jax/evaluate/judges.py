@@ -22,10 +22,10 @@ import numpy as np
 from jaxtyping import Float
 
 from sa2jax import audio
+from sa2jax.audio.rates import SAMPLE_RATE
 from sa2jax.errors import DataError
 from sa2jax.evaluate.words import normalized, one_number
 
-RATE = 16_000  # Hz, of what judges hear
 _PAD = 0.2  # seconds of silence around what the grammar judge hears
 _PEAK = 0.7  # of what it hears
 # Wider beams than usual: speech in pieces is then understood less often, speech as often.
@@ -64,7 +64,7 @@ def require(module: str) -> Path:
 def heard(wave: Float[np.ndarray, " T"], rate: int) -> Float[np.ndarray, " T2"]:
     """Samples at the rate that judges hear (16 kHz), float32; no samples stay none."""
     wave = np.asarray(wave, np.float32).reshape(-1)
-    return wave if rate == RATE or not wave.size else audio.resample(wave, rate, RATE)
+    return wave if rate == SAMPLE_RATE or not wave.size else audio.resample(wave, rate, SAMPLE_RATE)
 
 
 class GrammarJudge:
@@ -85,7 +85,7 @@ class GrammarJudge:
         from pocketsphinx import Decoder  # type: ignore
 
         self.phrases = tuple(phrases)
-        self._decoder: Any = Decoder(samprate=RATE, lm=None, loglevel="FATAL", **_WIDE)
+        self._decoder: Any = Decoder(samprate=SAMPLE_RATE, lm=None, loglevel="FATAL", **_WIDE)
         words = sorted({word for phrase in phrases for word in phrase.split()})
         if strange := [word for word in words if not self._decoder.lookup_word(word)]:
             raise DataError(f"the grammar judge does not know the word {strange[0]!r}")
@@ -104,7 +104,7 @@ class GrammarJudge:
         peak = float(np.abs(wave).max(initial=0))
         if not np.isfinite(peak) or peak == 0:
             return ""
-        wave = np.pad(wave * np.float32(_PEAK / peak), round(_PAD * RATE))
+        wave = np.pad(wave * np.float32(_PEAK / peak), round(_PAD * SAMPLE_RATE))
         self._decoder.reinit_feat()  # each clip is heard as if it were the first
         self._decoder.start_utt()
         self._decoder.process_raw(audio.pcm_16(wave).tobytes(), full_utt=True)

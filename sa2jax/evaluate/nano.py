@@ -30,11 +30,11 @@ from sa2jax.evaluate.nano_rows import (
 from sa2jax.evaluate.scores import Answer, Row, Scores
 from sa2jax.evaluate.voice_judge import VoiceJudge, voice_judge
 from sa2jax.evaluate.words import SUMS, normalized, word_errors
-from sa2jax.tasks import options_of
+from sa2jax.pipeline.tasks import options_of
 
 if TYPE_CHECKING:
     from sa2jax.pipeline import StepAudio2
-    from sa2jax.reply import Reply
+    from sa2jax.pipeline.reply import Reply
 
 NOTHING_RIGHT = "there is nothing to lose: no answer was right"
 _BOTH = ("grammar", "sums", "s"), ("Whisper", "sums_open", "s_open")  # offline, streamed

@@ -19,8 +19,9 @@ import numpy as np
 from jaxtyping import Float
 
 from sa2jax.audio import features
+from sa2jax.audio.rates import SAMPLE_RATE
 from sa2jax.errors import AudioError, DataError
-from sa2jax.evaluate.judges import RATE, heard, require
+from sa2jax.evaluate.judges import heard, require
 
 WINDOW, HOP, MELS = 400, 160, 40  # samples, samples, bands
 PART, STEP = 160, 77  # frames that are heard at once, and frames between two such parts
@@ -112,7 +113,7 @@ def _mel(wave: Float[np.ndarray, " T"]) -> Float[np.ndarray, "frames 40"]:
     padded = np.pad(wave, WINDOW // 2)
     frames = np.lib.stride_tricks.sliding_window_view(padded, WINDOW)[::HOP]
     power = np.abs(np.fft.rfft(frames * features.hann(WINDOW), axis=-1)) ** 2
-    return (power @ features.slaney(RATE, WINDOW, MELS).T).astype(np.float32)
+    return (power @ features.slaney(SAMPLE_RATE, WINDOW, MELS).T).astype(np.float32)
 
 
 def _unit(x: Float[np.ndarray, "*B 256"]) -> Float[np.ndarray, "*B 256"]:

@@ -106,7 +106,7 @@ def score(
 def draws(seed: UInt32[Array, ""], numbers: UInt32[Array, "B"], *, samples: int) -> PRNGKeyArray:
     """Random keys of replies: reply j to prompt n has the key (seed, n, j); [B * samples]."""
     fold = jax.random.fold_in
-    one = lambda n: jax.vmap(partial(fold, fold(jax.random.key(seed), n)))(jnp.arange(samples))  # noqa: E731
+    one = lambda n: jax.vmap(partial(fold, fold(jax.random.key(seed), n)))(jnp.arange(samples))
     return jax.vmap(one)(numbers).reshape(-1)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from sa2jax.errors import PromptError
-from sa2jax.inference.generate import Generator
+from sa2jax.inference.engine import Generator
 from sa2jax.inference.requests import Options, Request, check
 from sa2jax.models.decoder import KVCache
 

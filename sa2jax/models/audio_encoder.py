@@ -14,20 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from sa2jax.attention.base import Mask
+from sa2jax.attention.dispatch import attention
 from sa2jax.config import AdapterConfig, AudioEncoderConfig
-from sa2jax.nn import (
-    Conv1d,
-    LayerNorm,
-    Linear,
-    Mask,
-    Policy,
-    Remat,
-    attention,
-    note,
-    over_layers,
-    param,
-    stack,
-)
+from sa2jax.nn import Conv1d, LayerNorm, Linear, Policy, Remat, note, over_layers, param, stack
 from sa2jax.sharding import shard
 
 MEL_TAIL = 2  # frames at the end of each clip that the released code does not count as its length
@@ -99,7 +89,7 @@ class AudioEncoder(nnx.Module):
         self.positions = param(
             rngs, (cfg.max_positions, cfg.embed), (None, None), dtype=policy.param, scale=0.02
         )
-        make = lambda rngs: EncoderLayer(cfg, policy=policy, rngs=rngs)  # noqa: E731
+        make = lambda rngs: EncoderLayer(cfg, policy=policy, rngs=rngs)
         self.layers = stack(make, cfg.layers, rngs)
         self.norm = LayerNorm(cfg.embed, policy=policy, rngs=rngs)
 
@@ -212,6 +202,6 @@ def _clips(frames: Array, starts: Array | None, total: int) -> _Clips:
         return _Clips(own, own.astype(jnp.int32), jnp.broadcast_to(place, own.shape), length)
     offset = place[..., None] - starts[:, None]  # [B, T, N]
     inside = (offset >= 0) & (offset < frames[:, None])
-    pick = lambda x: jnp.sum(jnp.where(inside, x, 0), axis=-1)  # noqa: E731
+    pick = lambda x: jnp.sum(jnp.where(inside, x, 0), axis=-1)
     number = pick(1 + jnp.arange(starts.shape[1]))
     return _Clips(inside.any(-1), number, pick(offset), pick(frames[:, None]))

@@ -16,20 +16,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
+from sa2jax.attention.base import Mask
+from sa2jax.attention.dispatch import attention, cached_attention
 from sa2jax.config import DecoderConfig
-from sa2jax.nn import (
-    Linear,
-    Mask,
-    Policy,
-    Remat,
-    RMSNorm,
-    attention,
-    cached_attention,
-    over_layers,
-    param,
-    rotary,
-    stack,
-)
+from sa2jax.nn import Linear, Policy, Remat, RMSNorm, over_layers, param, rotary, stack
 from sa2jax.quantize import quantize_rows
 from sa2jax.sharding import on_each_device, shard
 
@@ -61,7 +51,7 @@ class KVCache:
     def zeros(cls, cfg: DecoderConfig, batch: int, size: int, dtype: DTypeLike) -> Self:
         """An empty cache with room for `size` tokens a row; int8 ones have scales."""
         shape = (cfg.layers, batch, cfg.kv_heads, size, cfg.head_dim)
-        empty = lambda shape, dtype: shard(jnp.zeros(shape, dtype), *CACHE_AXES[: len(shape)])  # noqa: E731
+        empty = lambda shape, dtype: shard(jnp.zeros(shape, dtype), *CACHE_AXES[: len(shape)])
         scales = None
         if jnp.dtype(dtype) == jnp.int8:
             scales = empty(shape[:-1], jnp.float32), empty(shape[:-1], jnp.float32)
@@ -212,7 +202,7 @@ class Decoder(nnx.Module):
         self.table = param(
             rngs, (cfg.vocab, cfg.embed), ("vocab", "embed"), dtype=policy.param, scale=0.02
         )
-        make = lambda rngs: DecoderLayer(cfg, policy=policy, rngs=rngs)  # noqa: E731
+        make = lambda rngs: DecoderLayer(cfg, policy=policy, rngs=rngs)
         if stacked:
             self.layers = stack(make, cfg.layers, rngs)
         else:

@@ -85,7 +85,7 @@ class BatchNorm(nnx.Module):
     """Batch norm with the statistics of training, in float32."""
 
     def __init__(self, size: int, *, affine: bool = True, policy: Policy, rngs: nnx.Rngs):
-        make = lambda value: param(rngs, (size,), (None,), dtype=policy.param, constant=value)  # noqa: E731
+        make = lambda value: param(rngs, (size,), (None,), dtype=policy.param, constant=value)
         self.mean, self.variance = make(0.0), make(1.0)
         self.scale, self.bias = (make(1.0), make(0.0)) if affine else (None, None)
 

@@ -13,15 +13,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from sa2jax.attention.base import Mask
+from sa2jax.attention.dispatch import attention
 from sa2jax.nn import (
     Conv1d,
     Functional,
     LayerNorm,
     Linear,
-    Mask,
     Params,
     Policy,
-    attention,
     before,
     functional,
     note,
@@ -113,7 +113,7 @@ class SpeechTokenizer(nnx.Module):
         conv = {"kernel": 3, "stride": 2, "padding": 1, "policy": policy, "rngs": rngs}
         self.conv1 = Conv1d(cfg.mels, cfg.embed, **conv)
         self.conv2 = Conv1d(cfg.embed, cfg.embed, **conv)
-        make = lambda rngs: Layer(cfg, policy=policy, rngs=rngs)  # noqa: E731
+        make = lambda rngs: Layer(cfg, policy=policy, rngs=rngs)
         self.layers = (
             stack(make, cfg.layers, rngs) if stacked
             else nnx.List(make(rngs) for _ in range(cfg.layers))

@@ -350,7 +350,7 @@ class Vocoder(nnx.Module):
         for i, factor in enumerate(cfg.rates):
             rate *= factor
             last = i == len(cfg.rates) - 1
-            note_here = lambda name, x, i=i: note(trace, f"{name}{i}", x)  # noqa: E731
+            note_here = lambda name, x, i=i: note(trace, f"{name}{i}", x)
             if frames is not None:
                 keep = inside(frames * rate + last, mel.shape[1] * rate + last)
             with jax.named_scope(f"stage{i}"):

@@ -408,7 +408,7 @@ def _convolution(it: Instruction, lhs: Shape, rhs: Shape) -> float:
     spatial = sum(c.isdigit() for c in left)
     meets = 1.0
     for axis in range(spatial):
-        value = lambda key, default: (  # noqa: E731
+        value = lambda key, default: (
             window[key].split("x")[axis] if key in window else default  # noqa: B023
         )
         low = int(value("pad", "0_0").split("_")[0])

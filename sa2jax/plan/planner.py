@@ -21,58 +21,14 @@ import jax
 import jaxlib
 from jax.sharding import AbstractMesh, Mesh
 
+from sa2jax import chips
+from sa2jax.chips import Topology
 from sa2jax.errors import PlanError
-from sa2jax.plan import chips, hlo
-from sa2jax.plan.chips import Topology
-from sa2jax.plan.workloads import LENGTHS, TRAINING, WORKLOADS, Work, config, per_chip
+from sa2jax.plan import hlo
+from sa2jax.plan.workloads import TRAINING, WORKLOADS, Spec, Work, config, per_chip
 from sa2jax.sharding import MESH_AXES, make_mesh, parse_mesh
 
-DTYPES = ("bfloat16", "int8", "float32")
 PASSES = 6  # bfloat16 products that make one float32 product, as `Precision.HIGHEST` asks for
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spec:
-    """What to plan.
-
-    Attributes:
-        model: preset, or folder with a config.json.
-        topology: such as `v5e:2x4` or `h100:8`.
-        workload: what to run, see `workloads`.
-        batch: rows of all chips together; 0 for the usual: one, or in training one for each part
-            that the mesh splits a batch into.
-        length: of each, see `workloads.LENGTHS`; 0 for the usual.
-        dtype: bfloat16, float32, or int8 for the matrices alone. In training it is that of the
-            parameters: products are of bfloat16 numbers.
-        float_head: with int8, the matrix that makes logits is not.
-        int8_cache: keys and values are cached as int8.
-        mesh: such as `data=2,tensor=4`; by default all chips on the axis that is usual: tensor, or
-            fsdp for training.
-    """
-
-    model: str = "mini"
-    topology: str = "v5e:1x1"
-    workload: str = "decode"
-    batch: int = 0
-    length: int = 0
-    dtype: str = "bfloat16"
-    float_head: bool = False
-    int8_cache: bool = False
-    mesh: str | None = None
-
-    def __post_init__(self):
-        if self.workload not in WORKLOADS:
-            raise PlanError(f"unknown workload {self.workload!r}; known: {', '.join(WORKLOADS)}")
-        if self.dtype not in DTYPES:
-            raise PlanError(f"dtype {self.dtype!r}: expected {', '.join(DTYPES)}")
-        if self.batch < 0 or self.length < 0:
-            raise PlanError(
-                f"batch {self.batch}, length {self.length}: expected at least 1, or 0 for the usual"
-            )
-        if not self.batch and self.workload not in TRAINING:
-            object.__setattr__(self, "batch", 1)
-        if not self.length:
-            object.__setattr__(self, "length", LENGTHS[self.workload][1])
 
 
 @dataclass(frozen=True, kw_only=True)

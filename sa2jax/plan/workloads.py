@@ -8,13 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from sa2jax.audio.rates import CODE_RATE, MEL_RATE
 from sa2jax.config import StepAudio2Config
 from sa2jax.errors import PlanError
 from sa2jax.inference import programs
@@ -25,16 +26,57 @@ from sa2jax.models.step_audio import StepAudio2Model, step_audio2
 from sa2jax.nn import Functional, Policy, functional
 from sa2jax.sharding import ALL, over_rows
 
-if TYPE_CHECKING:
-    from sa2jax.plan.planner import Spec
-
 Where = Any  # a Mesh, or an AbstractMesh where nothing is compiled
 
+DTYPES = ("bfloat16", "int8", "float32")
 BLOCK = 32  # decode steps in one program
 TOKENS_PER_SECOND = 31.25  # of speech that is generated: 25 codes and 6.25 words' tokens
-MEL_RATE, CODE_RATE = 100, 25  # frames of what is heard, codes of what is spoken, per second
 HEARD, CLIPS = 3000, 8  # frames and clips that each row of a training batch may hold
 VOICE_SECONDS = 5  # of the recording whose voice speaks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What to plan.
+
+    Attributes:
+        model: preset, or folder with a config.json.
+        topology: such as `v5e:2x4` or `h100:8`.
+        workload: what to run, see `workloads`.
+        batch: rows of all chips together; 0 for the usual: one, or in training one for each part
+            that the mesh splits a batch into.
+        length: of each, see `workloads.LENGTHS`; 0 for the usual.
+        dtype: bfloat16, float32, or int8 for the matrices alone. In training it is that of the
+            parameters: products are of bfloat16 numbers.
+        float_head: with int8, the matrix that makes logits is not.
+        int8_cache: keys and values are cached as int8.
+        mesh: such as `data=2,tensor=4`; by default all chips on the axis that is usual: tensor, or
+            fsdp for training.
+    """
+
+    model: str = "mini"
+    topology: str = "v5e:1x1"
+    workload: str = "decode"
+    batch: int = 0
+    length: int = 0
+    dtype: str = "bfloat16"
+    float_head: bool = False
+    int8_cache: bool = False
+    mesh: str | None = None
+
+    def __post_init__(self):
+        if self.workload not in WORKLOADS:
+            raise PlanError(f"unknown workload {self.workload!r}; known: {', '.join(WORKLOADS)}")
+        if self.dtype not in DTYPES:
+            raise PlanError(f"dtype {self.dtype!r}: expected {', '.join(DTYPES)}")
+        if self.batch < 0 or self.length < 0:
+            raise PlanError(
+                f"batch {self.batch}, length {self.length}: expected at least 1, or 0 for the usual"
+            )
+        if not self.batch and self.workload not in TRAINING:
+            object.__setattr__(self, "batch", 1)
+        if not self.length:
+            object.__setattr__(self, "length", LENGTHS[self.workload][1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +110,7 @@ class Work:
     real: float = 0
 
 
-def policy(spec: "Spec") -> Policy:
+def policy(spec: Spec) -> Policy:
     """The dtypes of a spec."""
     found = policy_of("bfloat16" if spec.dtype == "int8" else spec.dtype)
     if spec.workload in TRAINING:  # float32 parameters are master weights
@@ -79,7 +121,7 @@ def policy(spec: "Spec") -> Policy:
     return replace(found, cache=jnp.dtype(jnp.int8) if spec.int8_cache else None)
 
 
-def config(spec: "Spec") -> StepAudio2Config:
+def config(spec: Spec) -> StepAudio2Config:
     """A preset's, or that of a folder."""
     if Path(spec.model).is_dir():
         return StepAudio2Config.from_hf(Path(spec.model))
@@ -94,7 +136,7 @@ def per_chip(tree: Any) -> float:
     )
 
 
-def decode(spec: "Spec", mesh: Where) -> Work:
+def decode(spec: Spec, mesh: Where) -> Work:
     """A block of steps of a batch of replies; `length` is the cache's slots."""
     model, weights = _model(spec, mesh)
     state = programs.abstract_state(model, mesh, rows=spec.batch, size=spec.length)
@@ -115,7 +157,7 @@ def decode(spec: "Spec", mesh: Where) -> Work:
     )  # fmt: skip
 
 
-def prefill(spec: "Spec", mesh: Where) -> Work:
+def prefill(spec: Spec, mesh: Where) -> Work:
     """Prompts of `length` tokens, read at once into caches of that size."""
     model, weights = _model(spec, mesh)
     rows, length = spec.batch, spec.length
@@ -147,7 +189,7 @@ def prefill(spec: "Spec", mesh: Where) -> Work:
     )  # fmt: skip
 
 
-def encode(spec: "Spec", mesh: Where) -> Work:
+def encode(spec: Spec, mesh: Where) -> Work:
     """Clips of `length` seconds, heard in one batch."""
     model, weights = _model(spec, mesh)
     cfg = config(spec).audio_encoder
@@ -164,7 +206,7 @@ def encode(spec: "Spec", mesh: Where) -> Work:
     )  # fmt: skip
 
 
-def token2wav(spec: "Spec", mesh: Where) -> Work:
+def token2wav(spec: Spec, mesh: Where) -> Work:
     """Codes of `length` seconds to sound, with a voice of `VOICE_SECONDS`."""
     from sa2jax.models.flow import flow_model
     from sa2jax.models.vocoder import vocoder
@@ -175,7 +217,7 @@ def token2wav(spec: "Spec", mesh: Where) -> Work:
     cfg, dtype = Token2WavConfig.released(), jnp.dtype(spec.dtype)
     flow = flow_model(cfg.flow, Policy(param=dtype, compute=dtype))
     vocode = vocoder(cfg.vocoder)
-    place = lambda leaf: _everywhere(mesh, *leaf.shape, dtype=leaf.dtype)  # noqa: E731
+    place = lambda leaf: _everywhere(mesh, *leaf.shape, dtype=leaf.dtype)
     weights = jax.tree.map(place, {"flow": flow.abstract, "vocoder": vocode.abstract})
     rows, codes, voice = spec.batch, CODE_RATE * spec.length, CODE_RATE * VOICE_SECONDS
     ratio = cfg.flow.encoder.upsample
@@ -200,7 +242,7 @@ def token2wav(spec: "Spec", mesh: Where) -> Work:
     )  # fmt: skip
 
 
-def train(spec: "Spec", mesh: Where) -> Work:
+def train(spec: Spec, mesh: Where) -> Work:
     """A step of fine-tuning on rows of `length` tokens; all but the audio encoder is trained."""
     from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
 
@@ -211,7 +253,7 @@ def train(spec: "Spec", mesh: Where) -> Work:
     return _training(spec, mesh, model, optimizer)
 
 
-def lora(spec: "Spec", mesh: Where) -> Work:
+def lora(spec: Spec, mesh: Where) -> Work:
     """A step that trains low-rank additions to the decoder's matrices; int8 is QLoRA."""
     from sa2jax.train.lora import ONLY_LORA, add_lora
     from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
@@ -226,8 +268,9 @@ def lora(spec: "Spec", mesh: Where) -> Work:
     return _training(spec, mesh, functional(make), optimizer)
 
 
-def _training(spec: "Spec", mesh: Where, model: Functional, optimizer: Any) -> Work:
-    from sa2jax.train.step import abstract_batch, abstract_state, make_step
+def _training(spec: Spec, mesh: Where, model: Functional, optimizer: Any) -> Work:
+    from sa2jax.train.language.step import abstract_batch, make_step
+    from sa2jax.train.state import abstract_state
 
     rows = spec.batch
     state = abstract_state(model, optimizer, mesh)
@@ -240,7 +283,7 @@ def _training(spec: "Spec", mesh: Where, model: Functional, optimizer: Any) -> W
     )  # fmt: skip
 
 
-WORKLOADS: dict[str, Callable[["Spec", Where], Work]] = {
+WORKLOADS: dict[str, Callable[[Spec, Where], Work]] = {
     "decode": decode,
     "prefill": prefill,
     "encode": encode,
@@ -261,7 +304,7 @@ LENGTHS: dict[str, tuple[str, int]] = {
 }
 
 
-def _model(spec: "Spec", mesh: Where) -> tuple[Functional[StepAudio2Model], dict[str, Any]]:
+def _model(spec: Spec, mesh: Where) -> tuple[Functional[StepAudio2Model], dict[str, Any]]:
     """The model on a mesh, and where its parameters are."""
     model = step_audio2(spread_heads(config(spec), mesh), policy(spec))
     return model, model.placed(mesh)
@@ -282,7 +325,7 @@ def _others(weights: dict[str, Any]) -> Any:
     return {name: part for name, part in weights.items() if name != "decoder"}
 
 
-def _reading(spec: "Spec", mesh: Where, reads: Any, tokens: int = 1) -> float:
+def _reading(spec: Spec, mesh: Where, reads: Any, tokens: int = 1) -> float:
     """Bytes of the language model that a chip reads in a step: of the table, the tokens' rows."""
     decoder = dict(reads["decoder"])
     table = decoder.pop("table")

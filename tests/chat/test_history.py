@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from sa2jax import audio
-from sa2jax.chat.history import Heard, load, save
+from sa2jax.audio.recording import Heard
+from sa2jax.chat.history import load, save
 from sa2jax.chat.template import Audio, Ids, Message, Text, render
 from sa2jax.errors import AudioError, CheckpointError, PromptError
 
@@ -101,7 +102,8 @@ def test_mels_are_computed_once_for_each_number_of_bands(rng, monkeypatch):
     clip = heard(rng, audio.CHUNK_SAMPLES + 1600)
     want = [audio.log_mel(chunk, n_mels=80) for chunk in audio.split(clip.samples)]
     calls, log_mel = [], audio.log_mel
-    monkeypatch.setattr(audio, "log_mel", lambda *a, **k: calls.append(k) or log_mel(*a, **k))
+    spy = lambda *a, **k: calls.append(k) or log_mel(*a, **k)
+    monkeypatch.setattr("sa2jax.audio.recording.log_mel", spy)
     first, second = clip.mels(80), clip.mels(80)
     assert len(first) == len(want) == 2
     assert all(a is b for a, b in zip(first, second, strict=True))

@@ -3,7 +3,7 @@ import random
 import numpy as np
 import pytest
 
-from sa2jax import testing
+from sa2jax.chat import tokenizer_files
 from sa2jax.chat.interleave import deinterleave, interleave
 from sa2jax.chat.tokenizer import Tokenizer, keep_codes, split_output
 from sa2jax.errors import PromptError
@@ -13,12 +13,12 @@ START, END, PAD, CODE, APAD, EOT = 151693, 151694, 151695, 151696, 158257, 15166
 
 @pytest.fixture(scope="module")
 def special():
-    return Tokenizer(testing.byte_tokenizer()).special
+    return Tokenizer(tokenizer_files.byte_tokenizer()).special
 
 
 @pytest.fixture(scope="module")
 def micro():
-    return Tokenizer(testing.byte_tokenizer(296, 512)).special
+    return Tokenizer(tokenizer_files.byte_tokenizer(296, 512)).special
 
 
 # Each list is written out from the rule in SPEC section 4.

@@ -5,7 +5,7 @@ from importlib.util import module_from_spec
 import numpy as np
 import pytest
 
-from sa2jax import testing
+from sa2jax.chat import tokenizer_files
 from sa2jax.chat.template import (
     TASKS,
     Audio,
@@ -35,7 +35,7 @@ START, STOP, PATCH, TTS, TTS_END, CODE = 296, 297, 298, 301, 302, 304
 
 @pytest.fixture(scope="module")
 def tok():
-    return Tokenizer(testing.byte_tokenizer(296, 512))
+    return Tokenizer(tokenizer_files.byte_tokenizer(296, 512))
 
 
 def b(text):
@@ -102,7 +102,7 @@ def test_asr_in_numbers(tok):
 
 
 def test_released_ids():
-    tok = Tokenizer(testing.byte_tokenizer())
+    tok = Tokenizer(tokenizer_files.byte_tokenizer())
     messages = TASKS["paralinguistic"].messages(Audio(0))
     assert build(tok, messages, [[2]]).ids.tolist() == [
         151666, *b("system\n"), *b(PARA), 151665,

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from sa2jax import testing
+from sa2jax.chat import tokenizer_files
 from sa2jax.chat.tokenizer import SpecialTokens, Tokenizer, Utf8Stream, keep_codes, split_output
 from sa2jax.errors import PromptError, TokenizerError
 
@@ -25,12 +25,12 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def tok():
-    return Tokenizer(testing.byte_tokenizer(**MICRO))
+    return Tokenizer(tokenizer_files.byte_tokenizer(**MICRO))
 
 
 @pytest.fixture(scope="module")
 def full():
-    return Tokenizer(testing.byte_tokenizer())
+    return Tokenizer(tokenizer_files.byte_tokenizer())
 
 
 def edit(folder, name, change):
@@ -104,7 +104,7 @@ def test_pieces_of_text_and_ids(tok):
 
 
 def test_pieces_are_not_merged(tmp_path):
-    folder = testing.save_tokenizer_files(tmp_path, **MICRO)
+    folder = tokenizer_files.save_tokenizer_files(tmp_path, **MICRO)
     edit(folder, "vocab.json", lambda v: v.update({"ab": 245}))
     (folder / "merges.txt").write_text("#version: 0.2\na b\n")
     (folder / "tokenizer.json").unlink()
@@ -152,7 +152,7 @@ def test_is_immutable_and_survives_pickling(tok):
     ],
 )
 def test_any_sufficient_set_of_files_gives_the_same_tokenizer(tmp_path, tok, removed):
-    folder = testing.save_tokenizer_files(tmp_path / "made" / "here", **MICRO)
+    folder = tokenizer_files.save_tokenizer_files(tmp_path / "made" / "here", **MICRO)
     for name in removed:
         (folder / name).unlink()
     loaded = Tokenizer.from_folder(str(folder))
@@ -163,13 +163,13 @@ def test_any_sufficient_set_of_files_gives_the_same_tokenizer(tmp_path, tok, rem
 
 
 def test_full_size_files_are_small(tmp_path, full):
-    folder = testing.save_tokenizer_files(tmp_path)
+    folder = tokenizer_files.save_tokenizer_files(tmp_path)
     assert (folder / "tokenizer.json").stat().st_size < 2e6
     assert Tokenizer.from_folder(folder).special == full.special
 
 
 def test_added_tokens_missing_in_tokenizer_json_are_added(tmp_path, tok):
-    folder = testing.save_tokenizer_files(tmp_path, **MICRO)
+    folder = tokenizer_files.save_tokenizer_files(tmp_path, **MICRO)
 
     def forget(content):
         content["added_tokens"] = [t for t in content["added_tokens"] if t["id"] < 273]
@@ -181,14 +181,14 @@ def test_added_tokens_missing_in_tokenizer_json_are_added(tmp_path, tok):
 
 
 def test_truncation_and_padding_in_the_file_are_off(tmp_path):
-    folder = testing.save_tokenizer_files(tmp_path, **MICRO)
+    folder = tokenizer_files.save_tokenizer_files(tmp_path, **MICRO)
     cut = {"max_length": 2, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
     edit(folder, "tokenizer.json", lambda content: content.update(truncation=cut))
     assert Tokenizer.from_folder(folder).encode("abcd") == [97, 98, 99, 100]
 
 
 def test_a_plain_qwen_tokenizer_is_refused_naming_all_it_lacks(tmp_path):
-    folder = testing.save_tokenizer_files(tmp_path, **MICRO)
+    folder = tokenizer_files.save_tokenizer_files(tmp_path, **MICRO)
 
     def forget(content):
         content["added_tokens"] = [t for t in content["added_tokens"] if t["id"] < 273]
@@ -206,7 +206,7 @@ def test_a_plain_qwen_tokenizer_is_refused_naming_all_it_lacks(tmp_path):
 
 
 def test_a_released_vocabulary_needs_its_audio_pad():
-    ids = Tokenizer(testing.byte_tokenizer()).backend.get_vocab()
+    ids = Tokenizer(tokenizer_files.byte_tokenizer()).backend.get_vocab()
     del ids["<audio_6561>"]
     with pytest.raises(TokenizerError, match="lacks <audio_6561>"):
         SpecialTokens.find(ids.get)
@@ -226,7 +226,7 @@ def test_holes_and_disorder_among_the_codes_are_errors(tok):
 
 
 def test_contradicting_ids_are_reported_together(tmp_path):
-    folder = testing.save_tokenizer_files(tmp_path, **MICRO)
+    folder = tokenizer_files.save_tokenizer_files(tmp_path, **MICRO)
 
     def move(content):
         content["<|EOT|>"] = 500
@@ -243,7 +243,7 @@ def test_contradicting_ids_are_reported_together(tmp_path):
 
 
 def test_two_tokens_on_one_id_are_an_error(tmp_path):
-    folder = testing.save_tokenizer_files(tmp_path, **MICRO)
+    folder = tokenizer_files.save_tokenizer_files(tmp_path, **MICRO)
     edit(folder, "added_tokens.json", lambda content: content.update({"<new>": 300}))
     with pytest.raises(TokenizerError, match="share an id"):
         Tokenizer.from_folder(folder)
@@ -252,7 +252,7 @@ def test_two_tokens_on_one_id_are_an_error(tmp_path):
 def test_missing_and_damaged_files(tmp_path):
     with pytest.raises(TokenizerError, match=r"expected tokenizer.json, or vocab.json"):
         Tokenizer.from_folder(tmp_path / "nowhere")
-    folder = testing.save_tokenizer_files(tmp_path, **MICRO)
+    folder = tokenizer_files.save_tokenizer_files(tmp_path, **MICRO)
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(TokenizerError, match=r"tokenizer.json cannot be read as JSON"):
         Tokenizer.from_folder(folder)
@@ -273,7 +273,7 @@ def test_missing_and_damaged_files(tmp_path):
 @pytest.mark.parametrize(("audio_start", "vocab"), [(289, 512), (296, 304), (151688, 151696)])
 def test_byte_tokenizer_refuses_what_does_not_fit(audio_start, vocab):
     with pytest.raises(ValueError, match="leave no room"):
-        testing.byte_tokenizer(audio_start, vocab)
+        tokenizer_files.byte_tokenizer(audio_start, vocab)
 
 
 # --- streams of text -------------------------------------------------------------------------

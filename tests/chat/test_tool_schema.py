@@ -2,7 +2,7 @@ import functools
 from typing import Annotated, Any, List, Literal, Optional, Union  # noqa: UP035
 
 import pytest
-from example_tools import SEARCH, run, search
+from helpers.example_tools import SEARCH, run, search
 
 from sa2jax.chat.tool_schema import Tool
 from sa2jax.chat.toolbox import (

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
-from example_tools import SEARCH, answer, run, schema, search, weather
+from helpers.example_tools import SEARCH, answer, run, schema, search, weather
 
 from sa2jax.chat import tool_schema, toolbox
 from sa2jax.chat.tool_schema import Tool
@@ -208,12 +208,12 @@ def test_a_voice(monkeypatch):
 
     home = types.ModuleType("voices")
     home.Voice = Voice
-    monkeypatch.setitem(sys.modules, "sa2jax.inference.voices", home)
+    monkeypatch.setitem(sys.modules, "sa2jax.speech.voices", home)
     voice = Voice()
     result = answer(voice)
     assert (result.text, result.ok, result.voice) == ('{"voice": "小跃"}', True, voice)
     assert answer(ToolAnswer("changed", voice)).voice is voice
-    monkeypatch.delitem(sys.modules, "sa2jax.inference.voices")
+    monkeypatch.delitem(sys.modules, "sa2jax.speech.voices")
     assert not answer(voice).ok
 
 

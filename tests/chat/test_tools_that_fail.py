@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from example_tools import run, schema
+from helpers.example_tools import run, schema
 
 from sa2jax.chat.tool_schema import Tool
 from sa2jax.chat.toolbox import (

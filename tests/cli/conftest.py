@@ -4,12 +4,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from scripted import CTRL_C, Script, Speech
+from helpers.scripted import CTRL_C, Script, Speech
 
-from sa2jax import cli, conversation, pipeline, testing
+from sa2jax import cli, testing
+from sa2jax.chat import tokenizer_files
 from sa2jax.chat.tokenizer import Tokenizer
-from sa2jax.cli import hear
-from sa2jax.pipeline import StepAudio2
+from sa2jax.cli import transcribe
+from sa2jax.pipeline import StepAudio2, conversation
+from sa2jax.pipeline import model as pipeline
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,7 @@ def broken(tmp_path) -> Path:
 def tiny() -> StepAudio2:
     """A model that is told what to say, in the voices of anna and bert."""
     cfg = testing.tiny_config(max_positions=2048)
-    tokenizer = Tokenizer(testing.byte_tokenizer(testing.AUDIO_START, 512))
+    tokenizer = Tokenizer(tokenizer_files.byte_tokenizer(testing.AUDIO_START, 512))
     return StepAudio2(cfg, testing.tiny_params(cfg), tokenizer, speech=lambda: Speech())
 
 
@@ -83,7 +85,7 @@ def script(monkeypatch, tiny, tmp_path) -> Script:
         return made
 
     monkeypatch.setattr(conversation, "Session", session)
-    monkeypatch.setattr(hear.ModelOptions, "load", lambda self: tiny)
+    monkeypatch.setattr(transcribe.ModelOptions, "load", lambda self: tiny)
     monkeypatch.chdir(tmp_path)
     return script
 

@@ -1,4 +1,4 @@
-"""`sa2jax data`, as a user runs it; what it makes, tests/train/test_prepare.py tests."""
+"""`sa2jax data`, as a user runs it; what it makes, tests/train/data/test_prepare.py tests."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ import pytest
 
 from sa2jax import cli, testing
 from sa2jax.cli.data import data
-from sa2jax.train.samples import Sample, open_source
+from sa2jax.train.data.samples import Sample, open_source
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import soundfile
 import yaml
-from small_speech import SPEAKER, save_networks
-from small_training import save_model, save_pairs
+from helpers.small_speech import SPEAKER, save_networks
+from helpers.small_training import save_model, save_pairs
 
 from sa2jax import Speech, checkpoint, cli
 from sa2jax.cli import common
 from sa2jax.train.log import read_metrics
-from sa2jax.train.network_task import read_network_recipe, train_network
+from sa2jax.train.networks.task import read_network_recipe, train_network
 
 NAMED = ("step", "loss", "norm", "rate", "frames", "dropped", "prompted", "evaluate/loss")
 

@@ -1,10 +1,10 @@
-"""`sa2jax plan`, by its output; what it computes, tests/test_plan.py tests."""
+"""`sa2jax plan`, by its output; what it computes, tests/plan tests."""
 
 import json
 
 import pytest
 
-from sa2jax.plan import chips
+from sa2jax import chips
 
 
 @pytest.mark.both_pairs

@@ -1,4 +1,4 @@
-"""`sa2jax data synthesize`, as a user runs it; see tests/train/test_synthesis.py, too."""
+"""`sa2jax data synthesize`, as a user runs it; see tests/train/corpus/test_synthesize.py, too."""
 
 import json
 from importlib.resources import files
@@ -67,6 +67,6 @@ def test_changes(run, recipe, tmp_path):
 )
 def test_mistakes(refused, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sa2jax.train.synthesis.Mouth", lambda voices: None)
+    monkeypatch.setattr("sa2jax.train.corpus.synthesize.Mouth", lambda voices: None)
     assert message in refused("data", "synthesize", "out", *arguments)
     assert not (tmp_path / "out").exists()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import yaml
-from small_training import save_model, save_pairs, values
+from helpers.small_training import save_model, save_pairs, values
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from detokenizers import stretch
+from helpers.detokenizers import stretch
 from onnx import helper, numpy_helper
 
 from sa2jax.convert import hf

@@ -31,7 +31,7 @@ def yaml(folder) -> str:
 
 def released(shapes) -> FlowConfig:
     """The released sizes: SPEC section 6 for the heads, the names' shapes for the rest."""
-    count = lambda prefix: len(  # noqa: E731
+    count = lambda prefix: len(
         {name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)}
     )
     codes, inputs = shapes["input_embedding.weight"]

@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
-from devices import environment, run_on_devices
+from helpers.devices import environment, run_on_devices
 
 from sa2jax import checkpoint
 from sa2jax.assets import model_folder

@@ -7,7 +7,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from devices import run_on_devices
+from helpers.devices import run_on_devices
 
 from sa2jax.config import StepAudio2Config
 from sa2jax.convert import hf, weights

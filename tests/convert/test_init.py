@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 
 from sa2jax import checkpoint, cli, testing
+from sa2jax.chat import tokenizer_files
 from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.config import StepAudio2Config
 from sa2jax.convert import hf
@@ -40,8 +41,8 @@ AUDIO = {
 def text_tensors(seed: int = 0) -> dict[str, np.ndarray]:
     """Random weights of `TEXT`; every dimension of table and head has its own mean and width."""
     rng = np.random.default_rng(seed)
-    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
-    wide = lambda: draw(ROWS, 32) * np.linspace(0.1, 1, 32, dtype=np.float32) + draw(32)  # noqa: E731
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    wide = lambda: draw(ROWS, 32) * np.linspace(0.1, 1, 32, dtype=np.float32) + draw(32)
     tensors = {"model.embed_tokens.weight": wide(), "lm_head.weight": wide()}
     tensors["model.norm.weight"] = 1 + draw(32) / 10
     for layer in range(2):
@@ -60,7 +61,7 @@ def text_tensors(seed: int = 0) -> dict[str, np.ndarray]:
 
 def audio_tensors(prefix: str = "audio_tower.") -> dict[str, np.ndarray]:
     rng = np.random.default_rng(1)
-    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     tensors = {
         "conv1.weight": draw(16, 16, 3) / 6, "conv1.bias": draw(16),
         "conv2.weight": draw(16, 16, 3) / 6, "conv2.bias": draw(16),
@@ -94,7 +95,7 @@ def save(folder: Path, config: dict, tensors: dict[str, np.ndarray]) -> Path:
 
 def save_tokenizer(folder: Path) -> None:
     """Qwen2.5's part of the tiny tokenizer: nothing from `<|EOT|>` on."""
-    testing.save_tokenizer_files(folder, audio_start=testing.AUDIO_START, vocab=VOCAB)
+    tokenizer_files.save_tokenizer_files(folder, audio_start=testing.AUDIO_START, vocab=VOCAB)
     path = folder / "tokenizer.json"
     whole = json.loads(path.read_text())
     whole["added_tokens"] = [t for t in whole["added_tokens"] if t["id"] < USED]
@@ -263,7 +264,7 @@ def test_dtype(qwen, ears, tmp_path):
 def test_the_released_tokens_follow_the_decoders(qwen, ears, tmp_path):
     report, _ = make(qwen, ears, tmp_path / "out")
     made = Tokenizer.from_folder(tmp_path / "out")
-    like = Tokenizer(testing.byte_tokenizer(testing.AUDIO_START, VOCAB))
+    like = Tokenizer(tokenizer_files.byte_tokenizer(testing.AUDIO_START, VOCAB))
     assert made.special == like.special
     text = "<|BOT|>human\nhé<|EOT|><tts_start><audio_7><|im_end|>"
     assert made.encode(text) == like.encode(text)
@@ -272,7 +273,7 @@ def test_the_released_tokens_follow_the_decoders(qwen, ears, tmp_path):
 
 
 def test_a_given_tokenizer_is_taken(qwen, ears, tmp_path):
-    given = testing.save_tokenizer_files(
+    given = tokenizer_files.save_tokenizer_files(
         tmp_path / "given", audio_start=testing.AUDIO_START, vocab=400
     )
     report, _ = make(qwen, ears, tmp_path / "out", tokenizer=given)
@@ -285,7 +286,7 @@ def test_a_given_tokenizer_is_taken(qwen, ears, tmp_path):
     [(300, VOCAB, "does not continue the decoder's"), (296, 900, "expected fewer than the 512")],
 )
 def test_a_tokenizer_that_does_not_fit(qwen, ears, tmp_path, start, vocab, message):
-    given = testing.save_tokenizer_files(tmp_path / "given", audio_start=start, vocab=vocab)
+    given = tokenizer_files.save_tokenizer_files(tmp_path / "given", audio_start=start, vocab=vocab)
     with pytest.raises(TokenizerError, match=message):
         make(qwen, ears, tmp_path / "out", tokenizer=given)
     assert not (tmp_path / "out").exists()

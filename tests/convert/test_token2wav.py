@@ -9,15 +9,15 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
-from detokenizers import NETWORKS, WEIGHTS, change_tensor, entries, leaves, stretch
+from helpers.detokenizers import NETWORKS, WEIGHTS, change_tensor, entries, leaves, stretch
 from onnx import numpy_helper
 
 from sa2jax import checkpoint
 from sa2jax.convert import hf, token2wav, torch_file
 from sa2jax.convert.verify import inspect, verify
 from sa2jax.convert.vocoder import SPELLINGS
-from sa2jax.inference.speech_folder import find
 from sa2jax.models.speaker_encoder import speaker_encoder
+from sa2jax.speech.layout import find
 from sa2jax.speech_config import Token2WavConfig
 
 
@@ -46,7 +46,7 @@ def require_same_release(a: Path, b: Path) -> None:
 
 def test_a_whole_model_there_and_back(model, tmp_path):
     calls = []
-    tick = lambda done, total: calls.append((done, total))  # noqa: E731
+    tick = lambda done, total: calls.append((done, total))
     report = hf.convert(model, tmp_path / "ours", progress=tick)
     assert entries(tmp_path) == ["model", "ours"]
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
@@ -99,7 +99,7 @@ def test_a_detokenizer_alone(official, tmp_path):
     assert len(report.notes) == 2  # on the recording and on the dtype
     shutil.rmtree(official / "assets")
     params = leaves(tmp_path / "ours")
-    cfg, loaded = token2wav.load_official(official)
+    cfg, loaded = official.load_official(official)
     loaded = checkpoint.flatten(loaded)
     assert set(params) == set(loaded)
     for name, array in loaded.items():
@@ -164,7 +164,7 @@ def test_free_norms_of_the_speaker_encoder(official, tmp_path, with_free_norms):
     for other in ("ours", "back"):
         result = verify(official, tmp_path / other)
         assert (result.same, result.folded) == (True, 0)
-    little = lambda array: (array * np.float64(1 + 5e-7)).astype(np.float32)  # noqa: E731
+    little = lambda array: (array * np.float64(1 + 5e-7)).astype(np.float32)
     change_tensor(path, little, lambda _, array: array.ndim == 4)
     result = verify(tmp_path / "ours", official)
     assert (result.same, result.folded) == (True, 1)
@@ -195,7 +195,7 @@ def test_a_lost_flow_yaml_is_written_anew(official, ours, tmp_path):
 
 
 def test_leaves_are_those_of_the_networks(official):
-    cfg, params = token2wav.load_official(official)
+    cfg, params = official.load_official(official)
     abstract = speaker_encoder(cfg.speaker_encoder).abstract
     assert jax.tree.structure(abstract) == jax.tree.structure(params["speaker_encoder"])
     assert sorted(params) == sorted(NETWORKS)
@@ -223,7 +223,7 @@ def test_hash_of_parameters():
 
 
 def test_analysis_is_the_hash_of_what_analyses_voices(official, ours, tmp_path):
-    _, params = token2wav.load_official(official)
+    _, params = official.load_official(official)
     heard = {name: params[name] for name in ("speech_tokenizer", "speaker_encoder")}
     expected = checkpoint.content_hash(heard)
     assert checkpoint.read_info(ours)["analysis"] == expected
@@ -280,7 +280,7 @@ def test_a_fold_may_change_numbers_a_little_and_no_more(official, kept):
 
     def scaled(factor: float, name_ends: str):
         shutil.copy(kept / "official" / "hift.pt", path)
-        change = lambda array: (array * np.float64(factor)).astype(np.float32)  # noqa: E731
+        change = lambda array: (array * np.float64(factor)).astype(np.float32)
         change_tensor(path, change, lambda name, _: name.endswith(name_ends))
         return verify(kept / "ours", official)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from detokenizers import WEIGHTS, change_tensor, entries
+from helpers.detokenizers import WEIGHTS, change_tensor, entries
 
 from sa2jax.convert import hf
 from sa2jax.convert.verify import inspect, verify
@@ -125,7 +125,7 @@ def test_flow_yaml_of_another_model(model):
 def test_files_of_different_detokenizers(model, key, size, tensor, message):
     path = model / "token2wav" / "flow.yaml"
     path.write_text(path.read_text().replace(key, f"{key.split()[0]} {size}"))
-    smaller = lambda a: a[:size] if len(a) > 192 else a[:, :size]  # noqa: E731
+    smaller = lambda a: a[:size] if len(a) > 192 else a[:, :size]
     change_tensor(path.with_name("flow.pt"), smaller, lambda name, _: name == tensor)
     error = refused(model, message)
     assert f"{model / 'token2wav'} holds files of different detokenizers" in error

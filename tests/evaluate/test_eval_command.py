@@ -4,13 +4,14 @@ import json
 import sys
 
 import pytest
-from scripted import Script, Speech, groups
+from helpers.scripted import Script, Speech, groups
 
-from sa2jax import conversation, testing
+from sa2jax import testing
+from sa2jax.chat import tokenizer_files
 from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.cli.evaluate import evaluate
 from sa2jax.evaluate import nano
-from sa2jax.pipeline import StepAudio2
+from sa2jax.pipeline import StepAudio2, conversation
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +36,7 @@ def loads(monkeypatch):
     def load(folder, *, dtype, batch_size, progress):
         asked.append((str(folder), dtype))
         cfg = testing.tiny_config(max_positions=2048)
-        tokenizer = Tokenizer(testing.byte_tokenizer(testing.AUDIO_START, 512))
+        tokenizer = Tokenizer(tokenizer_files.byte_tokenizer(testing.AUDIO_START, 512))
         return StepAudio2(cfg, testing.tiny_params(cfg), tokenizer, speech=lambda: Speech())
 
     monkeypatch.setattr(StepAudio2, "from_pretrained", load)

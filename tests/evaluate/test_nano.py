@@ -5,14 +5,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from scripted import Speech
+from helpers.scripted import Speech
 
 from sa2jax import testing
+from sa2jax.chat import tokenizer_files
 from sa2jax.chat.tools import MalformedToolCall, ToolCall
 from sa2jax.errors import DataError
 from sa2jax.evaluate.nano import KEYS, ROWS, Judges, NanoOptions, evaluate_nano
 from sa2jax.evaluate.words import DIGITS, SUMS
-from sa2jax.reply import Reply, ReplyPiece, Timings
+from sa2jax.pipeline.reply import Reply, ReplyPiece, Timings
 
 RATE = 24_000
 CALL = ToolCall("get_date_time", {})
@@ -254,7 +255,7 @@ def test_a_real_if_senseless_model_is_asked_as_a_user_asks(corpus, monkeypatch):
 
     pytest.importorskip("jiwer")
     cfg = testing.tiny_config(max_positions=2048)
-    tokenizer = Tokenizer(testing.byte_tokenizer(testing.AUDIO_START, 512))
+    tokenizer = Tokenizer(tokenizer_files.byte_tokenizer(testing.AUDIO_START, 512))
     model = StepAudio2(cfg, testing.tiny_params(cfg), tokenizer, speech=lambda: Speech())
     judges = Judges(grammar=lambda w, r: "", open=lambda w, r: "", voice=Voices())
     options = NanoOptions(quick=1, max_new_tokens=12)

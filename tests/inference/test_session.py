@@ -9,7 +9,7 @@ import pytest
 
 from sa2jax import audio, testing
 from sa2jax.errors import PromptError
-from sa2jax.inference.generate import PIECE, Generator
+from sa2jax.inference.engine import PIECE, Generator
 from sa2jax.inference.programs import TRACES
 from sa2jax.inference.requests import Options, Request
 from sa2jax.inference.sampling import Sampling
@@ -251,7 +251,7 @@ def test_fifty_turns_compile_nothing_new(generator):
 
     converse(50, 0)
     before, compiled = Counter(TRACES), []
-    watch = lambda event, seconds, **about: (  # noqa: E731
+    watch = lambda event, seconds, **about: (
         compiled.append(about.get("fun_name"))
         if event.endswith("backend_compile_duration")
         else None

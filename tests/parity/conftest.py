@@ -1,5 +1,5 @@
 import pytest
-from recorded import Recorded
+from helpers.recorded import Recorded
 
 from sa2jax.nn import Functional, Params
 

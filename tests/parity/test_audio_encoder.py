@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from recorded import first_difference
+from helpers.recorded import first_difference
 
 from sa2jax.models.audio_encoder import adapter_length, encoder_length
 

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.recorded import first_difference
+from helpers.recorded_flow import RecordedFlow, stack_rows
 from jax import jit
-from recorded import first_difference
-from recorded_flow import RecordedFlow, stack_rows
 
 from sa2jax.models.flow import flow_model
 from sa2jax.models.flow.flow_matching import schedule, start_noise

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.recorded import first_difference
+from helpers.recorded_flow import RecordedFlow, stack_rows
 from jax import jit
-from recorded import first_difference
-from recorded_flow import RecordedFlow, stack_rows
 
 from sa2jax.models.flow import KEEP, join, pick, reserve
 from sa2jax.models.flow.dit import admit

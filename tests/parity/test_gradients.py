@@ -10,12 +10,12 @@ import jax
 import numpy as np
 import pytest
 from golden.make_gradients import features_of, fingerprint, make_case, torch_gradients
-from recorded import Recorded
+from helpers.recorded import Recorded
 
 from sa2jax import checkpoint
 from sa2jax.convert.hf import llm_rules
 from sa2jax.convert.rules import expand
-from sa2jax.train.step import Batch, loss_of
+from sa2jax.train.language.step import Batch, loss_of
 
 ATOL = 1e-4  # of each tensor, relative to its norm; measured: below 4e-6
 CHUNK = 10  # does not divide the rows
@@ -88,7 +88,7 @@ def packed(case) -> Batch:
 
 def gradients(model, params, cfg, batch, remat):
     """The loss, and its gradient under the released names."""
-    loss = lambda params: loss_of(model, params, batch, remat=remat, chunk=CHUNK)  # noqa: E731
+    loss = lambda params: loss_of(model, params, batch, remat=remat, chunk=CHUNK)
     (value, _), tree = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     leaves = {name: np.asarray(leaf) for name, leaf in checkpoint.flatten(tree).items()}
     found = {}

@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from recorded import first_difference
+from helpers.recorded import first_difference
 
 from sa2jax.convert.voice_analysis import SPEECH_TOKENIZER_FILE, read_speech_tokenizer
 from sa2jax.models.speech_tokenizer import (

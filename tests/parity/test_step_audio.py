@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from recorded import audio_slots, clips_of, first_difference, forward
+from helpers.recorded import audio_slots, clips_of, first_difference, forward
 
-from sa2jax.inference.generate import Generator
+from sa2jax.inference.engine import Generator
 from sa2jax.inference.requests import Options, Request
 from sa2jax.inference.sampling import Sampling
 from sa2jax.inference.session import Session

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from recorded_speech import draws, recorded_token2wav, recorded_voice, start_noise
+from helpers.recorded_speech import draws, recorded_token2wav, recorded_voice, start_noise
 
-from sa2jax.inference.token2wav import Token2Wav
 from sa2jax.models.vocoder_stream import to_int16
+from sa2jax.speech.token2wav import Token2Wav
 
 SPEECH = 2e-3
 COUNTS = 40  # of int16

@@ -9,10 +9,10 @@ from importlib.machinery import ModuleSpec
 import numpy as np
 import pytest
 import yaml
-from recorded_speech import recorded_token2wav, recorded_voice, start_noise
+from helpers.recorded_speech import recorded_token2wav, recorded_voice, start_noise
 
-from sa2jax.inference.token2wav import Token2Wav
 from sa2jax.models.vocoder_stream import to_int16
+from sa2jax.speech.token2wav import Token2Wav
 
 pytestmark = pytest.mark.oracle
 COUNTS = 40

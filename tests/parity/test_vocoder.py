@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from recorded import first_difference
+from helpers.recorded import first_difference
 
 from sa2jax.convert.vocoder import load
 from sa2jax.models.vocoder import Vocoder, vocoder

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import soundfile
-from recorded_speech import recorded_token2wav
+from helpers.recorded_speech import recorded_token2wav
 
 from sa2jax.checkpoint import content_hash
-from sa2jax.inference.speech_folder import HEARING
-from sa2jax.inference.voices import Voice, VoiceAnalyzer
+from sa2jax.speech.layout import HEARING
+from sa2jax.speech.voices import Voice, VoiceAnalyzer
 
 
 @pytest.fixture(scope="module")

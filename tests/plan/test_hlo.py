@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from devices import needs_libtpu
-from hlo_programs import entry
+from helpers.devices import needs_libtpu
+from helpers.hlo_programs import entry
 from jax import ShapeDtypeStruct as Abstract
 
 from sa2jax.errors import PlanError
@@ -402,8 +402,8 @@ def test_scan_on_a_cpu():
 
 def test_nested_and_open_loops_on_a_cpu():
     def until(x, weights):
-        step = lambda carry: (carry[0] + 1, layers(carry[1], weights))  # noqa: E731
-        more = lambda carry: (carry[0] < 10) & (jnp.max(carry[1]) > 0)  # noqa: E731
+        step = lambda carry: (carry[0] + 1, layers(carry[1], weights))
+        more = lambda carry: (carry[0] < 10) & (jnp.max(carry[1]) > 0)
         return jax.lax.while_loop(more, step, (0, x))
 
     shapes = Abstract((8, 32), jnp.float32), Abstract((3, 32, 32), jnp.float32)
@@ -421,10 +421,10 @@ def test_scan_on_a_tpu(rows):
     """A stack of weights is read once, one layer in each turn."""
     from jax.sharding import SingleDeviceSharding
 
-    from sa2jax.plan import chips
+    from sa2jax import chips
 
     where = SingleDeviceSharding(chips.devices(chips.topology("v5e:1x1"))[0])
-    place = lambda *shape: Abstract(shape, jnp.bfloat16, sharding=where)  # noqa: E731
+    place = lambda *shape: Abstract(shape, jnp.bfloat16, sharding=where)
     program = jax.jit(layers).lower(place(rows, 2048), place(12, 2048, 2048))
     done = hlo.cost(program.compile().as_text())
     weights = 2 * 12 * 2048 * 2048

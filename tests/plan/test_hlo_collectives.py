@@ -1,7 +1,7 @@
 """Counting what a compiled program sends to other devices, or leaves to others of its own parts."""
 
 import pytest
-from hlo_programs import entry
+from helpers.hlo_programs import entry
 
 from sa2jax.plan import hlo
 

@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from devices import needs_libtpu
+from helpers.devices import needs_libtpu
 
 from sa2jax.plan import Spec
 from sa2jax.plan import planner as plan

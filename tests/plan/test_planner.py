@@ -10,14 +10,15 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 import pytest
-from devices import needs_libtpu
+from helpers.devices import needs_libtpu
 from jax import ShapeDtypeStruct
 from jax.sharding import AbstractMesh, SingleDeviceSharding
 
+from sa2jax import chips
+from sa2jax.chips import CHIPS, GIB
 from sa2jax.errors import PlanError, ShardingError
-from sa2jax.plan import Spec, chips, hlo
+from sa2jax.plan import Spec, hlo
 from sa2jax.plan import planner as plan
-from sa2jax.plan.chips import CHIPS, GIB
 from sa2jax.plan.workloads import Work
 
 GPU = Spec(topology="h100")
@@ -101,7 +102,7 @@ def test_what_xla_says_when_memory_is_short(message, sizes):
 
 
 def work(**changes) -> Work:
-    never = lambda: pytest.fail("nothing is compiled here")  # noqa: E731
+    never = lambda: pytest.fail("nothing is compiled here")
     return Work(**{"lower": never, "weights": {}, "ideal": 1.0, "made": 4, "real": 31.25} | changes)
 
 
@@ -267,7 +268,7 @@ def test_plan_of_a_program_that_cannot_be_read(monkeypatch):
 
 
 def test_meshes():
-    of = lambda count, **changes: list(plan.meshes(Spec(**changes), count))  # noqa: E731
+    of = lambda count, **changes: list(plan.meshes(Spec(**changes), count))
     assert of(4) == ["data=1,fsdp=1,tensor=4"]  # one row cannot be split
     assert of(4, batch=2) == ["data=2,fsdp=1,tensor=2", "data=1,fsdp=1,tensor=4"]
     assert "data=1,fsdp=4,tensor=1" in of(4, batch=4, workload="train")
@@ -299,8 +300,8 @@ def test_search_keeps_to_a_mesh():
 
 def test_search_puts_what_cannot_be_read_last(monkeypatch):
     real = plan.plan
-    unread = lambda spec: replace(real(spec), seconds=0, bound="")  # noqa: E731
-    pick = lambda spec: unread(spec) if "tensor=1" in spec.mesh else real(spec)  # noqa: E731
+    unread = lambda spec: replace(real(spec), seconds=0, bound="")
+    pick = lambda spec: unread(spec) if "tensor=1" in spec.mesh else real(spec)
     monkeypatch.setattr(plan, "plan", pick)
     tried = plan.search(Spec(topology="l4", batch=32))
     fitting = [made for made in tried if made.fits]
@@ -321,7 +322,7 @@ def test_nothing_is_large_enough():
 def test_text_where_a_sparse_core_gathers(tmp_path):
     """Of a program that jaxlib 0.10 cannot print."""
     where = SingleDeviceSharding(chips.devices(chips.topology("v6e:1x1"))[0])
-    place = lambda shape, dtype: ShapeDtypeStruct(shape, dtype, sharding=where)  # noqa: E731
+    place = lambda shape, dtype: ShapeDtypeStruct(shape, dtype, sharding=where)
     table, rows = place((158720, 896), jnp.bfloat16), place((4, 4096), jnp.int32)
     matrix = place((4096, 4096), jnp.bfloat16)
     lowered = jax.jit(lambda t, i, m: (t[i], m @ m)).lower(table, rows, matrix)

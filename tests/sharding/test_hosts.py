@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from devices import environment
-from small_training import save_model, save_pairs, values
+from helpers.devices import environment
+from helpers.small_training import save_model, save_pairs, values
 
 from sa2jax import testing
 from sa2jax.cli import main
@@ -58,9 +58,9 @@ RUN = """
 
     # The detokenizer of a mesh of both hosts: each speaks on its own devices.
     from pathlib import Path
-    from recorded_speech import other_voice
-    from small_speech import SPEAKER, small_networks
-    from sa2jax.inference.token2wav import Token2Wav
+    from helpers.recorded_speech import other_voice
+    from helpers.small_speech import SPEAKER, small_networks
+    from sa2jax.speech.token2wav import Token2Wav
     from sa2jax.sharding import make_mesh
     mesh = make_mesh("data=2,tensor=2")
     speech = Token2Wav(SPEAKER, small_networks(), steps=2, mesh=mesh)

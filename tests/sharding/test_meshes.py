@@ -2,15 +2,13 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
-import on_meshes
 import pytest
-from devices import run_on_devices
+from helpers import on_meshes
+from helpers.devices import run_on_devices
 
 from sa2jax import testing
 
-HERE = Path(__file__).parent
 # The last one divides neither the heads nor the vocabularies nor, alone, the rows. Three share a
 # process, which answers without a mesh first.
 MESHES = (
@@ -28,7 +26,7 @@ def folder(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("meshes", MESHES)
 def test_every_program_on_a_mesh(meshes, folder, tmp_path):
-    command = [HERE.parent / "on_meshes.py", folder, *meshes]
+    command = [on_meshes.__file__, folder, *meshes]
     run = run_on_devices(8, command, tmp_path)
     assert "rematerialization" not in run.stderr, run.stderr
     reports = [json.loads(line) for line in run.stdout.splitlines()]
@@ -56,7 +54,7 @@ def check_places(mesh, found):
     """Where the arrays of a batch under way are, as one host reads it off their shardings."""
     sizes = dict(pair.split("=") for pair in mesh.split(","))
     data, fsdp, tensor = (int(sizes.get(axis, 1)) for axis in ("data", "fsdp", "tensor"))
-    split = lambda ways, axis: axis if ways > 1 else "None"  # noqa: E731
+    split = lambda ways, axis: axis if ways > 1 else "None"
     layers, rows, heads, slots, width = found["cache_shape"]
     # 14 heads on 2 key heads become 16 on 4, and 16 on 8.
     assert heads == {4: 4, 8: 8}.get(tensor, 2)

@@ -4,15 +4,16 @@ import json
 import time
 
 import pytest
-from small_training import save_pairs
+from helpers.small_training import save_pairs
 
 from sa2jax import StepAudio2
-from sa2jax.chat.history import Heard
+from sa2jax.audio.recording import Heard
 from sa2jax.chat.interleave import deinterleave
 from sa2jax.chat.template import Audio, human_turn, render, reply_turn
 from sa2jax.inference.requests import Options
-from sa2jax.train.language import train
-from sa2jax.train.recipe import Recipe, build
+from sa2jax.train.language.recipe import Recipe
+from sa2jax.train.language.task import train
+from sa2jax.train.recipe import build
 
 pytestmark = pytest.mark.slow
 LIMIT = 300  # seconds of processor time for all three

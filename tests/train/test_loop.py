@@ -13,19 +13,20 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from small_training import recipe, save_model, save_pairs, values
+from helpers.small_training import recipe, save_model, save_pairs, values
 
 from sa2jax import StepAudio2, checkpoint, testing
 from sa2jax.errors import DataError, TrainError
 from sa2jax.inference.requests import Request
-from sa2jax.train.base import open_base
 from sa2jax.train.checkpoints import Checkpoints
-from sa2jax.train.language import optimizer_config, train
+from sa2jax.train.language.model_io import open_base
+from sa2jax.train.language.peft import load_adapter
+from sa2jax.train.language.recipe import Evaluation, ModelSpec
+from sa2jax.train.language.task import optimizer_config, train
 from sa2jax.train.log import Meter, flops_of, read_metrics
 from sa2jax.train.optimizer import make_optimizer
-from sa2jax.train.peft import load_adapter
-from sa2jax.train.recipe import Evaluation, ModelSpec, Pace
-from sa2jax.train.step import abstract_state
+from sa2jax.train.recipe import Pace
+from sa2jax.train.state import abstract_state
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +88,8 @@ def test_a_run_leaves_a_model_that_answers(whole, model):
 
 KILLED = """
     import os, signal, sys, yaml
-    from sa2jax.train.language import optimizer_config, train
-    from sa2jax.train.recipe import read_recipe
+    from sa2jax.train.language.task import optimizer_config, train
+    from sa2jax.train.language.recipe import read_recipe
 
     def on_step(step):
         if step == int(sys.argv[3]):

@@ -101,7 +101,7 @@ def test_merged_equals_unmerged(params):
 def test_a_list_of_layers_has_the_same_matrices(params):
     whole = join(params, noisy(init_lora(with_lora(), jax.random.key(0))))
     listed = with_lora(stacked=False).abstract
-    shapes = lambda tree: jax.tree.map(lambda leaf: leaf.shape, tree)  # noqa: E731
+    shapes = lambda tree: jax.tree.map(lambda leaf: leaf.shape, tree)
     assert shapes(listed) == shapes(unstack_decoder(whole))
     one, other = merge(unstack_decoder(whole), 2.0), unstack_decoder(merge(whole, 2.0))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), one, other)

@@ -9,18 +9,17 @@ from sa2jax.cli import COMMANDS
 from sa2jax.errors import ConfigError, DataError
 from sa2jax.models.flow import flow_model
 from sa2jax.speech_config import Token2WavConfig
-from sa2jax.train.base import open_base
-from sa2jax.train.corpus_plan import read_corpus
-from sa2jax.train.language import optimizer_config
-from sa2jax.train.network_recipes import FlowRecipe
-from sa2jax.train.network_task import read_network_recipe
+from sa2jax.train.corpus.plan import read_corpus
+from sa2jax.train.language.model_io import open_base
+from sa2jax.train.language.recipe import Recipe, read_recipe
+from sa2jax.train.language.task import optimizer_config
+from sa2jax.train.networks.recipes import FlowRecipe
+from sa2jax.train.networks.task import read_network_recipe
 from sa2jax.train.optimizer import make_optimizer
 from sa2jax.train.recipe import (
-    Recipe,
     build,
     differences,
     parse_changes,
-    read_recipe,
     read_values,
     recipe_names,
     split_kind,

@@ -6,9 +6,9 @@ import pytest
 
 from sa2jax import StepAudio2
 from sa2jax.inference.requests import Options
-from sa2jax.train.language import train
+from sa2jax.train.language.recipe import read_recipe
+from sa2jax.train.language.task import train
 from sa2jax.train.log import read_metrics
-from sa2jax.train.recipe import read_recipe
 
 HOME = Path(__file__).parents[2]
 

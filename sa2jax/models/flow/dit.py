@@ -129,7 +129,7 @@ def admit(
     Returns:
         The next `order`, and the slot of each new entry, beyond the last if it is not kept.
     """
-    column = lambda x: x[:, None]  # noqa: E731
+    column = lambda x: x[:, None]
     fresh = jnp.broadcast_to(jnp.arange(new)[None], (len(order), new))
     real = fresh < column(counts)
     if parity:
@@ -137,12 +137,12 @@ def admit(
         filled = jnp.sum(order >= 0, axis=1) + counts
         start, end = prompt, filled - keep
         removed = column(jnp.maximum(end - start, 0))
-        close_up = lambda o: jnp.where(o >= column(end), o - removed, o)  # noqa: E731
+        close_up = lambda o: jnp.where(o >= column(end), o - removed, o)
     else:
         old, fresh = order, fresh + column(seen)
         start, end = prompt, seen + counts - keep
-        close_up = lambda o: o  # noqa: E731
-    stays = lambda o: (o < column(start)) | (o >= column(end))  # noqa: E731
+        close_up = lambda o: o
+    stays = lambda o: (o < column(start)) | (o >= column(end))
     kept, taken = (order >= 0) & stays(old), real & stays(fresh)
     free = jnp.argsort(kept, axis=1, stable=True)  # free slots first
     slots = order.shape[1]
@@ -162,7 +162,7 @@ def _put(
     places: Int[Array, "B T"],
 ) -> Float[Array, "E L 2 2 B N A H"]:
     """Write new entries into their slots; those beyond the last are dropped."""
-    put = lambda c, f, at: c.at[..., at, :].set(f, mode="drop", unique_indices=True)  # noqa: E731
+    put = lambda c, f, at: c.at[..., at, :].set(f, mode="drop", unique_indices=True)
     return jax.vmap(put, in_axes=(4, 4, 0), out_axes=4)(cache, new, places)
 
 
@@ -274,7 +274,7 @@ class DiT(nnx.Module):
         self.time_in = Linear({"frequency": cfg.frequencies}, embed, **common)
         self.time_out = Linear(embed, {"time": cfg.embed}, **common)
         self.inputs = Linear({"inputs": 4 * mels}, embed, **common)
-        make = lambda rngs: Block(cfg, policy=policy, rngs=rngs)  # noqa: E731
+        make = lambda rngs: Block(cfg, policy=policy, rngs=rngs)
         self.blocks = (
             stack(make, cfg.layers, rngs) if stacked
             else nnx.List(make(rngs) for _ in range(cfg.layers))

@@ -80,7 +80,7 @@ def start_noise(
 
     def row(seed, first):
         key = jax.random.key(seed)
-        draw = lambda number: jax.random.normal(jax.random.fold_in(key, number), (mels,))  # noqa: E731
+        draw = lambda number: jax.random.normal(jax.random.fold_in(key, number), (mels,))
         return jax.vmap(draw)(first + jnp.arange(frames))
 
     return jax.vmap(row)(jnp.broadcast_to(seed, first.shape), first)
@@ -310,7 +310,7 @@ class Flow(nnx.Module):
         """Carry noise to mel frames; gives what the caches need of every step, if recorded."""
         guidance = self.cfg.guidance if guidance is None else guidance
         steps = state.kv.shape[0]
-        both = lambda a: jnp.concatenate([a, jnp.zeros_like(a)])  # noqa: E731
+        both = lambda a: jnp.concatenate([a, jnp.zeros_like(a)])
         voice = jnp.broadcast_to(speaker[:, None], mu.shape)
         fixed = both(jnp.concatenate([mu, voice, cond.astype(mu.dtype)], axis=-1))
         mask = jnp.concatenate([state.order >= 0, before(counts, x.shape[1])], axis=1)

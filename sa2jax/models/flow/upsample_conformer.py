@@ -82,7 +82,7 @@ class ConformerState:
         if not extra:
             return self
         up_extra = extra * self.up_kv.shape[SLOTS] // self.capacity
-        pad = lambda x, front: jnp.pad(x, [(0, 0)] * SLOTS + [(front, 0), (0, 0)])  # noqa: E731
+        pad = lambda x, front: jnp.pad(x, [(0, 0)] * SLOTS + [(front, 0), (0, 0)])
         return replace(self, kv=pad(self.kv, extra), up_kv=pad(self.up_kv, up_extra))
 
 
@@ -196,8 +196,8 @@ class UpsampleConformer(nnx.Module):
     ):
         self.cfg, self.policy = cfg, policy
         common = {"policy": policy, "rngs": rngs}
-        conv = lambda kernel: Conv1d(cfg.embed, cfg.embed, kernel=kernel, **common)  # noqa: E731
-        make = lambda rngs: ConformerLayer(cfg, policy=policy, rngs=rngs)  # noqa: E731
+        conv = lambda kernel: Conv1d(cfg.embed, cfg.embed, kernel=kernel, **common)
+        make = lambda rngs: ConformerLayer(cfg, policy=policy, rngs=rngs)
 
         def layers(count):
             return (

@@ -1,0 +1,1 @@
+"""Attention: its mask, its back ends (a file each) and the choice between them (`dispatch`)."""

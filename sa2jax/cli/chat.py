@@ -1,0 +1,214 @@
+"""Commands that answer and read aloud: `chat`, `tts`."""
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from sa2jax.cli import chat_session, common, wav_output
+from sa2jax.cli.common import Files
+from sa2jax.cli.options import Model
+from sa2jax.cli.wav_output import PIPE, MaybeWavOut, WavOut
+
+if TYPE_CHECKING:
+    from sa2jax.pipeline.reply import Reply
+
+MaybeText = tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="[FILE.txt]")]]
+
+
+def chat(
+    files: Files,
+    options: Model,
+    *,
+    text: str | None = None,
+    system: str = "You are a helpful assistant.",
+    out: MaybeWavOut = None,
+    voice: str | None = None,
+    picture: Path | None = None,
+    stream: bool = False,
+    first: int | None = None,
+    tools: Path | None = None,
+    history: Path | None = None,
+    think: bool = False,
+    temperature: float = 0.7,
+    top_p: float = 0.9,
+    top_k: int = 50,
+    repetition_penalty: float = 1.05,
+    max_new_tokens: int | None = None,
+    seed: int = 0,
+    json: bool = False,
+):
+    """Ask by recordings, text or both, and get an answer as text or speech.
+
+    Without a question, a conversation is held: each line of standard input is one, `/help` tells
+    more.
+
+    Args:
+        files: Recordings that belong to the question.
+        options: Model.
+        text: Written part of the question; it follows the recordings.
+        system: System prompt.
+        out: Speak the answer into this file (wav, 24 kHz, 16 bit); with --stream, `-` writes raw
+            samples (16 bit, mono, 24 kHz) to standard output, and text to stderr. The answers of a
+            conversation are numbered: reply-1.wav, reply-2.wav.
+        voice: Who speaks: name of a voice, a voice file, or a recording of the speaker.
+        picture: Draw question and spoken answer, waves and mel spectra, into this file (.png).
+        stream: Print and write the answer as it comes.
+        first: Codes of the first chunk of sound (25 are a second); fewer begin sooner.
+        tools: JSON file with a list of the schemas of what the model may call.
+        history: Conversation (.json) to go on with, if there is one, and to be kept.
+        think: Let a Think model think first; the thoughts go to stderr.
+        temperature: Divides the logits, 0 for the most likely answer.
+        top_p: Keep the most likely tokens that together reach this probability.
+        top_k: Keep this many most likely tokens, 0 for all.
+        repetition_penalty: Above 1, repeating becomes less likely.
+        max_new_tokens: Limit of each answer, by default 1024 if written and 4096 if spoken.
+        seed: Same seed, same answer.
+        json: Print JSON.
+    """
+    from sa2jax.chat.template import Text
+    from sa2jax.cli.plot import artist
+    from sa2jax.errors import PromptError
+    from sa2jax.inference.requests import Options
+    from sa2jax.inference.sampling import Sampling
+
+    interactive = not files and text is None
+    if json and (interactive or out == PIPE):
+        raise PromptError("--json is for one answer: give a recording or --text, and no -o -")
+    if voice is not None and out is None and not interactive:
+        raise PromptError("a voice, but no file for what it says: give -o")
+    if picture is not None and (out is None or interactive):
+        raise PromptError("--picture is of one spoken answer: give a question, and -o")
+    draw = None if picture is None else artist(picture)
+    if first is not None and first < 1:
+        raise PromptError(f"expected a first chunk of at least 1 code, got {first}")
+    if history is not None and history.suffix != ".json":
+        raise PromptError(f"expected a conversation's name to end in .json, got {history}")
+    if out is not None:
+        wav_output.check_out_or_pipe(out, stream=stream or interactive)
+    sampling = Sampling(
+        temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty
+    )
+    limit = 1024 if max_new_tokens is None else max_new_tokens
+    generation = Options(sampling=sampling, max_new_tokens=limit, seed=seed)
+    schemas = None if tools is None else _read_tools(tools)
+    for path in common.paths(files):
+        common.require_file(path)
+    model = options.load()
+    held = model.chat(system, voice=voice, tools=schemas, think=think, options=generation)
+    screen = sys.stderr if out == PIPE else sys.stdout
+    live = chat_session.Talk(
+        held, text=screen if (stream or interactive) and not json else None, first=first,
+        limit=max_new_tokens, history=history, interactive=interactive,
+    )  # fmt: skip
+    if history is not None and os.path.exists(history):
+        line = live.resume(history)
+        if interactive:
+            common.say(line)
+    if out is not None and held.voice is None:
+        held.voice = "default"
+    if interactive:
+        chat_session.Session(live, out or Path("reply.wav")).run()
+        return
+    # As a piece: a text that ends in ".wav" is a text here.
+    reply = live.ask([*files, *([Text(text)] if text is not None else [])], out)
+    if json:
+        common.print_json(wav_output.as_json(reply, out))
+    else:
+        if not stream:
+            _print(reply)
+        if calls := chat_session.unanswered(reply):
+            print(*map(chat_session.as_written, calls), sep="\n", file=screen)
+            common.say("nobody ran these calls; in a conversation you are asked for the results")
+        chat_session.tell(reply, out, times=stream or out is not None)
+    if draw is not None:
+        draw(reply, files)
+        common.say(f"picture: {picture}")
+    live.keep()
+
+
+def tts(
+    options: Model,
+    file: MaybeText = None,
+    *,
+    out: WavOut,
+    text: str | None = None,
+    voice: str = "default",
+    stream: bool = False,
+    max_new_tokens: int | None = None,
+    seed: int = 0,
+):
+    """Read a text aloud.
+
+    Args:
+        options: Model.
+        file: File with the text, `-` for standard input.
+        out: Recording to write (wav, 24 kHz, 16 bit); with --stream, `-` writes raw samples (16
+            bit, mono, 24 kHz) to standard output.
+        text: The text itself, instead of a file.
+        voice: Name of a voice, a voice file, or a recording of the speaker.
+        stream: Write the speech as it comes.
+        max_new_tokens: Limit; a second of speech takes 31, by default 2048.
+        seed: Same seed, same reading.
+    """
+    from sa2jax.errors import PromptError
+
+    if (file is None) == (text is None):
+        raise PromptError("expected one text: give a file or --text")
+    if stream and options.style == "base":
+        raise PromptError("a base model cannot read aloud with --stream: leave it out")
+    wav_output.check_out_or_pipe(out, stream=stream)
+    words = _read_text(file) if file is not None else text or ""
+    model = options.load()
+    if stream:
+        from sa2jax.chat.template import TASKS, Text
+        from sa2jax.pipeline.tasks import options_of
+
+        task = TASKS["tts"]
+        limit = task.max_new_tokens if max_new_tokens is None else max_new_tokens
+        generation = replace(options_of(task), seed=seed)
+        held = model.chat(task.system, voice=voice, options=generation)
+        reply = chat_session.Talk(held, text=None, limit=limit).ask([Text(words)], out)
+    else:
+        reply = model.tts(words, voice, max_new_tokens=max_new_tokens, seed=seed)
+        with wav_output.sink(out, model) as write:
+            write(reply.audio)
+    print(wav_output.made_of(reply, out), file=sys.stderr if out == PIPE else sys.stdout)
+
+
+def _print(reply: "Reply") -> None:
+    if reply.thinking:
+        common.say(reply.thinking.strip())
+    if reply.text or not reply.tool_calls:
+        print(reply.text.strip())
+
+
+def _read_tools(path: Path) -> str:
+    """The JSON text of a list of schemas.
+
+    Raises:
+        PromptError: if it is none.
+    """
+    from sa2jax.chat.toolbox import Toolbox
+    from sa2jax.errors import PromptError
+
+    text = _read_text(path)
+    try:
+        Toolbox(text)
+    except PromptError as error:
+        raise PromptError(f"{path}: {error}") from None
+    return text
+
+
+def _read_text(path: Path) -> str:
+    from sa2jax.errors import PromptError
+
+    try:
+        return sys.stdin.read() if path == PIPE else path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise PromptError(f"{path} cannot be read ({error.strerror}): expected text") from None
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{path} cannot be read ({error.reason}): expected UTF-8") from None

@@ -1,0 +1,291 @@
+"""Conversations at the command line: answers as they come, and the interactive session."""
+
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from sa2jax.cli import common, wav_output
+from sa2jax.errors import PromptError, Sa2jaxError
+
+if TYPE_CHECKING:
+    from sa2jax.chat.tools import MalformedToolCall, ToolCall
+    from sa2jax.pipeline.conversation import Chat
+    from sa2jax.pipeline.reply import Reply, Timings
+    from sa2jax.pipeline.stream import Stream
+
+HELP = """\
+a line is a question, or names recordings: question.wav "another one.wav"
+/voice NAME      answer in this voice; /voice off to write, /voice to list voices
+/save FILE.json  write the conversation
+/load FILE.json  go on with one that was saved
+/undo            take back the last question and its answer
+/quit            end; so do Ctrl-D and Ctrl-C; while an answer comes, Ctrl-C interrupts it"""
+
+
+@dataclass
+class Talk:
+    """A conversation and how its answers are given out.
+
+    Attributes:
+        chat: the conversation.
+        text: where text goes as it comes; None to print nothing.
+        first: codes of the first chunk of sound.
+        limit: of each answer's tokens; by default 4096 if it is spoken and 1024 if not.
+        history: where `keep` saves the conversation.
+        interactive: whether Ctrl-C ends an answer instead of the command.
+    """
+
+    chat: "Chat"
+    text: TextIO | None
+    first: int | None = None
+    limit: int | None = None
+    history: Path | None = None
+    interactive: bool = False
+
+    def ask(self, content: Any, out: Path | None) -> "Reply":
+        """Say something and give out the answer as it comes.
+
+        Args:
+            content: see `Chat.stream`.
+            out: where its sound goes, see `sound.sink`; None for a written answer.
+        """
+        chat, usual = self.chat, 1024 if out is None else 4096
+        limit = usual if self.limit is None else self.limit
+        chat.options = replace(chat.options, max_new_tokens=limit)
+        stream = chat.stream(content, speak=out is not None, first=self.first)
+        with wav_output.sink(out, chat.model) as write:
+            try:
+                self._give_out(stream, write)
+            except KeyboardInterrupt:
+                if not self.interactive:
+                    raise
+                stream.cancel()
+                common.say("interrupted")
+            except Sa2jaxError:
+                stream.abandon()
+                raise
+        return stream.reply
+
+    def _give_out(self, stream: "Stream", write: wav_output.Write) -> None:
+        said = thinking = False
+        try:
+            for piece in stream:
+                if len(piece.audio):
+                    write(piece.audio)
+                if self.text is None:
+                    continue
+                if thinking and not piece.thinking:
+                    common.say("")
+                text = piece.text if said else piece.text.lstrip()  # speech begins with a space
+                thinking, said = bool(piece.thinking), said or bool(text)
+                print(piece.thinking, end="", file=sys.stderr, flush=True)
+                print(text, end="", file=self.text, flush=True)
+                for result in piece.tool_results:
+                    common.say(f"[{getattr(result.call, 'name', 'call')}] {result.text}")
+        finally:
+            if said:
+                print(file=self.text, flush=True)
+
+    def keep(self) -> None:
+        """Save the conversation, if it is to be."""
+        if self.history is not None:
+            self.chat.save(self.history)
+
+    def resume(self, path: Path) -> str:
+        """Go on with a conversation that was saved; gives a line that says so."""
+        self.chat.load(path)
+        voice = "" if self.chat.voice is None else f", in the voice {self.chat.voice.name}"
+        return f"{path}: {len(self.chat.rounds)} questions so far{voice}"
+
+
+def tell(reply: "Reply", out: Path | None, *, times: bool = True) -> None:
+    """Print to stderr what else there is to know of an answer: notes and times."""
+    for note in reply.notes:
+        common.say(note)
+    if times and reply.timings is not None:
+        name = f"{out}: " if out not in (None, wav_output.PIPE) and len(reply.audio) else ""
+        common.say(f"{name}{summary(reply.timings)}")
+    if out is not None and not len(reply.audio):
+        common.say("this answer has no sound")
+
+
+def summary(timings: "Timings") -> str:
+    """One line of figures."""
+    first, kind = timings.first_audio, "sound"
+    if first is None:
+        first, kind = timings.first_text, "text"
+    parts = [] if first is None else [f"first {kind} {first:.2f} s"]
+    if timings.real_time_factor is None:
+        parts.append(f"{timings.total:.2f} s in all")
+    else:
+        speed = f"({timings.real_time_factor:.2f} x real time)"
+        parts.append(f"{timings.speech:.2f} s of speech in {timings.total:.2f} s {speed}")
+    return ", ".join([*parts, f"{timings.read} positions read", f"{timings.made} tokens"])
+
+
+def unanswered(reply: "Reply") -> Sequence["ToolCall | MalformedToolCall"]:
+    """The calls of tools that nobody ran."""
+    return reply.tool_calls[len(reply.tool_results) :]
+
+
+def as_written(call: "ToolCall | MalformedToolCall") -> str:
+    """A call as the model writes it."""
+    from sa2jax.chat.tools import ToolCall
+
+    return call.to_text() if isinstance(call, ToolCall) else call.text
+
+
+class Session:
+    """An interactive session: reads lines from stdin until there are no more.
+
+    Args:
+        talk: the conversation.
+        out: where spoken answers go: `PIPE`, or the wav file to whose name they are counted.
+    """
+
+    def __init__(self, talk: Talk, out: Path):
+        self._talk, self._chat, self._out = talk, talk.chat, out
+
+    def run(self) -> None:
+        """Hold the conversation; a mistake costs a line, not the conversation."""
+        if sys.stdin.isatty():
+            common.say("Ask something, or name a recording; /help for more.")
+        while True:
+            try:
+                line = _line("> " if sys.stdin.isatty() else "")
+                if line is None or line == "/quit":
+                    return
+                self._take(line)
+            except Sa2jaxError as error:
+                common.say_error(error)
+            except KeyboardInterrupt:
+                common.say("interrupted")
+
+    def _take(self, line: str) -> None:
+        if recordings := _recordings(line):
+            self._say(recordings)
+        elif line.startswith("/"):
+            name, _, rest = line[1:].partition(" ")
+            self._command(name, rest.strip())
+        elif line:
+            from sa2jax.chat.template import Text
+
+            self._say([Text(line)])
+
+    def _say(self, content: Any) -> None:
+        """Say something; as long as the answer is a call of tools nobody runs, ask for results."""
+        from sa2jax.chat.toolbox import ToolAnswer
+
+        while content is not None:
+            out = None if self._chat.voice is None else self._free()
+            reply = self._talk.ask(content, out)
+            tell(reply, out)
+            self._talk.keep()
+            content = None
+            if reply.finish == "tool_calls":
+                text = self._results(unanswered(reply))
+                content = None if text is None else ToolAnswer(text)
+            else:
+                for call in unanswered(reply):
+                    print(as_written(call), file=self._talk.text, flush=True)
+
+    def _results(self, calls: Sequence["ToolCall | MalformedToolCall"]) -> str | None:
+        """What the tools answer: of those nobody runs, what is typed; None if nothing is."""
+        from sa2jax.chat.toolbox import ToolResult, results_text
+        from sa2jax.chat.tools import ToolCall
+
+        results: list[ToolResult] = []
+        for call in calls:
+            if self._chat.tools.can_run(call) or not isinstance(call, ToolCall):
+                results += self._chat.tools.run([call])
+                continue
+            arguments = json.dumps(call.arguments, ensure_ascii=False)
+            text = _line(f"result of {call.name} {arguments}: ")
+            if text is None:
+                return None
+            results.append(ToolResult(call, text, True))
+        return results_text(results)
+
+    def _command(self, name: str, rest: str) -> None:
+        chat, path = self._chat, Path(os.path.expanduser(rest))
+        if name in ("save", "load") and not rest:
+            raise PromptError(f"which file? /{name} FILE.json")
+        match name:
+            case "voice":
+                self._voice(rest)
+            case "save":
+                chat.save(path)
+                common.say(f"saved as {path}")
+            case "load":
+                common.say(self._talk.resume(path))
+                self._talk.keep()
+            case "undo":
+                chat.undo()
+                common.say("the last question and its answer are taken back")
+                self._talk.keep()
+            case "help":
+                common.say(HELP)
+            case _:
+                raise PromptError(f"there is no /{name}: /help lists what there is")
+
+    def _voice(self, name: str) -> None:
+        if not name:
+            known = ", ".join(self._chat.model.speech.folder.voices) or "none yet"
+            common.say(f"/voice NAME: off, a recording, or one of: {known}")
+            return
+        self._chat.voice = None if name == "off" else os.path.expanduser(name)
+        common.say(f"voice: {'off' if self._chat.voice is None else self._chat.voice.name}")
+
+    def _free(self) -> Path:
+        """The file of the next spoken answer: none of those that exist."""
+        if self._out == wav_output.PIPE:
+            return self._out
+        stem, suffix = self._out.stem, self._out.suffix
+        pattern = re.compile(rf"{re.escape(stem)}-([0-9]+){re.escape(suffix)}")
+        found = [pattern.fullmatch(path.name) for path in self._out.absolute().parent.iterdir()]
+        number = max((int(name[1]) for name in found if name), default=0) + 1
+        return self._out.with_name(f"{stem}-{number}{suffix}")
+
+
+def _line(prompt: str) -> str | None:
+    """The next line from stdin; None at its end or for Ctrl-C."""
+    if prompt:
+        print(prompt, end="" if sys.stdin.isatty() else "\n", file=sys.stderr, flush=True)
+    try:
+        line = sys.stdin.readline()
+    except KeyboardInterrupt:
+        line = ""
+    except UnicodeDecodeError as error:
+        raise PromptError(f"expected a line of text in UTF-8 ({error.reason})") from None
+    if not line and sys.stdin.isatty():
+        common.say("")
+    return line.strip() if line else None
+
+
+def _recordings(line: str) -> list[Path]:
+    """The recordings that a line names; none if it is text.
+
+    Raises:
+        AudioError: if there is no such file.
+    """
+    from sa2jax.chat.content import AUDIO_SUFFIXES
+
+    if not line.lower().endswith((*AUDIO_SUFFIXES, '"', "'")):
+        return []
+    try:
+        words = [os.path.expanduser(word) for word in shlex.split(line)]
+    except ValueError:  # a quotation mark that nothing closes: text
+        words = [line]
+    if not all(word.lower().endswith(AUDIO_SUFFIXES) for word in words):
+        if not os.path.isfile(line):
+            return []
+        words = [line]  # a name with spaces
+    for word in words:
+        common.require_file(word)
+    return [Path(word) for word in words]

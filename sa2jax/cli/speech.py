@@ -1,0 +1,242 @@
+"""Commands of speech alone: `vocode`, `tokenize`, `reconstruct`, `voice add|list|show`."""
+
+import json as json_module
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from sa2jax.cli import common, wav_output
+from sa2jax.cli.common import Devices, Files
+from sa2jax.cli.wav_output import WavOut
+
+if TYPE_CHECKING:
+    from sa2jax.speech import Speech
+
+Name = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="NAME")]]
+Recording = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="WAV")]]
+CodesFile = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="CODES")]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Home:
+    """Where the detokenizer and its voices are."""
+
+    model: Path | None = None
+    """Model folder made by `sa2jax convert`, a released one, its token2wav folder alone, or `nano`;
+    by default the latter, a small model for demonstrations, where the installation has it."""
+
+    @property
+    def home(self) -> Path:
+        """The folder."""
+        return common.model_or_demonstration(self.model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeechOptions(Home, Devices):
+    """Which detokenizer to use, and how."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the flow."""
+    steps: int = 10
+    """Euler steps of the flow: fewer are faster and rougher."""
+    guidance: float | None = None
+    """Weight of what voice and codes change; by default the checkpoint's."""
+    stream: bool = False
+    """Speak in chunks, as in a conversation, instead of in one piece."""
+    chunk: int = 25
+    """Codes of a chunk; 25 are a second."""
+    parity: bool = False
+    """Stream exactly as the official code does, quirks included."""
+    seed: int = 0
+    """Same seed, same sound."""
+
+    def load(self) -> "Speech":
+        """Open the detokenizer."""
+        self.join_hosts()
+        from sa2jax.speech import Speech
+
+        return Speech.from_pretrained(
+            self.home, dtype=self.dtype, steps=self.steps, guidance=self.guidance, mesh=self.mesh
+        )
+
+
+Where = Annotated[Home, tyro.conf.arg(name="")]
+Options = Annotated[SpeechOptions, tyro.conf.arg(name="")]
+
+
+def vocode(codes: CodesFile, options: Options, *, out: WavOut, voice: str = "default"):
+    """Speak audio codes: a JSON list of numbers, as `sa2jax tokenize` prints it.
+
+    Args:
+        codes: File with the codes, `-` for standard input.
+        options: Model.
+        out: Recording to write (wav, 24 kHz, 16 bit).
+        voice: Name of a voice, a voice file, or a recording of the speaker.
+    """
+    line = _read_codes(codes)
+    wav_output.check_out(out)
+    speech = options.load()
+    _speak(speech, line, speech.voice(voice), options, out)
+
+
+def tokenize(files: Files, options: Where, *, json: bool = False):
+    """Print the audio codes (25 per second) of recordings.
+
+    Args:
+        files: Recordings: wav, flac, mp3 or ogg.
+        options: Model.
+        json: Print a JSON object for each file, also if there is only one.
+    """
+    from sa2jax.errors import AudioError
+    from sa2jax.speech import Speech
+
+    if not files:
+        raise AudioError("no recordings: expected at least one wav, flac, mp3 or ogg file")
+    for path in files:
+        common.require_file(path)
+    codes = [c.tolist() for c in Speech.from_pretrained(options.home).tokenize(list(files))]
+    if len(files) == 1 and not json:
+        print(json_module.dumps(codes[0]))
+    else:
+        found = [{"file": str(f), "codes": c} for f, c in zip(files, codes, strict=True)]
+        print(json_module.dumps(found if len(files) > 1 else found[0]))
+
+
+def reconstruct(wav: Recording, options: Options, *, out: WavOut):
+    """Turn a recording into codes and back, in its own voice.
+
+    Args:
+        wav: Recording: wav, flac, mp3 or ogg, of at least 1 s.
+        options: Model.
+        out: Recording to write (wav, 24 kHz, 16 bit).
+    """
+    common.require_file(wav)
+    wav_output.check_out(out)
+    speech = options.load()
+    codes, voice = speech.analyze(wav)
+    _speak(speech, codes, voice, options, out)
+
+
+def _add(name: Name, wav: Recording, options: Where, *, overwrite: bool = False):
+    """Make a voice of a recording of 1 to 30 s.
+
+    Args:
+        name: What to call it.
+        wav: Recording of one speaker: wav, flac, mp3 or ogg, any rate and channels.
+        options: Model.
+        overwrite: Replace a voice of this name.
+    """
+    common.require_file(wav)
+    made = _folder(options).add(name, wav, overwrite=overwrite)
+    print(f"{made.name}: {made.seconds:.1f} s, {len(made.codes)} codes")
+
+
+def _list(options: Where, *, json: bool = False):
+    """List the voices of a model.
+
+    Args:
+        options: Model.
+        json: Print JSON.
+    """
+    known = _folder(options).voices
+    if json:
+        common.print_json({name: str(path) for name, path in known.items()})
+    else:
+        for name, path in known.items():
+            print(f"{name}\t{path}")
+
+
+def _show(name: Name, options: Where, *, json: bool = False):
+    """Show what is known of a voice.
+
+    Args:
+        name: Name of a voice, a voice file, or a recording.
+        options: Model.
+        json: Print JSON.
+    """
+    from sa2jax.speech.voices import describe
+
+    facts = describe(_folder(options).voice(name))
+    if json:
+        common.print_json(facts)
+    else:
+        for title, fact in facts.items():
+            print(f"{title}\t{fact}")
+
+
+# Each action is run where it is parsed, as the value of `action`.
+def voice(
+    action: Annotated[
+        Annotated[Any, tyro.conf.subcommand(name="add", constructor=_add)]
+        | Annotated[Any, tyro.conf.subcommand(name="list", constructor=_list)]
+        | Annotated[Any, tyro.conf.subcommand(name="show", constructor=_show)],
+        tyro.conf.arg(name=""),
+    ],
+):
+    """Make, list and show voices.
+
+    Args:
+        action: What to do.
+    """
+
+
+def _folder(options: Home) -> Any:
+    from sa2jax.runtime import enable_compilation_cache
+    from sa2jax.speech.store import SpeechFolder
+
+    enable_compilation_cache()
+    return SpeechFolder(options.home)
+
+
+def _speak(speech: "Speech", codes: Any, voice: Any, options: SpeechOptions, out: Path) -> None:
+    """Write what the codes sound like, and say how long it is."""
+    import time
+
+    import numpy as np
+
+    from sa2jax import audio
+
+    started = time.perf_counter()
+    wave: np.ndarray
+    if options.stream or options.parity:
+        with common.bar("speaking", unit="chunks") as tick:
+            pieces: Iterable[np.ndarray] = speech.stream(
+                codes, voice, chunk=options.chunk, seed=options.seed, parity=options.parity
+            )
+            made = []
+            for piece in pieces:
+                made.append(piece)
+                tick(len(made), -(-len(codes) // options.chunk))
+        wave = np.concatenate(made)
+    else:
+        wave = speech.vocode(codes, voice, seed=options.seed)
+    audio.write(out, wave, speech.sample_rate, subtype="PCM_16")
+    length, took = len(wave) / speech.sample_rate, time.perf_counter() - started
+    print(wav_output.made(out, length, voice.name, took))
+
+
+def _read_codes(path: Path) -> list[int]:
+    """Codes from a JSON file: a list, or an object that has one under "codes".
+
+    Raises:
+        CodeError: if there are none.
+    """
+    from sa2jax.errors import CodeError
+
+    try:
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+        found = json_module.loads(text)
+    except OSError as error:
+        raise CodeError(f"{path} cannot be read ({error.strerror}): expected a JSON file") from None
+    except ValueError as error:
+        raise CodeError(f"{path} is not JSON ({error}): expected a list of numbers") from None
+    codes = found.get("codes") if isinstance(found, dict) else found
+    if not isinstance(codes, list) or not all(type(code) is int for code in codes):
+        raise CodeError(f"{path}: expected a JSON list of whole numbers, such as [4218, 12, 7]")
+    if not codes:
+        raise CodeError(f"{path}: no codes, expected at least one")
+    return codes

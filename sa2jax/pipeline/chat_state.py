@@ -1,0 +1,83 @@
+"""What a conversation holds: its turns, its voice, its tools and the cache of what was read."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from sa2jax.chat.reply_parser import ReplyReader
+from sa2jax.chat.template import Ids, Message
+from sa2jax.chat.toolbox import Toolbox
+from sa2jax.errors import PromptError
+from sa2jax.inference.requests import Options
+from sa2jax.inference.session import Session
+from sa2jax.pipeline.base import Base
+from sa2jax.speech.api import AnyVoice
+from sa2jax.speech.voices import Voice
+
+Overflow = Literal["drop", "refuse"]
+
+
+class ChatState:
+    """A conversation as it stands; `Chat` is what changes it, a `Stream` adds an answer.
+
+    Attributes:
+        model: who answers.
+        head: the turns before the first question: system prompt and tools.
+        rounds: questions with all that belongs to their answers, oldest first.
+        tools: what the model may call.
+        think: whether a Think model thinks before each answer.
+        options: sampling and limits.
+        overflow: what happens when the context is full: `drop` the oldest turns, or `refuse`.
+        max_tool_rounds: how often the model may call tools before an answer must stand.
+        replica: the part of the mesh that it runs on.
+        session: the cache of what the model has read.
+    """
+
+    def __init__(
+        self,
+        model: Base,
+        head: Sequence[Message],
+        *,
+        replica: int,
+        session: Session,
+        tools: Toolbox,
+        think: bool,
+        options: Options,
+        overflow: Overflow,
+        max_tool_rounds: int,
+    ):
+        if overflow not in ("drop", "refuse"):
+            raise PromptError(f"overflow={overflow!r}: expected 'drop' or 'refuse'")
+        if max_tool_rounds < 0:
+            raise PromptError(f"max_tool_rounds={max_tool_rounds}: expected at least 0")
+        self.model, self.head, self.tools = model, list(head), tools
+        self.think, self.options = think, options
+        self.overflow: Overflow = overflow
+        self.max_tool_rounds = max_tool_rounds
+        self.rounds: list[list[Message]] = []
+        self.replica, self.session = replica, session
+        self._voice: Voice | None = None
+        self._voice_name: str | None = None
+
+    @property
+    def history(self) -> tuple[Message, ...]:
+        """All turns, as the model sees them."""
+        return (*self.head, *(turn for turns in self.rounds for turn in turns))
+
+    @property
+    def voice(self) -> Voice | None:
+        """The voice of the answers; None if none was chosen, and answers are written."""
+        return self._voice
+
+    @voice.setter
+    def voice(self, voice: AnyVoice | None) -> None:
+        self._voice = None if voice is None else self.model.speech.voice(voice)
+        name = None if self._voice is None else self._voice.name
+        is_file = isinstance(voice, str | Path) and Path(voice).is_file()
+        self._voice_name = str(Path(str(voice)).absolute()) if is_file else name
+
+    def read(self, turn: Message) -> tuple[str, ReplyReader]:
+        """Text of an answer in the history, and the answer taken apart."""
+        reader = ReplyReader(self.model.tokenizer)
+        ids = [i for piece in turn.content or () if isinstance(piece, Ids) for i in piece.ids]
+        return reader.push(ids).text + reader.end(), reader

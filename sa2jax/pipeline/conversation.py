@@ -1,0 +1,225 @@
+"""Conversations: turns of speech and text, streams that can be interrupted, thinking and tools.
+
+chat = model.chat(voice="default", tools=["get_date_time"])
+chat.say("question.wav").audio                    # 24 kHz
+for piece in chat.stream("And tomorrow?"): ...    # piece.text, piece.audio as they come
+chat.undo(); other = chat.fork(); chat.save("talk.json")
+
+The history holds what the model was trained on: spoken replies as their own ids, thinking left
+out. What the model has read stays in its cache, see `inference.session`.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+from sa2jax.audio.recording import Heard
+from sa2jax.chat import history as files
+from sa2jax.chat import template
+from sa2jax.chat.content import Content, as_pieces
+from sa2jax.chat.template import Audio, Message, Piece, Text
+from sa2jax.chat.toolbox import ToolAnswer, Toolbox, read_answer
+from sa2jax.errors import PromptError, Sa2jaxError
+from sa2jax.inference.requests import Options
+from sa2jax.inference.session import Session
+from sa2jax.pipeline.base import Base
+from sa2jax.pipeline.chat_state import ChatState, Overflow
+from sa2jax.pipeline.reply import Reply
+from sa2jax.pipeline.stream import Stream
+from sa2jax.speech.api import AnyVoice
+from sa2jax.speech.token2wav import CHUNK
+from sa2jax.speech.voices import Voice
+
+log = logging.getLogger(__name__)
+
+
+class Chat(ChatState):
+    """A conversation; made by `StepAudio2.chat`."""
+
+    def __init__(
+        self,
+        model: Base,
+        head: Sequence[Message],
+        *,
+        voice: AnyVoice | None = None,
+        tools: Toolbox,
+        think: bool = False,
+        options: Options,
+        overflow: Overflow = "drop",
+        max_tool_rounds: int = 4,
+    ):
+        replica = model.next_replica()
+        super().__init__(
+            model, head, replica=replica, session=Session(model.replicas[replica]), tools=tools,
+            think=think, options=options, overflow=overflow, max_tool_rounds=max_tool_rounds,
+        )  # fmt: skip
+        self._stream: Stream | None = None
+        self.voice = voice
+
+    def say(self, content: Content | ToolAnswer, **options: Any) -> Reply:
+        """Say something and hear the whole answer.
+
+        Args:
+            content: see `stream`.
+            **options: see `stream`.
+
+        Raises:
+            PromptError: if nothing was said, or the conversation does not fit in the context; the
+                history is then as before.
+        """
+        stream = self.stream(content, **options)
+        try:
+            for _ in stream:
+                pass
+        except BaseException:
+            stream.abandon()
+            raise
+        return stream.reply
+
+    def stream(
+        self,
+        content: Content | ToolAnswer,
+        *,
+        speak: bool | None = None,
+        voice: AnyVoice | None = None,
+        chunk: int = CHUNK,
+        first: int | None = None,
+        seed: int | None = None,
+    ) -> Stream:
+        """Say something and take the answer as it comes.
+
+        Args:
+            content: text; a recording as a `Path`, bytes, file or `(array, rate)`; or a list of
+                them in order. A str that ends like an audio file's name counts as a recording.
+                Or a `ToolAnswer` to the calls of an answer that ended with `tool_calls`.
+            speak: whether the answer is to be speech; by default if a voice was chosen.
+            voice: the voice of this answer, by default that of the conversation, or `default`.
+            chunk: codes (25 Hz) that are spoken at once.
+            first: codes of the first chunk, by default `chunk`; with fewer the sound begins
+                sooner.
+            seed: of this answer, by default that of the options.
+
+        Raises:
+            PromptError: if nothing was said.
+            AudioError: if a recording cannot be read.
+            VoiceError: if there is no such voice.
+            CheckpointError: if the model has no detokenizer and is to speak.
+        """
+        self._end_stream()
+        if chunk < 1 or (first is not None and first < 1):
+            raise PromptError(f"expected chunks of at least 1 code, got {chunk} and {first}")
+        turns, rounds = self._turns_of(content), self.rounds
+        if isinstance(content, ToolAnswer):
+            turns, rounds = [*rounds[-1], *turns], rounds[:-1]
+        speak = (voice or self._voice) is not None if speak is None else speak
+        if isinstance(content, ToolAnswer) and content.voice is not None and speak:
+            self.voice = content.voice  # as when a function returns it: only speech has a voice
+        chosen = None
+        if speak:
+            known = voice or self._voice or "default"
+            chosen = known if isinstance(known, Voice) else self.model.speech.voice(known)
+        self._stream = Stream(
+            self, turns, rounds, is_newest=self.ends_with, voice=chosen, chunk=chunk, first=first,
+            options=self.options if seed is None else replace(self.options, seed=seed),
+        )  # fmt: skip
+        return self._stream
+
+    def undo(self) -> None:
+        """Take back the last question and its answer.
+
+        Raises:
+            PromptError: if nothing was said yet.
+        """
+        self._end_stream()
+        if not self.rounds:
+            raise PromptError("nothing was said yet: there is nothing to undo")
+        self.rounds = self.rounds[:-1]
+
+    def fork(self) -> "Chat":
+        """Another conversation that begins like this one and then goes its own way."""
+        self._end_stream()
+        other = Chat(
+            self.model, self.head, voice=self._voice, tools=self.tools, think=self.think,
+            options=self.options, overflow=self.overflow, max_tool_rounds=self.max_tool_rounds,
+        )  # fmt: skip
+        other.rounds, other.session = list(self.rounds), self.session.fork()
+        other.replica = self.replica
+        other._voice_name = self._voice_name
+        return other
+
+    def save(self, path: str | Path) -> None:
+        """Write the conversation: turns as JSON, recordings in an npz file beside it.
+
+        Raises:
+            PromptError: if `path` does not end in .json or is another kind of file.
+        """
+        self._end_stream()
+        facts = {"voice": self._voice_name}
+        files.save(path, self.history, model=self.model.fingerprint, facts=facts)
+
+    def load(self, path: str | Path) -> Self:
+        """Go on with a conversation that was saved: its turns replace those of this one.
+
+        Its voice is taken too, if this conversation has chosen none and the model knows it, and so
+        are the schemas of its tools; they are run by the tools of the same names here. If it had
+        none, those of this conversation stay.
+
+        Raises:
+            PromptError: if the file is damaged, no conversation, or one with another checkpoint;
+                this conversation is then as before.
+        """
+        saved = files.load(path, model=self.model.fingerprint)
+        starts = [n for n, turn in enumerate(saved.turns) if turn.role == "human"]
+        ends = [*starts[1:], len(saved.turns)] if starts else []
+        rounds = [list(saved.turns[a:b]) for a, b in zip(starts, ends, strict=True)]
+        head = list(saved.turns[: starts[0] if starts else None])
+        schemas = [turn.content for turn in head if turn.role == "tool_json_schemas"]
+        tools = self.tools.shown_as(str(schemas[0])) if schemas else self.tools
+        if tools and not schemas:  # begun without tools, it goes on with those of this one
+            head.append(template.tools_turn(tools.text))
+        self._end_stream()
+        name = saved.facts.get("voice")
+        if self._voice is None and name is not None:
+            try:
+                self.voice = name
+            except Sa2jaxError as error:
+                log.warning("the conversation goes on without its voice: %s", error)
+        self.head, self.tools = head, tools
+        self.rounds = rounds
+        return self
+
+    def ends_with(self, stream: Stream, turns: list[Message]) -> bool:
+        """Whether these turns are the newest, and no answer but this one is under way."""
+        other = self._stream
+        alone = other is None or other is stream or not other.is_open
+        return alone and bool(self.rounds) and self.rounds[-1] is turns
+
+    def _turns_of(self, content: Any) -> list[Message]:
+        if isinstance(content, ToolAnswer):
+            if not (self.rounds and self.read(self.rounds[-1][-1])[1].calls):
+                raise PromptError("no call of a tool waits for an answer")
+            try:
+                text, _ = read_answer(content)
+            except (TypeError, ValueError, RecursionError):
+                raise PromptError(
+                    f"expected a tool's answer as text or something for JSON, got {content!r:.80}"
+                ) from None
+            return [template.tool_result_turn(self.model.tokenizer.harmless(text))]
+        pieces = as_pieces(content)
+        if any(not isinstance(piece, Text) or piece.text.strip() for piece in pieces):
+            return [template.human_turn([_heard(piece) for piece in pieces])]
+        raise PromptError("nothing was said: expected text, a recording, or both")
+
+    def _end_stream(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+
+def _heard(piece: Piece) -> Piece:
+    """A recording is read once, whatever becomes of its file."""
+    if isinstance(piece, Audio) and not isinstance(piece.source, Heard):
+        return Audio(Heard.of(piece.source))
+    return piece

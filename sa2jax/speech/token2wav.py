@@ -1,0 +1,438 @@
+"""Codes to sound: whole replies in batches, and many streams in one batched call.
+
+speak = Token2Wav(cfg, params)
+wave = speak(codes, voice)                       # one reply, 24 kHz
+waves = speak([codes, codes], [voice, voice])    # a batch: any lengths, any voices
+
+state = speak.start([voice, voice])              # two streams
+state, pieces = speak.step(state, [codes, codes])
+state, pieces = speak.step(state, [codes, []], last=[True, False])
+
+A stream's state is an immutable pytree, used up by the step it is given to. Steps may be of any
+length. The last three codes given are spoken with the next ones, whose beginning they need to hear.
+
+Source: the official `Token2wav`. How streaming differs from it by default, and how far the result
+is from a whole reply either way, is in docs/performance.md; `start(parity=True)` is the official
+streaming, quirks included.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
+from dataclasses import replace
+from functools import partial
+from typing import Any, Self, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float, Int
+
+from sa2jax import sharding
+from sa2jax.audio.rates import CODE_RATE
+from sa2jax.errors import CodeError
+from sa2jax.models.flow import KEEP, STEPS, flow_model, reserve, rows_of, unstack_flow
+from sa2jax.models.vocoder import vocoder
+from sa2jax.models.vocoder_stream import vocoder_state
+from sa2jax.nn import Params, Policy
+from sa2jax.runtime import round_up, scans_layers
+from sa2jax.speech import programs
+from sa2jax.speech.programs import Networks, row_keys
+from sa2jax.speech.state import StreamState, join
+from sa2jax.speech.voices import Voice
+from sa2jax.speech_config import Token2WavConfig
+
+CHUNK = 25  # codes of a stream's chunk
+SHORT_CHUNKS = (1, 5, 10, 15, 20)  # sizes of a step's program below a second
+ROOM = 512  # codes that a stream holds at first: 20 s, the prompt's included
+STARTS = 4  # voices whose started streams are kept
+
+Codes = Sequence[int] | Int[np.ndarray, "T"]
+
+
+class Token2Wav:
+    """Flow and vocoder, ready for use.
+
+    Args:
+        cfg: sizes.
+        params: parameters under `flow` and `vocoder`, layers stacked as checkpoints have them.
+        dtype: of the flow's weights and computation; the vocoder's phase needs float32.
+        steps: Euler steps of the flow.
+        guidance: weight of what the voice and the codes change, by default the checkpoint's.
+        flow_noise: start noise of each frame [S, M], the prompt's included, for comparisons with
+            other implementations; by default it is drawn from the seed.
+        batch_size: replies that are made at once.
+        mesh: devices to spread over. The networks are small: each device holds them, and the
+            replies of a batch are dealt out. Of several hosts, each speaks on its own devices.
+    """
+
+    def __init__(
+        self,
+        cfg: Token2WavConfig,
+        params: Params,
+        *,
+        dtype: Any = jnp.float32,
+        steps: int = STEPS,
+        guidance: float | None = None,
+        flow_noise: Float[np.ndarray, "S M"] | None = None,
+        batch_size: int = 8,
+        mesh: Mesh | None = None,
+    ):
+        self.cfg, self.steps, self.batch_size, self.mesh = cfg, steps, batch_size, mesh
+        self.sample_rate = cfg.vocoder.sample_rate
+        self._guidance = cfg.flow.guidance if guidance is None else guidance
+        self._flow_noise = flow_noise
+        dtype = jnp.dtype(dtype)
+        stacked = scans_layers(mesh)
+        flow = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params["flow"])
+        self.params = {
+            "flow": flow if stacked else unstack_flow(flow),
+            "vocoder": jax.tree.map(jnp.asarray, params["vocoder"]),
+        }
+        self.flow = flow_model(cfg.flow, Policy(param=dtype, compute=dtype), stacked=stacked)
+        self.vocoder = vocoder(cfg.vocoder)
+        self._settle(mesh)
+
+    def _settle(self, mesh: Mesh | None) -> None:
+        """Move to these devices: parameters, programs, and no stream started yet."""
+        self._mesh = sharding.local_part(mesh)
+        if self._mesh is not None:
+            self.params = jax.device_put(self.params, NamedSharding(self._mesh, PartitionSpec()))
+        self._starts: OrderedDict[tuple, StreamState] = OrderedDict()
+        encoder = self.cfg.flow.encoder
+        nets = Networks(
+            self.flow, self.vocoder, encoder.lookahead, encoder.upsample, self.steps, self._mesh
+        )
+        jit = lambda f, **options: jax.jit(partial(f, nets), **options)
+        self._mel, self._wave = jit(programs.mel), jit(programs.wave)
+        self._begin = jit(programs.start, static_argnames=("keep", "capacity", "parity"))
+        self._advance = jit(
+            programs.step, static_argnames=("hop", "parity"), donate_argnames=("flow", "vocoder")
+        )
+
+    def replicas(self) -> list[Self]:
+        """One for each index of the mesh's data axis that this host holds; nothing is copied."""
+        found = []
+        for mesh in sharding.replicas(self.mesh):
+            other = copy(self)
+            other.mesh, other.params = mesh, sharding.replica_of(self.params, mesh)
+            other._settle(mesh)
+            found.append(other)
+        return found or [self]
+
+    # --- whole replies ---------------------------------------------------------------------
+
+    @overload
+    def __call__(
+        self, codes: Sequence[Codes], voice: Sequence[Voice], *, seed: int = 0
+    ) -> list[Float[np.ndarray, "N"]]: ...
+    @overload
+    def __call__(self, codes: Codes, voice: Voice, *, seed: int = 0) -> Float[np.ndarray, "N"]: ...
+    def __call__(self, codes, voice, *, seed=0, source_noise=None):
+        """Speak whole replies; one does not depend on the others of its batch.
+
+        Time and memory of the flow grow with the square of a reply's length: stream what is longer
+        than a minute or two.
+
+        Args:
+            codes: codes (25 Hz) of a reply, or a list of replies. Pads are left out; a reply of
+                pads alone is silence.
+            voice: the voice of all, or a list with one for each reply.
+            seed: another one gives another reading.
+            source_noise: normal draws of the vocoder's source [B, N, H], one for each sample and
+                harmonic, for comparisons; zeros follow them.
+
+        Returns:
+            Samples in [-1, 1] at 24 kHz, 960 for each code; a list if `codes` is one of replies.
+
+        Raises:
+            CodeError: for codes that no recording has, or none at all.
+        """
+        many = isinstance(voice, Sequence) or _is_nested(codes)
+        replies = [self.clean(c) for c in (codes if many else [codes])]
+        voices = list(voice) if isinstance(voice, Sequence) else [voice] * len(replies)
+        if len(voices) != len(replies):
+            raise CodeError(f"expected one voice or {len(replies)}, got {len(voices)}")
+        waves: list[np.ndarray] = [self._silence(len(c)) for c in (codes if many else [codes])]
+        for rows in self._batches(replies):
+            made = self._speak(
+                [replies[i] for i in rows], [voices[i] for i in rows], seed, source_noise
+            )
+            for i, wave in zip(rows, made, strict=True):
+                waves[i] = wave
+        return waves if many else waves[0]
+
+    def _speak(self, replies, voices, seed, source_noise) -> list[Float[np.ndarray, "N"]]:
+        """One batch."""
+        count = len(replies)
+        more = 0 if self._mesh is None else -count % self._mesh.size  # each has as many rows
+        if more:
+            replies, voices = [*replies, *replies[:1] * more], [*voices, *voices[:1] * more]
+            if source_noise is not None:
+                source_noise = np.concatenate([source_noise, *[source_noise[:1]] * more])
+        codes, lengths = _pad(replies)
+        prompts = self._prompts(voices)
+        frames = self.cfg.flow.encoder.upsample * lengths
+        with sharding.using(self._mesh):
+            mel = self._mel(
+                self.params["flow"], *prompts, codes, lengths, self._guidance, self._flow_noise,
+                seed,
+            )  # fmt: skip
+            noise = _widen(source_noise, self.cfg.vocoder.samples * mel.shape[1])
+            speech = np.asarray(self._wave(self.params["vocoder"], mel, frames, noise, seed))
+        samples = self.cfg.vocoder.samples * frames
+        return [row[:n] for row, n in zip(speech[:count], samples, strict=False)]
+
+    def mels(
+        self,
+        codes: Sequence[Int[np.ndarray, "_"]],
+        speakers: Sequence[Float[np.ndarray, "C"]],
+        *,
+        seed: int = 0,
+    ) -> list[Float[np.ndarray, "Q M"]]:
+        """The flow alone, in voices of which there is nothing but the speaker's vector.
+
+        Args:
+            codes: codes (25 Hz) of each reply, at least one.
+            speakers: a vector for each.
+            seed: another one gives another reading.
+
+        Returns:
+            Log-mel frames (50 Hz), two for each code.
+        """
+        found: list[np.ndarray] = [np.empty(0, np.float32)] * len(codes)
+        for rows in self._batches(codes):
+            padded, lengths = _pad([codes[i] for i in rows])
+            prompts = self._prompts([_no_recording(speakers[i], self.cfg.flow.mels) for i in rows])
+            mel = self._mel(
+                self.params["flow"], *prompts, padded, lengths, self._guidance, self._flow_noise,
+                seed,
+            )  # fmt: skip
+            counts = self.cfg.flow.encoder.upsample * lengths
+            for i, row, count in zip(rows, np.asarray(mel), counts, strict=True):
+                found[i] = row[:count]
+        return found
+
+    # --- streams ---------------------------------------------------------------------------
+
+    def start(
+        self, voices: Sequence[Voice], *, seed: int = 0, parity: bool = False, keep: int = KEEP
+    ) -> StreamState:
+        """Streams that have said nothing yet, one for each voice.
+
+        What a voice alone decides is computed once and kept for the next stream.
+
+        Args:
+            voices: the voice of each stream.
+            seed: another one gives another reading.
+            parity: stream exactly as the official code does.
+            keep: mel frames of a reply that the flow looks back on, beside the prompt.
+        """
+        return join([self._started(voice, seed, parity, keep) for voice in voices])
+
+    def step(
+        self,
+        state: StreamState,
+        codes: Sequence[Codes],
+        last: bool | Sequence[bool] = False,
+        *,
+        source_noise: Float[np.ndarray, "B N H"] | None = None,
+    ) -> tuple[StreamState, list[Float[np.ndarray, "N"]]]:
+        """Speak the next codes of each stream, in one call for all.
+
+        Args:
+            state: the streams; used up.
+            codes: next codes of each row, of any number; none for a row that waits.
+            last: whether a row's reply ends with them: for all rows, or each.
+            source_noise: see `__call__`.
+
+        Returns:
+            The next state, and the samples (24 kHz, [-1, 1]) of each row that are final now.
+
+        Raises:
+            CodeError: for codes that no recording has, or another number of rows.
+        """
+        rows = len(state.waiting)
+        if len(codes) != rows:
+            raise CodeError(f"expected codes for {rows} streams, got {len(codes)}")
+        ends = np.broadcast_to(np.asarray(last, bool), (rows,))
+        look = self.cfg.flow.encoder.lookahead
+        waiting = [row[:n] for row, n in zip(state.pending, state.waiting, strict=True)]
+        lines = [
+            np.concatenate([held, self.clean(row, empty=True)])
+            for held, row in zip(waiting, codes, strict=True)
+        ]
+        present = np.array([len(line) for line in lines], np.int32)
+        spoken = np.where(ends, present, np.maximum(present - look, 0))
+        pending = np.zeros((rows, look), np.int32)
+        for row, line, count in zip(pending, lines, spoken, strict=True):
+            row[: len(line) - count] = line[count:]
+        after = {"pending": pending, "waiting": present - spoken, "seen": state.seen + spoken}
+        if not (spoken.any() or ends.any()):
+            return replace(state, **after), [self._silence(0)] * rows
+        hop = _hop(int(spoken.max()))
+        frames = self.cfg.vocoder.carry + self.cfg.flow.encoder.upsample * hop
+        noise = _widen(source_noise, self.cfg.vocoder.samples * frames)
+        flow = reserve(state.flow, int(state.seen.max()) + hop)
+        axes = rows_of(flow.keep, state.parity), 0
+        flow, vocoder = sharding.deal_out((flow, state.vocoder), self._mesh, rows, axes)
+        with sharding.using(self._mesh):
+            flow, voc, speech, counts = self._advance(
+                self.params, flow, vocoder, _pad(lines, hop + look)[0],
+                present, ends, self._guidance, self._flow_noise, noise, state.seed, hop=hop,
+                parity=state.parity,
+            )  # fmt: skip
+        pieces = [row[:n] for row, n in zip(np.asarray(speech), np.asarray(counts), strict=True)]
+        return replace(state, flow=flow, vocoder=voc, **after), pieces
+
+    def stream(
+        self,
+        codes: Iterable[int],
+        voice: Voice,
+        *,
+        chunk: int = CHUNK,
+        first: int | None = None,
+        seed: int = 0,
+        parity: bool = False,
+    ) -> Iterator[Float[np.ndarray, "N"]]:
+        """Speak one reply while its codes arrive.
+
+        Args:
+            codes: codes (25 Hz) as they come; pads are left out.
+            voice: the voice.
+            chunk: codes that are spoken at once.
+            first: codes of the first chunk, by default `chunk`; fewer let the reply begin sooner.
+            seed: another one gives another reading.
+            parity: stream exactly as the official code does.
+
+        Yields:
+            Samples in [-1, 1] at 24 kHz; together 960 for each code.
+
+        Raises:
+            CodeError: for codes that no recording has, none at all, or an empty chunk.
+        """
+        if chunk < 1 or (first is not None and first < 1):
+            raise CodeError(f"expected chunks of at least 1 code, got {chunk} and {first}")
+        state = self.start([voice], seed=seed, parity=parity)
+        look = self.cfg.flow.encoder.lookahead
+        given, waiting, wanted = 0, [], look + (first or chunk)
+        for code in codes:
+            waiting.extend(self.clean([code], first=given))
+            given += 1
+            if len(waiting) == wanted:
+                state, (piece,) = self.step(state, [waiting])
+                waiting, wanted = [], chunk
+                yield piece
+        if not given:
+            raise CodeError("no codes: expected at least one")
+        state, (piece,) = self.step(state, [waiting], last=True)
+        nothing = int(state.seen[0]) == len(voice.codes)
+        yield self._silence(given) if nothing else piece
+
+    def clean(self, codes: Codes, *, empty: bool = False, first: int = 0) -> Int[np.ndarray, "T"]:
+        """Codes without pads.
+
+        Args:
+            codes: numbers below the size of the code book; that size itself is the pad.
+            empty: whether there may be none.
+            first: place of the first one, for errors.
+
+        Raises:
+            CodeError: for anything else.
+        """
+        book = self.cfg.flow.codes
+        array = np.asarray(codes)
+        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+            raise CodeError(f"expected a list of whole numbers, got {array.dtype} {array.shape}")
+        if not (array.size or empty):
+            raise CodeError("no codes: expected at least one")
+        wrong = (array < 0) | (array > book)
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            raise CodeError(
+                f"code {array[at]} at place {first + at}: expected 0 to {book - 1} (pads, {book}, "
+                "are left out); from token ids subtract the id of <audio_0>"
+            )
+        return array[array < book].astype(np.int32)
+
+    # --- parts -----------------------------------------------------------------------------
+
+    def _batches(self, replies: Sequence[Int[np.ndarray, "_"]]) -> Iterator[list[int]]:
+        """Places of all replies but empty ones, those of like length together."""
+        order = sorted((i for i, r in enumerate(replies) if len(r)), key=lambda i: len(replies[i]))
+        for start in range(0, len(order), self.batch_size):
+            yield order[start : start + self.batch_size]
+
+    def _started(self, voice: Voice, seed: int, parity: bool, keep: int) -> StreamState:
+        """A stream of one row that has said nothing; kept, so only copies of it may be stepped."""
+        key = voice.hash, seed, parity, keep
+        if key not in self._starts:
+            prompts = self._prompts([voice])
+            with sharding.using(self._mesh):
+                flow = self._begin(
+                    self.params["flow"], *prompts, self._guidance, self._flow_noise, seed,
+                    keep=keep, capacity=ROOM, parity=parity,
+                )  # fmt: skip
+            look = self.cfg.flow.encoder.lookahead
+            state = StreamState(
+                flow=flow,
+                vocoder=vocoder_state(self.cfg.vocoder, 1, row_keys(seed, 1)),
+                pending=np.zeros((1, look), np.int32),
+                waiting=np.zeros(1, np.int32),
+                seen=np.array([len(voice.codes)], np.int32),
+                seed=np.array([seed]),
+                parity=parity,
+            )
+            self._starts[key] = state
+            while len(self._starts) > STARTS:
+                self._starts.popitem(last=False)
+        self._starts.move_to_end(key)
+        return self._starts[key]
+
+    def _prompts(self, voices: Sequence[Voice]) -> tuple[np.ndarray, ...]:
+        """Codes, mel frames, speaker vectors and lengths of the voices' recordings."""
+        ratio = self.cfg.flow.encoder.upsample
+        codes, lengths = _pad([voice.codes for voice in voices])
+        mel = np.zeros((len(voices), ratio * codes.shape[1], self.cfg.flow.mels), np.float32)
+        for row, voice in zip(mel, voices, strict=True):
+            row[: len(voice.mel)] = voice.mel
+        speakers = np.stack([voice.speaker for voice in voices]).astype(np.float32)
+        return codes, mel, speakers, lengths
+
+    def _silence(self, codes: int) -> Float[np.ndarray, "N"]:
+        return np.zeros(codes * self.sample_rate // CODE_RATE, np.float32)
+
+
+def _no_recording(speaker: Float[np.ndarray, "C"], mels: int) -> Voice:
+    """A voice of which there is a vector alone."""
+    return Voice("", np.zeros(0, np.int32), speaker, np.zeros((0, mels), np.float32), "", "")
+
+
+def _widen(noise: Float[np.ndarray, "B N H"] | None, samples: int) -> np.ndarray | None:
+    """Draws for all samples of a program; nothing if it makes its own."""
+    if noise is None:
+        return None
+    return np.pad(noise, ((0, 0), (0, samples - noise.shape[1]), (0, 0)))
+
+
+def _hop(codes: int) -> int:
+    """Codes that a step's program speaks at most."""
+    return next((size for size in SHORT_CHUNKS if size >= codes), round_up(codes, CHUNK))
+
+
+def _pad(
+    rows: Sequence[Int[np.ndarray, "_"]], width: int | None = None
+) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
+    """Rows of codes side by side, right-padded to a bucket, and their lengths."""
+    lengths = np.array([len(row) for row in rows], np.int32)
+    width = round_up(max(int(lengths.max()), 1), CODE_RATE) if width is None else width
+    padded = np.zeros((len(rows), width), np.int32)
+    for line, row in zip(padded, rows, strict=True):
+        line[: len(row)] = row
+    return padded, lengths
+
+
+def _is_nested(codes: Any) -> bool:
+    """Whether these are several replies."""
+    return isinstance(codes, Sequence | np.ndarray) and len(codes) > 0 and np.ndim(codes[0]) > 0

@@ -1,0 +1,282 @@
+"""Voices: what the detokenizer has to know of a speaker, from one short recording.
+
+analyzer = VoiceAnalyzer(cfg, params)
+voice = Voice.from_wav("me.wav", analyzer)
+voice.save("me.safetensors")
+
+Source: the official `Token2wav._prepare_prompt`. A voice is keyed by what was heard and by the
+weights that heard it, never by a path.
+"""
+
+import hashlib
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Self, overload
+
+import jax
+import numpy as np
+import safetensors
+from jaxtyping import Float, Int
+from safetensors.numpy import save
+
+from sa2jax import audio
+from sa2jax.atomic_io import disk_errors
+from sa2jax.audio.rates import CODE_RATE, SPEECH_MEL_RATE, SPEECH_SAMPLE_RATE
+from sa2jax.errors import AudioError, VoiceError
+from sa2jax.models.speaker_encoder import speaker_encoder
+from sa2jax.models.speech_tokenizer import (
+    WINDOW,
+    code_length,
+    speech_tokenizer,
+    tokenize,
+    unstack_speech_tokenizer,
+)
+from sa2jax.nn import Params
+from sa2jax.runtime import round_up, scans_layers
+from sa2jax.speech_config import Token2WavConfig
+
+log = logging.getLogger(__name__)
+
+FORMAT = "sa2jax voice 1"
+SUFFIX = ".safetensors"
+MIN_SECONDS, MAX_SECONDS = 1.0, 30.0
+SILENCE = 1e-3  # a recording that stays below this, -60 dB of full scale, holds no voice
+MEL_HOP = SPEECH_SAMPLE_RATE // SPEECH_MEL_RATE  # samples of one mel frame
+CLIPS_AT_ONCE = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Voice:
+    """A speaker.
+
+    Attributes:
+        name: what users call it.
+        codes: codes (25 Hz) of the recording.
+        speaker: speaker vector, not normalised.
+        mel: log-mel frames (50 Hz) of the recording, two for each code.
+        audio: SHA-256 of the samples that were heard.
+        analysis: hash of the weights that heard them, see `checkpoint.content_hash`.
+    """
+
+    name: str
+    codes: Int[np.ndarray, "P"]
+    speaker: Float[np.ndarray, "C"]
+    mel: Float[np.ndarray, "Q M"]
+    audio: str
+    analysis: str
+
+    @classmethod
+    def from_wav(
+        cls, source: audio.Audio, analyzer: "VoiceAnalyzer", name: str | None = None
+    ) -> Self:
+        """Analyse a recording of 1 to 30 s, of any rate and channels; a longer one is cut.
+
+        Channel 0 at 16 kHz gives the codes and the speaker vector, the mean of all channels at
+        24 kHz the mel frames, as in the official code.
+
+        Args:
+            source: the recording.
+            analyzer: the networks that hear it.
+            name: what to call the voice; by default after the file.
+
+        Raises:
+            AudioError: if the recording cannot be read.
+            VoiceError: if it is too short or silent, or for a name that cannot be a file's.
+        """
+        if name is None:
+            name = Path(source).stem if isinstance(source, str | Path) else "voice"
+        check_name(name)
+        low = audio.load(source, audio.SAMPLE_RATE, mono="first")
+        high = audio.load(source, SPEECH_SAMPLE_RATE, mono="mean")
+        seconds = len(low) / audio.SAMPLE_RATE
+        if seconds < MIN_SECONDS:
+            raise VoiceError(
+                f"voice {name}: expected {MIN_SECONDS:g} to {MAX_SECONDS:g} s of speech, got "
+                f"{seconds:.2f} s; record some more"
+            )
+        if seconds > MAX_SECONDS:
+            log.warning(
+                "voice %s: only the first %g s of %.1f s are used", name, MAX_SECONDS, seconds
+            )
+            low = low[: int(MAX_SECONDS * audio.SAMPLE_RATE)]
+            high = high[: int(MAX_SECONDS * SPEECH_SAMPLE_RATE)]
+        for what, samples in (("channel 0", low), ("the mean of the channels", high)):
+            if np.abs(samples).max() < SILENCE:
+                raise VoiceError(
+                    f"voice {name}: expected speech, but {what} stays below -60 dB of full scale; "
+                    "use a recording that can be heard"
+                )
+        codes = analyzer.codes_of([low])[0]
+        frames = 2 * len(codes)
+        mel = audio.mel_24k(high).T[:frames]  # [Q, M]
+        mel = np.pad(mel, ((0, frames - len(mel)), (0, 0)), mode="edge")
+        heard = hashlib.sha256(low.tobytes() + high.tobytes()).hexdigest()
+        return cls(name, codes, analyzer.speaker_of(low), mel, heard, analyzer.analysis)
+
+    @property
+    def seconds(self) -> float:
+        """Length of the recording."""
+        return len(self.codes) / CODE_RATE
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of the numbers: equal for voices that sound alike, whatever their names."""
+        digest = hashlib.sha256(self.analysis.encode())
+        for array in (self.codes, self.speaker, self.mel):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        """Write the voice as one safetensors file, whole or not at all.
+
+        Raises:
+            CheckpointError: if it cannot be written.
+        """
+        path = Path(path)
+        described = {"name": self.name, "audio": self.audio, "analysis": self.analysis}
+        described |= {"format": FORMAT, "hash": self.hash}
+        arrays = {"codes": self.codes, "speaker": self.speaker, "mel": self.mel}
+        data = save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, metadata=described)
+        temporary = path.with_name(f".{path.name}.partial")
+        with disk_errors(path):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                temporary.write_bytes(data)
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            VoiceError: if it is no voice file, or is damaged.
+        """
+        path = Path(path)
+        try:
+            with safetensors.safe_open(path, "numpy") as file:
+                described = file.metadata() or {}
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, safetensors.SafetensorError) as error:
+            raise VoiceError(f"{path} cannot be read ({error}): add the voice again") from None
+        if described.get("format") != FORMAT:
+            raise VoiceError(f"{path} is no voice: expected a file made by `sa2jax voice add`")
+        try:
+            voice = cls(
+                described["name"], arrays["codes"], arrays["speaker"], arrays["mel"],
+                described["audio"], described["analysis"],
+            )  # fmt: skip
+            whole = described["hash"] == voice.hash
+        except KeyError as error:
+            raise VoiceError(f"{path} lacks {error}: add the voice again") from None
+        if not whole:
+            raise VoiceError(f"{path} is damaged (its hash differs): add the voice again")
+        return voice
+
+
+class VoiceAnalyzer:
+    """The two networks that hear a voice: S3 speech tokenizer and CAM++.
+
+    Args:
+        cfg: sizes.
+        params: parameters under `speech_tokenizer` and `speaker_encoder`.
+        analysis: hash of these parameters.
+    """
+
+    def __init__(self, cfg: Token2WavConfig, params: Params, analysis: str):
+        self.cfg, self.analysis = cfg, analysis
+        stacked = scans_layers()
+        heard = params["speech_tokenizer"]
+        self._params = {
+            "speech_tokenizer": heard if stacked else unstack_speech_tokenizer(heard),
+            "speaker_encoder": params["speaker_encoder"],
+        }
+        tokenizer = speech_tokenizer(cfg.speech_tokenizer, stacked=stacked)
+        speaker = speaker_encoder(cfg.speaker_encoder)
+        self._tokenize = jax.jit(lambda p, mels, frames: tokenize(tokenizer.bind(p), mels, frames))
+        self._identify = jax.jit(lambda p, x, frames: speaker.bind(p)(x, frames))
+
+    @overload
+    def codes(self, sources: list) -> list[Int[np.ndarray, "P"]]: ...
+    @overload
+    def codes(self, sources: audio.Audio) -> Int[np.ndarray, "P"]: ...
+    def codes(self, sources):
+        """Codes (25 Hz) of a recording of any length, or of each of a list of them.
+
+        Raises:
+            AudioError: if a recording cannot be read, or is shorter than 20 ms.
+        """
+        many = sources if isinstance(sources, list) else [sources]
+        made = self.codes_of([audio.load(s, audio.SAMPLE_RATE, mono="first") for s in many])
+        return made if isinstance(sources, list) else made[0]
+
+    def codes_of(self, clips: Sequence[Float[np.ndarray, "T"]]) -> list[Int[np.ndarray, "P"]]:
+        """Codes of samples at 16 kHz; clips of like length are analysed together."""
+        return self.codes_of_mels([self.mel_of(clip) for clip in clips])
+
+    def mel_of(self, clip: Float[np.ndarray, "T"]) -> Float[np.ndarray, "M F"]:
+        """What the tokenizer hears of samples at 16 kHz: log-mel frames (100 Hz)."""
+        if len(clip) < 2 * audio.HOP:
+            raise AudioError(f"expected at least {2 * audio.HOP} samples, got {len(clip)}")
+        return audio.s3_log_mel(clip, n_mels=self.cfg.speech_tokenizer.mels)
+
+    def codes_of_mels(self, mels: Sequence[Float[np.ndarray, "M F"]]) -> list[Int[np.ndarray, "P"]]:
+        """Codes of what `mel_of` gave; clips of like length are analysed together."""
+        order = sorted(range(len(mels)), key=lambda i: mels[i].shape[1])
+        codes: list[np.ndarray] = [np.empty(0, np.int32)] * len(mels)
+        for start in range(0, len(order), CLIPS_AT_ONCE):
+            chosen = order[start : start + CLIPS_AT_ONCE]
+            room = _room(max(mels[i].shape[1] for i in chosen))
+            batch, frames = audio.pad_mels([mels[i] for i in chosen], room)
+            found, _ = self._tokenize(self._params["speech_tokenizer"], batch, frames)
+            for i, row, count in zip(chosen, np.asarray(found), code_length(frames), strict=True):
+                codes[i] = row[:count].astype(np.int32)
+        return codes
+
+    def speaker_of(self, samples: Float[np.ndarray, "T"]) -> Float[np.ndarray, "C"]:
+        """Speaker vector of samples at 16 kHz."""
+        energies = audio.fbank(
+            samples, n_mels=self.cfg.speaker_encoder.mels, subtract_mean=True
+        )  # [T, M]
+        frames = np.array([len(energies)], np.int32)
+        padded = np.pad(energies, ((0, _room(len(energies)) - len(energies)), (0, 0)))
+        return np.asarray(self._identify(self._params["speaker_encoder"], padded[None], frames))[0]
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that cannot be a file's.
+
+    Raises:
+        VoiceError: for such a name.
+    """
+    if not re.fullmatch(r"\w[\w.-]{0,63}", name):
+        raise VoiceError(
+            f"voice name {name!r}: expected up to 64 letters, digits, '-', '_' and '.', the first "
+            "a letter or digit"
+        )
+
+
+def describe(voice: Voice) -> dict[str, object]:
+    """What `sa2jax voice show` prints."""
+    level = 20 * np.log10(max(float(np.exp(voice.mel).mean()), 1e-12))
+    return {
+        "name": voice.name,
+        "seconds": round(voice.seconds, 2),
+        "codes": len(voice.codes),
+        "different codes": len(set(voice.codes.tolist())),
+        "speaker vector": f"{voice.speaker.size} numbers, norm {np.linalg.norm(voice.speaker):.2f}",
+        "mean mel level": f"{level:.1f} dB",
+        "recording": voice.audio,
+        "analysed by": voice.analysis,
+        "hash": voice.hash,
+    }
+
+
+def _room(frames: int) -> int:
+    """Frames (100 Hz) that a clip is padded to."""
+    return round_up(frames, 100) if frames <= WINDOW else round_up(frames, WINDOW // 3)

@@ -1,0 +1,176 @@
+"""The commands of speech alone, as a user runs them."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+from helpers.small_speech import SPEAKER, save_networks
+
+from sa2jax import cli
+from sa2jax.speech import store
+
+
+@pytest.fixture(scope="module")
+def model(golden, tmp_path_factory):
+    """A small detokenizer with a voice."""
+    folder = save_networks(tmp_path_factory.mktemp("model") / "ours", SPEAKER)
+    prompt = golden / "t2w_golden" / "prompt.wav"
+    cli.main(["voice", "add", "anna", str(prompt), "--model", str(folder)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recording(golden, tmp_path_factory):
+    """1.2 s at 24 kHz, stereo."""
+    samples, rate = soundfile.read(golden / "t2w_golden" / "prompt.wav", dtype="float32")
+    samples = samples if samples.ndim == 1 else samples[:, 0]
+    path = tmp_path_factory.mktemp("recordings") / "clip.flac"
+    soundfile.write(path, np.stack([samples, samples], axis=1), rate)
+    return path
+
+
+@pytest.fixture
+def codes(tmp_path):
+    path = tmp_path / "codes.json"
+    path.write_text(json.dumps([7, 12, 4218, 6561, 99] * 6))
+    return path
+
+
+@pytest.mark.both_pairs
+def test_recording_to_codes_and_back(run, model, recording, tmp_path):
+    code, out, err = run("tokenize", recording, "--model", model)
+    assert (code, err) == (0, "")
+    codes = json.loads(out)
+    seconds = soundfile.info(recording).duration
+    assert len(codes) == -(-seconds // 0.04)
+    (tmp_path / "codes.json").write_text(out)
+    wav = tmp_path / "out.wav"
+    command = ["vocode", tmp_path / "codes.json", "--voice", recording, "-o", wav]
+    code, out, err = run(*command, "--model", model)
+    assert (code, err) == (0, "")
+    assert out.startswith(f"{wav}: {len(codes) / 25:.2f} s in the voice clip, made in ")
+    info = soundfile.info(wav)
+    assert (info.samplerate, info.channels, info.subtype) == (24_000, 1, "PCM_16")
+    assert info.frames == 960 * len(codes)
+    again = tmp_path / "again.wav"
+    assert run("reconstruct", recording, "-o", again, "--model", model)[0] == 0
+    assert again.read_bytes() == wav.read_bytes()
+
+
+def test_tokenize_many(run, model, recording):
+    one = json.loads(run("tokenize", recording, "--model", model)[1])
+    single = json.loads(run("tokenize", recording, "--json", "--model", model)[1])
+    assert single == {"file": str(recording), "codes": one}
+    both = json.loads(run("tokenize", recording, recording, "--model", model)[1])
+    assert both == [single, single]
+
+
+@pytest.mark.slow
+def test_stream(run, model, codes, tmp_path):
+    whole, stream, official = (tmp_path / f"{name}.wav" for name in ("whole", "stream", "official"))
+    where = ["--model", model]
+    assert run("vocode", codes, "-o", whole, *where)[0] == 0
+    assert run("vocode", codes, "-o", stream, "--stream", "--chunk", 20, *where)[0] == 0
+    assert run("vocode", codes, "-o", official, "--parity", "--chunk", 20, *where)[0] == 0
+    first, second, third = (soundfile.read(p)[0] for p in (whole, stream, official))
+    assert first.shape == second.shape == third.shape == (24 * 960,)
+    assert np.abs(second - third).max() > 1e-3
+    other = tmp_path / "other.wav"
+    assert run("vocode", codes, "-o", other, "--seed", 3, *where)[0] == 0
+    assert whole.read_bytes() != other.read_bytes()
+
+
+def test_codes_in_an_object_and_from_stdin(run, model, codes, tmp_path, monkeypatch):
+    first, second, third = (tmp_path / f"{i}.wav" for i in range(3))
+    assert run("vocode", codes, "-o", first, "--model", model)[0] == 0
+    line = json.loads(codes.read_text())
+    codes.write_text(json.dumps({"codes": line, "file": "a.wav"}))
+    assert run("vocode", codes, "-o", second, "--model", model)[0] == 0
+    monkeypatch.setattr("sys.stdin", codes.open())
+    assert run("vocode", "-", "-o", third, "--model", model)[0] == 0
+    assert first.read_bytes() == second.read_bytes() == third.read_bytes()
+
+
+@pytest.mark.both_pairs
+def test_voices(run, refused, model, recording):
+    code, out, err = run("voice", "list", "--model", model)
+    assert (code, out, err) == (0, f"anna\t{model}/voices/anna.safetensors\n", "")
+    code, out, err = run("voice", "add", "bert", recording, "--model", model)
+    assert (code, err) == (0, "")
+    assert out == "bert: 1.2 s, 31 codes\n"
+    assert "already" in refused("voice", "add", "bert", recording, "--model", model)
+    assert run("voice", "add", "bert", recording, "--overwrite", "--model", model)[0] == 0
+    listed = json.loads(run("voice", "list", "--json", "--model", model)[1])
+    assert list(listed) == ["anna", "bert"]
+    shown = json.loads(run("voice", "show", "bert", "--json", "--model", model)[1])
+    assert (shown["name"], shown["codes"]) == ("bert", 31)
+    plain = run("voice", "show", "anna", "--model", model)[1]
+    assert plain.splitlines()[0] == "name\tanna"
+    (model / "voices" / "bert.safetensors").unlink()
+
+
+def test_speech_of_a_released_folder(run, golden, codes, recording, tmp_path):
+    """Not converted first."""
+    wav = tmp_path / "out.wav"
+    command = ["vocode", codes, "--voice", recording, "-o", wav, "--model", golden / "token2wav"]
+    assert run(*command)[0] == 0
+    assert soundfile.info(wav).frames == 24 * 960
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "no codes"),
+        ("[1, 2", "is not JSON"),
+        ('{"ids": [1]}', "expected a JSON list of whole numbers"),
+        ("[1, 2.5]", "expected a JSON list of whole numbers"),
+        ("[true]", "expected a JSON list of whole numbers"),
+        ("[1, -4]", "code -4 at place 1: expected 0 to 6560"),
+        ("[151700]", "subtract the id of <audio_0>"),
+    ],
+)
+@pytest.mark.parametrize("how", [[], ["--stream"]], ids=["whole", "stream"])
+def test_bad_codes(refused, model, tmp_path, text, message, how):
+    path = tmp_path / "codes.json"
+    path.write_text(text)
+    out = tmp_path / "out.wav"
+    assert message in refused("vocode", path, "-o", out, *how, "--model", model)
+    assert not out.exists()
+
+
+def test_mistakes(refused, model, codes, recording, tmp_path):
+    wav, where = tmp_path / "out.wav", ["--model", model]
+    short, silent = tmp_path / "short.wav", tmp_path / "silent.wav"
+    soundfile.write(short, np.random.default_rng(0).normal(0, 0.1, 3200), 16_000)
+    soundfile.write(silent, np.zeros(48_000), 24_000)
+    mistakes = [
+        (["vocode", tmp_path / "no.json", "-o", wav], "cannot be read"),
+        (["vocode", codes, "-o", tmp_path / "out.mp3"], "ending in .wav"),
+        (["vocode", codes, "-o", tmp_path / "no" / "out.wav"], "make it first"),
+        (["vocode", codes, "-o", wav, "--voice", "nobody"], "no voice 'nobody'"),
+        (["vocode", codes, "-o", wav, "--stream", "--chunk", 0], "at least 1 code"),
+        (["vocode", codes, "-o", wav, "--steps", 0], "steps"),
+        (["vocode", codes, "-o", wav, "--voice", short], "got 0.20 s"),
+        (["tokenize"], "no recordings"),
+        (["tokenize", tmp_path / "no.wav"], "no such file"),
+        (["reconstruct", silent, "-o", wav], "stays below -60 dB"),
+        (["reconstruct", codes, "-o", wav], "cannot be read"),
+        (["voice", "add", "a/b", recording], "voice name"),
+        (["voice", "add", "bert", tmp_path / "no.wav"], "no such file"),
+        (["voice", "add", "bert", short], "got 0.20 s"),
+        (["voice", "show", "nobody"], "no voice 'nobody'"),
+    ]
+    for command, message in mistakes:
+        assert message in refused(*command, *where), command
+    assert not wav.exists()
+    assert list(store.SpeechFolder(model).voices) == ["anna"]
+    assert "no folder" in refused("voice", "list", "--model", tmp_path / "nowhere")
+    assert "has no detokenizer" in refused("voice", "list", "--model", tmp_path)
+
+
+def test_help_of_actions(run):
+    for action in ("add", "list", "show"):
+        code, out, err = run("voice", action, "--help")
+        assert (code, err) == (0, "")
+        assert f"usage: sa2jax voice {action}" in out

@@ -1,0 +1,187 @@
+"""Recordings to text, as a user types it, and what cannot be heard or used."""
+
+import json
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import soundfile
+
+from sa2jax.chat import tokenizer_files
+from sa2jax.inference.requests import Generation
+
+pytestmark = pytest.mark.usefixtures("leave_no_traces")
+RATE = 16_000
+
+
+class Scripted:
+    """Stands in for the generator: replies as told, remembers what it was asked."""
+
+    replies: ClassVar[list[bytes]] = []
+    asked: ClassVar[list] = []
+
+    def __init__(self, model, params, cfg, *, mesh=None):
+        pass
+
+    def generate(self, requests, options, *, numbers, decode_text):
+        self.asked.append((requests, options))
+        replies = {number: self.replies[number] for number in sorted(numbers)}
+        return [[Generation(tuple(replies[number]), "stop")] for number in numbers]
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    monkeypatch.setattr("sa2jax.pipeline.base.Generator", Scripted)
+    monkeypatch.setattr(Scripted, "asked", [])
+
+    def use(*replies: str) -> type[Scripted]:
+        monkeypatch.setattr(Scripted, "replies", [reply.encode() for reply in replies])
+        return Scripted
+
+    return use
+
+
+# --- listening ---
+
+
+@pytest.mark.both_pairs
+def test_asr(run, ours, recordings):
+    """The whole way, from files to texts."""
+    code, out, err = run("asr", *recordings, "--model", ours, "--max-new-tokens", 24, "--json")
+    found = json.loads(out)
+    assert (code, err) == (0, "")
+    assert [entry["file"] for entry in found] == [str(path) for path in recordings]
+    texts = [entry["text"] for entry in found]
+    assert all(texts)
+    assert len(set(texts)) == 3
+
+
+@pytest.mark.both_pairs
+@pytest.mark.parametrize("command", ["asr", "translate", "caption"])
+def test_text_of_several_files(run, scripted, ours, recordings, command):
+    scripted("eins", "zwei", "drei")
+    code, out, err = run(command, *recordings, "--model", ours)
+    assert (code, err) == (0, "")
+    names = [str(path) for path in recordings]
+    assert out == "".join(
+        f"{n}\t{t}\n" for n, t in zip(names, ["eins", "zwei", "drei"], strict=True)
+    )
+    assert run(command, recordings[0], "--model", ours) == (0, "eins\n", "")
+
+
+def test_options_reach_the_model(run, scripted, ours, recordings):
+    script = scripted("ja")
+    code, out, err = run(
+        "translate", recordings[0], "--model", ours, "--to", "en", "--max-new-tokens", 7,
+        "--seed", 3, "--json",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    assert json.loads(out) == [{"file": str(recordings[0]), "text": "ja"}]
+    ((request,), options), *_ = script.asked
+    assert bytes(i for i in request.ids.tolist() if i < 245).startswith("system\n请仔细".encode())
+    assert (options.max_new_tokens, options.seed, options.sampling.temperature) == (7, 3, 0.1)
+
+
+def test_base_style(run, scripted, source, recordings):
+    script = scripted("ja")
+    assert run("asr", recordings[0], "--model", source, "--style", "base")[0] == 0
+    ((request,), _), *_ = script.asked
+    assert request.ids.tolist()[:3] == list("请".encode())
+
+
+def test_hugging_face_folder_is_taken_as_it_is(run, scripted, source, recordings):
+    scripted("ja")
+    assert run("asr", recordings[0], "--model", source) == (0, "ja\n", "")
+
+
+# --- chat ---
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--text", "x" * 2000), "expected 1 to 1023, since the model's context of 1024 must also"),
+        (("--text", "x", "--temperature", "-1"), "temperature=-1.0: expected at least 0"),
+        (("--text", "x", "--max-new-tokens", "0"), "max_new_tokens=0, samples=1: expected at lea"),
+        (("--text", "x", "--style", "base"), "a base model knows no turns"),
+        (("--text", "x", "--mesh", "tensor=999"), "needs 999 devices"),
+        (("nowhere.wav",), "no such file: nowhere.wav"),
+    ],
+)
+def test_refused_chat(refused, ours, options, message):
+    assert message in refused("chat", *options, "--model", ours)
+
+
+# --- recordings that cannot be heard ---
+
+
+def empty(path: Path) -> None:
+    soundfile.write(path, np.zeros(0), RATE)
+
+
+def not_a_number(path: Path) -> None:
+    soundfile.write(path, np.array([0.1, np.nan, 0.2], np.float32), RATE, subtype="FLOAT")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path.write_text("not audio"), "bad.wav cannot be read"),
+        (lambda path: path.write_bytes(b""), "bad.wav cannot be read"),
+        (empty, "bad.wav holds no samples"),
+        (not_a_number, "bad.wav holds NaN or Inf"),
+        (lambda path: path.mkdir(), "no such file"),
+        (lambda path: None, "no such file"),
+    ],
+)
+def test_bad_recording(refused, ours, recordings, tmp_path, make, message):
+    path = tmp_path / "bad.wav"
+    make(path)
+    assert message in refused("asr", recordings[0], path, "--model", ours)
+
+
+def test_no_recording(refused, ours):
+    assert "no recordings: expected at least one" in refused("asr", "--model", ours)
+
+
+# --- models that cannot be used ---
+
+
+def test_no_model(refused, recordings, tmp_path):
+    line = refused("asr", recordings[0], "--model", tmp_path / "nowhere")
+    assert "expected a model folder" in line
+    assert "no config.json" in refused("asr", recordings[0], "--model", tmp_path)
+
+
+def test_no_tokenizer(refused, broken, recordings):
+    for path in [*broken.glob("*token*"), *broken.glob("*vocab*"), broken / "merges.txt"]:
+        path.unlink()
+    assert "no tokenizer in" in refused("asr", recordings[0], "--model", broken)
+
+
+def strip_audio_tokens(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    keep = lambda token: not token.startswith("<audio_")
+    vocab = content["model"]["vocab"]
+    content["model"]["vocab"] = {token: i for token, i in vocab.items() if keep(token)}
+    content["added_tokens"] = [t for t in content["added_tokens"] if keep(t["content"])]
+    path.write_text(json.dumps(content))
+    for name in ("tokenizer_config.json", "added_tokens.json"):
+        (folder / name).unlink()
+
+
+def test_tokenizer_without_audio_tokens(refused, broken, recordings, tmp_path):
+    strip_audio_tokens(broken)
+    expected = "not a Step-Audio 2 tokenizer: it lacks <audio_start>, <audio_end>, <audio_patch>"
+    assert expected in refused("asr", recordings[0], "--model", broken)
+    assert expected in refused("convert", broken, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_tokenizer_of_another_model(refused, ours, recordings, tmp_path):
+    """Its ids lie outside the vocabulary."""
+    tokenizer_files.save_tokenizer_files(tmp_path / "large")
+    line = refused("asr", recordings[0], "--model", ours, "--tokenizer", tmp_path / "large")
+    assert "outside the vocabulary of 512: is this the checkpoint's own tokenizer?" in line

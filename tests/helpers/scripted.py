@@ -1,0 +1,185 @@
+"""A decoder that says what it is told, and a voice that speaks codes as numbers."""
+
+import time
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+
+import numpy as np
+
+from sa2jax.errors import CodeError, VoiceError
+from sa2jax.speech.voices import Voice
+
+# Of the tiny tokenizer: the released ids less 151392, one id per byte.
+END_OF_TEXT, TOOL_CALL, TOOL_CALL_END, EOT, BOT = 251, 265, 266, 273, 274
+AUDIO_START, AUDIO_END, AUDIO_PATCH, TTS_START, TTS_END, TTS_PAD = 296, 297, 298, 301, 302, 303
+CODE_0, CODES = 304, 208
+SAMPLES = 960  # of a code
+LOOK = 3  # codes that a chunk needs to hear ahead
+
+
+def turn(role: str, *content: str | list[int], close: bool = True) -> list[int]:
+    """Ids of a turn, by hand."""
+    ids = [BOT, *role.encode(), 10]
+    for item in content:
+        ids += item.encode() if isinstance(item, str) else item
+    return [*ids, EOT] if close else ids
+
+
+def heard(tokens: int) -> list[int]:
+    """Ids of a clip."""
+    return [AUDIO_START, *[AUDIO_PATCH] * tokens, AUDIO_END]
+
+
+def groups(text: str, codes: Sequence[int], *, end: bool = True) -> list[int]:
+    """A spoken reply of one byte a group, by hand."""
+    ids, left = [], list(codes)
+    words = list(text.encode())
+    while words or left:
+        ids.append(words.pop(0) if words else TTS_PAD)
+        now, left = left[:4], left[4:]
+        ids += [CODE_0 + c for c in now] + [TTS_PAD] * (4 - len(now))
+    return [*ids, TTS_END] if end else ids
+
+
+class Script:
+    """What the decoder will say, and what it was asked."""
+
+    def __init__(self):
+        self.replies: list[tuple[list[int], str]] = []
+        self.prompts: list[list[int]] = []
+        self.requests, self.options, self.numbers = [], [], []
+        self.left = 0  # replies that were not taken to their end
+        self.pace = 0.0  # seconds for a block of ids: by default no voice can follow
+
+    def will_say(self, *replies: bytes | str | list[int], finish: str = "stop") -> "Script":
+        for reply in replies:
+            ids = reply.encode() if isinstance(reply, str) else reply
+            self.replies.append((list(ids), finish))
+        return self
+
+    def session(self, generator):
+        """Stands in for `Session`."""
+        script = self
+
+        class Session:
+            prefilled, finish = 0, "left"
+
+            def reply(self, request, options, *, number=0, block=5):
+                script.prompts.append(request.ids.tolist())
+                script.requests.append(request)
+                script.options.append(options)
+                script.numbers.append(number)
+                ids, finish = script.replies.pop(0)
+                if len(ids) > options.max_new_tokens:
+                    ids, finish = ids[: options.max_new_tokens], "length"
+                self.prefilled, self.finish = len(request.ids), "left"
+                script.left += 1
+                for start in range(0, len(ids), block):
+                    time.sleep(script.pace)
+                    yield ids[start : start + block]
+                self.finish = finish
+                script.left -= 1
+
+            def fork(self):
+                return Session()
+
+        return Session()
+
+
+class Token2Wav:
+    """Speaks each code as 960 samples of its own value."""
+
+    sample_rate = 24_000
+
+    def __init__(self):
+        self.spoken: list[int] = []
+        self.delay = 0.0  # seconds that a chunk takes
+
+    def stream(self, codes, voice, *, chunk=25, first=None, seed=0) -> Iterator[np.ndarray]:
+        waiting, wanted, given = [], LOOK + (first or chunk), 0
+        for code in codes:
+            given += 1
+            if code >= CODES:
+                continue
+            waiting.append(code)
+            if len(waiting) == wanted:
+                yield self._wave(waiting[:-LOOK])
+                waiting, wanted = waiting[-LOOK:], LOOK + chunk
+        if not given:
+            raise CodeError("no codes")
+        yield self._wave(waiting)
+
+    def _wave(self, codes) -> np.ndarray:
+        time.sleep(self.delay)
+        self.spoken += codes
+        return np.repeat(np.array(codes, np.float32), SAMPLES) / 1000
+
+
+def voice_called(name: str) -> Voice:
+    numbers = np.zeros(1, np.int32), np.zeros(2, np.float32), np.zeros((2, 3), np.float32)
+    return Voice(name, *numbers, audio=name, analysis="")
+
+
+class Speech:
+    """A detokenizer with two voices."""
+
+    sample_rate = 24_000
+
+    def __init__(self):
+        self.token2wav = Token2Wav()
+        self.folder = SimpleNamespace(voices={"anna": None, "bert": None})
+
+    def voice(self, wanted="default") -> Voice:
+        if isinstance(wanted, Voice):
+            return wanted
+        name = "anna" if wanted == "default" else wanted
+        if name not in self.folder.voices:
+            raise VoiceError(f"no voice {name!r}: expected one of anna, bert")
+        return voice_called(name)
+
+    def speak(self, replies, voice="default", *, seed=0) -> list[np.ndarray]:
+        return [
+            np.repeat(np.array([c for c in codes if c < CODES], np.float32), SAMPLES) / 1000
+            for codes in replies
+        ]
+
+
+def sound(codes: Sequence[int]) -> np.ndarray:
+    """What these codes sound like."""
+    return np.repeat(np.array(codes, np.float32), SAMPLES) / 1000
+
+
+def pcm16(wave: np.ndarray) -> np.ndarray:
+    """The 16-bit numbers that a file has of it."""
+    return np.round(wave * np.float32(32768)).astype(np.int16)
+
+
+def call(name: str, arguments: str = "{}") -> list[int]:
+    return [TOOL_CALL, *f"function\n{name}\n{arguments}".encode(), TOOL_CALL_END]
+
+
+def until_sound(stream) -> list[np.ndarray]:
+    """Take pieces up to the first sound."""
+    taken = []
+    for piece in stream:
+        if len(piece.audio):
+            return [*taken, piece.audio]
+    raise AssertionError("no sound")
+
+
+def interrupt(*args, **more):
+    raise KeyboardInterrupt
+
+
+CTRL_C = "\a"  # a command is interrupted while it says this
+HELLO = groups("hello", range(10, 30))
+RATE = 16_000
+CLIP = np.random.default_rng(0).standard_normal(RATE).astype(np.float32) / 10, RATE  # 13 tokens
+SYSTEM = turn("system", "You are a helpful assistant.")
+OPEN = turn("assistant", close=False)
+SPOKEN = turn("assistant", [TTS_START], close=False)
+QUERY = {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]}
+SEARCH = {"type": "function", "function": {"name": "search", "parameters": QUERY}}
+TOOLS = [SEARCH, {"name": "get_date_time", "description": "Now."}]
+WHERE = ("--model", "nowhere")  # options of a command; never loaded, a `Script` stands in
+SUMMARISE = "\n\n\n请用口语化形式总结检索结果，简短地回答用户的问题。"

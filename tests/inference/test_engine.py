@@ -1,0 +1,437 @@
+"""Generation: few programs, independent rows, and ends where it should."""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sa2jax import audio, testing
+from sa2jax.errors import PromptError
+from sa2jax.inference.engine import LENGTHS, MEL_FRAMES, Generator, bucket
+from sa2jax.inference.programs import TRACES
+from sa2jax.inference.requests import Options, Request
+from sa2jax.inference.sampling import Sampling, sample
+from sa2jax.models.step_audio import step_audio2, unstack_decoder
+from sa2jax.nn import Policy
+
+CFG = testing.tiny_config(max_positions=256)
+CONTEXT = CFG.decoder.max_positions
+AUDIO_START = testing.AUDIO_START
+NEW = 20  # tokens of a reply; with BLOCK it crosses two borders of blocks
+BLOCK = 8
+GREEDY = Options(max_new_tokens=NEW)
+SAMPLED = Options(
+    sampling=Sampling(temperature=0.8, top_k=20, top_p=0.9, repetition_penalty=1.3),
+    max_new_tokens=NEW,
+)
+
+
+def spoken(ids) -> str:
+    """Ids as text in which no id is part of another."""
+    return "".join(f"<{i}>" for i in ids)
+
+
+def text_request(rng, length: int) -> Request:
+    return Request(rng.integers(0, 256, length).astype(np.int32))
+
+
+def audio_request(rng, length: int, frames: tuple[int, ...]) -> Request:
+    """A prompt with clips of these mel frames one after the other."""
+    request = text_request(rng, length)
+    mels = tuple(rng.standard_normal((CFG.audio_encoder.mels, n), np.float32) for n in frames)
+    counts = tuple(int(audio.num_tokens(n)) for n in frames)
+    starts = tuple(2 + sum(counts[:i]) + 2 * i for i in range(len(counts)))
+    return replace(request, mels=mels, starts=starts, counts=counts)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return testing.tiny_params(CFG)
+
+
+@dataclass
+class Traffic:
+    """A generator after 200 requests, and what they cost."""
+
+    generator: Generator
+    requests: list[Request]
+    lengths: list[int]  # of the replies
+    expected: Counter
+    traced: Counter
+    compiled: Counter
+
+
+@pytest.fixture(scope="module")
+def traffic(params) -> Traffic:
+    """200 requests of random length, every third with one or two clips, in batches of 3 or 4."""
+    rng = np.random.default_rng(0)
+    generator = Generator(step_audio2(CFG), params, CFG, block=BLOCK)
+    compiled: Counter[str] = Counter()
+
+    def count(event: str, duration: float, **about) -> None:
+        if event.endswith("backend_compile_duration"):
+            compiled[about.get("fun_name", "").removeprefix("jit(").removesuffix(")")] += 1
+
+    used: dict[str, set] = {"prefill": set(), "decode": set(), "listen": set(), "place": set()}
+    requests: list[Request] = []
+    lengths: list[int] = []
+    TRACES.clear()
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        while len(requests) < 200:
+            longest = rng.choice([60, 120, 250])
+            batch = [text_request(rng, n) for n in rng.integers(1, longest, rng.integers(3, 5))]
+            if len(requests) % 3 == 0:
+                frames = tuple(rng.integers(9, 250, rng.integers(1, 3)).tolist())
+                batch[1] = audio_request(rng, int(rng.integers(80, 250)), frames)
+            replies = generator.generate(batch, GREEDY)
+            lengths += [len(reply.ids) for (reply,) in replies]
+            requests += batch
+
+            steps = bucket(max(len(request.ids) for request in batch), LENGTHS)
+            size = min(bucket(steps + NEW, LENGTHS), CONTEXT)
+            used["prefill"].add((steps, size))
+            used["decode"].add(size)
+            clips = [mel.shape[1] for request in batch for mel in request.mels]
+            if clips:
+                used["listen"].add((len(clips), bucket(max(clips), MEL_FRAMES)))
+                used["place"].add((steps, len(clips), bucket(max(clips), MEL_FRAMES)))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    expected = Counter({name: len(shapes) for name, shapes in used.items()})
+    return Traffic(generator, requests, lengths, expected, Counter(TRACES), compiled)
+
+
+@pytest.fixture(scope="module")
+def generator(traffic) -> Generator:
+    """Has compiled batches of four; tests share these programs."""
+    return traffic.generator
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[Request]:
+    """Four prompts, one with a clip, that fit the smallest bucket."""
+    rng = np.random.default_rng(1)
+    return [
+        text_request(rng, 7),
+        audio_request(rng, 40, (100,)),
+        text_request(rng, 1),
+        text_request(rng, 60),
+    ]
+
+
+@pytest.fixture(scope="module")
+def greedy(generator, prompts) -> list[list[int]]:
+    """What each prompt's greedy reply is."""
+    return [list(reply.ids) for (reply,) in generator.generate(prompts, GREEDY)]
+
+
+def ids_of(replies) -> list[list[int]]:
+    return [list(reply.ids) for (reply,) in replies]
+
+
+# --- programs ---
+
+
+def test_one_program_per_bucket(traffic):
+    assert len(traffic.requests) >= 200
+    assert traffic.traced == traffic.expected
+    assert traffic.traced["prefill"] == 3  # of 64, 128 and 256 tokens
+
+
+def test_what_was_traced_once_was_compiled_once(traffic):
+    """A change of placement would compile again without tracing again."""
+    assert {name: traffic.compiled[name] for name in traffic.traced} == traffic.traced
+
+
+def test_every_request_was_answered(traffic):
+    room = [CONTEXT - len(request.ids) for request in traffic.requests]
+    assert traffic.lengths == [min(NEW, left) for left in room]
+
+
+def test_repeated_and_reordered_requests_trace_nothing(generator, prompts, greedy):
+    before = Counter(TRACES)
+    assert ids_of(generator.generate(prompts[::-1], GREEDY)) == greedy[::-1]
+    assert before == TRACES
+
+
+def test_settings_that_are_numbers_trace_nothing(generator, prompts):
+    generator.generate(prompts, SAMPLED)
+    before = Counter(TRACES)
+    other = replace(SAMPLED.sampling, temperature=0.5, top_p=0.5, repetition_penalty=1.1)
+    generator.generate(prompts, replace(SAMPLED, sampling=other, seed=5, max_new_tokens=9))
+    assert before == TRACES
+
+
+def test_text_and_audio_share_a_program_in_bfloat16(params, prompts):
+    half = Policy(param=jnp.bfloat16, compute=jnp.bfloat16)
+    numbers = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    generator = Generator(step_audio2(CFG, half), numbers, CFG)
+    text, heard = (generator._pad([request], [0]) for request in prompts[:2])
+    kinds = [jax.tree.map(jax.typeof, batch) for batch in (text, heard)]
+    assert kinds[0] == kinds[1]
+    assert heard.features.dtype == jnp.bfloat16
+    assert np.abs(np.asarray(heard.features, np.float32)).max() > 0
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [(1, 64), (64, 64), (65, 128), (131072, 131072), (131073, 131073)]
+)
+def test_bucket(size, expected):
+    assert bucket(size, LENGTHS) == expected
+
+
+# --- rows ---
+
+
+def test_rows_do_not_feel_their_neighbours(generator, prompts, greedy, traffic):
+    for other in (0, 40, 80):
+        strangers = traffic.requests[other : other + 3]
+        strangers = [replace(s, ids=s.ids[:60]) for s in strangers if not s.mels]
+        for row in (0, 2, 3):
+            batch = [prompts[row], *strangers, prompts[1]][:4]
+            assert ids_of(generator.generate(batch, GREEDY))[0] == greedy[row]
+
+
+def test_replies_depend_on_what_is_heard(generator, prompts, greedy):
+    """A model that does not listen would give the same reply to another clip."""
+    deaf = replace(prompts[1], mels=(np.zeros_like(prompts[1].mels[0]),))
+    other = ids_of(generator.generate([prompts[0], deaf, *prompts[2:]], GREEDY))
+    assert other[1] != greedy[1]
+    assert other[0] == greedy[0]
+
+
+def test_drawn_rows_depend_on_their_number_only(generator, prompts):
+    whole = ids_of(generator.generate(prompts, SAMPLED))
+    turned = ids_of(generator.generate(prompts[::-1], SAMPLED, numbers=[3, 2, 1, 0]))
+    assert turned == whole[::-1]
+    moved = ids_of(generator.generate(prompts, SAMPLED, numbers=[7, 1, 2, 3]))
+    assert moved[0] != whole[0]
+    assert moved[1:] == whole[1:]
+
+
+def test_nine_clips_find_their_places(generator):
+    """More clips than are encoded at once: each stands where its prompt wants it."""
+    rng = np.random.default_rng(2)
+    frames = (20, 100, 9, 60, 33, 47, 128, 12, 90)
+    first, second = audio_request(rng, 250, frames[:4]), audio_request(rng, 250, frames[4:])
+    batch = generator._pad([first, second], [0, 1])
+    for row, request in enumerate((first, second)):
+        held = np.zeros(len(request.ids), bool)
+        for mel, start, count in zip(request.mels, request.starts, request.counts, strict=True):
+            (alone,) = generator.listen([mel])
+            rows = np.asarray(batch.slots)[row, start : start + count]
+            np.testing.assert_allclose(batch.features[rows], alone[0, :count], atol=1e-3)
+            held[start : start + count] = True
+        np.testing.assert_array_equal(batch.slots[row, : len(held)] >= 0, held)
+
+
+def test_no_requests(generator):
+    assert generator.generate([], GREEDY) == []
+
+
+# --- drawing ---
+
+
+def plain_loop(generator, request, options, number: int, draw: int) -> list[int]:
+    """A reply token by token, without a cache, with the documented derivation of keys."""
+    key = jax.random.fold_in(jax.random.key(options.seed), number)
+    key = jax.random.fold_in(key, draw)
+    ids = request.ids.tolist()
+    for step in range(options.max_new_tokens):
+        logits = generator.logits(replace(request, ids=np.array(ids, np.int32)))[-1:]
+        seen = np.isin(np.arange(logits.shape[-1]), ids)[None]
+        token = sample(
+            jax.random.fold_in(key, step)[None], logits, seen, options.sampling.knobs()
+        )  # fmt: skip
+        ids.append(int(token[0]))
+    return ids[len(request.ids) :]
+
+
+def test_samples_are_what_a_plain_loop_draws(generator, prompts):
+    options = replace(SAMPLED, samples=2, seed=3, max_new_tokens=4)
+    replies = generator.generate(prompts[:2], options)
+    for number, (request, made) in enumerate(zip(prompts, replies, strict=False)):
+        for draw, reply in enumerate(made):
+            assert list(reply.ids) == plain_loop(generator, request, options, number, draw)
+    assert len({reply.ids for made in replies for reply in made}) == 4  # all differ
+
+
+def test_first_of_several_samples_is_the_single_one(generator, prompts):
+    TRACES.clear()
+    several = generator.generate(prompts[:2], replace(SAMPLED, samples=2))
+    assert TRACES["prefill"] <= 1  # the samples share their prompt's
+    single = generator.generate(prompts, SAMPLED)
+    assert [made[0] for made in several] == [made[0] for made in single[:2]]
+    assert all(made[0] != made[1] for made in several)
+
+
+def test_greedy_samples_are_equal(generator, prompts, greedy):
+    replies = generator.generate(prompts[:2], replace(GREEDY, samples=2))
+    assert [[list(r.ids) for r in made] for made in replies] == [[g, g] for g in greedy[:2]]
+
+
+def test_seeds(generator, prompts):
+    first, again, other = (
+        ids_of(generator.generate(prompts, replace(SAMPLED, seed=seed))) for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert all(a != b for a, b in zip(first, other, strict=True))
+
+
+def test_penalty_covers_prompt_and_reply(generator, prompts):
+    """A penalty beyond measure: nothing is said twice, neither of the prompt nor of the reply."""
+    options = replace(GREEDY, max_new_tokens=60)
+    plain = ids_of(generator.generate(prompts, options))
+    assert any(len(set(ids)) < len(ids) for ids in plain)
+    penalty = Sampling(temperature=0, repetition_penalty=1e6)
+    replies = ids_of(generator.generate(prompts, replace(options, sampling=penalty)))
+    for request, ids in zip(prompts, replies, strict=True):
+        assert len({*ids, *request.ids.tolist()}) == len(ids) + len(set(request.ids.tolist()))
+
+
+# --- ends ---
+
+
+def test_limit(generator, prompts, greedy):
+    for limit in (1, BLOCK, BLOCK + 1, BLOCK + 2):
+        replies = generator.generate(prompts, replace(GREEDY, max_new_tokens=limit))
+        assert ids_of(replies) == [ids[:limit] for ids in greedy]
+        assert {reply.finish for (reply,) in replies} == {"length"}
+
+
+@pytest.mark.parametrize("place", [0, 1, 5, 13])
+def test_stop_id(generator, prompts, greedy, place):
+    stop = greedy[1][place]
+    for ids, (reply,) in zip(
+        greedy,
+        generator.generate(prompts, replace(GREEDY, stop_ids=(stop,))),
+        strict=True,
+    ):
+        end = ids.index(stop) if stop in ids else None
+        assert list(reply.ids) == ids[:end]
+        assert reply.finish == ("length" if end is None else "stop")
+
+
+@pytest.mark.parametrize("place", [0, 3, BLOCK - 1, BLOCK, 2 * BLOCK])  # tokens 8 | 9, 16 | 17
+@pytest.mark.parametrize("length", [1, 2])
+def test_stop_string(generator, prompts, greedy, place, length):
+    """The reply ends with the token that completes the string, also across blocks."""
+    string = spoken(greedy[3][place : place + length])
+    options = replace(GREEDY, stop_strings=("never", string))
+    for ids, (reply,) in zip(
+        greedy, generator.generate(prompts, options, decode_text=spoken), strict=True
+    ):
+        ends = [n for n in range(1, NEW + 1) if string in spoken(ids[:n])]
+        assert list(reply.ids) == (ids[: ends[0]] if ends else ids)
+        assert reply.finish == ("string" if ends else "length")
+
+
+def test_stop_id_before_and_after_a_stop_string(generator, prompts, greedy):
+    ids = greedy[3]
+    for stop, finish, end in ((ids[4], "stop", 4), (ids[9], "string", 7)):
+        options = replace(GREEDY, stop_ids=(stop,), stop_strings=(spoken([ids[6]]),))
+        reply = generator.generate(prompts, options, decode_text=spoken)[3][0]
+        assert (list(reply.ids), reply.finish) == (ids[:end], finish)
+
+
+def test_stop_strings_end_the_work(generator, prompts):
+    """No further block runs once every row has its string."""
+    added = []
+    options = replace(GREEDY, stop_strings=("<",))
+    replies = generator.generate(prompts, options, decode_text=spoken, progress=added.append)
+    assert {len(reply.ids) for (reply,) in replies} == {1}
+    assert added == []
+    generator.generate(prompts, GREEDY, progress=added.append)
+    assert added == [BLOCK, BLOCK, NEW - 1 - 2 * BLOCK]
+
+
+def test_end_of_the_context(generator):
+    rng = np.random.default_rng(4)
+    requests = [text_request(rng, CONTEXT - n) for n in (3, 1, 40, 2)]
+    replies = generator.generate(requests, GREEDY)
+    assert [len(reply.ids) for (reply,) in replies] == [3, 1, NEW, 2]
+    assert {reply.finish for (reply,) in replies} == {"length"}
+    for request, (reply,) in zip(requests, replies, strict=True):
+        whole = np.concatenate([request.ids, reply.ids])[: CONTEXT - 1].astype(np.int32)
+        best = generator.logits(Request(whole)).argmax(-1)[len(request.ids) - 1 :]
+        assert best.tolist()[: len(reply.ids)] == list(reply.ids)
+
+
+def test_generated_audio_start_is_a_token_like_any_other(generator, prompts):
+    """Also after a clip: no further clip is looked for, the cache goes on as without a cache."""
+    state = generator.start(prompts, GREEDY)
+    state = replace(state, token=jnp.full_like(state.token, AUDIO_START))
+    _, tokens = generator.run(state, GREEDY, BLOCK)
+    for request, row in zip(prompts, np.asarray(tokens), strict=True):
+        ids = np.concatenate([request.ids, [AUDIO_START], row[:-1]]).astype(np.int32)
+        best = generator.logits(replace(request, ids=ids)).argmax(-1)
+        assert best[-BLOCK:].tolist() == row.tolist()
+
+
+# --- refused ---
+
+FRAMES = 100
+MEL = np.zeros((CFG.audio_encoder.mels, FRAMES), np.float32)
+IDS = np.zeros(30, np.int32)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request(IDS[:0]), "prompt 1 has 0 tokens: expected 1 to 255"),
+        (
+            Request(np.zeros(256, np.int32)),
+            "prompt 1 has 256 tokens: expected 1 to 255, since the model's context of 256 must",
+        ),
+        (Request(np.array([1, 512, 3])), "prompt 1 holds id 512, outside the vocabulary of 512"),
+        (Request(np.array([1, -2, 600])), "prompt 1 holds id -2, outside the vocabulary of 512"),
+        (Request(IDS, (MEL,), (), ()), "prompt 1 has 1 and 0 and 0 mels, starts and counts"),
+        (Request(IDS, (MEL,), (20,), (12,)), "cannot fill 12 positions from 20 on of 30"),
+        (Request(IDS, (MEL,), (-1,), (12,)), "cannot fill 12 positions from -1 on of 30"),
+        (Request(IDS, (MEL,), (3,), (14,)), "a clip of 100 frames gives 12 embeddings and cannot"),
+        (Request(IDS, (MEL[:8],), (3,), (12,)), "expected clips of 16 mels and at most 3000 fram"),
+        (
+            Request(IDS, (np.zeros((16, 3001), np.float32),), (3,), (12,)),
+            "at most 3000 frames, got [16, 3001]",
+        ),
+    ],
+)
+def test_refused_requests(generator, prompts, request_, message):
+    with pytest.raises(PromptError) as error:
+        generator.generate([prompts[0], request_], GREEDY)
+    assert message in str(error.value)
+    with pytest.raises(PromptError, match="prompt 7"):
+        generator.generate([prompts[0], request_], GREEDY, numbers=[3, 7])
+
+
+def test_refused_options(generator, prompts):
+    for wrong in ({"max_new_tokens": 0}, {"samples": 0}):
+        with pytest.raises(PromptError, match="expected at least 1"):
+            Options(**wrong)
+    with pytest.raises(PromptError, match="stop strings need decode_text"):
+        generator.generate(prompts, replace(GREEDY, stop_strings=("x",)))
+
+
+# --- cache and layout ---
+
+
+def test_layers_in_a_loop_equal_layers_in_a_scan(generator, prompts, params):
+    loop = Generator(step_audio2(CFG, stacked=False), unstack_decoder(params), CFG)
+    for request in prompts:
+        np.testing.assert_allclose(loop.logits(request), generator.logits(request), atol=1e-4)
+    assert list(params["decoder"]["layers"]) != [0, 1]  # the given parameters stay as they were
+
+
+def test_finished_rows_are_not_cached(generator):
+    """A row that ended early keeps its cache while others go on."""
+    rng = np.random.default_rng(5)
+    lengths = [CONTEXT - 2, 200, 7]
+    state = generator.start([text_request(rng, n) for n in lengths], GREEDY)
+    state, _ = generator.run(state, GREEDY, BLOCK)
+    # The newest token of a row is not in its cache yet; the fourth row only pads the batch.
+    assert np.asarray(state.made).tolist() == [2, 1 + BLOCK, 1 + BLOCK, 0]
+    assert np.asarray(state.cache.length).tolist() == [CONTEXT - 1, 200 + BLOCK, 7 + BLOCK, 0]

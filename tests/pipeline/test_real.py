@@ -1,0 +1,182 @@
+"""Conversations with a real, if senseless, model and voice."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from helpers.recorded_speech import other_voice
+from helpers.scripted import Speech, heard, turn
+from helpers.small_speech import SPEAKER, small_networks
+
+from sa2jax import testing
+from sa2jax.chat import template, tokenizer_files
+from sa2jax.inference.programs import TRACES
+from sa2jax.inference.requests import Options, Request
+from sa2jax.inference.sampling import Sampling
+from sa2jax.inference.session import Session
+from sa2jax.pipeline import StepAudio2
+from sa2jax.speech import programs as speech_programs
+from sa2jax.speech.token2wav import Token2Wav
+
+RATE = 16_000
+SHORT = Options(max_new_tokens=8)
+DRAWN = Options(sampling=Sampling(temperature=0.7, top_p=0.9), max_new_tokens=150, seed=1)
+
+
+def noise(seconds: float, seed: int = 0) -> tuple[np.ndarray, int]:
+    samples = np.random.default_rng(seed).standard_normal(int(seconds * RATE))
+    return samples.astype(np.float32) / 10, RATE
+
+
+@pytest.fixture(scope="module")
+def speech():
+    """A small detokenizer."""
+    speak = Token2Wav(SPEAKER, small_networks(), steps=2)
+    voice = other_voice(0, 31, SPEAKER)
+    found = Speech()
+    found.token2wav, found.voice = speak, lambda wanted="default": voice
+    return found
+
+
+@pytest.fixture(scope="module")
+def model(speech) -> StepAudio2:
+    from sa2jax.chat.tokenizer import Tokenizer
+
+    cfg = testing.tiny_config(max_positions=4096)
+    tokenizer = Tokenizer(tokenizer_files.byte_tokenizer(testing.AUDIO_START, 512))
+    return StepAudio2(cfg, testing.tiny_params(cfg), tokenizer, speech=lambda: speech)
+
+
+def test_the_second_answer_depends_on_the_first(model):
+    system = "You are a helpful assistant. " * 2
+    greedy = Options(max_new_tokens=8)
+    chat = model.chat(system, options=greedy)
+    first, second = chat.say("hello"), chat.say("and now?")
+    assert (len(first.ids), first.finish) == (8, "length")
+    assert model.chat(system, options=greedy).say("hello") == first
+    assert model.chat(system, options=greedy).say("and now?").ids != second.ids
+    turns = [turn("system", system), turn("human", "hello"), turn("assistant", list(first.ids)),
+             turn("human", "and now?"), turn("assistant", close=False)]  # fmt: skip
+    ids = np.concatenate(turns).astype(np.int32)
+    ((alone,),) = model.generate([Request(ids)], SHORT)
+    assert alone.ids == second.ids
+
+
+def test_a_turn_reads_only_its_own_positions(model):
+    """Speech and text, spoken and written answers: what went before is never read again."""
+    chat = model.chat("S", options=SHORT, voice="default")
+
+    def end() -> int:
+        """The newest token of the answer before, what closes it, and the end of its turn."""
+        kept = [piece for piece in chat.history[-1].content if isinstance(piece, template.Ids)]
+        return 1 + len(kept[0].ids) - len(reply.ids) + 1
+
+    open_spoken, open_written = (
+        len(turn("assistant", [301], close=False)),
+        len(turn("assistant", close=False)),
+    )
+    reply = chat.say(noise(1))
+    head = len(turn("system", "S"))
+    assert reply.timings.read == head + len(turn("human", heard(13))) + open_spoken
+    expected = end() + len(turn("human", "more")) + open_written
+    reply = chat.say("more", speak=False)
+    assert reply.timings.read == expected
+    expected = end() + len(turn("human", heard(25), "third")) + open_spoken
+    reply = chat.say([noise(2, 1), "third"])
+    assert reply.timings.read == expected
+    other, expected = chat.fork(), end() + len(turn("human", "x")) + open_written
+    assert other.say("x", speak=False).timings.read == expected
+    chat.undo()
+    assert chat.say("y", speak=False).timings.read < 40
+
+
+def test_a_streamed_reply_is_the_whole_one(model, speech):
+    """Same ids, and the sound of the offline stream of its codes."""
+    whole = model.chat("S", options=DRAWN).say("hello", speak=True)
+    stream = model.chat("S", options=DRAWN).stream("hello", speak=True)
+    pieces = list(stream)
+    assert stream.reply.ids == whole.ids
+    assert len(whole.codes) > 40
+    np.testing.assert_array_equal(stream.reply.audio, whole.audio)
+    np.testing.assert_array_equal(
+        np.concatenate([piece.audio for piece in pieces if len(piece.audio)]), whole.audio
+    )
+    offline = speech.token2wav.stream(whole.codes, speech.voice(), seed=DRAWN.seed)
+    np.testing.assert_array_equal(np.concatenate(list(offline)), whole.audio)
+    assert len(whole.audio) == 960 * len(whole.codes)
+    assert np.isfinite(whole.audio).all()
+    assert np.abs(whole.audio).max() > 1e-4
+
+
+def test_the_ids_are_those_of_a_batch(model):
+    """The conversation's own loop draws what `generate` draws."""
+    chat = model.chat("S", options=DRAWN)
+    reply = chat.say("hello")
+    request = model.request(template.render([*chat.history[:-1], template.reply_turn()]))
+    ((made,),) = model.generate([request], DRAWN)
+    assert made.ids == reply.ids
+
+
+def test_cancel_and_go_on(model):
+    """The history holds exactly the codes whose sound was given; the talk goes on from there."""
+    options = Options(sampling=DRAWN.sampling, max_new_tokens=400, seed=1)
+    chat = model.chat("S", options=options, voice="default")
+    stream = chat.stream("hello", first=10)
+    samples = 0
+    for piece in stream:
+        samples += len(piece.audio)
+        if samples:
+            break
+    reply = stream.cancel()
+    assert len(reply.codes) == samples // 960
+    assert 0 < len(reply.codes) < 30
+    assert chat.history[-1] == template.spoken_turn(reply.ids)
+    following = chat.say("go on", speak=False)
+    fresh = model.chat("S", options=options)
+    fresh.rounds = [chat.rounds[0]]
+    assert fresh.say("go on", speak=False).ids == following.ids
+    assert following.timings.read < 40
+
+
+def warm_up(model, speech, options) -> None:
+    """Every size that a conversation of short clips can need, once."""
+    generator, rng = model.generator, np.random.default_rng(0)
+    mels = model.cfg.audio_encoder.mels
+    for clips in (1, 2, 4, 8):
+        for frames in (128, 256, 512):
+            heard_clips = generator.listen([np.zeros((mels, frames), np.float32)] * clips)
+            for size in (64, 128, 256, 512):
+                generator._arrange(heard_clips, [np.arange(3)] * clips, size)
+    for read in (60, 1100, 2200):  # through all sizes of the cache
+        session, ids = Session(generator), rng.integers(0, 256, read)
+        for more in (0, 40, 100, 200, 400):
+            ids = np.concatenate([ids, rng.integers(0, 256, more)])
+            list(session.reply(Request(ids.astype(np.int32)), options))
+    for last in (1, 5, 10, 15, 20, 25):
+        list(speech.token2wav.stream(range(last), speech.voice()))
+
+
+@pytest.mark.slow
+def test_fifty_turns_compile_nothing_new(model, speech):
+    """Text and recordings, written and spoken, with turns dropped on the way."""
+    options = Options(sampling=DRAWN.sampling, max_new_tokens=60, stop_ids=model.stop_ids, seed=1)
+    warm_up(model, speech, options)
+    before = Counter(TRACES), Counter(speech_programs.TRACES)
+    chat, dropped = model.chat("S", options=options, voice="default"), 0
+    for number in range(50):
+        question = [noise(1 + number % 3, number), "?"] if number % 5 == 0 else "why? " * 8
+        dropped += bool(chat.say(question, speak=number % 10 == 0).notes)
+    assert dropped > 0
+    changed = (Counter(TRACES) - before[0], Counter(speech_programs.TRACES) - before[1])
+    # A conversation's cache grows from size to size; that alone the warm-up has not done.
+    assert changed == (Counter(grow=changed[0]["grow"]), Counter())
+    assert changed[0]["grow"] <= 2
+
+
+def test_spoken_tasks(model):
+    replies = model.tts(["one", "two", "three"], max_new_tokens=60)
+    alone = model.tts("one", max_new_tokens=60)
+    assert alone.ids == replies[0].ids
+    assert len({reply.ids for reply in replies}) == 3
+    for reply in replies:
+        assert len(reply.audio) == 960 * len(reply.codes)

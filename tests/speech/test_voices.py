@@ -1,0 +1,172 @@
+import dataclasses
+import logging
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+
+from sa2jax.errors import AudioError, CheckpointError, VoiceError
+from sa2jax.models.speech_tokenizer import SpeechTokenizer
+from sa2jax.nn import Policy, init_params
+from sa2jax.speech.voices import Voice, VoiceAnalyzer, check_name, describe
+from sa2jax.speech_config import (
+    SpeakerEncoderConfig,
+    SpeechTokenizerConfig,
+)
+
+RATE = 16_000
+
+
+class Ear(VoiceAnalyzer):
+    """Hears a code every 40 ms without any network."""
+
+    def __init__(self, analysis="weights"):
+        self.analysis = analysis
+        self.heard = []
+
+    def codes_of(self, clips):
+        self.heard += clips
+        return [np.arange(-(-len(clip) // 640), dtype=np.int32) % 6561 for clip in clips]
+
+    def speaker_of(self, samples):
+        return np.full(192, samples.std(), np.float32)
+
+
+def noise(seconds: float, level: float = 0.1) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    return (level * rng.standard_normal(round(seconds * RATE))).astype(np.float32)
+
+
+@pytest.fixture
+def voice() -> Voice:
+    return Voice.from_wav((noise(2.01), RATE), Ear(), "anna")
+
+
+def test_parts_fit(voice):
+    assert len(voice.codes) == 51  # a part of a code counts
+    assert voice.mel.shape == (102, 80)
+    # 100.5 mel frames were there: the last one is repeated.
+    np.testing.assert_array_equal(voice.mel[100], voice.mel[99])
+    assert voice.seconds == 51 / 25
+
+
+def test_saved_and_loaded(voice, tmp_path):
+    path = tmp_path / "new" / "anna.safetensors"
+    voice.save(path)
+    again = Voice.load(path)
+    for field in dataclasses.fields(Voice):
+        np.testing.assert_array_equal(getattr(again, field.name), getattr(voice, field.name))
+    assert again.hash == voice.hash
+    assert [p.name for p in path.parent.iterdir()] == ["anna.safetensors"]
+
+
+def test_keyed_by_what_was_heard(voice, tmp_path):
+    """The file's name says nothing, its samples do."""
+    other = Voice.from_wav((noise(2.01, 0.11), RATE), Ear(), "anna")
+    renamed = Voice.from_wav((noise(2.01), RATE), Ear(), "bert")
+    elsewhere = Voice.from_wav((noise(2.01), RATE), Ear("other weights"), "anna")
+    assert renamed.hash == voice.hash
+    assert renamed.audio == voice.audio
+    assert len({voice.hash, other.hash, elsewhere.hash}) == 3
+
+
+def test_long_recording_is_cut_with_a_warning(caplog):
+    ear = Ear()
+    with caplog.at_level(logging.WARNING):
+        voice = Voice.from_wav((noise(31), RATE), ear, "anna")
+    assert "only the first 30 s of 31.0 s" in caplog.text
+    assert len(ear.heard[0]) == 30 * RATE
+    assert (len(voice.codes), len(voice.mel)) == (750, 1500)
+
+
+def test_exactly_thirty_seconds_are_not_cut(caplog):
+    assert Voice.from_wav((noise(30), RATE), Ear()).seconds == 30
+    assert not caplog.text
+
+
+def test_channels():
+    """Codes hear the first channel, the mel all of them."""
+    ear = Ear()
+    both = Voice.from_wav((np.stack([noise(2), np.zeros(2 * RATE, np.float32)]), RATE), ear)
+    alone = Voice.from_wav((noise(2), RATE), ear)
+    np.testing.assert_array_equal(*ear.heard)
+    np.testing.assert_allclose(both.mel, alone.mel - np.log(2), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        (noise(0.2), "expected 1 to 30 s of speech, got 0.20 s"),
+        (np.zeros(2 * RATE, np.float32), "channel 0 stays below -60 dB"),
+        (noise(2, 1e-5), "channel 0 stays below -60 dB"),
+        (np.stack([np.zeros(2 * RATE, np.float32), noise(2)]), "channel 0 stays"),
+        (np.stack([noise(2), -noise(2)]), "the mean of the channels stays"),
+    ],
+)
+def test_no_voice_to_hear(samples, message):
+    with pytest.raises(VoiceError, match=message):
+        Voice.from_wav((samples, RATE), Ear())
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "../a", ".hidden", "a b", "x" * 65, "-o"])
+def test_bad_names(name):
+    with pytest.raises(VoiceError, match="voice name"):
+        check_name(name)
+
+
+def test_good_names():
+    for name in ("anna", "default_male", "小明", "a.b-c", "7"):
+        check_name(name)
+
+
+def test_damaged_files(voice, tmp_path):
+    path = tmp_path / "anna.safetensors"
+    voice.save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(VoiceError, match="cannot be read"):
+        Voice.load(path)
+    path.write_bytes(whole[:-4] + b"oops")
+    with pytest.raises(VoiceError, match="is damaged"):
+        Voice.load(path)
+    path.write_bytes(safetensors.numpy.save({"x": np.zeros(2)}))
+    with pytest.raises(VoiceError, match="is no voice"):
+        Voice.load(path)
+    path.unlink()
+    with pytest.raises(VoiceError, match="cannot be read"):
+        Voice.load(path)
+
+
+def test_save_into_a_file_is_refused(voice, tmp_path):
+    (tmp_path / "voices").write_text("not a folder")
+    with pytest.raises(CheckpointError, match="cannot write"):
+        voice.save(tmp_path / "voices" / "anna.safetensors")
+
+
+def test_description(voice):
+    facts = describe(voice)
+    assert facts["name"] == "anna"
+    assert facts["codes"] == 51
+    assert facts["hash"] == voice.hash
+
+
+def test_too_short_for_codes():
+    tokenizer = SpeechTokenizerConfig(mels=8, layers=1, embed=64, mlp=8, memory=3, digits=2)
+    speaker = SpeakerEncoderConfig(
+        mels=8, head=2, stages=(1,), channels=4, growth=2, bottleneck=2, mask=2, layers=(1,),
+        dilations=(1,), embed=4,
+    )  # fmt: skip
+
+    class Sizes:
+        speech_tokenizer, speaker_encoder = tokenizer, speaker
+
+    params = {
+        "speech_tokenizer": init_params(
+            lambda: SpeechTokenizer(tokenizer, policy=Policy(), rngs=nnx.Rngs(0))
+        ),
+        "speaker_encoder": {},
+    }
+    ear = VoiceAnalyzer(Sizes, params, "")  # type: ignore[arg-type]
+    with pytest.raises(AudioError, match="at least 320 samples, got 100"):
+        ear.codes((np.ones(100, np.float32), RATE))

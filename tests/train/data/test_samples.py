@@ -1,0 +1,292 @@
+"""Samples: there and back as bytes, and the two kinds of sources."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import soundfile
+
+from sa2jax import audio
+from sa2jax.errors import AudioError, DataError
+from sa2jax.train.data.records import Record, Turn, parse
+from sa2jax.train.data.samples import (
+    JsonlSource,
+    Reject,
+    Sample,
+    ShardSource,
+    hear,
+    open_source,
+    pack,
+    ready_codes,
+    unpack,
+)
+from sa2jax.train.data.shards import ShardWriter
+
+
+@pytest.fixture
+def folder(tmp_path, rng):
+    """Two recordings, the second of 26 s, and two files of records."""
+    for name, seconds in (("a", 0.5), ("long", 26)):
+        wave = rng.standard_normal(int(16_000 * seconds)).astype(np.float32) / 10
+        soundfile.write(tmp_path / f"{name}.wav", wave, 16_000, subtype="PCM_16")
+    rows = [
+        row("<audio>Hi", "Hello", audios=["a.wav"]),
+        row("Hi", "Hello there", speech=[3, 1, 2]),
+        row("<audio><audio>", "Both", audios=["long.wav", "a.wav"]),
+    ]
+    text = "\n\n \n".join(rows)  # lines 1, 4 and 7
+    (tmp_path / "talks.jsonl").write_text(text, encoding="utf-8")
+    (tmp_path / "more.jsonl").write_text(row("你好", "你好！") + "\r\n", encoding="utf-8")
+    return tmp_path
+
+
+def row(question: str, answer: str, audios=(), **reply) -> str:
+    user = {"role": "user", "content": question}
+    reply = {"role": "assistant", "content": answer} | reply
+    return json.dumps({"messages": [user, reply], "audios": list(audios)}, ensure_ascii=False)
+
+
+def same(one: Sample, other: Sample) -> bool:
+    return (
+        one.record == other.record
+        and [len(clip) for clip in one.mels] == [len(clip) for clip in other.mels]
+        and all(
+            x.dtype == y.dtype and np.array_equal(x, y)
+            for a, b in zip(one.mels, other.mels, strict=True)
+            for x, y in zip(a, b, strict=True)
+        )
+        and one.codes.keys() == other.codes.keys()
+        and all(np.array_equal(one.codes[k], other.codes[k]) for k in one.codes)
+    )
+
+
+# --- one sample -----------------------------------------------------------------------------------
+
+
+def test_hear(folder):
+    (mel,) = hear(folder / "a.wav", 16)
+    np.testing.assert_array_equal(mel, audio.log_mel(audio.load(folder / "a.wav"), n_mels=16))
+    chunks = hear(folder / "long.wav")
+    assert [chunk.shape for chunk in chunks] == [(128, 2502), (128, 102)]
+    with pytest.raises(AudioError, match="a recording of 3 samples is too short to be heard"):
+        hear((np.zeros(3, np.float32), 16_000))
+
+
+def test_pack(rng):
+    """Exact, also for NaN-like patterns of bits, many audios, no audios."""
+    turns = tuple(Turn("user", "<audio>" * 12) for _ in range(2))
+    turns += (Turn("assistant", "ja 好", True, (4, 5)), Turn("assistant", "x", None, "/r.wav"))
+    record = Record(turns, tuple(f"/{n}.wav" for n in range(24)), [{"a": 1}], "no", {"b": [1]}, "w")
+    mels = [rng.standard_normal((4, n + 1)).astype(np.float32) for n in range(25)]
+    clips = (*((m,) for m in mels[:23]), (mels[23], mels[24]))
+    codes = {2: np.array([4, 5], np.int32), 3: np.arange(11, dtype=np.int32)}
+    sample = Sample(record, clips, codes)
+    blob = pack(sample)
+    assert same(unpack(blob), sample)
+    assert pack(unpack(blob)) == blob
+    bare = Sample(Record((Turn("user", "Hi"),)))
+    assert same(unpack(pack(bare)), bare)
+
+
+@pytest.mark.parametrize("blob", [b"", b"abc", b"\0" * 40, pack(Sample(Record(())))[:-3]])
+def test_unpack_damaged(blob):
+    with pytest.raises(DataError, match="not a packed sample"):
+        unpack(blob)
+
+
+def test_ready_codes():
+    record = parse(row("Hi", "Ho", speech=[0, 207]), "w", ".")
+    assert {k: v.tolist() for k, v in ready_codes(record, 208).items()} == {1: [0, 207]}
+    with pytest.raises(DataError, match="message 2: no audio code 207, expected 0 to 206"):
+        ready_codes(record, 207)
+
+
+# --- jsonl ----------------------------------------------------------------------------------------
+
+
+def test_jsonl(folder):
+    source = open_source(folder / "talks.jsonl", 16)
+    assert isinstance(source, JsonlSource)
+    assert (len(source), source.n_mels) == (3, 16)
+    found = [source[index] for index in range(3)]
+    assert all(isinstance(sample, Sample) for sample in found)
+    assert [s.record.where for s in found] == [f"talks.jsonl:{n}" for n in (1, 4, 7)]
+    assert [len(s.mels) for s in found] == [1, 0, 2]
+    assert found[1].codes[1].tolist() == [3, 1, 2]
+    assert [len(clip) for clip in found[2].mels] == [2, 1]
+    assert same(found[2], source[-1])
+    with pytest.raises(IndexError, match="index 3 of 3"):
+        source[3]
+    with pytest.raises(IndexError):
+        source[-4]
+
+
+def test_jsonl_folder(folder):
+    source = open_source(folder)
+    assert len(source) == 4
+    assert source.n_mels == 128
+    assert source[0].record.where == "more.jsonl:1"
+    assert source[0].record.turns[0].content == "你好"
+    again = pickle.loads(pickle.dumps(source))
+    assert again.fingerprint == source.fingerprint
+    assert same(again[3], source[3])
+    (folder / "more.jsonl").write_text(row("Hi", "Bye"))
+    assert open_source(folder).fingerprint != source.fingerprint
+
+
+def test_names_that_are_alike(folder):
+    for name in ("x", "y"):
+        (folder / name).mkdir()
+        (folder / name / "t.jsonl").write_text("no JSON")
+    source = JsonlSource([folder / "x" / "t.jsonl", folder / "y" / "t.jsonl"])
+    assert [source[n].where for n in range(2)] == ["x/t.jsonl:1", "y/t.jsonl:1"]
+
+
+def test_lines_over_blocks(folder, monkeypatch):
+    """Where blocks of the file end makes no difference."""
+    path = folder / "talks.jsonl"
+    path.write_text("".join(f"{{{n}\n" + "\n" * (n % 3) for n in range(200)))
+    whole = JsonlSource([path])
+    real = type(path).open
+
+    class Slow:
+        def __init__(self, file):
+            self.file = file
+
+        def read(self, size):
+            return self.file.read(min(size, 7))
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+    monkeypatch.setattr(type(path), "open", lambda self, mode: Slow(real(self, mode)))
+    pieces = JsonlSource([path])
+    monkeypatch.undo()
+    assert len(whole) == 200
+    np.testing.assert_array_equal(whole.lines.offsets, pieces.lines.offsets)
+    np.testing.assert_array_equal(whole.lines.numbers, pieces.lines.numbers)
+    assert whole.fingerprint == pieces.fingerprint
+    assert whole[199].where == f"talks.jsonl:{200 + sum(n % 3 for n in range(199))}"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("no JSON", "not JSON"),
+        (row("<audio>", "a"), "1 <audio> in the messages, but 0"),
+        (row("<audio>", "a", ["none.wav"]), "none.wav does not exist"),
+        (row("<audio>", "a", ["talks.jsonl"]), "talks.jsonl cannot be read"),
+        (row("<audio>", "a", ["gs://b/a.wav"]), "gs://b/a.wav is not here: run"),
+        (row("Hi", "a", speech="a.wav"), "run `sa2jax data prepare` first"),
+        (row("Hi", "a", speech=[6561]), "message 2: no audio code 6561, expected 0 to 6560"),
+    ],
+)
+def test_rejects(folder, text, reason):
+    (folder / "talks.jsonl").write_text(text)
+    found = open_source(folder / "talks.jsonl")[0]
+    assert isinstance(found, Reject)
+    assert found.where == "talks.jsonl:1"
+    assert reason in found.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("none.jsonl", None, "no such file or folder"),
+        ("a.json", "[]", "expected a file ending in .jsonl"),
+        ("empty.jsonl", "\n \n", "holds no records"),
+        ("", None, "expected .jsonl files or prepared shards, found neither"),
+    ],
+)
+def test_no_source(tmp_path, name, text, message):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=message):
+        open_source(tmp_path / name)
+
+
+# --- shards ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prepared(folder):
+    """The folder as shards of two samples."""
+    out = folder / "ready"
+    out.mkdir()
+    with ShardWriter(out, n_mels=16, shard_size="2") as writer:
+        source = open_source(folder, 16)
+        for index in range(len(source)):
+            writer.add(source[index])
+    return out
+
+
+def test_shards(folder, prepared):
+    source, lines = open_source(prepared), open_source(folder, 16)
+    assert isinstance(source, ShardSource)
+    assert (len(source), source.n_mels) == (4, 16)
+    assert [s["samples"] for s in source.about["shards"]] == [2, 2]
+    again = pickle.loads(pickle.dumps(source))
+    for index in (3, 0, 2, 1, -1):
+        assert same(source[index], lines[index])
+        assert same(again[index], lines[index])
+    assert same(pickle.loads(pickle.dumps(source))[1], lines[1])
+    assert source.about["seconds"] == pytest.approx(27)
+    with pytest.raises(IndexError):
+        source[4]
+
+
+def test_bands_that_do_not_fit(prepared):
+    assert open_source(prepared, 16).n_mels == 16
+    with pytest.raises(DataError, match="was prepared with 16 mel bands, the model hears 128"):
+        open_source(prepared, 128)
+
+
+def change(**changes):
+    def edit(folder):
+        about = json.loads((folder / "dataset.json").read_text())
+        (folder / "dataset.json").write_text(json.dumps(about | changes))
+
+    return edit
+
+
+def cut(folder):
+    path = sorted(folder.glob("*.array_record"))[1]
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (change(format=2), "has format 2, this version of sa2jax reads 1"),
+        (change(samples=5), "the shards do not add up"),
+        (change(shards=[{"file": "x"}]), "cannot be used"),
+        (change(shards=3), "cannot be used"),
+        (lambda folder: (folder / "dataset.json").write_text("{}"), "cannot be used"),
+        (lambda folder: (folder / "dataset.json").write_text("[1]"), "cannot be used"),
+        (lambda folder: (folder / "dataset.json").unlink(), "an unfinished or damaged folder"),
+        (cut, "00001.array_record is missing or cut off"),
+    ],
+)
+def test_damaged_folder(prepared, damage, message):
+    damage(prepared)
+    with pytest.raises(DataError, match=message):
+        open_source(prepared)
+
+
+def test_damaged_sample(prepared):
+    path = sorted(prepared.glob("*.array_record"))[0]
+    data = bytearray(path.read_bytes())
+    data[200] ^= 255  # within the first sample
+    path.write_bytes(data)
+    source = open_source(prepared)
+    found = [source[index] for index in range(4)]
+    assert isinstance(found[0], Reject)
+    assert "damaged" in found[0].reason
+    assert all(isinstance(sample, Sample) for sample in found[1:])

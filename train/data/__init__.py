@@ -1,0 +1,1 @@
+"""Records and recordings: read, prepared, stored and grouped for training."""

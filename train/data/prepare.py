@@ -1,0 +1,444 @@
+"""Records and recordings become shards that training reads at once.
+
+    about = prepare(["talks.jsonl"], "ready", PrepareConfig(model="mini"))
+
+Recordings become log-mel frames, spoken answers audio codes, in the order of the records. What
+cannot be used is written to rejects.jsonl. The same input gives the same bytes.
+"""
+
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from sa2jax import audio
+from sa2jax.assets import model_folder
+from sa2jax.atomic_io import new_folder
+from sa2jax.chat.tokenizer import NUM_CODES, Tokenizer
+from sa2jax.config import StepAudio2Config
+from sa2jax.errors import AudioError, CheckpointError, DataError
+from sa2jax.train.data.readers import Sound, TfioReader, TfRecord
+from sa2jax.train.data.records import Record, RecordError, parse
+from sa2jax.train.data.samples import (
+    ABOUT,
+    N_MELS,
+    Lines,
+    Reject,
+    Sample,
+    hear,
+    jsonl_files,
+    names_of,
+    ready_codes,
+)
+from sa2jax.train.data.shards import (
+    REJECTS,
+    RejectWriter,
+    ShardWriter,
+    Tally,
+    plotter,
+    shard_limits,
+)
+
+LENGTHS = "lengths.png"
+TFRECORD = ".tfrecord"
+_AT_ONCE = 64  # recordings whose codes are found together
+_HELD = 256 << 20  # bytes of samples that may wait for them
+_PER_WORKER = 64  # records for which another process is worth its start
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """How a data set is prepared.
+
+    Attributes:
+        model: folder of the model to train: its mel bands, its tokenizer (for counting) and its
+            speech tokenizer, which makes codes of spoken answers.
+        reader: who reads recordings, see `readers`.
+        tfio_python: the interpreter of tensorflow-io's environment.
+        shard_size: largest shard such as "1GB", or a plain number of samples.
+        workers: processes that read and compute features; by default one for each core.
+        max_rejects: records that may be unusable.
+    """
+
+    model: str | Path | None = None
+    reader: Literal["soundfile", "tfio"] = "soundfile"
+    tfio_python: str | Path | None = None
+    shard_size: str = "1GB"
+    workers: int | None = None
+    max_rejects: int = 100
+
+    def __post_init__(self):
+        if (self.workers is not None and self.workers < 1) or self.max_rejects < 0:
+            raise DataError(
+                f"expected workers >= 1 and max_rejects >= 0, got {self.workers} and "
+                f"{self.max_rejects}"
+            )
+        if self.reader not in ("soundfile", "tfio"):
+            raise DataError(f"unknown reader {self.reader!r}: expected soundfile or tfio")
+        shard_limits(self.shard_size)
+
+
+def prepare(
+    sources: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    config: PrepareConfig | None = None,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Make a folder of shards, whole or not at all; `samples.ShardSource` reads it.
+
+    It may start processes: a script that calls it needs `if __name__ == "__main__":`.
+
+    Args:
+        sources: .jsonl files, folders of them, .tfrecord files (these with the reader tfio).
+        out: the folder.
+        config: how.
+        overwrite: replace a prepared folder that is there already.
+        progress: told about records done and records in all (0 while they are not known).
+
+    Returns:
+        What dataset.json says.
+
+    Raises:
+        DataError: if a source cannot be read, too many records are unusable, or none is usable.
+        CheckpointError: if `out` cannot be written, or the model's folder is damaged.
+    """
+    config = PrepareConfig() if config is None else config
+    out = Path(os.path.abspath(out))
+    if overwrite and out.is_dir() and any(out.iterdir()) and not (out / ABOUT).is_file():
+        raise DataError(f"{out} is no prepared folder, it is not replaced: choose another one")
+    plot = plotter()
+    model = _Model.of(config.model)
+    with ExitStack() as stack:
+        reader = None
+        if config.reader == "tfio":
+            reader = stack.enter_context(TfioReader(config.tfio_python))
+        files = _Files.of(sources, reader)
+        folder = stack.enter_context(new_folder(out, overwrite=overwrite))
+        rejects = stack.enter_context(RejectWriter(folder / REJECTS, out, config.max_rejects))
+        writer = stack.enter_context(
+            ShardWriter(folder, n_mels=model.plan.n_mels, shard_size=config.shard_size)
+        )
+        heard = stack.enter_context(closing(
+            _heard(files.jobs(model.plan, reader), files.processes(config.workers))
+        ))  # fmt: skip
+        tally = Tally(model.reader)
+        for done, result in enumerate(_with_codes(heard, model), 1):
+            if isinstance(result, Reject):
+                rejects.add(result)
+            else:
+                try:
+                    tally.add(result)
+                    writer.add(result)
+                except RecordError as error:
+                    rejects.add(Reject(result.record.where, str(error)))
+            progress(done, files.total)
+        if not writer.samples:
+            raise DataError(f"none of {len(rejects)} records can be used; {rejects.last}")
+        writer.speech_tokenizer = model.analysis
+        writer.facts = tally.facts() | {"rejected": len(rejects)}
+        plot(tally, folder / LENGTHS)
+    return writer.about()
+
+
+# --- the model ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What workers know of the model."""
+
+    n_mels: int = N_MELS
+    num_codes: int = NUM_CODES
+    speaks: bool = False
+
+
+class _Model:
+    """What a model's folder has to say about its data."""
+
+    def __init__(
+        self,
+        plan: _Plan,
+        reader: tuple[Tokenizer, StepAudio2Config] | None = None,
+        speech: Any = None,
+    ):
+        self.plan, self.reader, self._speech = plan, reader, speech
+        self.analysis: str | None = None  # known once codes have been made
+
+    @classmethod
+    def of(cls, folder: str | Path | None) -> Self:
+        """Look at a folder; weights are not read before they are needed."""
+        if folder is None:
+            return cls(_Plan())
+        from sa2jax.speech.layout import find
+        from sa2jax.speech.store import SpeechFolder
+
+        folder = model_folder(folder)
+        if not folder.is_dir():
+            raise CheckpointError(f"no folder {folder}: expected a model folder")
+        n_mels, num_codes, reader = N_MELS, NUM_CODES, None
+        if (folder / "config.json").is_file():
+            tokenizer, cfg = Tokenizer.from_folder(folder), StepAudio2Config.from_hf(folder)
+            n_mels, num_codes = cfg.audio_encoder.mels, tokenizer.special.num_codes
+            reader = tokenizer, cfg
+        speech = None if find(folder) is None else SpeechFolder(folder)
+        if reader is None and speech is None:
+            raise CheckpointError(f"{folder} holds no model: expected config.json or token2wav/")
+        return cls(_Plan(n_mels, num_codes, speech is not None), reader, speech)
+
+    def codes_of(self, clips: list[np.ndarray]) -> list[np.ndarray]:
+        """Codes of recordings at 16 kHz."""
+        if self.analysis is None:
+            from sa2jax.runtime import enable_compilation_cache
+
+            enable_compilation_cache()
+            self.analysis = self._speech.analysis
+        return self._speech.analyzer.codes_of(clips)
+
+
+# --- from files to what is heard ----------------------------------------------------------------
+
+_Fetched = Mapping[tuple[str, int], Sound | AudioError]
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """One record to hear: a line, or a record with the sound that a reader fetched for it."""
+
+    where: str
+    root: str
+    plan: _Plan
+    line: bytes = b""
+    record: Record | None = None
+    fetched: _Fetched | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Heard:
+    """A sample that still lacks the codes of these recordings (16 kHz), by turn."""
+
+    sample: Sample
+    targets: Mapping[int, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class _Files:
+    """What is to be read: lines of a jsonl file, or a TFRecord file's name, each in its turn."""
+
+    parts: tuple[Lines | str, ...]
+
+    @classmethod
+    def of(cls, sources: Sequence[str | os.PathLike[str]], reader: TfioReader | None) -> Self:
+        names = [os.fspath(source) for source in sources]
+        files: list[Path | str] = []
+        for name in names:
+            if name.endswith(TFRECORD):
+                if reader is None:
+                    raise DataError(f"{name} is read by tensorflow-io only: give --reader tfio")
+                files.append(name if "://" in name else os.path.abspath(name))
+            elif "://" in name:
+                raise DataError(f"{name}: a .jsonl file must be here, copy it; its audios need not")
+            else:
+                files += jsonl_files(Path(os.path.abspath(name)))
+        if not files:
+            raise DataError("no sources: expected .jsonl files or folders of them")
+        if twice := [str(file) for file in files if files.count(file) > 1]:
+            raise DataError(f"{twice[0]} is given twice")
+        paths = [file for file in files if isinstance(file, Path)]
+        called = dict(zip(paths, names_of(paths), strict=True))
+        return cls(tuple(Lines.of([f], [called[f]]) if isinstance(f, Path) else f for f in files))
+
+    @property
+    def total(self) -> int:
+        """Records in all, 0 if that is not known."""
+        counts = [0 if isinstance(part, str) else len(part) for part in self.parts]
+        return sum(counts) if all(counts) else 0
+
+    def processes(self, wanted: int | None) -> int:
+        """How many processes are worth their start."""
+        most = wanted or os.cpu_count() or 1
+        return min(most, -(-self.total // _PER_WORKER)) if self.total else most
+
+    def jobs(self, plan: _Plan, reader: TfioReader | None) -> Iterator[_Job | Reject]:
+        """All records, in order."""
+        for part in self.parts:
+            if isinstance(part, str):
+                assert reader is not None
+                yield from _from_tfrecord(part, plan, reader)
+                continue
+            for index in range(len(part)):
+                line, where, root = part.read(index)
+                if reader is None:
+                    yield _Job(where, str(root), plan, line)
+                else:
+                    yield _fetch(line, where, str(root), plan, reader)
+
+
+def _fetch(
+    line: bytes, where: str, root: str, plan: _Plan, reader: TfioReader,
+    audios: Sequence[Sound | AudioError] | None = None,
+) -> _Job | Reject:  # fmt: skip
+    """Ask the reader for all that a record sounds like; its own audios may be there already."""
+    try:
+        record = parse(line, where, root)
+        if audios is not None and len(audios) != len(record.audios):
+            raise RecordError(
+                f"{len(audios)} recordings in the TFRecord, but {len(record.audios)} under 'audios'"
+            )
+    except RecordError as error:
+        return Reject(where, str(error))
+
+    def read(path: str) -> Sound | AudioError:
+        try:
+            return reader.read(path)
+        except AudioError as error:
+            return error
+
+    found = map(read, record.audios) if audios is None else audios
+    fetched = {("audio", n): sound for n, sound in enumerate(found)}
+    for n, turn in enumerate(record.turns):
+        if isinstance(turn.speech, str) and plan.speaks:
+            fetched["speech", n] = read(turn.speech)
+    return _Job(where, root, plan, record=record, fetched=fetched)
+
+
+def _from_tfrecord(path: str, plan: _Plan, reader: TfioReader) -> Iterator[_Job | Reject]:
+    root, name = os.path.split(path)
+    for number, item in enumerate(reader.records(path), 1):
+        where = f"{name}:{number}"
+        if isinstance(item, TfRecord):
+            yield _fetch(item.line, where, root, plan, reader, item.clips)
+        else:
+            yield Reject(where, str(item))
+
+
+def _hear(job: _Job | Reject) -> _Heard | Reject:
+    """Read and compute all that needs no network."""
+    if isinstance(job, Reject):
+        return job
+
+    def sound(kind: str, index: int, path: str) -> audio.Audio:
+        if job.fetched is None:
+            return path
+        found = job.fetched[kind, index]
+        if isinstance(found, AudioError):
+            raise found
+        return found
+
+    try:
+        record = job.record or parse(job.line, job.where, job.root)
+        codes = ready_codes(record, job.plan.num_codes)
+        recorded = {n: t.speech for n, t in enumerate(record.turns) if isinstance(t.speech, str)}
+        if recorded and not job.plan.speaks:
+            raise RecordError(
+                "speech is a recording: give --model a folder with a speech tokenizer (token2wav/)"
+            )
+        mels = tuple(
+            hear(sound("audio", n, path), job.plan.n_mels) for n, path in enumerate(record.audios)
+        )
+        targets = {n: audio.load(sound("speech", n, path)) for n, path in recorded.items()}
+        short = [len(clip) for clip in targets.values() if len(clip) < 2 * audio.HOP]
+        if short:
+            raise AudioError(f"speech of {short[0]} samples is too short")
+    except (RecordError, AudioError) as error:
+        return Reject(job.where, str(error))
+    return _Heard(Sample(_moved(record, job.root), mels, codes), targets)
+
+
+def _moved(record: Record, root: str) -> Record:
+    """The record with names as seen from its file: a data set may be anywhere."""
+
+    def name(path: str) -> str:
+        inside = os.path.isabs(path) and path.startswith(os.path.join(root, ""))
+        return os.path.relpath(path, root) if inside else path
+
+    turns = (
+        replace(turn, speech=name(turn.speech)) if isinstance(turn.speech, str) else turn
+        for turn in record.turns
+    )
+    return replace(record, turns=tuple(turns), audios=tuple(map(name, record.audios)))
+
+
+def _heard(jobs: Iterator[_Job | Reject], processes: int) -> Generator[_Heard | Reject, None, None]:
+    """Hear all of them, in order, a few ahead."""
+    if processes <= 1:
+        yield from map(_hear, jobs)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork of jax's threads may hang
+    with _one_thread(), ProcessPoolExecutor(processes, context, initializer=_begin) as pool:
+        waiting: deque[Any] = deque()
+        try:
+            for job in jobs:
+                waiting.append(pool.submit(_hear, job))
+                if len(waiting) > 4 * processes:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise DataError("a worker was killed, for memory perhaps: try --workers 1") from None
+        finally:
+            for job in waiting:
+                job.cancel()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Processes that start here compute in one thread each: there are as many as cores."""
+    names = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update({name: value or "1" for name, value in before.items()})
+    try:
+        yield
+    finally:
+        for name in (name for name, value in before.items() if value is None):
+            del os.environ[name]
+
+
+def _begin() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def _with_codes(found: Iterator[_Heard | Reject], model: _Model) -> Iterator[Sample | Reject]:
+    """Add the codes that are missing, of many recordings at a time; the order is kept."""
+    waiting: list[_Heard | Reject] = []
+    clips = held = 0
+    for item in found:
+        waiting.append(item)
+        if isinstance(item, _Heard):
+            clips += len(item.targets)
+            held += sum(clip.nbytes for clip in item.targets.values())
+            held += sum(mel.nbytes for clip in item.sample.mels for mel in clip)
+        if not clips or clips >= _AT_ONCE or held >= _HELD:
+            yield from _complete(waiting, model)
+            waiting, clips, held = [], 0, 0
+    yield from _complete(waiting, model)
+
+
+def _complete(items: list[_Heard | Reject], model: _Model) -> Iterator[Sample | Reject]:
+    clips = [c for item in items if isinstance(item, _Heard) for c in item.targets.values()]
+    made = iter(model.codes_of(clips) if clips else [])
+    for item in items:
+        if isinstance(item, Reject):
+            yield item
+            continue
+        sample = item.sample
+        codes = dict(sample.codes) | {n: next(made) for n in item.targets}
+        largest = max((int(found.max()) for found in codes.values()), default=0)
+        if largest >= model.plan.num_codes:
+            yield Reject(
+                sample.record.where,
+                f"the speech tokenizer found code {largest}, the model has {model.plan.num_codes}",
+            )
+        else:
+            yield replace(sample, codes=dict(sorted(codes.items())))

@@ -1,0 +1,237 @@
+"""Lists of recordings, and folders of one ArrayRecord file made of them.
+
+What the networks of the detokenizer learn from is kept alike: see `flow_data` and `speech_data`.
+
+    OUT/samples.array_record   each record one sample, safetensors
+    OUT/lengths.npy            how long each is
+    OUT/dataset.json           how many there are, what they are for, their SHA-256
+    OUT/rejects.jsonl          what could not be used, and why
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from sa2jax.atomic_io import new_folder
+from sa2jax.errors import DataError
+from sa2jax.train.data.samples import ABOUT, Reject
+from sa2jax.train.data.shards import REJECTS, RejectWriter
+
+SAMPLES, LENGTHS = "samples.array_record", "lengths.npy"
+SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus")
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A recording of a list, and what the list says of it; or why there is none.
+
+    Attributes:
+        where: file and line, for what is said.
+        path: the recording.
+        facts: the other values of its line.
+        problem: what is wrong with the line.
+    """
+
+    where: str
+    path: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    problem: str = ""
+
+    def beside(self, key: str) -> str:
+        """The path that a value of its line names, by default its own.
+
+        Raises:
+            DataError: if the value is no text.
+        """
+        other = self.facts.get(key) or None
+        if other is None:
+            return self.path
+        if not isinstance(other, str):
+            raise DataError(f'expected "{key}" to be a path, got {other!r}')
+        return os.path.join(os.path.dirname(self.facts[_LIST]), other)
+
+
+_LIST = "list"  # the .jsonl file of a line, beside its values
+
+
+def find_recordings(sources: Sequence[str | os.PathLike[str]]) -> list[Recording]:
+    """Recordings, those of folders, and those of .jsonl files with a line {"audio": …} each.
+
+    Paths in a .jsonl file are relative to it.
+
+    Raises:
+        DataError: if a source cannot be read, is given twice, or lists nothing.
+    """
+    paths = [Path(os.path.abspath(source)) for source in sources]
+    if twice := [str(path) for path in paths if paths.count(path) > 1]:
+        raise DataError(f"{twice[0]} is given twice")
+    return [item for path in paths for item in _recordings_of(path)]
+
+
+def _recordings_of(source: Path) -> list[Recording]:
+    if source.is_dir():
+        paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in SOUNDS and p.is_file())
+        if not paths:
+            raise DataError(f"no recordings in {source}: expected {', '.join(SOUNDS)} files")
+        return [Recording(str(path.relative_to(source)), str(path)) for path in paths]
+    if source.suffix.lower() in SOUNDS:
+        return [Recording(source.name, str(source))]
+    try:
+        lines = source.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{source} cannot be read ({error}): expected recordings ({', '.join(SOUNDS)}), a "
+            "folder of them, or a .jsonl file"
+        ) from None
+    found = [
+        _line(f"{source.name}:{number}", line, source)
+        for number, line in enumerate(lines, 1) if line.strip()
+    ]  # fmt: skip
+    if not found:
+        raise DataError(f"{source} has no lines")
+    return found
+
+
+def _line(where: str, line: str, source: Path) -> Recording:
+    try:
+        facts = json.loads(line)
+        path = os.path.join(source.parent, facts["audio"])
+        return Recording(where, path, facts | {_LIST: str(source)})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f'expected {{"audio": "a.wav"}}, perhaps with more, got {error!r}'
+        return Recording(where, problem=reason)
+
+
+def write_samples(
+    out: str | os.PathLike[str],
+    found: Iterable[tuple[bytes, int] | Reject],
+    describe: Callable[[list[int]], Mapping[str, Any]],
+    *,
+    max_rejects: int = 100,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Make a folder of samples, whole or not at all.
+
+    Args:
+        out: the folder.
+        found: blobs with their lengths, and what could not be used.
+        describe: what dataset.json shall say beside counts and hashes, from all lengths.
+        max_rejects: how much may be unusable.
+        overwrite: replace a prepared folder that is there already.
+
+    Returns:
+        What dataset.json says.
+
+    Raises:
+        DataError: if too much is unusable, nothing is usable, or `out` holds something else.
+        CheckpointError: if `out` cannot be written.
+    """
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    out = Path(os.path.abspath(out))
+    if overwrite and out.is_dir() and any(out.iterdir()) and not (out / ABOUT).is_file():
+        raise DataError(f"{out} is no prepared folder, it is not replaced: choose another one")
+    digest, lengths = hashlib.sha256(), []
+    with (
+        new_folder(out, overwrite=overwrite) as folder,
+        RejectWriter(folder / REJECTS, out, max_rejects) as rejects,
+    ):
+        writer = ArrayRecordWriter(str(folder / SAMPLES), "group_size:1,zstd:1")
+        try:
+            for item in found:
+                if isinstance(item, Reject):
+                    rejects.add(item)
+                    continue
+                blob, length = item
+                writer.write(blob)
+                digest.update(len(blob).to_bytes(8, "little") + blob)
+                lengths.append(length)
+        finally:
+            writer.close()
+        if not lengths:
+            raise DataError(f"none of {len(rejects)} recordings can be used; {rejects.last}")
+        np.save(folder / LENGTHS, np.array(lengths, np.int32))
+        about = {
+            **describe(lengths),
+            "samples": len(lengths),
+            "fingerprint": digest.hexdigest(),
+            "bytes": (folder / SAMPLES).stat().st_size,
+            "rejected": len(rejects),
+        }
+        (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    return about
+
+
+def read_samples_about(
+    folder: Path, form: str, keys: Sequence[str], what: str, command: str
+) -> tuple[dict[str, Any], Int[np.ndarray, "N"]]:
+    """What a folder of samples says of itself, and their lengths.
+
+    Args:
+        folder: made by `write_samples`.
+        form: what its `format` has to be.
+        keys: what else it has to say.
+        what: it is expected to be a folder of these.
+        command: that makes it.
+
+    Raises:
+        DataError: if it is none, or is damaged.
+    """
+    try:
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        if about.get("format") != form:
+            raise ValueError(f"format {about.get('format')!r}, expected {form!r}")
+        lengths = np.load(folder / LENGTHS)
+        if len(lengths) != about["samples"] or not len(lengths):
+            raise ValueError("its samples do not add up")
+        if (folder / SAMPLES).stat().st_size != about["bytes"]:
+            raise ValueError(f"{SAMPLES} is cut off")
+        for key in ("fingerprint", *keys):
+            about[key]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
+        raise DataError(
+            f"{folder} is no folder of {what} ({error}): make it with `{command}`"
+        ) from None
+    return about, lengths
+
+
+class Samples:
+    """The blobs of a folder, its file opened when the first is asked for.
+
+    Args:
+        folder: made by `write_samples`.
+        count: how many it holds.
+    """
+
+    def __init__(self, folder: Path, count: int):
+        self.folder, self.count = folder, count
+
+    def __getitem__(self, index: int) -> bytes:
+        """One blob.
+
+        Raises:
+            DataError: if the file is damaged.
+        """
+        try:
+            return self._open[index]
+        except (ValueError, RuntimeError, OSError, IndexError) as error:
+            raise damaged(self.folder, error) from None
+
+    @cached_property
+    def _open(self) -> Any:
+        from grain.sources import ArrayRecordDataSource
+
+        return ArrayRecordDataSource([f"{self.folder / SAMPLES}[0:{self.count}]"])
+
+
+def damaged(folder: Path, error: Exception) -> DataError:
+    """What is said of a prepared folder that cannot be read."""
+    return DataError(f"{folder} is damaged ({error}): prepare it again")

@@ -1,0 +1,419 @@
+"""Samples: records together with their sound, from jsonl files or from prepared shards.
+
+    source = open_source("talks.jsonl")  # or a folder of them, or one of `sa2jax data prepare`
+    sample = source[3]  # a Sample, or a Reject that says what is wrong with it
+
+Both kinds of source give random access for Grain and can be sent to worker processes: no file is
+open between two calls (jsonl) or after pickling (shards).
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import safetensors
+from jaxtyping import Float32, Int32, Int64
+from safetensors.numpy import load, save
+
+from sa2jax import audio
+from sa2jax.chat.tokenizer import NUM_CODES
+from sa2jax.errors import AudioError, DataError
+from sa2jax.train.data.records import Record, RecordError, parse
+
+FORMAT = 1
+ABOUT = "dataset.json"  # what a prepared folder says of itself
+N_MELS = 128  # mel bands of all released models
+
+Clip = tuple[Float32[np.ndarray, "M F"], ...]
+"""One recording: log-mel frames (100 Hz) of each chunk of at most 25 s."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A record with all that it sounds like.
+
+    Attributes:
+        record: the conversation.
+        mels: a recording for each of its audios, see `Clip`.
+        codes: audio codes (25 Hz) of each spoken turn, by the turn's index.
+    """
+
+    record: Record
+    mels: tuple[Clip, ...] = ()
+    codes: Mapping[int, Int32[np.ndarray, "A"]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reject:
+    """Something that cannot be learnt from.
+
+    Attributes:
+        where: file and line.
+        reason: why.
+    """
+
+    where: str
+    reason: str
+
+
+# --- one sample ---------------------------------------------------------------------------------
+
+
+def hear(source: audio.Audio, n_mels: int = N_MELS) -> Clip:
+    """What the model hears of a recording.
+
+    Args:
+        source: the recording, of any length.
+        n_mels: mel bands.
+
+    Raises:
+        AudioError: if it cannot be read, or is too short to be heard (below 17 ms).
+    """
+    if isinstance(source, str) and "://" in source:
+        raise AudioError(f"{source} is not here: run `sa2jax data prepare` with --reader tfio")
+    samples = audio.load(source)
+    if not audio.num_tokens(audio.num_frames(len(samples))):
+        raise AudioError(f"a recording of {len(samples)} samples is too short to be heard")
+    return tuple(audio.log_mel(chunk, n_mels=n_mels) for chunk in audio.split(samples))
+
+
+def ready_codes(record: Record, num_codes: int = NUM_CODES) -> dict[int, Int32[np.ndarray, "A"]]:
+    """The codes a record brings along, by the turn's index.
+
+    Args:
+        record: the record; turns that have a recording are left out.
+        num_codes: how many codes there are.
+
+    Raises:
+        RecordError: for a code that does not exist.
+    """
+    found = {}
+    for index, turn in enumerate(record.turns):
+        if isinstance(turn.speech, tuple):
+            if (largest := max(turn.speech)) >= num_codes:
+                raise RecordError(
+                    f"message {index + 1}: no audio code {largest}, expected 0 to {num_codes - 1}"
+                )
+            found[index] = np.asarray(turn.speech, np.int32)
+    return found
+
+
+def pack(sample: Sample) -> bytes:
+    """A sample as one safetensors blob, the same bytes for the same sample."""
+    arrays: dict[str, np.ndarray] = {}
+    for clip, chunks in enumerate(sample.mels):
+        for chunk, mel in enumerate(chunks):
+            arrays[f"mel.{clip}.{chunk}"] = np.ascontiguousarray(mel, np.float32)
+    for index, codes in sample.codes.items():
+        arrays[f"codes.{index}"] = np.ascontiguousarray(codes, np.int32)
+    record = sample.record.to_dict()
+    for index, turn in enumerate(record["turns"]):
+        if isinstance(turn["speech"], tuple) and index in sample.codes:
+            turn["speech"] = []  # they are among the arrays
+    text = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
+    return save(arrays, metadata={"record": text})
+
+
+def unpack(blob: bytes) -> Sample:
+    """The inverse of `pack`.
+
+    Raises:
+        DataError: if this is no packed sample.
+    """
+    try:
+        arrays = load(blob)
+        size = int.from_bytes(blob[:8], "little")
+        record = json.loads(json.loads(blob[8 : 8 + size])["__metadata__"]["record"])
+        mels: dict[int, dict[int, np.ndarray]] = {}
+        codes = {}
+        for name, array in arrays.items():
+            kind, first, *rest = name.split(".")
+            if kind == "codes":
+                codes[int(first)] = array
+            else:
+                mels.setdefault(int(first), {})[int(rest[0])] = array
+        for index, turn in enumerate(record["turns"]):
+            if turn["speech"] == []:
+                turn["speech"] = codes[index].tolist()
+        clips = [mels[clip] for clip in range(len(mels))]
+        heard = tuple(tuple(clip[chunk] for chunk in range(len(clip))) for clip in clips)
+        return Sample(Record.from_dict(record), heard, dict(sorted(codes.items())))
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise DataError(f"not a packed sample ({type(error).__name__}: {error})") from None
+
+
+# --- sources ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Lines:
+    """Where each line of some text files starts, found once; blank lines are left out.
+
+    Attributes:
+        files: the files.
+        names: what messages call them.
+        first: number of the first line of each file in the arrays, and their length at the end.
+        offsets: first byte of each line in its file.
+        numbers: its number there, from 1.
+        fingerprint: SHA-256 of the files' bytes.
+    """
+
+    files: tuple[Path, ...]
+    names: tuple[str, ...]
+    first: tuple[int, ...]
+    offsets: Int64[np.ndarray, "N"]
+    numbers: Int32[np.ndarray, "N"]
+    fingerprint: str
+
+    @classmethod
+    def of(cls, files: Sequence[Path], names: Sequence[str]) -> Self:
+        """Look through the files once.
+
+        Raises:
+            DataError: if one cannot be read.
+        """
+        first, offsets, numbers, digest = [0], [], [], hashlib.sha256()
+        for path in files:
+            try:
+                starts, lines, found = _line_starts(path)
+            except OSError as error:
+                raise DataError(f"{path} cannot be read: {error.strerror}") from None
+            offsets.append(starts)
+            numbers.append(lines)
+            first.append(first[-1] + len(starts))
+            digest.update(found)
+        empty = [np.zeros(0, np.int64)]
+        return cls(
+            tuple(files), tuple(names), tuple(first), np.concatenate(offsets or empty),
+            np.concatenate(numbers or empty).astype(np.int32), digest.hexdigest(),
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def read(self, index: int) -> tuple[bytes, str, Path]:
+        """A line, where it stands ("talks.jsonl:12"), and its file's folder."""
+        index = _checked(index, len(self))
+        file = int(np.searchsorted(self.first, index, side="right")) - 1
+        path = self.files[file]
+        try:
+            with path.open("rb") as handle:
+                handle.seek(int(self.offsets[index]))
+                line = handle.readline()
+        except OSError as error:
+            raise DataError(f"{path} cannot be read any more: {error.strerror}") from None
+        return line, f"{self.names[file]}:{self.numbers[index]}", path.parent
+
+
+class JsonlSource:
+    """Records of jsonl files; their recordings are read when they are asked for.
+
+    Args:
+        files: the files, in the order that they count in.
+        n_mels: mel bands.
+
+    Attributes:
+        n_mels: mel bands.
+        fingerprint: SHA-256 of the files' bytes; the recordings are not part of it.
+
+    Raises:
+        DataError: if there are no files, no lines, or one cannot be read.
+    """
+
+    def __init__(self, files: Sequence[str | os.PathLike[str]], n_mels: int = N_MELS):
+        paths = [Path(os.path.abspath(file)) for file in files]
+        if not paths:
+            raise DataError("no files: expected at least one .jsonl file")
+        self.lines = Lines.of(paths, names_of(paths))
+        if not len(self.lines):
+            raise DataError(f"{paths[0]} holds no records: expected one JSON object on each line")
+        self.n_mels = n_mels
+        self.fingerprint = self.lines.fingerprint
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, index: int) -> Sample | Reject:
+        line, where, root = self.lines.read(index)
+        try:
+            record = parse(line, where, root)
+            for turn in record.turns:
+                if isinstance(turn.speech, str):
+                    raise RecordError(
+                        f"speech is a recording ({turn.speech}), expected audio codes: run "
+                        "`sa2jax data prepare` first"
+                    )
+            codes = ready_codes(record)
+            mels = tuple(hear(path, self.n_mels) for path in record.audios)
+        except (RecordError, AudioError) as error:
+            return Reject(where, str(error))
+        return Sample(record, mels, codes)
+
+    def __repr__(self) -> str:
+        return f"JsonlSource({len(self)} records, {self.fingerprint[:12]})"
+
+
+class ShardSource:
+    """A folder that `sa2jax data prepare` made.
+
+    Args:
+        folder: the folder.
+
+    Attributes:
+        about: the contents of its dataset.json.
+        n_mels: mel bands of its recordings.
+        fingerprint: SHA-256 of all its samples.
+
+    Raises:
+        DataError: if it is none, or is not complete.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        self.folder = Path(os.path.abspath(folder))
+        self.about = read_about(self.folder)
+        self.n_mels: int = self.about["n_mels"]
+        self.fingerprint: str = self.about["fingerprint"]
+
+    def __len__(self) -> int:
+        return self.about["samples"]
+
+    def __getitem__(self, index: int) -> Sample | Reject:
+        index = _checked(index, len(self))
+        try:
+            return unpack(self._records[index])
+        except (DataError, ValueError, RuntimeError, OSError, IndexError) as error:
+            where = f"{self.folder.name}:{index}"
+            return Reject(where, f"damaged ({error}); run `sa2jax data prepare` again")
+
+    @cached_property
+    def _records(self) -> Any:
+        from grain.sources import ArrayRecordDataSource
+
+        # With its range a shard need not be opened to be counted.
+        return ArrayRecordDataSource(
+            [f"{self.folder / s['file']}[0:{s['samples']}]" for s in self.about["shards"]]
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_records"}
+
+    def __repr__(self) -> str:
+        return f"ShardSource({len(self)} samples, {self.fingerprint[:12]})"
+
+
+def open_source(
+    path: str | os.PathLike[str], n_mels: int | None = None
+) -> JsonlSource | ShardSource:
+    """A source of samples.
+
+    Args:
+        path: a .jsonl file, a folder of them, or a folder made by `sa2jax data prepare`.
+        n_mels: mel bands, by default 128 or those the folder was prepared with.
+
+    Raises:
+        DataError: if it is nothing of these, or was prepared for another number of mel bands.
+    """
+    path = Path(path)
+    if not (path / ABOUT).is_file():
+        return JsonlSource(jsonl_files(path), N_MELS if n_mels is None else n_mels)
+    source = ShardSource(path)
+    if n_mels not in (None, source.n_mels):
+        raise DataError(
+            f"{path} was prepared with {source.n_mels} mel bands, the model hears {n_mels}: run "
+            "`sa2jax data prepare` again with --model"
+        )
+    return source
+
+
+def jsonl_files(path: Path) -> list[Path]:
+    """A .jsonl file, or those of a folder in the order of their names.
+
+    Raises:
+        DataError: if there are none.
+    """
+    if path.is_dir():
+        files = sorted(file for file in path.glob("*.jsonl") if not file.name.startswith("."))
+        if files:
+            return files
+        what = f"an unfinished or damaged folder, without {ABOUT}"
+        found = what if any(path.glob("*.array_record")) else "neither"
+        raise DataError(f"{path}: expected .jsonl files or prepared shards, found {found}")
+    if not path.exists():
+        raise DataError(f"no such file or folder: {path}; expected .jsonl files or prepared shards")
+    if path.suffix != ".jsonl":
+        raise DataError(f"{path}: expected a file ending in .jsonl, or a folder")
+    return [path]
+
+
+def names_of(files: Sequence[Path]) -> list[str]:
+    """What messages call files: their names, with as many folders as tell them apart."""
+    names = [file.name for file in files]
+    if len(set(names)) < len(set(files)):
+        common = os.path.commonpath([file.parent for file in files])
+        names = [os.path.relpath(file, common) for file in files]
+    return names
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """What a prepared folder says of itself.
+
+    Raises:
+        DataError: if it says nothing, was made by a newer version, or lacks a shard.
+    """
+    again = "run `sa2jax data prepare` again"
+    try:
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        if about["format"] != FORMAT:
+            raise DataError(
+                f"{folder} has format {about['format']}, this version of sa2jax reads {FORMAT}: "
+                f"{again}"
+            )
+        shards = {shard["file"]: (shard["samples"], shard["bytes"]) for shard in about["shards"]}
+        if sum(n for n, _ in shards.values()) != about["samples"] or not about["samples"]:
+            raise ValueError("the shards do not add up")
+        missing = {"n_mels", "fingerprint", "seconds"} - set(about)
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{folder / ABOUT} cannot be used ({error}): {again}") from None
+    for name, (_, size) in shards.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            raise DataError(f"{path} is missing or cut off: copy it again, or {again}")
+    return about
+
+
+# --- small things -------------------------------------------------------------------------------
+
+
+def _line_starts(path: Path) -> tuple[Int64[np.ndarray, "N"], Int64[np.ndarray, "N"], bytes]:
+    """First byte and number of each line that is not blank, and the file's SHA-256."""
+    digest, ends, done = hashlib.sha256(), [], 0
+    short: list[int] = []
+    with path.open("rb") as handle:
+        while block := handle.read(1 << 24):
+            digest.update(block)
+            ends.append(done + np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")))
+            done += len(block)
+        stops = np.concatenate([*ends, [done]]).astype(np.int64)
+        starts = np.concatenate([[0], stops[:-1] + 1]).astype(np.int64)
+        # No record is so short; a line that is only looks empty is looked at.
+        for line in np.flatnonzero(stops - starts < 8).tolist():
+            handle.seek(int(starts[line]))
+            if not handle.read(int(stops[line] - starts[line])).strip():
+                short.append(line)
+    kept = np.delete(np.arange(len(starts)), short)
+    return starts[kept], kept + 1, digest.digest()
+
+
+def _checked(index: int, size: int) -> int:
+    index = int(index)
+    if not -size <= index < size:
+        raise IndexError(f"index {index} of {size} samples")
+    return index % size

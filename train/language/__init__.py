@@ -1,0 +1,1 @@
+"""Training the language model: its task, step, loss, rows and model folders."""

@@ -1,0 +1,296 @@
+"""Where a training run begins and what it leaves: model folders in and out.
+
+base = open_base(recipe.model, recipe.lora, mesh)   # shapes only
+params = base.load(mesh, seed)                      # numbers, LoRA's included
+base.save(params, "runs/talk/model")                # a folder that `from_pretrained` takes
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from sa2jax import atomic_io, checkpoint
+from sa2jax.assets import model_folder
+from sa2jax.chat import tokenizer_files
+from sa2jax.chat.tokenizer import Tokenizer
+from sa2jax.checkpoint import Tick
+from sa2jax.config import StepAudio2Config
+from sa2jax.convert import tokenizer as tokenizers
+from sa2jax.convert.transfer import copy_side_files, usual_dtype
+from sa2jax.convert.weights import SafetensorsFolder
+from sa2jax.errors import ConfigError, TrainError
+from sa2jax.inference import loading
+from sa2jax.models.step_audio import StepAudio2Model, step_audio2
+from sa2jax.nn import Functional, Params, Policy, functional, init_params
+from sa2jax.runtime import default_dtype
+from sa2jax.speech.layout import KIND as SPEECH
+from sa2jax.speech.layout import VOICES
+from sa2jax.train.language.peft import load_adapter, targets_of
+from sa2jax.train.language.recipe import LoraSpec, ModelSpec
+from sa2jax.train.lora import add_lora, init_lora, join, merge
+
+BYTES = "bytes"  # the tokenizer of one token a byte
+SAMPLE_BYTES = 4096  # of each file that a fingerprint looks at
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model that is to be trained, without its numbers.
+
+    Attributes:
+        spec: where it comes from.
+        lora: its low-rank additions.
+        cfg: its sizes.
+        policy: its dtypes.
+        plain: its structure without additions.
+        model: its structure with them.
+        matrices: paths of the matrices that have additions.
+    """
+
+    spec: ModelSpec
+    lora: LoraSpec | None
+    cfg: StepAudio2Config
+    policy: Policy
+    plain: Functional[StepAudio2Model]
+    model: Functional[StepAudio2Model]
+    matrices: tuple[str, ...] = ()
+
+    @property
+    def scale(self) -> float:
+        """What the low-rank product is multiplied by."""
+        return self.lora.alpha / self.lora.rank if self.lora else 1.0
+
+    @property
+    def keeps_whole_numbers(self) -> bool:
+        """Whether its matrices are int8, into which nothing can be merged."""
+        return self.policy.kernel is not None
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the folder, or the one that the recipe names for a preset.
+
+        Raises:
+            TokenizerError: if there is none, or it is not one of Step-Audio 2.
+        """
+        if self.spec.folder is not None:
+            return Tokenizer.from_folder(self.spec.tokenizer or self.spec.folder)
+        if self.spec.tokenizer != BYTES:
+            return Tokenizer.from_folder(str(self.spec.tokenizer))
+        return Tokenizer(tokenizer_files.byte_tokenizer(*self._bytes))
+
+    @property
+    def _bytes(self) -> tuple[int, int]:
+        """First id that is no text, and size, of the tokenizer of bytes."""
+        vocab = self.cfg.decoder.vocab
+        return (151688 if vocab >= 158720 else tokenizer_files.AUDIO_START), vocab
+
+    def fingerprint(self) -> str:
+        """A hash of the folder's config and of the beginning of each of its weight files."""
+        digest = hashlib.sha256(json.dumps(self.cfg.to_hf(), sort_keys=True).encode())
+        if self.spec.folder is None:
+            return digest.hexdigest()[:16]
+        home = Path(self.spec.folder)
+        for path in sorted(home.rglob("*")):
+            inside = path.relative_to(home).parts
+            if path.is_file() and (inside[0] == checkpoint.PARAMS or path.suffix == ".safetensors"):
+                with path.open("rb") as file:
+                    digest.update(f"{inside} {path.stat().st_size}".encode())
+                    digest.update(file.read(SAMPLE_BYTES))
+        return digest.hexdigest()[:16]
+
+    def load(self, mesh: Mesh | None, seed: int, progress: Tick | None = None) -> Params:
+        """Its numbers on their devices, with fresh low-rank matrices.
+
+        Args:
+            mesh: devices; None for one.
+            seed: of what is drawn: those matrices, or all of a preset.
+            progress: told about bytes done and bytes in all.
+
+        Raises:
+            CheckpointError: if the folder is damaged, incomplete or of another model.
+        """
+        if self.spec.folder is not None:
+            like = self.plain.placed(mesh)
+            params = loading.read(self.spec.folder, like, self.policy, progress=progress)
+        else:
+            places = None if mesh is None else self.plain.shardings(mesh)
+            make = lambda: StepAudio2Model(self.cfg, policy=self.policy, rngs=nnx.Rngs(seed))
+            params = init_params(make, places)
+        if self.lora is None:
+            return params
+        return join(params, init_lora(self.model, jax.random.key(seed), mesh))
+
+    def merged(self, params: Params) -> Params:
+        """The model alone: with what was learnt added to its matrices.
+
+        Raises:
+            TrainError: if they are int8.
+        """
+        return params if self.lora is None else merge(params, self.scale)
+
+    def save(self, params: Params, out: str | Path, *, overwrite: bool = False) -> None:
+        """Write a model folder; in a multi-host run all hosts call it.
+
+        Args:
+            params: as trained; low-rank matrices are merged.
+            out: folder to make; it appears only when it is complete.
+            overwrite: replace a model that is there already.
+
+        Raises:
+            CheckpointError: if the folder cannot be made.
+            TrainError: if low-rank matrices would have to be merged into int8 ones.
+        """
+        dtype = self._stored_dtype()
+        cast = jax.jit(lambda leaf: leaf.astype(dtype))
+        floating = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)
+        params = jax.tree.map(
+            lambda leaf: cast(leaf) if floating(leaf) and leaf.dtype != dtype else leaf,
+            self.merged(params),
+        )
+        with _shared_folder(out, overwrite) as folder:
+            checkpoint.save(folder / checkpoint.PARAMS, params)
+            if jax.process_index() == 0:
+                self._write_side_files(folder, dtype)
+                _keep_voices(Path(out), folder)
+
+    def adapted(self, folder: str | Path, mesh: Mesh | None = None) -> tuple["Base", Params]:
+        """This model with a PEFT adapter beside its matrices, and their numbers.
+
+        Args:
+            folder: of the adapter.
+            mesh: devices; None for one.
+
+        Raises:
+            CheckpointError: if the model's folder is damaged.
+            TrainError: if the adapter is damaged, or of another model.
+        """
+        lora, rank, alpha = load_adapter(folder, self.plain)
+        spec = LoraSpec(rank=rank, alpha=alpha, targets=targets_of(lora))
+        return open_base(self.spec, spec), join(self.load(mesh, 0), lora)
+
+    def _stored_dtype(self) -> np.dtype:
+        if self.spec.save is not None:
+            return jnp.dtype(self.spec.save)
+        if self.spec.folder is None:
+            return jnp.dtype(jnp.float32)
+        return stored_dtype(self.spec.folder)
+
+    def _write_side_files(self, folder: Path, dtype: np.dtype) -> None:
+        info = {
+            "format": checkpoint.FORMAT,
+            "dtype": dtype.name,
+            "source_dtypes": {"all": dtype.name, "but": {}},
+        }
+        if self.spec.folder is not None:
+            home = Path(self.spec.folder)
+            own = {checkpoint.INFO, checkpoint.PARAMS, SPEECH, VOICES}
+            copy_side_files(home, folder, own | {path.name for path in home.glob("*.safetensors")})
+            if (home / SPEECH).is_dir():
+                shutil.copytree(home / SPEECH, folder / SPEECH, copy_function=_link)
+            _keep_voices(home, folder)
+        else:
+            text = json.dumps(self.cfg.with_dtype(dtype.name).to_hf(), indent=2) + "\n"
+            (folder / "config.json").write_text(text, encoding="utf-8")
+            if self.spec.tokenizer == BYTES:
+                start, vocab = self._bytes
+                tokenizer_files.save_tokenizer_files(folder, audio_start=start, vocab=vocab)
+        tokenizer = self.spec.tokenizer
+        if tokenizer not in (None, BYTES):
+            tokenizers.supply(folder, Path(str(tokenizer)), folder, self.cfg)
+        text = json.dumps(info, indent=2) + "\n"
+        (folder / checkpoint.INFO).write_text(text, encoding="utf-8")
+
+
+def open_base(spec: ModelSpec, lora: LoraSpec | None = None) -> Base:
+    """The shapes of the model that a recipe begins with; reads its config alone.
+
+    Raises:
+        ConfigError: if config.json or the preset is not understood.
+        TrainError: if LoRA fits none of its matrices, or the folder's int8 is not expected.
+    """
+    if spec.folder is not None:
+        spec = replace(spec, folder=str(model_folder(spec.folder)))
+        cfg = StepAudio2Config.from_hf(Path(str(spec.folder)))
+    else:
+        cfg = StepAudio2Config.preset(str(spec.preset))
+    policy = _policy(spec)
+    plain = step_audio2(cfg, policy)
+    if lora is None:
+        return Base(spec, lora, cfg, policy, plain, plain)
+    matrices: list[str] = []
+
+    def make() -> StepAudio2Model:
+        rngs = nnx.Rngs(0)
+        net = StepAudio2Model(cfg, policy=policy, rngs=rngs)
+        matrices[:] = add_lora(net, lora.rank, lora.alpha, lora.targets, rngs=rngs)
+        return net
+
+    return Base(spec, lora, cfg, policy, plain, functional(make), tuple(matrices))
+
+
+def stored_dtype(folder: str | Path) -> np.dtype:
+    """The dtype of most numbers of a model folder.
+
+    Raises:
+        CheckpointError: if it is no model folder.
+    """
+    if checkpoint.is_checkpoint(folder):
+        return jnp.dtype(checkpoint.read_info(folder)["dtype"])
+    with SafetensorsFolder(Path(folder)) as weights:
+        return usual_dtype(weights.tensors)
+
+
+def _policy(spec: ModelSpec) -> Policy:
+    compute = jnp.dtype(spec.compute) if spec.compute else default_dtype()
+    stored = None if spec.folder is None else loading.stored_int8(spec.folder)
+    if stored is not None and spec.dtype != "int8":
+        raise TrainError(
+            f"{spec.folder} has int8 matrices: train LoRA on them with model.dtype int8, or begin "
+            "with the folder it was made from"
+        )
+    if spec.dtype == "int8":
+        if spec.folder is None:
+            raise ConfigError("model.dtype int8 needs a model.folder")
+        return replace(loading.policy_of("int8", stored=stored), param=compute, compute=compute)
+    return Policy(param=jnp.dtype(spec.dtype), compute=compute)
+
+
+@contextmanager
+def _shared_folder(out: str | Path, overwrite: bool) -> Iterator[Path]:
+    """`atomic_io.new_folder` for all hosts of a run: the first makes it and names it at the end."""
+    several = jax.process_count() > 1
+    meet = multihost_utils.sync_global_devices if several else lambda name: None
+    if jax.process_index() > 0:
+        meet("folder is there")
+        yield atomic_io.partial_of(out)
+        meet("folder is full")
+        return
+    with atomic_io.new_folder(out, overwrite=overwrite) as folder:
+        meet("folder is there")
+        yield folder
+        meet("folder is full")
+
+
+def _keep_voices(home: Path, folder: Path) -> None:
+    """Take the voices of a model along: what heard them is not trained."""
+    if (home / VOICES).is_dir():
+        shutil.copytree(home / VOICES, folder / VOICES, dirs_exist_ok=True)
+
+
+def _link(source: str, target: str) -> None:
+    """A second name for a file that nobody changes, or a copy where there can be none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

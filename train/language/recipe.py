@@ -1,0 +1,132 @@
+"""The recipe of a training run of the language model; see `train.recipe` for recipes in general."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from sa2jax.errors import ConfigError
+from sa2jax.nn import Remat
+from sa2jax.train.language.data import DataConfig
+from sa2jax.train.language.objective import CHUNK
+from sa2jax.train.lora import DECODER
+from sa2jax.train.optimizer import OptimizerConfig
+from sa2jax.train.recipe import LANGUAGE, Pace, build, values_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """Where training begins.
+
+    Attributes:
+        folder: a model folder of this library, or a Hugging Face one.
+        preset: instead of a folder, sizes from configs/models for a model of random numbers.
+        tokenizer: of a preset: a folder with tokenizer files, or `bytes` for one token a byte.
+        dtype: of the parameters; `int8` (matrices) for LoRA alone.
+        compute: of activations and products; by default bfloat16, on a CPU float32. With float32
+            parameters and bfloat16 here, the parameters are master weights.
+        save: dtype of the model that is written at the end, by default that of the folder.
+    """
+
+    folder: str | None = None
+    preset: str | None = None
+    tokenizer: str | None = None
+    dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    compute: Literal["float32", "bfloat16"] | None = None
+    save: Literal["float32", "bfloat16"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSpec:
+    """Low-rank adaptation, see `lora.add_lora`.
+
+    Attributes:
+        rank: width of the bottleneck.
+        alpha: the product is scaled by `alpha / rank`.
+        targets: a regular expression for the paths of matrices.
+        rate: learning rate of the low-rank matrices; everything else is frozen, unless
+            `optimizer.rates` says otherwise.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: str = DECODER
+    rate: float = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What is measured beside training.
+
+    Attributes:
+        sources: data files or folders, as in `DataConfig`.
+        batches: at most so many of the size of a training batch.
+    """
+
+    sources: Mapping[str, float]
+    batches: int = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A training run of the language model.
+
+    Attributes:
+        model: where it begins.
+        data: what it learns from, and how that is packed.
+        optimizer: how fast, and how long.
+        lora: train low-rank additions instead of the model.
+        evaluate: what is measured beside it.
+        mesh: devices, such as `fsdp=8`; by default all on `fsdp`.
+        remat: what the gradient computes again: `full`, `dots`, or null for nothing.
+        chunk: positions of each row whose logits are held at a time.
+        gradients: dtype in which the gradients of a batch's parts are added up.
+        unroll: write out layers instead of a loop over them: faster on a CPU, longer to compile.
+        seed: of data order and fresh parameters.
+        pace: how often is logged, evaluated and saved.
+    """
+
+    model: ModelSpec
+    data: DataConfig
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: LoraSpec | None = None
+    evaluate: Evaluation | None = None
+    mesh: str | None = None
+    remat: Remat | None = "full"
+    chunk: int = CHUNK
+    gradients: Literal["float32", "bfloat16"] = "float32"
+    unroll: bool = False
+    seed: int = 0
+    pace: Pace = field(default_factory=Pace)
+
+    def __post_init__(self):
+        spec = self.model
+        if (spec.folder is None) == (spec.preset is None):
+            raise ConfigError(
+                "model: expected either a folder or a preset, got "
+                f"{'both' if spec.folder else 'neither'}; --model FOLDER gives one"
+            )
+        if spec.preset is not None and spec.tokenizer is None:
+            raise ConfigError("model.tokenizer: a preset needs a tokenizer's folder, or `bytes`")
+        if spec.dtype == "int8" and self.lora is None:
+            raise ConfigError("model.dtype int8 cannot be trained itself: give a `lora` section")
+        if self.chunk < 1:
+            raise ConfigError(f"chunk: expected at least 1, got {self.chunk}")
+
+    def plain(self) -> dict[str, Any]:
+        """The recipe as YAML or JSON can hold it."""
+        return json.loads(json.dumps(asdict(self), default=str))
+
+
+def read_recipe(source: str | Path, changes: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe of the language model by its name or file.
+
+    Args:
+        source: a name from configs/recipes, or a YAML file.
+        changes: values by dotted key that replace those of the file.
+
+    Raises:
+        ConfigError: for a key that does not exist, or a value of another kind.
+    """
+    return build(Recipe, values_of(LANGUAGE, source, changes), str(source))

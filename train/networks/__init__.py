@@ -1,0 +1,1 @@
+"""Training the networks around the language model, one module each."""

@@ -1,0 +1,128 @@
+"""The audio encoder before it meets a decoder: taught to spell by CTC.
+
+    model = encoder_teacher(config)
+    params = init_encoder(config)
+    optimizer = make_optimizer(
+        OptimizerConfig(rate=2e-3, warmup=100, steps=1500, decay=0.01, rates=FROZEN)
+    )
+    step = make_loss_step(encoder_loss, model, optimizer)
+    state = init_state(model, optimizer, None, params)
+    state, report = step(state, batch)
+    language = language_params | {"audio_encoder": network(state.params)}
+
+Step-Audio 2 (arXiv 2507.16632, section 2) takes its encoder from a trained recogniser and keeps it
+frozen. One from scratch has to learn what speech is first: a linear head spells from the features
+(25 Hz, two symbols each) that the adapter will get, by CTC (Graves et al., ICML 2006).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from sa2jax.audio.features import log_mel, num_frames
+from sa2jax.config import AudioEncoderConfig
+from sa2jax.models.audio_encoder import AudioEncoder, encoder_length
+from sa2jax.nn import Functional, Params, Policy, functional, init_params
+from sa2jax.train.networks.recognition import (
+    Disturbance,
+    Heard,
+    SoundBatch,
+    Speller,
+    best_letters,
+    ctc_loss,
+    disturbed,
+    loss_of,
+    loud,
+    masked,
+)
+
+FROZEN: Mapping[str, float] = {"model.positions": 0.0}  # rates: sinusoids stay what they are
+WAVELENGTH = 10_000.0  # longest of the sinusoids, over 2π
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderTeaching:
+    """How the encoder is taught.
+
+    Attributes:
+        disturbance: of what it hears; None for none.
+    """
+
+    disturbance: Disturbance | None = field(default_factory=Disturbance)
+
+
+class EncoderTeacher(nnx.Module):
+    """An encoder and what it is taught with: parameters `model` and `heads`."""
+
+    def __init__(self, cfg: AudioEncoderConfig, *, policy: Policy, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.model = AudioEncoder(cfg, policy=policy, rngs=rngs)
+        self.heads = Speller(cfg.embed, policy=policy, rngs=rngs)
+
+
+@cache
+def encoder_teacher(
+    cfg: AudioEncoderConfig, policy: Policy | None = None
+) -> Functional[EncoderTeacher]:
+    """The structure of a config's encoder and its head; allocates nothing."""
+    policy = Policy() if policy is None else policy
+    return functional(lambda: EncoderTeacher(cfg, policy=policy, rngs=nnx.Rngs(0)))
+
+
+def init_encoder(cfg: AudioEncoderConfig, policy: Policy | None = None, *, seed: int = 0) -> Params:
+    """Random parameters of encoder and head, with sinusoids for positions; see `loud`."""
+    policy = Policy() if policy is None else policy
+    params = init_params(lambda: EncoderTeacher(cfg, policy=policy, rngs=nnx.Rngs(seed)))
+    table = sinusoids(cfg.max_positions, cfg.embed).astype(policy.param)
+    return params | {"model": loud(params["model"]) | {"positions": table}}
+
+
+def sinusoids(length: int, width: int) -> Float[Array, "T D"]:
+    """Positions as Whisper (arXiv 2212.04356) gives them: sines, then cosines, of slower waves."""
+    half = width // 2
+    rates = WAVELENGTH ** (-jnp.arange(half) / max(half - 1, 1))
+    angles = jnp.arange(length)[:, None] * rates
+    waves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
+    return jnp.pad(waves, ((0, 0), (0, width - 2 * half)))
+
+
+def encoder_heard(
+    model: Functional[EncoderTeacher],
+    params: Params,
+    batch: SoundBatch[Array],
+    key: Array | None = None,
+    config: EncoderTeaching | None = None,
+) -> Heard:
+    """How badly a batch's letters can be read from the encoder's features.
+
+    Args:
+        model: the structure of encoder and head.
+        params: their parameters.
+        batch: clips.
+        key: of all that is drawn; None to disturb nothing.
+        config: how, by default `EncoderTeaching()`.
+
+    Returns:
+        Nats per letter, scalars to report (`letters` and `left_out`, see `ctc_loss`), and letters.
+    """
+    config = EncoderTeaching() if config is None else config
+    teacher = model.bind(params)
+    with jax.named_scope("front_end"):
+        frames = jnp.where(batch.lengths > 0, num_frames(batch.lengths), 0)
+        sound = disturbed(batch, key, config.disturbance)
+        mels = log_mel(sound, batch.lengths, n_mels=teacher.cfg.mels)
+        mels = masked(mels, frames, key, config.disturbance)
+    x = teacher.model(mels, frames)
+    lengths = jnp.maximum(encoder_length(frames), 0)
+    with jax.named_scope("letters"):
+        spelled = teacher.heads(x, lengths)
+        loss, report = ctc_loss(*spelled, batch.letters, batch.letter_counts)
+    return Heard(loss, report, letters=best_letters(*spelled))
+
+
+encoder_loss = loss_of(encoder_heard)

@@ -1,0 +1,248 @@
+"""Flow matching: the loss that teaches the detokenizer a voice, a language or a room.
+
+    model = flow_model(speech.cfg.flow)
+    optimizer = make_optimizer(OptimizerConfig(rate=1e-5, steps=1000, decay=0.0))
+    step = make_loss_step(flow_loss, model, optimizer, Teaching())
+    state = init_state(model, optimizer, None, speech.params(["flow"])["flow"])
+    state, report = step(state, batch)  # the old state is used up
+
+Source: flow matching (arXiv 2210.02747) with optimal-transport paths, as CosyVoice 2 (arXiv
+2412.10117) trains it: noise levels that dwell near noise, conditions dropped together for
+classifier-free guidance, and the beginning of a recording given as that of a prompt. Rows may be
+heard chunk by chunk, so that a stream sounds like a whole reply (section 2.3 there).
+"""
+
+from dataclasses import dataclass
+from typing import Any, Generic
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from sa2jax.errors import TrainError
+from sa2jax.models.flow import flow_model
+from sa2jax.models.flow.dit import EstimatorState
+from sa2jax.models.flow.flow_matching import Flow, start_noise
+from sa2jax.models.flow.upsample_conformer import ConformerState, heard
+from sa2jax.nn import ArrayT, Functional, Params, Policy, before, init_params
+from sa2jax.speech.token2wav import CHUNK
+from sa2jax.speech_config import FlowConfig
+from sa2jax.train.networks.step import abstract_rows
+
+_SHORT = 5  # codes of the shortest chunks; a reply begins after 0.2 s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teaching:
+    """How the flow is taught.
+
+    Attributes:
+        drop: share of rows without any condition, for classifier-free guidance.
+        prompt: share of rows whose beginning is given as a prompt's.
+        prompt_share: most of a row's frames that are given; how many is drawn anew for each row.
+        stream: share of rows that are heard in chunks, as a stream is: what is given of a row, then
+            chunks of one size, 5 to 25 codes, the first of them any part of it. The others are
+            heard whole.
+        sigma: deviation of the noise that is left at the end of a path.
+        prior: weight of the distance between the encoder's frames and the mel frames, as Grad-TTS
+            (arXiv 2105.06337) has it: codes that begin from nothing are understood sooner. The
+            released detokenizer is not taught so.
+    """
+
+    drop: float = 0.2
+    prompt: float = 0.5
+    prompt_share: float = 0.3
+    stream: float = 0.0
+    sigma: float = 1e-6
+    prior: float = 0.0
+
+    def __post_init__(self):
+        for name in ("drop", "prompt", "prompt_share", "stream", "sigma"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise TrainError(f"{name}={getattr(self, name)}: expected a number from 0 to 1")
+        if self.prior < 0:
+            raise TrainError(f"prior={self.prior}: expected a number of 0 or more")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class FlowBatch(Generic[ArrayT]):
+    """Recordings of one padded length.
+
+    Attributes:
+        codes: codes (25 Hz), right-padded, [B, P].
+        mels: log-mel frames (50 Hz), `upsample` for each code, [B, upsample · P, M].
+        lengths: codes of each row, 0 for an empty one, [B].
+        speaker: speaker vectors, of any length, [B, C].
+    """
+
+    codes: Int[ArrayT, "B P"]
+    mels: Float[ArrayT, "B Q M"]
+    lengths: Int[ArrayT, "B"]
+    speaker: Float[ArrayT, "B C"]
+
+
+def flow_loss(
+    model: Functional[Flow],
+    params: Params,
+    batch: FlowBatch[Array],
+    key: Array,
+    config: Teaching | None = None,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """How far the velocity is off on random places of the paths from noise to mel frames.
+
+    The frame at level t of a path is `(1 − (1 − σ)·t)·z + t·x`, its velocity `x − (1 − σ)·z`, with
+    z the noise, x the mel frame and `t = 1 − cos(π/2·u)`, u uniform: a level for each row. What is
+    drawn for a row depends on the key and its place only, not on the padding of the batch.
+
+    Args:
+        model: the flow's structure, layers stacked or not.
+        params: its parameters.
+        batch: rows.
+        key: of all that is drawn.
+        config: how, by default `Teaching()`.
+
+    Returns:
+        The squared error, its mean over all valid frames and bands, plus the prior's share; and
+        float32 scalars to report: both, the valid `frames`, how many rows were `dropped`, how many
+        `prompted`, and of how many `rows`.
+    """
+    config = Teaching() if config is None else config
+    net = model.bind(params)
+    cfg, dtype = net.cfg, net.policy.compute
+    batch_size, room = batch.codes.shape
+    ratio, look = cfg.encoder.upsample, cfg.encoder.lookahead
+    lengths, frames = batch.lengths, ratio * batch.lengths
+    valid = before(frames, ratio * room)[..., None]  # [B, Q, 1]
+    uniform, seeds = _draws(key, batch_size)
+
+    with jax.named_scope("condition"):
+        codes = jnp.clip(batch.codes, 0, cfg.codes - 1)
+        x = net.table[...][codes].astype(dtype)
+        x = jnp.where(before(lengths, room)[..., None], x, 0)
+        x = jnp.pad(x, [(0, 0), (0, look), (0, 0)])
+        given = uniform[0] * config.prompt_share * frames
+        prompted = uniform[1] < config.prompt
+        given = jnp.where(prompted, given.astype(jnp.int32), 0)
+        chunks = None
+        if config.stream:
+            chunks = _chunks(-(-given // ratio), uniform[4], uniform[6], room)
+            chunks = jnp.where(uniform[5, :, None] < config.stream, chunks, 0)
+        nothing = ConformerState.zeros(cfg.encoder, batch_size, 0, dtype)
+        x, _ = net.encoder(x, lengths, lengths, nothing, chunks=chunks)
+        mu = net.to_mel(x)
+        voice = batch.speaker.astype(jnp.float32)
+        voice = voice / jnp.maximum(jnp.linalg.norm(voice, axis=-1, keepdims=True), 1e-12)
+        voice = jnp.broadcast_to(net.speaker(voice)[:, None], mu.shape)
+        mel = jnp.where(valid, batch.mels.astype(jnp.float32), 0)
+        cond = jnp.where(before(given, mel.shape[1])[..., None], mel, 0).astype(dtype)
+        dropped = uniform[2] < config.drop
+        known = jnp.concatenate([mu, voice, cond], axis=-1)
+        known = jnp.where(dropped[:, None, None], 0, known)
+
+    with jax.named_scope("path"):
+        level: Any = 1 - jnp.cos(jnp.pi / 2 * uniform[3])
+        noise = start_noise(jnp.zeros_like(lengths), mel.shape[1], cfg.mels, seeds)
+        t = level[:, None, None]
+        path = (1 - (1 - config.sigma) * t) * noise + t * mel
+        target = mel - (1 - config.sigma) * noise
+
+    with jax.named_scope("estimator"):
+        blocks, out = net.estimator.at(level)  # [B, L, 9, D], [B, 2, D]
+        # One level a row: what it means is a row's own, for all of its frames.
+        parts = blocks.transpose(1, 2, 0, 3)[:, :, :, None], out.swapaxes(0, 1)[:, :, None]
+        inputs = jnp.concatenate([path.astype(dtype), known], axis=-1)
+        mask = valid[..., 0]
+        if chunks is not None:
+            mask = mask[:, None] & heard(jnp.repeat(chunks, ratio, axis=1))
+        velocity, _ = net.estimator(inputs, parts, mask, frames, _no_past(net, batch_size), 0)
+
+    with jax.named_scope("loss"):
+        error = jnp.where(valid, jnp.square(velocity - target), 0)
+        count = jnp.sum(frames, dtype=jnp.float32)
+        numbers = jnp.maximum(count, 1) * cfg.mels
+        loss = jnp.sum(error) / numbers
+        prior = jnp.sum(jnp.where(valid, jnp.abs(mu.astype(jnp.float32) - mel), 0)) / numbers
+    real = lengths > 0
+    report = {
+        "flow": loss, "prior": prior, "frames": count, "rows": jnp.sum(real),
+        "dropped": jnp.sum(dropped & real), "prompted": jnp.sum(prompted & ~dropped & real),
+    }  # fmt: skip
+    report = {name: jnp.asarray(value, jnp.float32) for name, value in report.items()}
+    return loss + config.prior * prior, report
+
+
+def fresh_flow(cfg: FlowConfig, seed: int = 0, mesh: Mesh | None = None) -> Params:
+    """Random parameters of which no block changes anything yet (adaLN-zero, arXiv 2212.09748).
+
+    Args:
+        cfg: the flow's sizes.
+        seed: of the parameters.
+        mesh: devices; None for one.
+    """
+    places = None if mesh is None else flow_model(cfg).shardings(mesh)
+    params = init_params(lambda: Flow(cfg, policy=Policy(), rngs=nnx.Rngs(seed)), places)
+    estimator = params["estimator"]
+    blocks = estimator["blocks"]
+    for part in (blocks["modulation"], estimator["modulation"], estimator["out"]):
+        part |= jax.tree.map(jnp.zeros_like, part)
+    return params
+
+
+def _chunks(
+    given: Int[Array, "B"], first: Float[Array, "B"], size: Float[Array, "B"], room: int
+) -> Int[Array, "B P"]:
+    """The chunk in which a stream would hear each code, after `given` ones of a prompt.
+
+    Sizes are drawn, with `size` and `first` uniform in [0, 1): chunks have from `_SHORT` codes to
+    as many as streams have by default, the first one from one code to as many as the others.
+    """
+    sizes = _SHORT + ((CHUNK + 1 - _SHORT) * size).astype(jnp.int32)
+    first = given + 1 + (sizes * first).astype(jnp.int32)
+    place = jnp.arange(room)
+    later = 2 + (place - first[:, None]) // sizes[:, None]
+    return jnp.where(place < given[:, None], 0, jnp.where(place < first[:, None], 1, later))
+
+
+def _draws(key: Array, rows: int) -> tuple[Float[Array, "7 B"], Int[Array, "B"]]:
+    """Seven uniform numbers for each row, and the seed of its noise."""
+
+    def row(number):
+        uniform, seed = jax.random.split(jax.random.fold_in(key, number))
+        most = jnp.iinfo(jnp.int32).max
+        return jax.random.uniform(uniform, (7,)), jax.random.randint(seed, (), 0, most)
+
+    uniform, seeds = jax.vmap(row)(jnp.arange(rows))
+    return uniform.T, seeds
+
+
+def _no_past(net: Flow, rows: int) -> EstimatorState:
+    """What the estimator remembers before a recording: nothing, and of one branch only."""
+    empty = EstimatorState.zeros(net.cfg.estimator, 1, rows, 0, net.policy.compute)
+    return EstimatorState(empty.order, empty.conv[:, :, :1], empty.kv[:, :, :, :1])
+
+
+# --- batches ------------------------------------------------------------------------------------
+
+
+def abstract_flow_batch(cfg: FlowConfig, mesh: Mesh | None, rows: int, codes: int) -> FlowBatch:
+    """A batch's shapes and places.
+
+    Args:
+        cfg: the flow's sizes.
+        mesh: devices; None for one.
+        rows: of all devices together.
+        codes: of each row.
+    """
+
+    def make():
+        return FlowBatch(
+            codes=jnp.zeros((rows, codes), jnp.int32),
+            mels=jnp.zeros((rows, cfg.encoder.upsample * codes, cfg.mels), jnp.float32),
+            lengths=jnp.zeros(rows, jnp.int32),
+            speaker=jnp.zeros((rows, cfg.speaker), jnp.float32),
+        )
+
+    return abstract_rows(make, mesh)

@@ -1,0 +1,132 @@
+"""Recipes of single networks: everything that a training run of one depends on.
+
+Of the detokenizer that is the flow, the vocoder, the speech tokenizer or the speaker encoder; of a
+model its audio encoder. What they are taught with: `task`.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Literal
+
+from sa2jax.errors import ConfigError
+from sa2jax.train.networks import audio_encoder, flow, speaker_encoder, speech_tokenizer, vocoder
+from sa2jax.train.networks.flow_data import FlowDataConfig
+from sa2jax.train.networks.speech_data import ClipConfig, CropConfig
+from sa2jax.train.optimizer import OptimizerConfig
+from sa2jax.train.recipe import ENCODER, FLOW, SPEAKER, TOKENIZER, VOCODER, Pace
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkSpec:
+    """Where training begins.
+
+    Attributes:
+        folder: a model folder of this library, or for a network of the detokenizer the latter's.
+        compute: dtype of activations and products; parameters are float32.
+    """
+
+    folder: str
+    compute: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """What is measured beside training, on recordings that are not learnt.
+
+    Attributes:
+        folder: prepared as that of training.
+        batches: at most so many of the size of a training batch.
+        draws: draws of each batch, of what is random in a loss; the same ones every time.
+    """
+
+    folder: str
+    batches: int = 16
+    draws: int = 1
+
+    def __post_init__(self):
+        if self.batches < 1 or self.draws < 1:
+            raise ConfigError(
+                f"evaluate: expected batches and draws of at least 1, got {self.batches} and "
+                f"{self.draws}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkRecipe:
+    """A training run of one network; each kind adds `data` and `teaching`.
+
+    Attributes:
+        network: where it begins.
+        optimizer: how fast, and how long; names of parameters begin with the network's parts, or
+            with `model` and `heads` where heads teach it.
+        evaluate: what is measured beside it.
+        mesh: devices, such as `data=4`; by default all on `fsdp`.
+        unroll: write out layers instead of a loop over them: faster on a CPU, longer to compile.
+        seed: of data order, noise, and what else is drawn.
+        pace: how often is logged, evaluated and saved.
+    """
+
+    kind: ClassVar[str]
+
+    network: NetworkSpec
+    data: Any
+    teaching: Any
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluate: HeldOut | None = None
+    mesh: str | None = None
+    unroll: bool = False
+    seed: int = 0
+    pace: Pace = field(default_factory=Pace)
+
+    def plain(self) -> dict[str, Any]:
+        """The recipe as YAML or JSON can hold it, its kind included."""
+        return {"kind": self.kind, **json.loads(json.dumps(asdict(self), default=str))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowRecipe(NetworkRecipe):
+    """Of the flow; its parts are `table`, `speaker`, `encoder`, `to_mel` and `estimator`."""
+
+    kind = FLOW
+    data: FlowDataConfig
+    teaching: flow.Teaching = field(default_factory=flow.Teaching)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocoderRecipe(NetworkRecipe):
+    """Of the vocoder; its parts are `f0_predictor`, `merge`, `pre`, `stage0` …, `post`."""
+
+    kind = VOCODER
+    data: CropConfig
+    teaching: vocoder.VocoderTeaching = field(default_factory=vocoder.VocoderTeaching)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerRecipe(NetworkRecipe):
+    """Of the speech tokenizer."""
+
+    kind = TOKENIZER
+    data: ClipConfig
+    teaching: speech_tokenizer.TokenizerTeaching = field(
+        default_factory=speech_tokenizer.TokenizerTeaching
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeakerRecipe(NetworkRecipe):
+    """Of the speaker encoder."""
+
+    kind = SPEAKER
+    data: ClipConfig
+    teaching: speaker_encoder.SpeakerTeaching = field(
+        default_factory=speaker_encoder.SpeakerTeaching
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderRecipe(NetworkRecipe):
+    """Of a model's audio encoder."""
+
+    kind = ENCODER
+    data: ClipConfig
+    teaching: audio_encoder.EncoderTeaching = field(default_factory=audio_encoder.EncoderTeaching)

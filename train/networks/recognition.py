@@ -1,0 +1,310 @@
+"""What all networks that hear are taught from: speech, its letters, and whose voice it is.
+
+Batches hold sound. Each step disturbs it anew, computes the network's own front-end on the device,
+hides bands and moments (SpecAugment, arXiv 1904.08779), and compares letters by CTC (Graves et al.,
+ICML 2006). `tokenizer`, `encoder` and `speaker` say what is learnt; parameters are those of a
+network and of heads that only teach it:
+
+    params = {"model": ..., "heads": ...}     # `network(params)` is what a user gets
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Generic, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from sa2jax.errors import TrainError
+from sa2jax.nn import ArrayT, Functional, Linear, Params, Policy, before
+from sa2jax.train.networks.step import Loss, Report, abstract_rows
+
+LETTERS = " abcdefghijklmnopqrstuvwxyz'"  # ids from 1 on; 0 is CTC's blank
+SYMBOLS = len(LETTERS) + 1
+PARTS = 2  # symbols of a frame (25 Hz): fast speech has 20 letters a second, and blanks between
+CONV_GAIN = 3.0  # measured on speech: deviations of 1.0 and 1.9 behind the convolutions
+TAPS = 8  # of the filter that colours noise
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class SoundBatch(Generic[ArrayT]):
+    """Clips of one padded length.
+
+    Attributes:
+        sound: samples in [-1, 1] at 16 kHz, right-padded, [B, N].
+        lengths: samples of each clip, 0 for an empty row, [B].
+        letters: what is said, see `letters_of`, right-padded with 0, [B, U].
+        letter_counts: letters of each clip, [B].
+        speaker: number of the voice, [B].
+    """
+
+    sound: Float[ArrayT, "B N"]
+    lengths: Int[ArrayT, "B"]
+    letters: Int[ArrayT, "B U"]
+    letter_counts: Int[ArrayT, "B"]
+    speaker: Int[ArrayT, "B"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Disturbance:
+    """How clips are changed before they are heard; all zero, or None in its place, is not at all.
+
+    Attributes:
+        gain: largest change of loudness, up or down, in dB.
+        noise: share of clips with noise, of any colour between white and brown.
+        snr: its distance from the clip's mean power, from the loudest to the softest, in dB.
+        time_masks: moments that are hidden in each clip.
+        time_width: longest of them, in frames of 10 ms.
+        time_share: longest of them, as a share of the clip.
+        band_masks: ranges of bands that are hidden.
+        band_width: widest of them, in bands.
+    """
+
+    gain: float = 6.0
+    noise: float = 0.5
+    snr: tuple[float, float] = (10.0, 40.0)
+    time_masks: int = 2
+    time_width: int = 12
+    time_share: float = 0.1
+    band_masks: int = 2
+    band_width: int = 10
+
+    def __post_init__(self):
+        object.__setattr__(self, "snr", tuple(self.snr))  # a list when read from YAML
+        for name in ("noise", "time_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise TrainError(f"{name}={getattr(self, name)}: expected a number from 0 to 1")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name != "snr" and not value >= 0:
+                raise TrainError(f"{f.name}={value}: expected a number of 0 or more")
+        if not (len(self.snr) == 2 and self.snr[0] <= self.snr[1]):
+            raise TrainError(f"snr={self.snr}: expected the smallest and the largest in dB")
+
+
+def network(params: Params) -> Params:
+    """The parameters of the network alone, without the heads that taught it."""
+    return params["model"]
+
+
+def loud(network: Params) -> Params:
+    """A new network whose two convolutions make numbers around 1 of log-mel frames.
+
+    As drawn they make a tenth of that, and what layers and positions add would drown it.
+    """
+    louder = lambda conv: conv | {"kernel": CONV_GAIN * conv["kernel"]}
+    return network | {name: louder(network[name]) for name in ("conv1", "conv2")}
+
+
+# --- letters ----------------------------------------------------------------------------------
+
+
+def letters_of(text: str) -> list[int]:
+    """Ids of a text's letters: spaces, a to z and apostrophes; other characters part words.
+
+    >>> letters_of("It's on!")
+    [10, 21, 28, 20, 1, 16, 15]
+    """
+    text = text.lower().replace("’", "'")
+    clean = "".join(c if c in LETTERS else " " for c in text)
+    return [LETTERS.index(c) + 1 for c in " ".join(clean.split())]
+
+
+def text_of(letters: Sequence[int] | Int[np.ndarray, "U"]) -> str:
+    """The text of letters; zeros are left out."""
+    return "".join(LETTERS[int(n) - 1] for n in letters if n > 0)
+
+
+def ctc_loss(
+    logits: Float[Array, "B S V"],
+    frames: Int[Array, "B"],
+    letters: Int[Array, "B U"],
+    counts: Int[Array, "B"],
+) -> tuple[Float[Array, ""], Report]:
+    """How unlikely the letters are under all their alignments to frames, in nats per letter.
+
+    Clips with fewer frames than their letters need (one each, and one between two that are equal)
+    are left out.
+
+    Args:
+        logits: of `SYMBOLS`, the blank first.
+        frames: of each clip.
+        letters: right-padded.
+        counts: letters of each clip.
+
+    Returns:
+        The mean over all letters, and float32 scalars to report: of how many `letters`, and how
+        many clips were `left_out`.
+    """
+    own = before(counts, letters.shape[1])
+    doubled = (letters[:, 1:] == letters[:, :-1]) & own[:, 1:]
+    fits = (frames >= counts + doubled.sum(1)) & (counts > 0)
+    cost = optax.ctc_loss(
+        logits.astype(jnp.float32), 1.0 - before(frames, logits.shape[1]), letters, 1.0 - own
+    )
+    weight = jnp.sum(jnp.where(fits, counts, 0)).astype(jnp.float32)
+    loss = jnp.sum(jnp.where(fits, cost, 0)) / jnp.maximum(weight, 1)
+    return loss, {"letters": weight, "left_out": jnp.sum((counts > 0) & ~fits).astype(jnp.float32)}
+
+
+def best_letters(logits: Float[Array, "B S V"], frames: Int[Array, "B"]) -> Int[Array, "B S"]:
+    """The likeliest symbol of each frame, repetitions and blanks replaced by 0: see `text_of`."""
+    best = jnp.argmax(logits, axis=-1)
+    again = jnp.pad(best[:, 1:] == best[:, :-1], ((0, 0), (1, 0)))
+    return jnp.where(before(frames, best.shape[1]) & ~again, best, 0)
+
+
+Spelled = tuple[Float[Array, "B T V"], Int[Array, "B"]]  # logits, and how many each clip has
+
+
+class Speller(nnx.Module):
+    """Reads letters from features, `PARTS` symbols from each frame."""
+
+    def __init__(self, embed: int, *, policy: Policy, rngs: nnx.Rngs):
+        outputs = {"parts": PARTS, "letters": SYMBOLS}
+        self.letters = Linear({"embed": embed}, outputs, policy=policy, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B S D"], lengths: Int[Array, "B"]) -> Spelled:
+        """Logits, `PARTS` times as many as there are frames, and how many each clip has."""
+        y = self.letters(x)  # [B, S, P, V]
+        return y.reshape(y.shape[0], -1, y.shape[-1]), PARTS * lengths
+
+
+# --- disturbances -----------------------------------------------------------------------------
+
+
+def disturbed(
+    batch: SoundBatch[Array], key: Array | None, config: Disturbance | None
+) -> Float[Array, "B N"]:
+    """Sound of another loudness and with noise; without a key or a config as it is.
+
+    What is drawn for a clip depends on the key and its row only, not on the padding of the batch.
+    """
+    if key is None or config is None or not (config.gain or config.noise):
+        return batch.sound
+    total = batch.sound.shape[1]
+
+    def row(number, x, length):
+        level, white, far = jax.random.split(jax.random.fold_in(key, number), 3)
+        gain, chance, colour = jax.random.uniform(level, (3,))
+        gain = 10 ** (config.gain * (2 * gain - 1) / 20)
+        pole = 0.95 * colour  # from white to brown
+        low, high = config.snr
+        snr = 10 ** (jax.random.uniform(far, minval=low, maxval=high) / 10)
+        power = jnp.sum(jnp.square(x)) / jnp.maximum(length, 1)
+        scale = jnp.sqrt(power / snr / jnp.sum(pole ** (2 * jnp.arange(TAPS))))
+        scale = gain * jnp.where(chance < config.noise, scale, 0)
+        noise = scale * jax.random.normal(white, (total + TAPS - 1,))
+
+        # Tap by tap, in a loop, and the clip with the last: fused into what reads the result, a CPU
+        # would draw the noise again for each window that a sample is in (4 times slower).
+        def tap(y, i):
+            y = jax.lax.dynamic_slice(noise, (i,), (total,)) + pole * y
+            return y + jnp.where(i == TAPS - 1, gain, 0) * x, None
+
+        y, _ = jax.lax.scan(tap, jnp.zeros_like(x), jnp.arange(TAPS))
+        return jnp.where(jnp.arange(total) < length, y, 0)
+
+    return jax.vmap(row)(jnp.arange(len(batch.sound)), batch.sound, batch.lengths)
+
+
+def masked(
+    mels: Float[Array, "B M T"],
+    frames: Int[Array, "B"],
+    key: Array | None,
+    config: Disturbance | None,
+) -> Float[Array, "B M T"]:
+    """Mel frames with moments and bands replaced by the clip's mean; see `disturbed`."""
+    if key is None or config is None or not (config.time_masks or config.band_masks):
+        return mels
+    bands, total = mels.shape[1:]
+
+    def ranges(key, count, widest, size):
+        width, start = jax.random.uniform(key, (2, count))
+        width = width * (widest + 1)
+        start = jnp.floor(start * jnp.maximum(size - jnp.floor(width) + 1, 1))
+        return start, start + jnp.floor(width)
+
+    def hit(place, edges):
+        start, end = edges
+        return ((place[:, None] >= start) & (place[:, None] < end)).any(1)
+
+    def row(number, x, count):
+        # The first key of a row is that of its sound.
+        moments, parts = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, 1), number))
+        longest = jnp.minimum(config.time_width, config.time_share * count)
+        hidden = hit(jnp.arange(total), ranges(moments, config.time_masks, longest, count))
+        quiet = hit(jnp.arange(bands), ranges(parts, config.band_masks, config.band_width, bands))
+        own = jnp.arange(total) < count
+        mean = jnp.sum(jnp.where(own, x, 0)) / jnp.maximum(count * bands, 1)
+        return jnp.where((hidden | quiet[:, None]) & own, mean, x)
+
+    return jax.vmap(row)(jnp.arange(len(mels)), mels, frames)
+
+
+# --- what was heard ---------------------------------------------------------------------------
+
+
+class Heard(NamedTuple):
+    """What a network makes of a batch.
+
+    Attributes:
+        loss: what is made small.
+        report: float32 scalars to report.
+        letters: the likeliest symbols (50 Hz), see `best_letters` and `text_of`; or None.
+        codes: speech codes (25 Hz), or None.
+        vectors: one for each clip, or None.
+    """
+
+    loss: Float[Array, ""]
+    report: Report
+    letters: Int[Array, "B T"] | None = None
+    codes: Int[Array, "B S"] | None = None
+    vectors: Float[Array, "B D"] | None = None
+
+
+def loss_of(hear: Callable[..., Heard]) -> Loss:
+    """The loss, and what it reports, of a function that hears a batch: what a step makes small."""
+
+    def loss(
+        model: Functional[Any],
+        params: Params,
+        batch: SoundBatch[Array],
+        key: Array | None,
+        config: Any,
+    ) -> tuple[Float[Array, ""], Report]:
+        found = hear(model, params, batch, key, config)
+        return found.loss, found.report
+
+    return loss
+
+
+# --- batches ----------------------------------------------------------------------------------
+
+
+def abstract_sound_batch(mesh: Mesh | None, rows: int, samples: int, letters: int) -> SoundBatch:
+    """A batch's shapes and places.
+
+    Args:
+        mesh: devices; None for one.
+        rows: of all devices together.
+        samples: of each row.
+        letters: of each row.
+    """
+
+    def make():
+        return SoundBatch(
+            sound=jnp.zeros((rows, samples), jnp.float32),
+            lengths=jnp.zeros(rows, jnp.int32),
+            letters=jnp.zeros((rows, letters), jnp.int32),
+            letter_counts=jnp.zeros(rows, jnp.int32),
+            speaker=jnp.zeros(rows, jnp.int32),
+        )
+
+    return abstract_rows(make, mesh)

@@ -1,0 +1,227 @@
+"""Who speaks: CAM++ taught to tell the voices of its data apart.
+
+    model = speaker_teacher(config, speakers=40)
+    params = init_speaker(config, speakers=40)
+    optimizer = make_optimizer(
+        OptimizerConfig(rate=2e-3, warmup=50, steps=600, decay=0.01, rates=GIVEN)
+    )
+    step = make_loss_step(speaker_loss, model, optimizer)
+    state = init_state(model, optimizer, None, params)
+    state, report = step(state, batch)
+    vectors = speaker_encoder(config).bind(network(state.params))(fbank, frames)
+
+Source: CAM++ (arXiv 2303.00332), here with a softmax of additive margin (AM-softmax, arXiv
+1801.05599): a clip's cosine with its own voice has to win by a margin. What is drawn: loudness,
+noise, hidden bands and moments, and which part of a long clip is heard.
+
+The network of `models.speaker_encoder` has batch norms with given statistics, so that clips do not
+feel each other. That is kept here: statistics stay at mean 0 and variance 1 (see `GIVEN`), scales
+and biases are learnt, and matrices begin with the gain that a rectifier takes away. Training and
+use are then the same arithmetic, and no running means have to be carried along.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from sa2jax.audio.features import HOP, fbank
+from sa2jax.audio.rates import SAMPLE_RATE
+from sa2jax.errors import TrainError
+from sa2jax.models.speaker_encoder import SpeakerEncoder
+from sa2jax.nn import Functional, Params, Policy, functional, init_params, param
+from sa2jax.speech_config import SpeakerEncoderConfig
+from sa2jax.train.networks.recognition import (
+    Disturbance,
+    Heard,
+    SoundBatch,
+    disturbed,
+    loss_of,
+    masked,
+)
+from sa2jax.train.optimizer import name_of
+
+# Rates of what is given, not learnt: statistics of norms, but for the mean of vectors, which is the
+# only bias that these have.
+GIVEN: Mapping[str, float] = {
+    r"model\.blocks\..*norm\.(mean|variance)": 0.0, r"model\.norm\.variance": 0.0,
+}  # fmt: skip
+RECTIFIED = ("conv", "tdnn", "squeeze", "context", "local")  # what a rectifier follows
+WINDOW = 400  # samples of a filterbank frame
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeakerTeaching:
+    """How the speaker encoder is taught.
+
+    Attributes:
+        disturbance: of what it hears; None for none.
+        seconds: longest part of a clip that is heard at once.
+        margin: by which the cosine with the own voice has to win.
+        scale: of cosines as logits.
+    """
+
+    disturbance: Disturbance | None = field(default_factory=Disturbance)
+    seconds: float = 2.0
+    margin: float = 0.2
+    scale: float = 20.0
+
+    def __post_init__(self):
+        if not 0 <= self.margin < 2:
+            raise TrainError(f"margin={self.margin}: expected a number from 0 to 2")
+        for name, least in (("seconds", WINDOW / SAMPLE_RATE), ("scale", 1.0)):
+            if not getattr(self, name) >= least:
+                raise TrainError(f"{name}={getattr(self, name)}: expected {least} or more")
+
+
+class SpeakerHeads(nnx.Module):
+    """A direction for each voice."""
+
+    def __init__(self, embed: int, speakers: int, *, policy: Policy, rngs: nnx.Rngs):
+        axes = ("speakers", "embed")
+        self.kernel = param(
+            rngs, (speakers, embed), axes, dtype=policy.param, scale=embed**-0.5
+        )  # fmt: skip
+
+    def __call__(self, vectors: Float[Array, "B D"]) -> Float[Array, "B V"]:
+        """Cosines of vectors of unit length with each voice."""
+        return vectors @ unit(self.kernel[...].astype(jnp.float32)).T
+
+
+class SpeakerTeacher(nnx.Module):
+    """A speaker encoder and what it is taught with: parameters `model` and `heads`."""
+
+    def __init__(self, cfg: SpeakerEncoderConfig, speakers: int, *, policy: Policy, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.model = SpeakerEncoder(cfg, policy=policy, rngs=rngs)
+        self.heads = SpeakerHeads(cfg.embed, speakers, policy=policy, rngs=rngs)
+
+
+@cache
+def speaker_teacher(
+    cfg: SpeakerEncoderConfig, policy: Policy | None = None, *, speakers: int
+) -> Functional[SpeakerTeacher]:
+    """The structure of a config's encoder and of a head for so many voices; allocates nothing."""
+    policy = Policy() if policy is None else policy
+    return functional(lambda: SpeakerTeacher(cfg, speakers, policy=policy, rngs=nnx.Rngs(0)))
+
+
+def init_speaker(
+    cfg: SpeakerEncoderConfig, policy: Policy | None = None, *, speakers: int, seed: int = 0
+) -> Params:
+    """Random parameters that keep the size of activations through rectifiers (He et al., 2015)."""
+    policy = Policy() if policy is None else policy
+    rngs = lambda: nnx.Rngs(seed)
+    params = init_params(lambda: SpeakerTeacher(cfg, speakers, policy=policy, rngs=rngs()))
+
+    def gained(path, x):
+        *_, part, leaf = ["", *name_of(path).split(".")]
+        is_matrix = leaf in ("kernel", "tdnn")
+        follows = leaf.startswith(RECTIFIED) or part.startswith(RECTIFIED)
+        return x * 2**0.5 if is_matrix and follows else x
+
+    return params | {"model": jax.tree.map_with_path(gained, params["model"])}
+
+
+def unit(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    """Vectors of length 1."""
+    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-12)
+
+
+def margin_loss(
+    cosines: Float[Array, "B V"], speaker: Int[Array, "B"], margin: float, scale: float
+) -> Float[Array, "B"]:
+    """Cross entropy of cosines, the own voice's less by a margin, in nats (AM-softmax)."""
+    own = jax.nn.one_hot(speaker, cosines.shape[1])
+    logits = scale * (cosines - margin * own)
+    return -jnp.sum(own * jax.nn.log_softmax(logits), axis=-1)
+
+
+def speaker_heard(
+    model: Functional[SpeakerTeacher],
+    params: Params,
+    batch: SoundBatch[Array],
+    key: Array | None = None,
+    config: SpeakerTeaching | None = None,
+) -> Heard:
+    """How badly voices can be told apart.
+
+    Args:
+        model: the structure of encoder and head.
+        params: their parameters.
+        batch: clips; letters are not looked at.
+        key: of all that is drawn; None to disturb nothing and to hear each clip's beginning.
+        config: how, by default `SpeakerTeaching()`.
+
+    Returns:
+        Nats per clip, vectors of unit length, and scalars to report: how many `rows` there are, the
+        `accuracy` among known voices (without margin), and the mean cosine of two clips of the
+        `same` voice and of `other` voices, 0 where the batch has no such two.
+    """
+    config = SpeakerTeaching() if config is None else config
+    teacher = model.bind(params)
+    real = batch.lengths >= WINDOW
+    with jax.named_scope("front_end"):
+        batch = _cut(batch, key, round(config.seconds * SAMPLE_RATE))
+        frames = jnp.where(real, 1 + (batch.lengths - WINDOW) // HOP, 0)
+        sound = disturbed(batch, key, config.disturbance)
+        energies = fbank(sound, batch.lengths, n_mels=teacher.cfg.mels, subtract_mean=True)
+        energies = masked(energies.swapaxes(1, 2), frames, key, config.disturbance)
+    vectors = unit(teacher.model(energies.swapaxes(1, 2), frames).astype(jnp.float32))
+    with jax.named_scope("voices"):
+        cosines = teacher.heads(vectors)
+        count = jnp.maximum(jnp.sum(real), 1)
+        cost = margin_loss(cosines, batch.speaker, config.margin, config.scale)
+        loss = jnp.sum(jnp.where(real, cost, 0)) / count
+        right = real & (jnp.argmax(cosines, axis=-1) == batch.speaker)
+    pairs = likeness(vectors, batch.speaker, real)
+    report = {"rows": jnp.sum(real), "accuracy": jnp.sum(right) / count,
+              "same": pairs.same, "other": pairs.other}  # fmt: skip
+    report = {name: jnp.asarray(x, jnp.float32) for name, x in report.items()}
+    return Heard(loss, report, vectors=vectors)
+
+
+speaker_loss = loss_of(speaker_heard)
+
+
+def _cut(batch: SoundBatch[Array], key: Array | None, size: int) -> SoundBatch:
+    """A part of each clip that is longer than `size` samples: any, or without a key the first."""
+    if batch.sound.shape[1] <= size:
+        return batch
+    rows = jnp.arange(len(batch.sound))
+    start = jnp.zeros_like(batch.lengths)
+    if key is not None:
+        draw = lambda row: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, 2), row))
+        spare = jnp.maximum(batch.lengths - size, 0)
+        start = (jax.vmap(draw)(rows) * (spare + 1)).astype(jnp.int32)
+    take = lambda x, at: jax.lax.dynamic_slice(x, (at,), (size,))
+    lengths = jnp.minimum(batch.lengths, size)
+    return replace(batch, sound=jax.vmap(take)(batch.sound, start), lengths=lengths)
+
+
+class Likeness(NamedTuple):
+    """Mean cosine of two clips.
+
+    Attributes:
+        same: of one voice.
+        other: of two voices.
+    """
+
+    same: Float[Array, ""]
+    other: Float[Array, ""]
+
+
+def likeness(
+    vectors: Float[Array, "B D"], speaker: Int[Array, "B"], real: Bool[Array, "B"]
+) -> Likeness:
+    """How alike vectors of unit length are, over all pairs of different real clips."""
+    cosines = vectors @ vectors.T
+    pairs = real[:, None] & real & ~jnp.eye(len(real), dtype=bool)
+    same = speaker[:, None] == speaker
+    mean = lambda which: jnp.sum(jnp.where(which, cosines, 0)) / jnp.maximum(which.sum(), 1)
+    return Likeness(mean(pairs & same), mean(pairs & ~same))
