@@ -21,16 +21,13 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from sa2jax import audio
-from sa2jax.assets import model_folder
 from sa2jax.atomic_io import new_folder
-from sa2jax.chat.tokenizer import NUM_CODES, Tokenizer
-from sa2jax.config import StepAudio2Config
-from sa2jax.errors import AudioError, CheckpointError, DataError
+from sa2jax.errors import AudioError, DataError
+from sa2jax.train.data.model_folder import FeatureSpec, ModelFolder
 from sa2jax.train.data.readers import Sound, TfioReader, TfRecord
 from sa2jax.train.data.records import Record, RecordError, parse_record
 from sa2jax.train.data.samples import (
     DATASET_JSON,
-    N_MELS,
     LineIndex,
     Reject,
     Sample,
@@ -118,7 +115,7 @@ def prepare_dataset(
     if overwrite and out.is_dir() and any(out.iterdir()) and not (out / DATASET_JSON).is_file():
         raise DataError(f"{out} is no prepared folder, it is not replaced: choose another one")
     plot = length_plotter()
-    model = _ModelFolder.open(config.model)
+    model = ModelFolder.open(config.model)
     with ExitStack() as stack:
         reader = None
         if config.reader == "tfio":
@@ -151,61 +148,6 @@ def prepare_dataset(
     return writer.info()
 
 
-# --- the model ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _FeatureSpec:
-    """What workers know of the model."""
-
-    n_mels: int = N_MELS
-    num_codes: int = NUM_CODES
-    speaks: bool = False
-
-
-class _ModelFolder:
-    """What a model's folder has to say about its data."""
-
-    def __init__(
-        self,
-        plan: _FeatureSpec,
-        reader: tuple[Tokenizer, StepAudio2Config] | None = None,
-        speech: Any = None,
-    ):
-        self.plan, self.reader, self._speech = plan, reader, speech
-        self.analysis_hash: str | None = None  # known once codes have been made
-
-    @classmethod
-    def open(cls, folder: str | Path | None) -> Self:
-        """Look at a folder; weights are not read before they are needed."""
-        if folder is None:
-            return cls(_FeatureSpec())
-        from sa2jax.speech.layout import find
-        from sa2jax.speech.store import SpeechFolder
-
-        folder = model_folder(folder)
-        if not folder.is_dir():
-            raise CheckpointError(f"no folder {folder}: expected a model folder")
-        n_mels, num_codes, reader = N_MELS, NUM_CODES, None
-        if (folder / "config.json").is_file():
-            tokenizer, cfg = Tokenizer.from_folder(folder), StepAudio2Config.from_hf(folder)
-            n_mels, num_codes = cfg.audio_encoder.mels, tokenizer.special.num_codes
-            reader = tokenizer, cfg
-        speech = None if find(folder) is None else SpeechFolder(folder)
-        if reader is None and speech is None:
-            raise CheckpointError(f"{folder} holds no model: expected config.json or token2wav/")
-        return cls(_FeatureSpec(n_mels, num_codes, speech is not None), reader, speech)
-
-    def codes_of(self, clips: list[np.ndarray]) -> list[np.ndarray]:
-        """Codes of recordings at 16 kHz."""
-        if self.analysis_hash is None:
-            from sa2jax.runtime import enable_compilation_cache
-
-            enable_compilation_cache()
-            self.analysis_hash = self._speech.analysis
-        return self._speech.analyzer.codes_of(clips)
-
-
 # --- from files to what is heard ----------------------------------------------------------------
 
 _Fetched = Mapping[tuple[str, int], Sound | AudioError]
@@ -217,7 +159,7 @@ class _RecordJob:
 
     where: str
     root: str
-    plan: _FeatureSpec
+    plan: FeatureSpec
     line: bytes = b""
     record: Record | None = None
     fetched: _Fetched | None = None
@@ -271,7 +213,7 @@ class _Sources:
         most = wanted or os.cpu_count() or 1
         return min(most, -(-self.total // _RECORDS_PER_WORKER)) if self.total else most
 
-    def jobs(self, plan: _FeatureSpec, reader: TfioReader | None) -> Iterator[_RecordJob | Reject]:
+    def jobs(self, plan: FeatureSpec, reader: TfioReader | None) -> Iterator[_RecordJob | Reject]:
         """All records, in order."""
         for part in self.parts:
             if isinstance(part, str):
@@ -287,7 +229,7 @@ class _Sources:
 
 
 def _fetch(
-    line: bytes, where: str, root: str, plan: _FeatureSpec, reader: TfioReader,
+    line: bytes, where: str, root: str, plan: FeatureSpec, reader: TfioReader,
     audios: Sequence[Sound | AudioError] | None = None,
 ) -> _RecordJob | Reject:  # fmt: skip
     """Ask the reader for all that a record sounds like; its own audios may be there already."""
@@ -315,7 +257,7 @@ def _fetch(
 
 
 def _from_tfrecord(
-    path: str, plan: _FeatureSpec, reader: TfioReader
+    path: str, plan: FeatureSpec, reader: TfioReader
 ) -> Iterator[_RecordJob | Reject]:
     root, name = os.path.split(path)
     for number, item in enumerate(reader.records(path), 1):
@@ -420,7 +362,7 @@ def _init_worker() -> None:
 
 
 def _with_codes(
-    found: Iterator[_PendingSample | Reject], model: _ModelFolder
+    found: Iterator[_PendingSample | Reject], model: ModelFolder
 ) -> Iterator[Sample | Reject]:
     """Add the codes that are missing, of many recordings at a time; the order is kept."""
     waiting: list[_PendingSample | Reject] = []
@@ -438,7 +380,7 @@ def _with_codes(
 
 
 def _add_codes(
-    items: list[_PendingSample | Reject], model: _ModelFolder
+    items: list[_PendingSample | Reject], model: ModelFolder
 ) -> Iterator[Sample | Reject]:
     clips = [c for item in items if isinstance(item, _PendingSample) for c in item.targets.values()]
     made = iter(model.codes_of(clips) if clips else [])

@@ -207,7 +207,7 @@ def test_codes_without_a_model(spoken, tmp_path):
 def test_a_model(spoken, tmp_path, model, monkeypatch):
     """Its mel bands, its tokenizer, its codes: the released one makes more than it knows."""
     found = [np.array([207], np.int32), np.array([208], np.int32)]
-    monkeypatch.setattr(module._ModelFolder, "codes_of", lambda self, clips: found)
+    monkeypatch.setattr(module.ModelFolder, "codes_of", lambda self, clips: found)
     about = prepare_dataset([spoken], tmp_path / "out", PrepareConfig(model=model))
     assert about["n_mels"] == 16
     assert about["tokens"] == {"text": 7, "heard": 14, "codes": 2}
