@@ -71,9 +71,9 @@ def test_kinds():
         read_language_recipe("flow")
     with pytest.raises(ConfigError, match=r"smoke is a recipe of kind language: expected .* flow"):
         read_network_recipe("smoke")
-    with pytest.raises(ConfigError, match="kind 'vocoders': expected language, encoder"):
+    with pytest.raises(ConfigError, match="kind 'vocoders': expected language, audio_encoder"):
         read_language_recipe("smoke", {"kind": "vocoders"})
-    with pytest.raises(ConfigError, match=r"kind \[\]: expected language, encoder"):
+    with pytest.raises(ConfigError, match=r"kind \[\]: expected language, audio_encoder"):
         read_language_recipe("smoke", {"kind": []})
     assert read_language_recipe("smoke", {"kind": "language"}) == read_language_recipe("smoke")
 
