@@ -25,10 +25,11 @@ from sa2jax import audio
 from sa2jax.chat import tokenizer_files
 from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.config import StepAudio2Config
-from sa2jax.train.data.records import parse
-from sa2jax.train.data.samples import Sample, hear
+from sa2jax.train.data.records import parse_record
+from sa2jax.train.data.samples import Sample, load_features
 from sa2jax.train.data.shards import ShardWriter
-from sa2jax.train.language.data import DataConfig, make_data
+from sa2jax.train.language.data import make_language_data
+from sa2jax.train.language.data_config import DataConfig
 
 LENGTH, ROUNDS, GOAL = 4096, 3, 200
 WORDS = "the rain will stay until late in the evening and then move on to the sea"
@@ -79,8 +80,8 @@ def prepare(folder: Path, minutes: float) -> tuple[int, float]:
                 ],
                 "audios": [f"{count}.wav"],
             }
-            record = parse(json.dumps(line), f"made:{count}", folder)
-            mels = hear((speech_like(seconds, rng), audio.SAMPLE_RATE))
+            record = parse_record(json.dumps(line), f"made:{count}", folder)
+            mels = load_features((speech_like(seconds, rng), audio.SAMPLE_RATE))
             writer.add(Sample(record, (mels,)))
             total, count = total + seconds, count + 1
     return count, total
@@ -93,15 +94,15 @@ def measure(folder: Path, workers: int, mel_rows: int, seconds: float) -> Figure
         workers=workers,
     )  # fmt: skip
     tokenizer, cfg = Tokenizer(tokenizer_files.byte_tokenizer()), StepAudio2Config.preset("mini")
-    data = make_data(config, tokenizer, cfg, seed=0)
+    data = make_language_data(config, tokenizer, cfg, seed=0)
     for _ in range(20):  # processes have started, buffers are filled, open rows are full
         next(data)
-    tokens, heard, batches = data.tokens, data.seconds_heard, data.batches
+    tokens, heard, batches = data.tokens, data.audio_seconds, data.batches
     wall, busy = time.perf_counter(), processor_seconds()
     while time.perf_counter() - wall < seconds:
         next(data)
     wall, busy = time.perf_counter() - wall, processor_seconds() - busy
-    heard, tokens = data.seconds_heard - heard, data.tokens - tokens
+    heard, tokens = data.audio_seconds - heard, data.tokens - tokens
     rows = config.rows * (data.batches - batches)
     data.close()
     space = rows * mel_rows * config.mel_frames / 100

@@ -25,7 +25,7 @@ from sa2jax.inference.requests import Request
 from sa2jax.models.step_audio import step_audio2
 from sa2jax.nn import Policy
 from sa2jax.quantize import quantize_params
-from sa2jax.train.language.step import Batch, make_step
+from sa2jax.train.language.step import LanguageBatch, make_language_step
 from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
 from sa2jax.train.state import init_state
 
@@ -51,15 +51,15 @@ def trained():
              if str(path.relative_to(HERE)) not in HELD_OUT]  # fmt: skip
     seen = np.concatenate([np.frombuffer(path.read_bytes(), np.uint8) for path in texts])
     model = step_audio2(cfg)
-    optimizer = make_optimizer(OptimizerConfig(rate=3e-3, warmup=20, steps=STEPS))
-    step = make_step(model, optimizer, remat=None)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=3e-3, warmup_steps=20, steps=STEPS))
+    step = make_language_step(model, optimizer, remat=None)
     start = jax.tree.map(lambda leaf: leaf / 2, testing.tiny_params(cfg))
     state = init_state(model, optimizer, None, start)
     rng = np.random.default_rng(0)
     for number in range(STEPS):
         places = rng.integers(0, len(seen) - LENGTH - 1, ROWS)[:, None] + np.arange(LENGTH + 1)
         rows = seen[places].astype(np.int32)
-        batch = Batch(
+        batch = LanguageBatch(
             ids=jnp.asarray(rows[:, :-1]), targets=jnp.asarray(rows[:, 1:]),
             weights=jnp.ones((ROWS, LENGTH), jnp.float32),
         )  # fmt: skip

@@ -17,14 +17,14 @@ from flax import nnx
 from sa2jax.config import StepAudio2Config
 from sa2jax.models.step_audio import StepAudio2Model
 from sa2jax.nn import Policy, functional, init_params
-from sa2jax.train.language.step import Batch, make_step, place_batch
-from sa2jax.train.log import flops_of, peak_flops
-from sa2jax.train.lora import ONLY_LORA, add_lora, init_lora, join
+from sa2jax.train.language.step import LanguageBatch, make_language_step, place_batch
+from sa2jax.train.log import peak_flops, training_flops
+from sa2jax.train.lora import ONLY_LORA, add_lora, combine, init_lora
 from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
 from sa2jax.train.state import init_state
 
 
-def some_batch(cfg, rows: int, length: int, sound: float, packed: int) -> Batch:
+def some_batch(cfg, rows: int, length: int, sound: float, packed: int) -> LanguageBatch:
     """Random tokens; the first seconds of every row are heard, in 25 s clips."""
     rng = np.random.default_rng(0)
     ids = rng.integers(0, cfg.decoder.vocab, (rows, length + 1), dtype=np.int32)
@@ -46,9 +46,9 @@ def some_batch(cfg, rows: int, length: int, sound: float, packed: int) -> Batch:
                 slots[row, at : at + heard] = (row * clips + clip) * room // 8 + np.arange(heard)
         batch |= {
             "mels": mels, "frames": np.full((rows * clips, 1), frames, np.int32),
-            "starts": np.zeros((rows * clips, 1), np.int32), "slots": slots,
+            "starts": np.zeros((rows * clips, 1), np.int32), "feature_index": slots,
         }  # fmt: skip
-    return Batch(
+    return LanguageBatch(
         ids=ids[:, :-1], targets=ids[:, 1:], weights=np.ones((rows, length), np.float32), **batch
     )
 
@@ -82,13 +82,15 @@ def main() -> None:
 
     model = functional(make)
     rates = ONLY_LORA if lora else {"audio_encoder": 0.0}
-    optimizer = make_optimizer(OptimizerConfig(rates=rates, moments=half))
+    optimizer = make_optimizer(OptimizerConfig(learning_rate_overrides=rates, moment_dtype=half))
     params = init_params(lambda: make(False))
     if lora:
-        params = join(params, init_lora(model, jax.random.key(0)))
+        params = combine(params, init_lora(model, jax.random.key(0)))
     state = init_state(model, optimizer, None, params)
     del params
-    step = make_step(model, optimizer, remat=None if given.remat == "none" else given.remat)
+    step = make_language_step(
+        model, optimizer, remat=None if given.remat == "none" else given.remat
+    )
     batch = place_batch(some_batch(cfg, given.rows, given.length, given.sound, given.packed), None)
     begun, times = time.perf_counter(), []
     state, report = jax.block_until_ready(step(state, batch))
@@ -98,7 +100,7 @@ def main() -> None:
         state, report = jax.block_until_ready(step(state, batch))
         times.append(time.perf_counter() - begun)
     tokens, heard = given.rows * given.length, given.rows * given.sound
-    token, second = flops_of(cfg, base_trained=not lora, encoder_trained=False)
+    token, second = training_flops(cfg, base_trained=not lora, encoder_trained=False)
     best = sorted(times)[len(times) // 2]
     peak, stats = peak_flops(), jax.devices()[0].memory_stats() or {}
     print(json.dumps({

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from sa2jax.atomic_io import disk_errors
 from sa2jax.errors import TrainError
-from sa2jax.train.optimizer import Optimizer, join
+from sa2jax.train.optimizer import Optimizer, combine
 from sa2jax.train.state import TrainState
 
 STATE, DATA = "state", "data"
@@ -55,13 +55,13 @@ class Checkpoints:
         Raises:
             CheckpointError: if an earlier one could not be written.
         """
-        saved = _saved(optimizer, state)
+        saved = _saved_tree(optimizer, state)
         with disk_errors(self.folder):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(**{
                     STATE: ocp.args.PyTreeSave(saved),
-                    DATA: ocp.args.JsonSave({"hosts": _of_all_hosts(data)}),
+                    DATA: ocp.args.JsonSave({"hosts": _gather_json(data)}),
                 }),
                 force=True,
             )  # fmt: skip
@@ -83,7 +83,7 @@ class Checkpoints:
         Raises:
             TrainError: if it does not fit, or other hosts wrote it.
         """
-        wanted = _saved(optimizer, like)
+        wanted = _saved_tree(optimizer, like)
         one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         wanted = jax.tree.map(
             lambda leaf: leaf if leaf.sharding is not None
@@ -111,8 +111,8 @@ class Checkpoints:
                 f"place in its own data: expected as many, got {jax.process_count()}"
             )
         state = found[STATE]
-        _, frozen = optimizer.split(dict(params))
-        whole = TrainState(join(state["trained"], frozen), state["opt_state"], state["step"])
+        _, frozen = optimizer.partition(dict(params))
+        whole = TrainState(combine(state["trained"], frozen), state["opt_state"], state["step"])
         return whole, hosts[jax.process_index()]
 
     def close(self) -> None:
@@ -122,12 +122,12 @@ class Checkpoints:
             self._manager.close()
 
 
-def _saved(optimizer: Optimizer, state: TrainState) -> dict[str, Any]:
-    trained, _ = optimizer.split(state.params)
+def _saved_tree(optimizer: Optimizer, state: TrainState) -> dict[str, Any]:
+    trained, _ = optimizer.partition(state.params)
     return {"trained": trained, "opt_state": state.opt_state, "step": state.step}
 
 
-def _of_all_hosts(data: Any) -> list[Any]:
+def _gather_json(data: Any) -> list[Any]:
     """What each host says, in their order."""
     if jax.process_count() == 1:
         return [data]

@@ -10,46 +10,46 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from sa2jax.train.data.examples import KINDS
-from sa2jax.train.language.model_io import open_base
-from sa2jax.train.language.recipe import Recipe
-from sa2jax.train.language.step import abstract_batch, make_step
+from sa2jax.train.data.examples import TOKEN_KINDS
+from sa2jax.train.language.model_io import open_base_model
+from sa2jax.train.language.recipe import LanguageRecipe
+from sa2jax.train.language.step import abstract_language_batch, make_language_step
 from sa2jax.train.language.task import optimizer_config
-from sa2jax.train.loop import devices_of, mesh_of, rows_at_once
-from sa2jax.train.lora import LORA
+from sa2jax.train.loop import describe_mesh, mesh_from_spec, micro_batch_rows
+from sa2jax.train.lora import LORA_PATTERN
 from sa2jax.train.networks.recipes import NetworkRecipe
 from sa2jax.train.networks.step import make_loss_step
-from sa2jax.train.networks.task import SUBJECTS
+from sa2jax.train.networks.task import TRAINERS
 from sa2jax.train.optimizer import (
     MATRICES,
     OptimizerConfig,
     make_optimizer,
-    name_of,
+    param_name,
 )
-from sa2jax.train.state import Step, TrainState, abstract_state
+from sa2jax.train.state import TrainState, TrainStep, abstract_state
 
 GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Group:
+class ParameterGroup:
     """Parameters that are treated alike.
 
     Attributes:
         name: of the part.
         dtypes: stored dtypes.
         parameters: how many numbers.
-        rate: learning rate after warm-up; 0 for frozen.
-        decayed: how many of them have weight decay.
-        bytes: of each device.
+        learning_rate: learning rate after warm-up; 0 for frozen.
+        weight_decayed: how many of them have weight decay.
+        bytes_per_device: of each device.
     """
 
     name: str
     dtypes: str
     parameters: int
-    rate: float
-    decayed: int
-    bytes: int
+    learning_rate: float
+    weight_decayed: int
+    bytes_per_device: int
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,15 @@ class DryRun:
         groups: of parameters.
         devices: as the mesh names them.
         memory: bytes of each device by what they are for.
-        tokens: positions of an update.
+        units_per_step: positions of an update.
         steps: updates.
         unit: what these positions are.
     """
 
-    groups: tuple[Group, ...]
+    groups: tuple[ParameterGroup, ...]
     devices: str
     memory: dict[str, int]
-    tokens: int
+    units_per_step: int
     steps: int
     unit: str = "positions"
 
@@ -79,9 +79,13 @@ class DryRun:
             table.add_column(column, justify="left" if column in ("part", "dtype") else "right")
         for group in self.groups:
             table.add_row(
-                group.name, group.dtypes, f"{group.parameters:,}", f"{group.rate:g}" if group.rate
-                else "frozen", f"{group.decayed:,}" if group.rate else "", _gib(group.bytes),
-            )  # fmt: skip
+                group.name,
+                group.dtypes,
+                f"{group.parameters:,}",
+                f"{group.learning_rate:g}" if group.learning_rate else "frozen",
+                f"{group.weight_decayed:,}" if group.learning_rate else "",
+                _gib(group.bytes_per_device),
+            )
         console.print(table)
         table = Table(title=f"memory of each device ({self.devices})", title_justify="left")
         table.add_column("what")
@@ -89,10 +93,12 @@ class DryRun:
         for name, size in self.memory.items():
             table.add_row(name, _gib(size))
         console.print(table)
-        console.print(f"{self.steps} updates of {self.tokens:,} {self.unit}", highlight=False)
+        console.print(
+            f"{self.steps} updates of {self.units_per_step:,} {self.unit}", highlight=False
+        )
 
 
-def dry_run(recipe: Recipe) -> DryRun:
+def dry_run_language(recipe: LanguageRecipe) -> DryRun:
     """Compile the step of a recipe for the devices at hand, and count.
 
     Raises:
@@ -100,27 +106,42 @@ def dry_run(recipe: Recipe) -> DryRun:
         ShardingError: for a mesh that does not fit the devices.
         TrainError: if nothing would be trained, or rows do not divide by the mesh.
     """
-    mesh, base = mesh_of(recipe.mesh), open_base(recipe.model, recipe.lora)
+    mesh, base = mesh_from_spec(recipe.mesh), open_base_model(recipe.model, recipe.lora)
     config = optimizer_config(recipe)
     optimizer = make_optimizer(config)
     state = abstract_state(base.model, optimizer, mesh)
-    parts, rows = recipe.data.parts, rows_at_once(recipe.data.rows, recipe.data.parts, mesh)
-    batch = abstract_batch(
-        base.cfg, mesh, rows, recipe.data.length, clips=rows * recipe.data.mel_rows,
-        frames=recipe.data.mel_frames, packed=recipe.data.clips, parts=parts, streams=KINDS,
-    )  # fmt: skip
-    step = make_step(
-        base.model, optimizer, mesh, remat=recipe.remat, chunk=recipe.chunk,
-        gradients=recipe.gradients, unroll=recipe.unroll,
-    )  # fmt: skip
-    trained, _ = optimizer.split(state.params)
-    added_up = sum(map(_size, jax.tree.leaves(trained))) * jnp.dtype(recipe.gradients).itemsize
-    memory = _memory(step, state, batch, added_up * bool(parts))
-    tokens = rows * max(parts, 1) * recipe.data.length
-    return DryRun(_groups(config, state), devices_of(mesh), memory, tokens, config.steps)
+    accumulation = recipe.data.accumulation_steps
+    rows = micro_batch_rows(recipe.data.rows, recipe.data.accumulation_steps, mesh)
+    batch = abstract_language_batch(
+        base.cfg,
+        mesh,
+        rows,
+        recipe.data.length,
+        clips=rows * recipe.data.mel_rows,
+        frames=recipe.data.mel_frames,
+        packed=recipe.data.clips,
+        accumulation_steps=accumulation,
+        metric_masks=TOKEN_KINDS,
+    )
+    step = make_language_step(
+        base.model,
+        optimizer,
+        mesh,
+        remat=recipe.remat,
+        loss_chunk=recipe.loss_chunk,
+        grad_dtype=recipe.grad_dtype,
+        unroll=recipe.unroll,
+    )
+    trained, _ = optimizer.partition(state.params)
+    added_up = sum(map(_size, jax.tree.leaves(trained))) * jnp.dtype(recipe.grad_dtype).itemsize
+    memory = _memory_per_device(step, state, batch, added_up * bool(accumulation))
+    tokens = rows * max(accumulation, 1) * recipe.data.length
+    return DryRun(
+        _parameter_groups(config, state), describe_mesh(mesh), memory, tokens, config.steps
+    )
 
 
-def dry_network_run(recipe: NetworkRecipe) -> DryRun:
+def dry_run_network(recipe: NetworkRecipe) -> DryRun:
     """The same for a single network, with a batch of the longest rows.
 
     Raises:
@@ -130,22 +151,24 @@ def dry_network_run(recipe: NetworkRecipe) -> DryRun:
         TrainError: if nothing would be trained, the detokenizer is not converted, or rows do not
             divide by the mesh.
     """
-    mesh, subject = mesh_of(recipe.mesh), SUBJECTS[recipe.kind]
-    network = subject.open(recipe.network.folder, recipe.network.compute)
+    mesh, subject = mesh_from_spec(recipe.mesh), TRAINERS[recipe.kind]
+    network = subject.open(recipe.network.folder, recipe.network.compute_dtype)
     optimizer, model = make_optimizer(recipe.optimizer), subject.model(network, recipe.data)
     state = abstract_state(model, optimizer, mesh)
-    rows = rows_at_once(recipe.data.rows, 0, mesh)
+    rows = micro_batch_rows(recipe.data.rows, 0, mesh)
     step = make_loss_step(
-        subject.loss, model, optimizer, recipe.teaching, mesh, seed=recipe.seed,
+        subject.loss, model, optimizer, recipe.loss, mesh, seed=recipe.seed,
         unroll=recipe.unroll,
     )  # fmt: skip
-    memory = _memory(step, state, subject.batch(network, recipe, mesh, rows))
+    memory = _memory_per_device(step, state, subject.batch(network, recipe, mesh, rows))
     units, unit = rows * subject.longest(recipe.data), f"{subject.unit} at most"
-    groups = _groups(recipe.optimizer, state)
-    return DryRun(groups, devices_of(mesh), memory, units, recipe.optimizer.steps, unit)
+    groups = _parameter_groups(recipe.optimizer, state)
+    return DryRun(groups, describe_mesh(mesh), memory, units, recipe.optimizer.steps, unit)
 
 
-def _memory(step: Step, state: TrainState, batch: Any, gradients: int = 0) -> dict[str, int]:
+def _memory_per_device(
+    step: TrainStep, state: TrainState, batch: Any, gradients: int = 0
+) -> dict[str, int]:
     """Bytes of each device; `gradients` are those that are added up over parts of a batch."""
     found = step.lower(state, batch).compile().memory_analysis()
     memory = {
@@ -161,14 +184,14 @@ def _memory(step: Step, state: TrainState, batch: Any, gradients: int = 0) -> di
     return memory | {"in all": sum(memory.values())}
 
 
-def _groups(config: OptimizerConfig, state: TrainState) -> tuple[Group, ...]:
+def _parameter_groups(config: OptimizerConfig, state: TrainState) -> tuple[ParameterGroup, ...]:
     found: dict[tuple[str, float], list[tuple[str, Any]]] = {}
     for path, leaf in jax.tree.leaves_with_path(state.params):
-        name = name_of(path)
-        key = (_part_of(name), config.rate_of(name))
+        name = param_name(path)
+        key = (_part_of(name), config.learning_rate_of(name))
         found.setdefault(key, []).append((name, leaf))
     return tuple(
-        Group(
+        ParameterGroup(
             part, ", ".join(sorted({leaf.dtype.name for _, leaf in leaves})),
             sum(leaf.size for _, leaf in leaves), rate,
             sum(leaf.size for name, leaf in leaves if name.rsplit(".", 1)[-1] in MATRICES),
@@ -179,7 +202,7 @@ def _groups(config: OptimizerConfig, state: TrainState) -> tuple[Group, ...]:
 
 
 def _part_of(name: str) -> str:
-    if re.match(LORA, name):
+    if re.match(LORA_PATTERN, name):
         return "lora"
     parts = name.split(".")
     return ".".join(parts[:2]) if parts[0] == "decoder" else parts[0]

@@ -1,6 +1,6 @@
 """A model of random numbers, whole: where training from nothing begins.
 
-    begin("nano", "runs/nano/begin", texts=["corpus/talks"], seed=0)
+    init_model("nano", "runs/nano/begin", texts=["corpus/talks"], seed=0)
 
 Sizes come from `configs/models` and `configs/token2wav`; the tokenizer's merges are learnt from the
 texts of data files, as many as the vocabulary has room for.
@@ -19,17 +19,17 @@ from sa2jax.nn import Params
 from sa2jax.speech.layout import KIND as SPEECH
 from sa2jax.speech_config import Token2WavConfig
 from sa2jax.train.data.samples import jsonl_files
-from sa2jax.train.language.model_io import open_base
+from sa2jax.train.language.model_io import open_base_model
 from sa2jax.train.language.recipe import ModelSpec
-from sa2jax.train.networks.audio_encoder import init_encoder
-from sa2jax.train.networks.flow import fresh_flow
+from sa2jax.train.networks.audio_encoder import init_audio_encoder
+from sa2jax.train.networks.flow import init_flow
 from sa2jax.train.networks.model_io import save_detokenizer
-from sa2jax.train.networks.speaker_encoder import init_speaker
-from sa2jax.train.networks.speech_tokenizer import init_tokenizer
-from sa2jax.train.networks.vocoder import fresh_vocoder
+from sa2jax.train.networks.speaker_encoder import init_speaker_encoder
+from sa2jax.train.networks.speech_tokenizer import init_speech_tokenizer
+from sa2jax.train.networks.vocoder import init_vocoder
 
 
-def begin(
+def init_model(
     preset: str,
     out: str | Path,
     *,
@@ -68,26 +68,28 @@ def begin(
     with TemporaryDirectory() as scratch:
         words = learn_merges(_texts(texts), merges)
         save_files(scratch, describe(codes, merges=words))
-        base = open_base(ModelSpec(preset=preset, tokenizer=scratch))
+        base = open_base_model(ModelSpec(preset=preset, tokenizer=scratch))
         with atomic_io.new_folder(out, overwrite=overwrite) as folder:
             whole = folder / "model"
-            params = base.load(None, seed)
-            encoder = init_encoder(cfg.audio_encoder, seed=seed)["model"]
+            params = base.load_params(None, seed)
+            encoder = init_audio_encoder(cfg.audio_encoder, seed=seed)["model"]
             base.save(params | {"audio_encoder": encoder}, whole)
-            save_detokenizer(whole / SPEECH, speech, fresh_networks(speech, seed))
+            save_detokenizer(whole / SPEECH, speech, init_networks(speech, seed))
             for path in list(whole.iterdir()):
                 path.rename(folder / path.name)
             whole.rmdir()
     return out
 
 
-def fresh_networks(cfg: Token2WavConfig, seed: int) -> dict[str, Params]:
+def init_networks(cfg: Token2WavConfig, seed: int) -> dict[str, Params]:
     """Numbers for all networks of a detokenizer before any training."""
     return {
-        "flow": fresh_flow(cfg.flow, seed),
-        "vocoder": fresh_vocoder(cfg.vocoder, seed),
-        "speech_tokenizer": init_tokenizer(cfg.speech_tokenizer, seed=seed)["model"],
-        "speaker_encoder": init_speaker(cfg.speaker_encoder, speakers=1, seed=seed)["model"],
+        "flow": init_flow(cfg.flow, seed),
+        "vocoder": init_vocoder(cfg.vocoder, seed),
+        "speech_tokenizer": init_speech_tokenizer(cfg.speech_tokenizer, seed=seed)["model"],
+        "speaker_encoder": init_speaker_encoder(cfg.speaker_encoder, speakers=1, seed=seed)[
+            "model"
+        ],
     }
 
 

@@ -20,20 +20,20 @@ from sa2jax.errors import TrainError
 
 METRICS, CURVES = "metrics.jsonl", "loss.png"
 # How devices call themselves, and their names here.
-KINDS = {
+DEVICE_KINDS = {
     "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p",
     "TPU v6 lite": "v6e", "TPU v6e": "v6e", "H100": "h100", "H200": "h200", "A100": "a100-80gb",
     "L4": "l4", "T4": "t4", "B200": "b200",
 }  # fmt: skip
 # What a line on the screen has; the files have all.
-SHOWN = (
-    "loss", "text/loss", "audio/loss", "accuracy", "norm", "rate", "evaluate/loss",
-    "evaluate/accuracy", "seconds_per_step", "tokens_per_second", "tokens_filled", "sound_filled",
-    "mfu", "data_wait",
+CONSOLE_METRICS = (
+    "loss", "text/loss", "audio/loss", "accuracy", "grad_norm", "learning_rate", "evaluate/loss",
+    "evaluate/accuracy", "step_seconds", "tokens_per_second", "token_utilization",
+    "audio_utilization", "mfu", "data_wait_fraction",
 )  # fmt: skip
 
 
-class Log:
+class TrainingLog:
     """Metrics of a run, on one host; the others keep silent.
 
     Args:
@@ -85,7 +85,7 @@ class Log:
         if self._board is not None:
             self._board.close()
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """A line on the screen."""
         if self._live:
             self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -94,11 +94,11 @@ class Log:
         """Move the progress bar."""
         self._progress.update(self._task, completed=step)
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def write_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Note metrics after a step, and show them."""
         if self._file is None:
             return
-        values = {name: values[name] for name in (*SHOWN, *values) if name in values}
+        values = {name: values[name] for name in (*CONSOLE_METRICS, *values) if name in values}
         with disk_errors(Path(self._file.name)):
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
@@ -106,16 +106,16 @@ class Log:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
         shown = "  ".join(
-            f"{name} {_short(value)}" for name, value in values.items() if name in SHOWN
+            f"{name} {_format(value)}" for name, value in values.items() if name in CONSOLE_METRICS
         )
-        self.say(f"step {step}/{self.steps}  {shown}")
+        self.print(f"step {step}/{self.steps}  {shown}")
 
 
 class Meter:
     """How fast a run is, and how full its rows are, between two lines of its log.
 
     Args:
-        flops: of a token and of a second of sound, see `flops_of`.
+        flops: of a token and of a second of sound, see `training_flops`.
         peak: FLOP/s of all devices together; 0 if unknown.
         room: tokens and seconds of sound that the rows of a step have room for; 0 if unknown.
     """
@@ -126,7 +126,7 @@ class Meter:
         self._flops, self._peak, self._room = flops, peak, room
         self._mark: tuple[float, ...] | None = None
 
-    def read(self, steps: int, tokens: int, heard: float, waited: float) -> dict[str, float]:
+    def measure(self, steps: int, tokens: int, heard: float, waited: float) -> dict[str, float]:
         """Rates since the last reading; none at the first.
 
         Args:
@@ -145,13 +145,13 @@ class Meter:
         if seconds <= 0 or not steps_:
             return {}
         rates = {
-            "seconds_per_step": seconds / steps_,
+            "step_seconds": seconds / steps_,
             "tokens_per_second": tokens_ / seconds,
             "audio_hours_per_second": heard_ / 3600 / seconds,
-            "data_wait": waited_ / seconds,
+            "data_wait_fraction": waited_ / seconds,
         }
         for name, used, room in zip(
-            ("tokens_filled", "sound_filled"), (tokens_, heard_), self._room, strict=True
+            ("token_utilization", "audio_utilization"), (tokens_, heard_), self._room, strict=True
         ):
             if room:
                 rates[name] = used / steps_ / room
@@ -161,7 +161,7 @@ class Meter:
         return rates
 
 
-def flops_of(
+def training_flops(
     cfg: StepAudio2Config, *, base_trained: bool, encoder_trained: bool
 ) -> tuple[float, float]:
     """Useful FLOPs of matrix products of a step: for each token, and for each second of sound.
@@ -187,8 +187,10 @@ def flops_of(
 def peak_flops() -> float:
     """FLOP/s in bfloat16 of all devices; 0 if they are not known."""
     kind = jax.devices()[0].device_kind
-    exact = KINDS.get(kind)
-    name = exact or next((name for key, name in KINDS.items() if f" {key}" in f" {kind}"), None)
+    exact = DEVICE_KINDS.get(kind)
+    name = exact or next(
+        (name for key, name in DEVICE_KINDS.items() if f" {key}" in f" {kind}"), None
+    )
     return CHIPS[name].bf16 * jax.device_count() if name in CHIPS else 0.0
 
 
@@ -205,7 +207,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return found
 
 
-def plot(folder: str | Path) -> Path:
+def plot_curves(folder: str | Path) -> Path:
     """Draw the curves of a run: losses, accuracies, learning rate, speed.
 
     Args:
@@ -229,7 +231,7 @@ def plot(folder: str | Path) -> Path:
     panels = {
         "loss (nats)": lambda name: name.endswith("loss"),
         "accuracy": lambda name: name.endswith("accuracy"),
-        "learning rate": lambda name: name == "rate",
+        "learning rate": lambda name: name == "learning_rate",
         "tokens per second": lambda name: name == "tokens_per_second",
     }
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
@@ -249,5 +251,5 @@ def plot(folder: str | Path) -> Path:
     return folder / CURVES
 
 
-def _short(value: float) -> str:
+def _format(value: float) -> str:
     return f"{value:.3e}" if value and not 1e-3 <= abs(value) < 1e5 else f"{value:.4g}"

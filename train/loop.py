@@ -1,6 +1,6 @@
 """The loop of a training run: update, log, evaluate, checkpoint, stop, and go on.
 
-What is trained is a `Task`: the language model's is made in `language/task.py`, a single
+What is trained is a `TrainingTask`: the language model's is made in `language/task.py`, a single
 network's in `networks/task.py`. A run's folder has
 
     run.json         the recipe, and what it began with
@@ -30,24 +30,24 @@ from sa2jax.errors import Sa2jaxError, TrainError
 from sa2jax.nn import Params
 from sa2jax.sharding import batch_ways, make_mesh
 from sa2jax.train.checkpoints import Checkpoints
-from sa2jax.train.log import Log, Meter, plot
+from sa2jax.train.log import Meter, TrainingLog, plot_curves
 from sa2jax.train.optimizer import Optimizer
-from sa2jax.train.recipe import Pace, differences
+from sa2jax.train.recipe import Intervals, differences
 from sa2jax.train.state import TrainState
 
-RUN, STATES, REJECTS = "run.json", "checkpoints", "rejects.jsonl"
+RUN, CHECKPOINTS, REJECTS = "run.json", "checkpoints", "rejects.jsonl"
 
 
-class Batches(Protocol):
+class DataIterator(Protocol):
     """Where batches come from: an iterator that can tell and find its place."""
 
     fingerprint: str
     tokens: int
-    seconds_heard: float
-    waited: float
+    audio_seconds: float
+    data_wait_seconds: float
 
     def __next__(self) -> Any: ...
-    def empty(self) -> Any:
+    def empty_batch(self) -> Any:
         """A batch of which nothing is learnt."""
         ...
 
@@ -65,45 +65,45 @@ class Batches(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class TrainingTask:
     """What is trained, and how; the loop knows no more of it.
 
     Attributes:
         title: a line for the screen.
-        facts: what a run must have in common with the one it goes on from: `recipe` (nested
+        metadata: what a run must have in common with the one it goes on from: `recipe` (nested
             values), and fingerprints by name.
         data: of training.
-        hosts: how many shares the data is split into.
+        data_shards: how many shares the data is split into.
         finite: whether the data ends.
         optimizer: what is trained.
-        like: shapes and places of the state.
-        load: the numbers that it begins with.
-        begin: the state before the first step, from those numbers.
+        abstract_state: shapes and places of the state.
+        load_params: the numbers that it begins with.
+        init_state: the state before the first step, from those numbers.
         step: one update.
-        place: puts a batch on its devices.
+        place_batch: puts a batch on its devices.
         evaluate: metrics of a state on data that is not learnt from, if there is such data.
-        finish: writes the results into the run's folder; gives their paths by name.
+        write_results: writes the results into the run's folder; gives their paths by name.
         meter: how fast it is.
     """
 
     title: str
-    facts: Mapping[str, Any]
-    data: Batches
-    hosts: int = 1
+    metadata: Mapping[str, Any]
+    data: DataIterator
+    data_shards: int = 1
     finite: bool = False
     optimizer: Optimizer
-    like: TrainState
-    load: Callable[[], Params]
-    begin: Callable[[Params], TrainState]
+    abstract_state: TrainState
+    load_params: Callable[[], Params]
+    init_state: Callable[[Params], TrainState]
     step: Callable[[TrainState, Any], tuple[TrainState, Mapping[str, Any]]]
-    place: Callable[[Any], Any]
+    place_batch: Callable[[Any], Any]
     evaluate: Callable[[TrainState], dict[str, float]] | None = None
-    finish: Callable[[TrainState, Path, Log], dict[str, Path]]
+    write_results: Callable[[TrainState, Path, TrainingLog], dict[str, Path]]
     meter: Meter
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainResult:
     """How a run ended.
 
     Attributes:
@@ -119,9 +119,9 @@ class Outcome:
     results: dict[str, Path] = field(default_factory=dict)
 
 
-def run(
-    task: Task,
-    pace: Pace,
+def run_training(
+    task: TrainingTask,
+    pace: Intervals,
     out: str | Path,
     *,
     steps: int,
@@ -129,7 +129,7 @@ def run(
     profile: int = 0,
     quiet: bool = False,
     on_step: Callable[[int], None] | None = None,
-) -> Outcome:
+) -> TrainResult:
     """Do all steps of a task, from the last checkpoint on if there is one.
 
     An interrupt or SIGTERM ends the run after the step at hand, with a checkpoint.
@@ -151,31 +151,31 @@ def run(
     """
     # --- begin, or go on ----------------------------------------------------------------------
     out, data = Path(out), task.data
-    saved = _open_checkpoints(task.facts, pace, out, fresh)
+    saved = _open_checkpoints(task.metadata, pace, out, fresh)
     done = saved.latest() or 0
-    params = task.load()
+    params = task.load_params()
     if done:
-        state, place = saved.restore(done, task.optimizer, task.like, params)
+        state, place = saved.restore(done, task.optimizer, task.abstract_state, params)
         data.restore(place)
     else:
-        state = task.begin(params)
+        state = task.init_state(params)
     del params
 
     # --- steps --------------------------------------------------------------------------------
     last, metrics, halt = done, {}, False
-    with Log(out, steps=steps, start=done, quiet=quiet) as log, _stopping() as stop:
-        log.say(f"{task.title}, going on after step {done}" if done else task.title)
+    with TrainingLog(out, steps=steps, start=done, quiet=quiet) as log, _stop_requests() as stop:
+        log.print(f"{task.title}, going on after step {done}" if done else task.title)
         window: list[Mapping[str, Any]] = []
         for now in range(done + 1, steps + 1):
             batch = next(data, None)
-            if task.finite and anywhere(batch is None):
-                log.say(f"the data ends after step {last}")
+            if task.finite and any_host(batch is None):
+                log.print(f"the data ends after step {last}")
                 break
             with _profiled(out, profile, now - done):
-                state, report = task.step(state, task.place(batch or data.empty()))
+                state, report = task.step(state, task.place_batch(batch or data.empty_batch()))
                 # The step before has to be done, so that batches do not pile up on the devices.
                 window = [*jax.device_get(window), report]
-                if profile and now - done <= PROFILE_AFTER + profile:
+                if profile and now - done <= PROFILE_WARMUP_STEPS + profile:
                     jax.block_until_ready(report)
             last = now
             log.advance(now)
@@ -184,13 +184,13 @@ def run(
 
             # Hosts ask each other at the steps that are logged.
             logged = now % pace.log_every == 0 or now == steps
-            halt = anywhere(stop()) if logged or jax.process_count() == 1 else False
+            halt = any_host(stop()) if logged or jax.process_count() == 1 else False
             if logged or halt:
-                metrics, window = _mean(window), []
-                log.write(now, metrics | _speed(task, now))
+                metrics, window = _mean_metrics(window), []
+                log.write_metrics(now, metrics | _speed(task, now))
             every = pace.evaluate_every or steps
             if task.evaluate is not None and now % every == 0 and now < steps:
-                log.write(now, task.evaluate(state))
+                log.write_metrics(now, task.evaluate(state))
                 _speed(task, now)  # what this took is not training's
             if now % pace.save_every == 0 or halt:
                 saved.save(now, task.optimizer, state, data.state())
@@ -201,27 +201,27 @@ def run(
         # What all hosts know, not what one was told since: they end alike.
         finished = not halt
         if window:  # the data ended between two lines
-            metrics = _mean(window)
-            log.write(last, metrics | _speed(task, last))
+            metrics = _mean_metrics(window)
+            log.write_metrics(last, metrics | _speed(task, last))
         if finished:
             if task.evaluate is not None and last > done:
                 found = task.evaluate(state)
-                log.write(last, found)
+                log.write_metrics(last, found)
                 metrics |= found
             if last > (saved.latest() or 0):
                 saved.save(last, task.optimizer, state, data.state())
         saved.close()
         data.close()
-        outcome = Outcome(last, finished, metrics)
+        outcome = TrainResult(last, finished, metrics)
         if not finished:
             return outcome
-        results = task.finish(state, out, log)
+        results = task.write_results(state, out, log)
     if jax.process_index() == 0 and find_spec("matplotlib") is not None:
-        results["curves"] = plot(out)
+        results["curves"] = plot_curves(out)
     return replace(outcome, results=results)
 
 
-def mesh_of(spec: str | None) -> Mesh | None:
+def mesh_from_spec(spec: str | None) -> Mesh | None:
     """The devices of a run: those that are named, or all.
 
     Raises:
@@ -232,7 +232,7 @@ def mesh_of(spec: str | None) -> Mesh | None:
     return make_mesh(spec)
 
 
-def rows_at_once(rows: int, parts: int, mesh: Mesh | None) -> int:
+def micro_batch_rows(rows: int, parts: int, mesh: Mesh | None) -> int:
     """Rows that are computed at once: of an update, or of one of its parts.
 
     Raises:
@@ -247,22 +247,22 @@ def rows_at_once(rows: int, parts: int, mesh: Mesh | None) -> int:
     return rows
 
 
-def describe(name: str, like: TrainState, optimizer: Optimizer, mesh: Mesh | None) -> str:
+def describe_training(name: str, like: TrainState, optimizer: Optimizer, mesh: Mesh | None) -> str:
     """A line that says how much is trained, and where."""
-    trained, frozen = optimizer.split(like.params)
+    trained, frozen = optimizer.partition(like.params)
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree)) / 1e6
     return (
         f"{name}: {count(trained):.4g} M parameters trained, {count(frozen):.4g} M frozen, on "
-        f"{devices_of(mesh)}"
+        f"{describe_mesh(mesh)}"
     )
 
 
-def devices_of(mesh: Mesh | None) -> str:
+def describe_mesh(mesh: Mesh | None) -> str:
     """A mesh in words."""
     return "one device" if mesh is None else ", ".join(f"{k}={v}" for k, v in mesh.shape.items())
 
 
-def whole(tree: Any) -> Any:
+def gather_to_host(tree: Any) -> Any:
     """Arrays on the host, brought together from all hosts."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
@@ -272,12 +272,14 @@ def whole(tree: Any) -> Any:
 # --- parts of a run -----------------------------------------------------------------------------
 
 
-def _open_checkpoints(facts: Mapping[str, Any], pace: Pace, out: Path, fresh: bool) -> Checkpoints:
+def _open_checkpoints(
+    facts: Mapping[str, Any], pace: Intervals, out: Path, fresh: bool
+) -> Checkpoints:
     """The checkpoints of this run; those of another one are refused."""
     problem = None
     if jax.process_index() == 0:  # the others must not see the folder half made
         try:
-            _claim(out, facts, fresh)
+            _claim_run_folder(out, facts, fresh)
         except Sa2jaxError as error:
             problem = error
     if jax.process_count() > 1:
@@ -286,12 +288,12 @@ def _open_checkpoints(facts: Mapping[str, Any], pace: Pace, out: Path, fresh: bo
             problem = TrainError(f"the first host cannot use {out}: it says why")
     if problem is not None:
         raise problem
-    return Checkpoints(out / STATES, keep=pace.keep, keep_every=pace.keep_every)
+    return Checkpoints(out / CHECKPOINTS, keep=pace.keep, keep_every=pace.keep_every)
 
 
-def _claim(out: Path, facts: Mapping[str, Any], fresh: bool) -> None:
+def _claim_run_folder(out: Path, facts: Mapping[str, Any], fresh: bool) -> None:
     """Make a run's folder, or see that it is this run's."""
-    path, states = out / RUN, out / STATES
+    path, states = out / RUN, out / CHECKPOINTS
     if out.is_dir() and any(out.iterdir()) and not (path.is_file() or (out / REJECTS).is_file()):
         raise TrainError(f"{out} holds something else than a training run: choose another --out")
     with disk_errors(out):
@@ -299,12 +301,12 @@ def _claim(out: Path, facts: Mapping[str, Any], fresh: bool) -> None:
         if fresh:
             shutil.rmtree(states, ignore_errors=True)
     if states.is_dir() and any(step.name.isdigit() for step in states.iterdir()):
-        _require_same(path, facts)
+        _require_same_run(path, facts)
     with disk_errors(path):
         path.write_text(json.dumps(facts, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-def _require_same(path: Path, facts: Mapping[str, Any]) -> None:
+def _require_same_run(path: Path, facts: Mapping[str, Any]) -> None:
     """Refuse to go on with other data, another model or other numbers."""
     try:
         was = json.loads(path.read_text(encoding="utf-8"))
@@ -324,27 +326,30 @@ def _require_same(path: Path, facts: Mapping[str, Any]) -> None:
         )
 
 
-def _speed(task: Task, now: int) -> dict[str, float]:
+def _speed(task: TrainingTask, now: int) -> dict[str, float]:
     data = task.data
-    return task.meter.read(
-        now, data.tokens * task.hosts, data.seconds_heard * task.hosts, data.waited
+    return task.meter.measure(
+        now,
+        data.tokens * task.data_shards,
+        data.audio_seconds * task.data_shards,
+        data.data_wait_seconds,
     )
 
 
-def _mean(reports: list[Mapping[str, Any]]) -> dict[str, float]:
-    """One line of the log from the reports of several steps; of the rate, the last."""
+def _mean_metrics(reports: list[Mapping[str, Any]]) -> dict[str, float]:
+    """One line of the log from the reports of several steps; of the learning rate, the last."""
     reports = jax.device_get(reports)
     kept = {key: float(np.mean([report[key] for report in reports])) for key in reports[-1]}
-    return kept | {"rate": float(reports[-1]["rate"])}
+    return kept | {"learning_rate": float(reports[-1]["learning_rate"])}
 
 
 # --- stopping -----------------------------------------------------------------------------------
 
-PROFILE_AFTER = 3  # steps until everything is compiled and warm
+PROFILE_WARMUP_STEPS = 3  # steps until everything is compiled and warm
 
 
 @contextmanager
-def _stopping() -> Iterator[Callable[[], bool]]:
+def _stop_requests() -> Iterator[Callable[[], bool]]:
     """Whether somebody asked to stop: a first Ctrl-C or SIGTERM waits for the step at hand."""
     asked: list[int] = []
     before = {}
@@ -367,7 +372,7 @@ def _stopping() -> Iterator[Callable[[], bool]]:
             signal.signal(kind, handler)
 
 
-def anywhere(value: bool) -> bool:
+def any_host(value: bool) -> bool:
     """Whether it is so on any host."""
     if jax.process_count() == 1:
         return value
@@ -377,8 +382,8 @@ def anywhere(value: bool) -> bool:
 @contextmanager
 def _profiled(out: Path, steps: int, now: int) -> Iterator[None]:
     """Record `steps` steps once the first ones are done."""
-    if steps and now == PROFILE_AFTER + 1:
+    if steps and now == PROFILE_WARMUP_STEPS + 1:
         jax.profiler.start_trace(str(out / "profile"))
     yield
-    if steps and now == PROFILE_AFTER + steps:
+    if steps and now == PROFILE_WARMUP_STEPS + steps:
         jax.profiler.stop_trace()

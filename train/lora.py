@@ -15,20 +15,28 @@ from jax.typing import DTypeLike
 
 from sa2jax.errors import TrainError
 from sa2jax.nn import Functional, Linear, Params, param
-from sa2jax.train.optimizer import join, split
+from sa2jax.train.optimizer import combine, partition
 
-DECODER = r"decoder\.layers\.(\d+\.)?(attn|mlp)\.\w+"  # all of its matrices
-LORA = r".*\.lora_[ab]$"
-ONLY_LORA = {LORA: 1e-4, "": 0.0}  # for `OptimizerConfig.rates`
+DECODER_MATRICES = r"decoder\.layers\.(\d+\.)?(attn|mlp)\.\w+"  # all of its matrices
+LORA_PATTERN = r".*\.lora_[ab]$"
+ONLY_LORA = {LORA_PATTERN: 1e-4, "": 0.0}  # for `OptimizerConfig.learning_rate_overrides`
 
-__all__ = ["DECODER", "ONLY_LORA", "add_lora", "init_lora", "join", "merge", "split_lora"]
+__all__ = [
+    "DECODER_MATRICES",
+    "ONLY_LORA",
+    "add_lora",
+    "combine",
+    "init_lora",
+    "merge_lora",
+    "split_lora",
+]
 
 
 def add_lora(
     model: nnx.Module,
     rank: int,
     alpha: float,
-    targets: str = DECODER,
+    targets: str = DECODER_MATRICES,
     *,
     rngs: nnx.Rngs,
     dtype: DTypeLike = jnp.float32,
@@ -42,7 +50,7 @@ def add_lora(
         model: the module; changed in place, so call this where it is made.
         rank: width of the bottleneck.
         alpha: the product is scaled by `alpha / rank`.
-        targets: a regular expression for the whole path, such as `DECODER`.
+        targets: a regular expression for the whole path, such as `DECODER_MATRICES`.
         rngs: source of randomness.
         dtype: of the new matrices.
 
@@ -100,12 +108,12 @@ def init_lora(model: Functional, key: jax.Array, mesh: Mesh | None = None) -> Pa
 
 
 def split_lora(params: Params) -> tuple[Params, Params]:
-    """The base, and the low-rank matrices; `join` puts them together again."""
-    lora, base = split(params, lambda name: re.match(LORA, name) is not None)
+    """The base, and the low-rank matrices; `combine` puts them together again."""
+    lora, base = partition(params, lambda name: re.match(LORA_PATTERN, name) is not None)
     return base, lora
 
 
-def merge(params: Params, scale: float) -> Params:
+def merge_lora(params: Params, scale: float) -> Params:
     """The base with the low-rank products added to its kernels, in float32.
 
     Args:
@@ -116,7 +124,7 @@ def merge(params: Params, scale: float) -> Params:
         TrainError: if a kernel to be changed is int8.
     """
     if "lora_a" not in params:
-        return {k: merge(v, scale) if isinstance(v, dict) else v for k, v in params.items()}
+        return {k: merge_lora(v, scale) if isinstance(v, dict) else v for k, v in params.items()}
     rest = {k: v for k, v in params.items() if k not in ("lora_a", "lora_b")}
     kernel, a, b = params["kernel"], params["lora_a"], params["lora_b"]
     if kernel.dtype == jnp.int8:

@@ -1,6 +1,6 @@
 """Recipes: everything that a training run depends on, in one YAML file.
 
-    values = read_values("smoke")  # from configs/recipes, or a file
+    values = read_recipe_values("smoke")  # from configs/recipes, or a file
 
 A recipe's head says in comments what it needs, how long it takes and what comes out. A key `kind`
 at its top says what is trained: the language model, unless it is there; see `networks.task`.
@@ -19,7 +19,7 @@ from sa2jax.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pace:
+class Intervals:
     """How often a run does what is not training.
 
     Attributes:
@@ -39,17 +39,24 @@ class Pace:
     def __post_init__(self):
         for name in ("log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"pace.{name}: expected at least 1, got {getattr(self, name)}")
+                raise ConfigError(
+                    f"intervals.{name}: expected at least 1, got {getattr(self, name)}"
+                )
 
 
 # What may change when a run goes on: nothing that its numbers depend on.
-FREE = ("mesh", "unroll", "pace", "evaluate", "model.save", "data.max_rejects")
+RESUMABLE_KEYS = ("mesh", "unroll", "intervals", "evaluate", "model.save_dtype", "data.max_rejects")
 
 
 # What a recipe may train: the model, or a part of it; or several things one after the other.
 LANGUAGE, FLOW, STAGES = "language", "flow", "stages"
-TOKENIZER, SPEAKER, VOCODER, ENCODER = "tokenizer", "speaker", "vocoder", "encoder"
-KINDS = LANGUAGE, ENCODER, TOKENIZER, SPEAKER, FLOW, VOCODER, STAGES
+SPEECH_TOKENIZER, SPEAKER_ENCODER, VOCODER, AUDIO_ENCODER = (
+    "speech_tokenizer",
+    "speaker_encoder",
+    "vocoder",
+    "audio_encoder",
+)
+KINDS = LANGUAGE, AUDIO_ENCODER, SPEECH_TOKENIZER, SPEAKER_ENCODER, FLOW, VOCODER, STAGES
 
 
 def recipe_names() -> list[str]:
@@ -62,22 +69,22 @@ def recipe_names() -> list[str]:
     )  # fmt: skip
 
 
-def read_values(source: str | Path) -> dict[str, Any]:
+def read_recipe_values(source: str | Path) -> dict[str, Any]:
     """The values of a recipe, by its name or file, unchecked.
 
-    A recipe with `like: NAME` has the values of another one but those that it gives itself, by
-    dotted key as in `with_changes`.
+    A recipe with `extends: NAME` has the values of another one but those that it gives itself, by
+    dotted key as in `apply_overrides`.
 
     Raises:
         ConfigError: if there is none, or it is no YAML.
     """
-    return _read_values(source, ())
+    return _read_extended(source, ())
 
 
-def _read_values(source: str | Path, before: tuple[str, ...]) -> dict[str, Any]:
-    """The same, of a recipe that others on the way to it are like."""
+def _read_extended(source: str | Path, before: tuple[str, ...]) -> dict[str, Any]:
+    """The same, of a recipe which other recipes extend."""
     if str(source) in before:
-        raise ConfigError(f"{before[0]}: recipes that are like each other in a circle")
+        raise ConfigError(f"{before[0]}: recipes that extend each other in a circle")
     path = Path(source)
     if path.suffix not in (".yaml", ".yml"):
         item = files("sa2jax.configs.recipes") / f"{source}.yaml"
@@ -95,13 +102,13 @@ def _read_values(source: str | Path, before: tuple[str, ...]) -> dict[str, Any]:
         raise ConfigError(f"{source} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{source}: expected `key: value` lines, got {type(values).__name__}")
-    other = values.pop("like", None)
+    other = values.pop("extends", None)
     if other is None:
         return values
-    return with_changes(_read_values(str(other), (*before, str(source))), values)
+    return apply_overrides(_read_extended(str(other), (*before, str(source))), values)
 
 
-def values_of(
+def recipe_values_of_kind(
     kind: str, source: str | Path, changes: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """The values of a recipe that has to be of one kind, changed, without the kind.
@@ -109,7 +116,9 @@ def values_of(
     Raises:
         ConfigError: if there is none, or it is of another kind.
     """
-    found, values = split_kind(with_changes(read_values(source), changes or {}), str(source))
+    found, values = split_kind(
+        apply_overrides(read_recipe_values(source), changes or {}), str(source)
+    )
     if found != kind:
         raise ConfigError(f"{source} is a recipe of kind {found}: expected one of kind {kind}")
     return values
@@ -128,19 +137,19 @@ def split_kind(values: Mapping[str, Any], where: str) -> tuple[str, dict[str, An
     return kind, rest
 
 
-def with_changes(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def apply_overrides(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Values with others in place of some, by dotted key."""
     values = dict(values)
     for key, value in changes.items():
         first, _, rest = key.partition(".")
         if rest:
             inner = values.get(first)
-            value = with_changes(inner if isinstance(inner, dict) else {}, {rest: value})
+            value = apply_overrides(inner if isinstance(inner, dict) else {}, {rest: value})
         values[first] = value
     return values
 
 
-def parse_changes(words: tuple[str, ...]) -> dict[str, Any]:
+def parse_overrides(words: tuple[str, ...]) -> dict[str, Any]:
     """`key=value` words, the values as YAML.
 
     Raises:
@@ -150,7 +159,9 @@ def parse_changes(words: tuple[str, ...]) -> dict[str, Any]:
     for word in words:
         key, equals, value = word.partition("=")
         if not (key and equals):
-            raise ConfigError(f"--set {word}: expected key=value, such as optimizer.rate=1e-5")
+            raise ConfigError(
+                f"--set {word}: expected key=value, such as optimizer.learning_rate=1e-5"
+            )
         try:
             changes[key] = yaml.safe_load(value)
         except yaml.YAMLError:
@@ -158,13 +169,13 @@ def parse_changes(words: tuple[str, ...]) -> dict[str, Any]:
     return changes
 
 
-def build(kind: type, values: Mapping[str, Any], where: str) -> Any:
+def build_config(kind: type, values: Mapping[str, Any], where: str) -> Any:
     """A dataclass from nested values; unknown keys and values of other kinds are errors.
 
     Raises:
         ConfigError: naming the key and what it could be.
     """
-    require_known(kind, values, where)
+    require_known_keys(kind, values, where)
     options = dacite.Config(strict=True, cast=[tuple], type_hooks={float: _as_float})
     try:
         return dacite.from_dict(kind, dict(values), options)
@@ -172,7 +183,7 @@ def build(kind: type, values: Mapping[str, Any], where: str) -> Any:
         raise ConfigError(f"{where}: {error}") from None
 
 
-def require_known(kind: type, values: Any, where: str, prefix: str = "") -> None:
+def require_known_keys(kind: type, values: Any, where: str, prefix: str = "") -> None:
     """Complain about the first key that a nested dataclass does not have, or that is no number.
 
     Raises:
@@ -192,15 +203,15 @@ def require_known(kind: type, values: Any, where: str, prefix: str = "") -> None
             raise ConfigError(f"{where}: {prefix}{key}: expected a number, got {value!r}")
         for inner in kinds:
             if is_dataclass(inner) and isinstance(inner, type):
-                require_known(inner, value, where, f"{prefix}{key}.")
+                require_known_keys(inner, value, where, f"{prefix}{key}.")
 
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What two nested dicts disagree about, as `key: was → now`; `FREE` keys do not count."""
+    """Where two nested dicts differ, as `key: was → now`; `RESUMABLE_KEYS` do not count."""
     found = []
     for key in sorted({*was, *now}, key=str):
         name = f"{prefix}{key}"
-        if name in FREE:
+        if name in RESUMABLE_KEYS:
             continue
         old, new = was.get(key), now.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):

@@ -24,7 +24,7 @@ from typing import Any
 
 from sa2jax.atomic_io import disk_errors
 from sa2jax.errors import ConfigError, TrainError
-from sa2jax.train.recipe import build
+from sa2jax.train.recipe import build_config
 
 DONE = "stages.json"
 INTERRUPTED = 130
@@ -57,7 +57,7 @@ class StagesRecipe:
 
 
 @dataclass(frozen=True)
-class StagesOutcome:
+class StagesResult:
     """How a run ended.
 
     Attributes:
@@ -69,13 +69,13 @@ class StagesOutcome:
     finished: bool
 
 
-def read_stages(values: Mapping[str, Any], where: str) -> StagesRecipe:
+def build_stages_recipe(values: Mapping[str, Any], where: str) -> StagesRecipe:
     """A recipe from its values.
 
     Raises:
         ConfigError: for a key that does not exist, or a command that is none.
     """
-    return build(StagesRecipe, values, where)
+    return build_config(StagesRecipe, values, where)
 
 
 def run_stages(
@@ -84,7 +84,7 @@ def run_stages(
     *,
     fresh: bool = False,
     say: Callable[[str], None] = lambda line: None,
-) -> StagesOutcome:
+) -> StagesResult:
     """Run all stages that are not done.
 
     Args:
@@ -114,19 +114,19 @@ def run_stages(
             continue
         say(f"{title}: sa2jax {line}")
         started = time.monotonic()
-        code = _run([sys.executable, "-m", "sa2jax.cli", *words])
+        code = _run_command([sys.executable, "-m", "sa2jax.cli", *words])
         if code == INTERRUPTED:
-            return StagesOutcome(_seconds(done), False)
+            return StagesResult(_seconds(done), False)
         if code:
             raise TrainError(f"{title} failed (exit code {code}); the same command tries it again")
         done[name] = {"command": line, "seconds": round(time.monotonic() - started, 1)}
         with disk_errors(out / DONE):
             (out / DONE).write_text(json.dumps(done, indent=2) + "\n", encoding="utf-8")
         say(f"{title}: {done[name]['seconds']:.0f} s")
-    return StagesOutcome(_seconds(done), True)
+    return StagesResult(_seconds(done), True)
 
 
-def _run(words: list[str]) -> int:
+def _run_command(words: list[str]) -> int:
     """Run a command; an interrupt is its own matter first."""
     process = subprocess.Popen(words)
     while True:

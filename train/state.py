@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from sa2jax.nn import Functional, Params, unrolling
 from sa2jax.sharding import placed, using
-from sa2jax.train.optimizer import Optimizer, apply_updates, join
+from sa2jax.train.optimizer import Optimizer, apply_updates, combine
 
 
 @partial(
@@ -43,7 +43,7 @@ class TrainState:
 
 
 @dataclass(frozen=True)
-class Step:
+class TrainStep:
     """A compiled step: `state, report = step(state, batch)`; the old state is used up."""
 
     function: Any
@@ -57,8 +57,8 @@ class Step:
 
         Returns:
             The new state, and float32 scalars to report: `loss` (nats per weight) and `accuracy`,
-            those of each stream as `text/loss`, the gradient's `norm` before it is clipped, the
-            learning `rate` and the `weight` of the batch.
+            those of each stream as `text/loss`, the gradient's `grad_norm` before it is
+            clipped, the `learning_rate` and the batch's `target_weight`.
         """
         with using(self.mesh), unrolling(self.unroll):
             return self.function(state, batch)
@@ -66,47 +66,47 @@ class Step:
     def lower(self, state: TrainState, batch: Any) -> Any:
         """For a state as `abstract_state` gives it and an abstract batch; then `.compile()`."""
         # Devices may be a topology's, which nothing can run on; constants are made meanwhile.
-        with _describing(self.mesh), unrolling(self.unroll):
+        with _abstract_mesh(self.mesh), unrolling(self.unroll):
             return self.function.lower(state, batch)
 
 
-def _describing(mesh: Mesh | None) -> AbstractContextManager[Any]:
+def _abstract_mesh(mesh: Mesh | None) -> AbstractContextManager[Any]:
     return nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
-def updated(
+def apply_gradient(
     optimizer: Optimizer, state: TrainState, gradient: Params
 ) -> tuple[TrainState, Float[Array, ""]]:
     """The state after a gradient's update, and the gradient's norm before it is clipped."""
-    trained, frozen = optimizer.split(state.params)
+    trained, frozen = optimizer.partition(state.params)
     with jax.named_scope("update"):
         updates, opt_state = optimizer.transform.update(gradient, state.opt_state, trained)
         trained = apply_updates(trained, cast(Params, updates), state.step)
         norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), gradient))
-    return TrainState(join(trained, frozen), opt_state, state.step + 1), norm
+    return TrainState(combine(trained, frozen), opt_state, state.step + 1), norm
 
 
-def compiled(
+def jit_step(
     step: Callable[..., Any],
     model: Functional[Any],
     optimizer: Optimizer,
     mesh: Mesh | None,
     *,
     unroll: bool = False,
-) -> Step:
+) -> TrainStep:
     """A step that uses up its state and leaves the new one in the same places."""
     options: dict[str, Any] = {"donate_argnums": 0}
     if mesh is not None:
         whole = NamedSharding(mesh, PartitionSpec())
         options["out_shardings"] = (state_shardings(model, optimizer, mesh), whole)
-    return Step(jax.jit(step, **options), mesh, unroll)
+    return TrainStep(jax.jit(step, **options), mesh, unroll)
 
 
 def state_shardings(model: Functional[Any], optimizer: Optimizer, mesh: Mesh) -> TrainState:
     """Where each leaf of a state lives: moments where their parameters do, scalars everywhere."""
     whole: Any = NamedSharding(mesh, PartitionSpec())
     places = model.shardings(mesh)
-    like, split_places = (optimizer.split(tree)[0] for tree in (model.abstract, places))
+    like, split_places = (optimizer.partition(tree)[0] for tree in (model.abstract, places))
     structure, shapes = jax.tree.structure(like), [leaf.shape for leaf in jax.tree.leaves(like)]
 
     def are_like(node):  # a moment has a leaf of the same shape for every parameter
@@ -128,7 +128,7 @@ def abstract_state(
     """Shapes, dtypes and places of a state, to compile a step for or read a checkpoint into."""
 
     def make(params):
-        trained, _ = optimizer.split(params)
+        trained, _ = optimizer.partition(params)
         return TrainState(params, optimizer.transform.init(trained), jnp.zeros((), jnp.int32))
 
     state = jax.eval_shape(make, model.abstract)
@@ -149,10 +149,10 @@ def init_state(
     """
     init, step = optimizer.transform.init, jnp.zeros((), jnp.int32)
     if mesh is None:
-        state = TrainState(params, jax.jit(init)(optimizer.split(params)[0]), step)
+        state = TrainState(params, jax.jit(init)(optimizer.partition(params)[0]), step)
         # Moments that are bound to no device would make the second step another program.
         return jax.device_put(state, jax.local_devices()[0])
     places = state_shardings(model, optimizer, mesh)
     params = jax.device_put(params, places.params)
-    opt_state = jax.jit(init, out_shardings=places.opt_state)(optimizer.split(params)[0])
+    opt_state = jax.jit(init, out_shardings=places.opt_state)(optimizer.partition(params)[0])
     return TrainState(params, opt_state, jax.device_put(step, places.step))

@@ -42,7 +42,7 @@ def _prepare(
         overwrite: Replace a prepared folder.
         json: Print JSON.
     """
-    from sa2jax.train.data.prepare import PrepareConfig, prepare
+    from sa2jax.train.data.prepare import PrepareConfig, prepare_dataset
 
     *sources, out = _sources_and_out(paths)
     config = PrepareConfig(
@@ -50,7 +50,7 @@ def _prepare(
         workers=workers, max_rejects=max_rejects,
     )  # fmt: skip
     with common.bar("preparing", unit="records") as tick:
-        about = prepare(sources, out, config, overwrite=overwrite, progress=tick)
+        about = prepare_dataset(sources, out, config, overwrite=overwrite, progress=tick)
     _print(about, Path(out), json)
 
 
@@ -58,7 +58,7 @@ def _prepare_flow(
     paths: Paths,
     *,
     model: Path,
-    bends: int = 0,
+    perturbations: int = 0,
     max_rejects: int = 100,
     overwrite: bool = False,
     json: bool = False,
@@ -69,8 +69,8 @@ def _prepare_flow(
         paths: Recordings (wav, flac, mp3, ogg, opus) of at least 1 s, folders of them, or .jsonl
             files with a line {"audio": "a.wav"} each; and, last, the folder to make.
         model: Folder with the detokenizer to train: its own networks hear the recordings.
-        bends: Keep each recording as often again with the codes of the same speech with another
-            pitch, formants and tilt, so that the flow does not learn from codes who speaks.
+        perturbations: Keep each recording as often again with the codes of the same speech with
+            another pitch, formants and tilt, so that the flow does not learn from codes who speaks.
         max_rejects: Stop if more recordings than these cannot be used.
         overwrite: Replace a prepared folder.
         json: Print JSON.
@@ -82,9 +82,14 @@ def _prepare_flow(
     enable_compilation_cache()
     with common.bar("hearing", unit="recordings") as tick:
         about = prepare_flow(
-            sources, out, model, bends=bends, max_rejects=max_rejects, overwrite=overwrite,
+            sources,
+            out,
+            model,
+            perturbations=perturbations,
+            max_rejects=max_rejects,
+            overwrite=overwrite,
             progress=tick,
-        )  # fmt: skip
+        )
     _print(about, Path(out), json)
 
 
@@ -154,9 +159,9 @@ def _synthesize(
 
     from sa2jax.train.corpus.plan import read_corpus
     from sa2jax.train.corpus.synthesize import synthesize
-    from sa2jax.train.recipe import parse_changes
+    from sa2jax.train.recipe import parse_overrides
 
-    changes = parse_changes(set) | ({} if seed is None else {"seed": seed})
+    changes = parse_overrides(set) | ({} if seed is None else {"seed": seed})
     recipe = read_corpus(config, changes)
     with common.bar("speaking", unit="recordings") as tick:
         about = synthesize(
@@ -176,19 +181,19 @@ def _show(folder: Folder, *, json: bool = False):
         json: Print JSON.
     """
     common.stay_on_host()
-    from sa2jax.train.data.samples import ABOUT, read_about
+    from sa2jax.train.data.samples import DATASET_JSON, read_dataset_info
     from sa2jax.train.networks import flow_data, speech_data
 
     try:
-        text = (folder / ABOUT).read_text(encoding="utf-8")
+        text = (folder / DATASET_JSON).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        text = ""  # what is wrong with it, `read_about` says
+        text = ""  # what is wrong with it, `read_dataset_info` says
     others = {
-        flow_data.FORMAT: lambda: flow_data.read_flow_about(folder)[0],
-        speech_data.FORMAT: lambda: speech_data.read_speech_about(folder)[0],
+        flow_data.FORMAT: lambda: flow_data.read_flow_info(folder)[0],
+        speech_data.FORMAT: lambda: speech_data.read_speech_info(folder)[0],
     }
     read = (make for form, make in others.items() if f'"{form}"' in text)
-    _print(next(read, lambda: read_about(folder))(), folder, json)
+    _print(next(read, lambda: read_dataset_info(folder))(), folder, json)
 
 
 # Each action is run where it is parsed, as the value of `action`.
@@ -239,8 +244,10 @@ def _table(about: Mapping[str, Any], folder: Path) -> Table:
     rejected = about.get("rejected", 0)
     table.add_row("rejected", f"{rejected}, see rejects.jsonl" if rejected else "none")
     table.add_row("audio heard", hours(about["seconds"]))
-    if bends := about.get("bends"):
-        table.add_row("kept", f"{1 + bends} times, {bends} with codes of another mouth")
+    if perturbations := about.get("perturbations"):
+        table.add_row(
+            "kept", f"{1 + perturbations} times, {perturbations} with codes of another mouth"
+        )
     if shards:
         table.add_row("speech to say", hours(about.get("seconds_spoken", 0)))
         letters = {k: n for k, n in about.get("characters", {}).items() if n}

@@ -35,7 +35,7 @@ def begin(
     common.stay_on_host()
     from sa2jax.errors import DataError
     from sa2jax.runtime import enable_compilation_cache
-    from sa2jax.train.init_model import begin as make
+    from sa2jax.train.init_model import init_model as make
 
     enable_compilation_cache()
     if not texts:

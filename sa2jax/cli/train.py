@@ -45,7 +45,7 @@ def train(
         data: Files or folders to learn from, in place of the recipe's; PATH or PATH=WEIGHT. For a
             single network one prepared folder.
         steps: Updates, in place of the recipe's.
-        set: Other values in place of the recipe's, such as optimizer.rate=1e-5.
+        set: Other values in place of the recipe's, such as optimizer.learning_rate=1e-5.
         devices: Devices.
         fresh: Begin anew: forget the checkpoints in the run's folder.
         dry_run: Show what would be trained, and the memory of each device; train nothing.
@@ -54,18 +54,20 @@ def train(
     """
     devices.join_hosts()
     from sa2jax.runtime import enable_compilation_cache
-    from sa2jax.train.language.recipe import Recipe
+    from sa2jax.train.language.recipe import LanguageRecipe
     from sa2jax.train.recipe import (
         LANGUAGE,
         STAGES,
-        build,
-        parse_changes,
-        read_values,
+        apply_overrides,
+        build_config,
+        parse_overrides,
+        read_recipe_values,
         split_kind,
-        with_changes,
     )
 
-    kind, values = split_kind(with_changes(read_values(config), parse_changes(set)), config)
+    kind, values = split_kind(
+        apply_overrides(read_recipe_values(config), parse_overrides(set)), config
+    )
     name = Path(config).stem if Path(config).suffix else config  # a file's, or a recipe's
     folder = Path("runs") / name if out is None else out
     if kind == STAGES:
@@ -85,21 +87,21 @@ def train(
         changes["optimizer.steps"] = steps
     if devices.mesh is not None:
         changes["mesh"] = devices.mesh
-    values = with_changes(values, changes)
+    values = apply_overrides(values, changes)
     if whole:
-        from sa2jax.train.language.task import train
+        from sa2jax.train.language.task import train_language_model
 
-        recipe = build(Recipe, values, config)
-        start = partial(train, recipe)
+        recipe = build_config(LanguageRecipe, values, config)
+        start = partial(train_language_model, recipe)
     else:
-        from sa2jax.train.networks.task import SUBJECTS, train_network
+        from sa2jax.train.networks.task import TRAINERS, train_network
 
-        recipe = build(SUBJECTS[kind].recipe, values, config)
+        recipe = build_config(TRAINERS[kind].recipe, values, config)
         start = partial(train_network, recipe)
     if dry_run:
-        from sa2jax.train.dry_run import dry_network_run, dry_run
+        from sa2jax.train.dry_run import dry_run_language, dry_run_network
 
-        found = (dry_run if whole else dry_network_run)(recipe)
+        found = (dry_run_language if whole else dry_run_network)(recipe)
         common.print_json(asdict(found)) if json else found.print(common.wide())
         return
     outcome = start(folder, fresh=fresh, profile=profile)
@@ -129,13 +131,15 @@ def merge(
         overwrite: Replace a checkpoint at OUT.
     """
     common.stay_on_host()
-    from sa2jax.train.language.model_io import open_base, stored_dtype
+    from sa2jax.train.language.model_io import open_base_model, stored_dtype
     from sa2jax.train.language.recipe import ModelSpec
-    from sa2jax.train.recipe import build
+    from sa2jax.train.recipe import build_config
 
     # What is stored as it is read takes the least memory.
     values = {"folder": str(model), "dtype": stored_dtype(model).name}
-    base, params = open_base(build(ModelSpec, values, str(model))).adapted(adapter)
+    base, params = open_base_model(build_config(ModelSpec, values, str(model))).with_adapter(
+        adapter
+    )
     base.save(params, out, overwrite=overwrite)
     print(f"model: {out}")
 
@@ -145,14 +149,14 @@ def _run_stages(
 ) -> None:
     """Run a recipe of several commands, which have options of their own."""
     from sa2jax.errors import ConfigError
-    from sa2jax.train.stages import read_stages, run_stages
+    from sa2jax.train.stages import build_stages_recipe, run_stages
 
     if others:
         raise ConfigError(
             f"{config} is a recipe of stages, it takes no {', '.join(others)}: run a stage's own "
             "command with it"
         )
-    outcome = run_stages(read_stages(values, config), out, fresh=fresh, say=common.say)
+    outcome = run_stages(build_stages_recipe(values, config), out, fresh=fresh, say=common.say)
     if json:
         common.print_json(asdict(outcome))
     if not outcome.finished:

@@ -249,7 +249,7 @@ def train(spec: Spec, mesh: Where) -> Work:
     if spec.dtype == "int8":
         raise PlanError("train in int8: expected bfloat16, float32 (master weights), or lora")
     model = step_audio2(config(spec), policy(spec))
-    optimizer = make_optimizer(OptimizerConfig(rates={"audio_encoder": 0.0}))
+    optimizer = make_optimizer(OptimizerConfig(learning_rate_overrides={"audio_encoder": 0.0}))
     return _training(spec, mesh, model, optimizer)
 
 
@@ -264,21 +264,21 @@ def lora(spec: Spec, mesh: Where) -> Work:
         add_lora(net, RANK, 2.0 * RANK, rngs=rngs)
         return net
 
-    optimizer = make_optimizer(OptimizerConfig(rates=ONLY_LORA))
+    optimizer = make_optimizer(OptimizerConfig(learning_rate_overrides=ONLY_LORA))
     return _training(spec, mesh, functional(make), optimizer)
 
 
 def _training(spec: Spec, mesh: Where, model: Functional, optimizer: Any) -> Work:
-    from sa2jax.train.language.step import abstract_batch, make_step
+    from sa2jax.train.language.step import abstract_language_batch, make_language_step
     from sa2jax.train.state import abstract_state
 
     rows = spec.batch
     state = abstract_state(model, optimizer, mesh)
-    batch = abstract_batch(
+    batch = abstract_language_batch(
         config(spec), mesh, rows, spec.length, clips=rows, frames=HEARD, packed=CLIPS
     )
     return Work(
-        lower=lambda: make_step(model, optimizer, mesh).lower(state, batch),
+        lower=lambda: make_language_step(model, optimizer, mesh).lower(state, batch),
         weights=state.params, moments=state.opt_state, made=rows * spec.length,
     )  # fmt: skip
 

@@ -19,7 +19,16 @@ from sa2jax.cli import common
 from sa2jax.train.log import read_metrics
 from sa2jax.train.networks.task import read_network_recipe, train_network
 
-NAMED = ("step", "loss", "norm", "rate", "frames", "dropped", "prompted", "evaluate/loss")
+NAMED = (
+    "step",
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "frames",
+    "dropped",
+    "prompted",
+    "evaluate/loss",
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +68,9 @@ def config(home, model, recordings):
         "kind": "flow",
         "network": {"folder": str(model)},
         "data": {"folder": str(home / "ready"), "rows": 2, "buckets": [50]},
-        "optimizer": {"rate": 1e-3, "warmup": 2, "steps": 6, "decay": 0.0},
+        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2, "steps": 6, "weight_decay": 0.0},
         "evaluate": {"folder": str(home / "ready"), "batches": 2, "draws": 2},
-        "pace": {"log_every": 1, "evaluate_every": 3, "save_every": 2},
+        "intervals": {"log_every": 1, "evaluate_every": 3, "save_every": 2},
     }
     (home / "own.yaml").write_text(yaml.safe_dump(plan))
     return home / "own.yaml"
@@ -232,7 +241,7 @@ def test_what_the_flow_cannot_be_trained_with(refused, golden, home, config, mod
         (["--data", alien], "heard by another checkpoint"),
         (["--set", "evaluate.folder=nowhere"], "nowhere is no folder of recordings"),
         (
-            ["--set", "evaluate.draws=0", "--set", "pace.keep=3"],
+            ["--set", "evaluate.draws=0", "--set", "intervals.keep=3"],
             "expected batches and draws of at least 1",
         ),
         (["--set", "kind=vocoders"], "kind 'vocoders': expected language, encoder"),
@@ -243,7 +252,7 @@ def test_what_the_flow_cannot_be_trained_with(refused, golden, home, config, mod
         ),
         (["--set", "teaching.drop=2"], "drop=2.0: expected a number from 0 to 1"),
         (["--set", "data.buckets=[25]"], "expected a bucket that large"),
-        (["--set", "optimizer.rates={'': 0}"], "nothing to train"),
+        (["--set", "optimizer.learning_rate_overrides={'': 0}"], "nothing to train"),
         (["--mesh", "fsdp=3"], "3 devices"),
         (["--out", inside], "inside of the model's folder"),
     ]

@@ -23,9 +23,9 @@ from sa2jax.speech_config import (
     VocoderConfig,
 )
 from sa2jax.train.networks.model_io import STRUCTURES, save_detokenizer
-from sa2jax.train.networks.recognition import SoundBatch, letters_of
+from sa2jax.train.networks.recognition import SoundBatch, letter_ids
 from sa2jax.train.networks.step import TRACES, make_loss_step
-from sa2jax.train.optimizer import name_of
+from sa2jax.train.optimizer import param_name
 from sa2jax.train.state import init_state
 
 TEXTS = ("abca", "cb", "ba ca")
@@ -63,7 +63,7 @@ def small_networks(cfg: Token2WavConfig = SPEAKER) -> dict[str, Any]:
     rng = np.random.default_rng(0)
 
     def numbers(path, leaf):
-        middle = name_of(path).endswith(("scale", "variance"))
+        middle = param_name(path).endswith(("scale", "variance"))
         return (middle + 0.1 * rng.standard_normal(leaf.shape)).astype(np.float32)
 
     return {
@@ -81,7 +81,7 @@ def save_networks(folder: Path, cfg: Token2WavConfig = SMALL) -> Path:
 def tones(texts=TEXTS, *, room: int = 0, rows: int = 0) -> SoundBatch:
     """A chord of 120 ms for each letter, right-padded with noise that must not be heard."""
     place = np.arange(1920) / 16_000
-    said = [letters_of(text) for text in texts] + [[]] * rows
+    said = [letter_ids(text) for text in texts] + [[]] * rows
     total = 1920 * max(map(len, said)) + room
     sound = np.random.default_rng(0).normal(size=(len(said), total))
     letters = np.zeros((len(said), max(map(len, said)) + bool(room)), np.int32)

@@ -9,8 +9,8 @@ import soundfile
 
 from sa2jax import testing
 from sa2jax.config import StepAudio2Config
-from sa2jax.train.language.recipe import Recipe
-from sa2jax.train.recipe import build
+from sa2jax.train.language.recipe import LanguageRecipe
+from sa2jax.train.recipe import build_config
 
 
 def save_model(folder: Path, cfg: StepAudio2Config | None = None) -> Path:
@@ -49,8 +49,8 @@ def values(model: Path, data: Path, /, **changes: Any) -> dict[str, Any]:
         "data": {
             "sources": {str(data): 1}, "length": 192, "rows": 2, "mel_frames": 400, "clips": 5,
         },
-        "optimizer": {"rate": 1e-3, "warmup": 2, "steps": 6},
-        "remat": None, "pace": {"log_every": 1, "save_every": 2},
+        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2, "steps": 6},
+        "remat": None, "intervals": {"log_every": 1, "save_every": 2},
     }  # fmt: skip
     for key, value in changes.items():
         section, _, name = key.partition("__")
@@ -61,6 +61,6 @@ def values(model: Path, data: Path, /, **changes: Any) -> dict[str, Any]:
     return recipe
 
 
-def recipe(model: Path, data: Path, /, **changes: Any) -> Recipe:
+def recipe(model: Path, data: Path, /, **changes: Any) -> LanguageRecipe:
     """`values`, built."""
-    return build(Recipe, values(model, data, **changes), "small")
+    return build_config(LanguageRecipe, values(model, data, **changes), "small")

@@ -15,7 +15,7 @@ from helpers.recorded import Recorded
 from sa2jax import checkpoint
 from sa2jax.convert.hf import llm_rules
 from sa2jax.convert.rules import expand
-from sa2jax.train.language.step import Batch, loss_of
+from sa2jax.train.language.step import LanguageBatch, language_loss
 
 ATOL = 1e-4  # of each tensor, relative to its norm; measured: below 4e-6
 CHUNK = 10  # does not divide the rows
@@ -34,7 +34,7 @@ def recording(golden):
     return np.load(path)
 
 
-def alone(case) -> Batch:
+def alone(case) -> LanguageBatch:
     """Each sequence in a row of its own, each clip too; the deaf row's mel row is empty."""
     ids, starts = case["ids"], case["starts"]
     clips = [case[f"mel_{row}"] if start >= 0 else None for row, start in enumerate(starts)]
@@ -48,14 +48,14 @@ def alone(case) -> Batch:
             mels[row, :, : clip.shape[1]] = clip
             count = features_of(clip.shape[1])
             slots[row, start : start + count] = row * stride + np.arange(count)
-    return Batch(
+    return LanguageBatch(
         ids=ids[:, :-1], targets=ids[:, 1:], weights=case["weights"], mels=mels,
-        frames=frames[:, None], starts=np.zeros_like(frames)[:, None], slots=slots,
-        streams={"heard": slots >= 0},
+        frames=frames[:, None], starts=np.zeros_like(frames)[:, None], feature_index=slots,
+        metric_masks={"heard": slots >= 0},
     )  # fmt: skip
 
 
-def packed(case) -> Batch:
+def packed(case) -> LanguageBatch:
     """All sequences behind one another in one row, and both clips in one mel row."""
     apart = alone(case)
     lengths = [int(np.flatnonzero(row)[-1]) + 1 for row in np.asarray(case["weights"])]
@@ -65,7 +65,7 @@ def packed(case) -> Batch:
         flat = np.concatenate([row[:n] for row, n in zip(rows, lengths, strict=True)])
         return np.pad(flat, (0, room - len(flat)), constant_values=padding)[None]
 
-    frames, starts, slots = [], [], np.full(apart.slots.shape, -1, np.int32)
+    frames, starts, slots = [], [], np.full(apart.feature_index.shape, -1, np.int32)
     begin = 0
     for row in np.flatnonzero(case["starts"] >= 0):
         clip, start = case[f"mel_{row}"], case["starts"][row]
@@ -77,10 +77,10 @@ def packed(case) -> Batch:
     mels = np.zeros((1, case["mel_0"].shape[0], begin + 16), np.float32)
     for row, start, count in zip(np.flatnonzero(case["starts"] >= 0), starts, frames, strict=True):
         mels[0, :, start : start + count] = case[f"mel_{row}"]
-    return Batch(
+    return LanguageBatch(
         ids=line(apart.ids), targets=line(apart.targets), weights=line(apart.weights),
         mels=mels, frames=np.array([[*frames, 0]], np.int32),
-        starts=np.array([[*starts, begin]], np.int32), slots=line(slots, -1),
+        starts=np.array([[*starts, begin]], np.int32), feature_index=line(slots, -1),
         segments=line([np.full(n, i + 1, np.int32) for i, n in enumerate(lengths)]),
         positions=line([np.arange(n, dtype=np.int32) for n in lengths]),
     )  # fmt: skip
@@ -88,7 +88,7 @@ def packed(case) -> Batch:
 
 def gradients(model, params, cfg, batch, remat):
     """The loss, and its gradient under the released names."""
-    loss = lambda params: loss_of(model, params, batch, remat=remat, chunk=CHUNK)
+    loss = lambda params: language_loss(model, params, batch, remat=remat, loss_chunk=CHUNK)
     (value, _), tree = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     leaves = {name: np.asarray(leaf) for name, leaf in checkpoint.flatten(tree).items()}
     found = {}

@@ -11,9 +11,9 @@ from sa2jax.audio.recording import Heard
 from sa2jax.chat.interleave import deinterleave
 from sa2jax.chat.template import Audio, human_turn, render, reply_turn
 from sa2jax.inference.requests import Options
-from sa2jax.train.language.recipe import Recipe
-from sa2jax.train.language.task import train
-from sa2jax.train.recipe import build
+from sa2jax.train.language.recipe import LanguageRecipe
+from sa2jax.train.language.task import train_language_model
+from sa2jax.train.recipe import build_config
 
 pytestmark = pytest.mark.slow
 LIMIT = 300  # seconds of processor time for all three
@@ -22,29 +22,43 @@ LIMIT = 300  # seconds of processor time for all three
 def plan(model, pairs, steps, **more):
     values = {
         "model": model,
-        "data": {"sources": {str(pairs): 1}, "length": 512, "rows": 2, "mel_frames": 800,
-                 "clips": 10},
-        "optimizer": {"rate": 3e-3, "end": 0.1, "warmup": 10, "steps": steps, "decay": 0},
-        "remat": None, "pace": {"log_every": 10, "save_every": 1000},
-    }  # fmt: skip
-    return build(Recipe, values | more, "by heart")
+        "data": {
+            "sources": {str(pairs): 1},
+            "length": 512,
+            "rows": 2,
+            "mel_frames": 800,
+            "clips": 10,
+        },
+        "optimizer": {
+            "learning_rate": 3e-3,
+            "final_fraction": 0.1,
+            "warmup_steps": 10,
+            "steps": steps,
+            "weight_decay": 0,
+        },
+        "remat": None,
+        "intervals": {"log_every": 10, "save_every": 1000},
+    }
+    return build_config(LanguageRecipe, values | more, "by heart")
 
 
 def test_by_heart(tmp_path):
     started = time.process_time()
     first, second = save_pairs(tmp_path / "a", 32), save_pairs(tmp_path / "b", 32, seed=1)
     preset = {"preset": "smoke", "tokenizer": "bytes"}
-    whole = train(plan(preset, first, 95), tmp_path / "whole", quiet=True)
+    whole = train_language_model(plan(preset, first, 95), tmp_path / "whole", quiet=True)
     assert whole.metrics["loss"] < 0.05
     assert whole.metrics["audio/loss"] < 0.05
 
     # Other pairs, by low rank, on what has learnt the first ones.
     folder = {"folder": str(whole.results["model"])}
-    lora = {"rank": 16, "alpha": 32, "rate": 3e-3}
-    adapted = train(plan(folder, second, 80, lora=lora), tmp_path / "lora", quiet=True)
+    lora = {"rank": 16, "alpha": 32, "learning_rate": 3e-3}
+    adapted = train_language_model(
+        plan(folder, second, 80, lora=lora), tmp_path / "lora", quiet=True
+    )
     assert adapted.metrics["loss"] < 0.05
-    int8 = folder | {"dtype": "int8", "compute": "float32"}
-    beside = train(plan(int8, second, 80, lora=lora), tmp_path / "qlora", quiet=True)
+    int8 = folder | {"dtype": "int8", "compute_dtype": "float32"}
+    beside = train_language_model(plan(int8, second, 80, lora=lora), tmp_path / "qlora", quiet=True)
     assert beside.metrics["loss"] < 0.05
     assert set(beside.results) == {"adapter", "curves"}
     assert time.process_time() - started < LIMIT

@@ -14,8 +14,8 @@ from sa2jax.convert.join import join
 from sa2jax.errors import CheckpointError, ConfigError, DataError, TokenizerError
 from sa2jax.speech.store import SpeechFolder
 from sa2jax.speech_config import Token2WavConfig
-from sa2jax.train.init_model import begin
-from sa2jax.train.networks.model_io import open_encoder, open_network
+from sa2jax.train.init_model import init_model
+from sa2jax.train.networks.model_io import open_audio_encoder, open_detokenizer_network
 
 LETTERS = "abcdefghilmnoprstu"
 
@@ -35,7 +35,7 @@ def texts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def begun(texts, tmp_path_factory):
-    return begin("nano", tmp_path_factory.mktemp("begun") / "model", texts=[texts])
+    return init_model("nano", tmp_path_factory.mktemp("begun") / "model", texts=[texts])
 
 
 @pytest.fixture(scope="module")
@@ -81,13 +81,13 @@ def test_texts_that_are_not_enough(tmp_path):
     path = tmp_path / "few.jsonl"
     path.write_text('{"messages": [{"role": "user", "content": "one two"}]}\n')
     with pytest.raises(TokenizerError, match="ask for less"):
-        begin("nano", tmp_path / "out", texts=[path])
+        init_model("nano", tmp_path / "out", texts=[path])
     path.write_text("no json\n")
     with pytest.raises(DataError, match=r"few\.jsonl:1: expected a record with messages"):
-        begin("nano", tmp_path / "out", texts=[path])
+        init_model("nano", tmp_path / "out", texts=[path])
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="no model preset 'micro'"):
-        begin("micro", tmp_path / "out", texts=[path])
+        init_model("micro", tmp_path / "out", texts=[path])
     with pytest.raises(ConfigError, match="no detokenizer preset 'micro': expected one of nano"):
         Token2WavConfig.preset("micro")
 
@@ -114,8 +114,8 @@ def test_what_was_joined_speaks(joined):
 
 def test_a_joined_model_is_trained_on(joined, tmp_path):
     """One network of a folder of single files, the others as they were."""
-    network = open_network("flow", joined)
-    params = jax.tree.map(lambda leaf: leaf + 1, jax.device_get(network.load(None)))
+    network = open_detokenizer_network("flow", joined)
+    params = jax.tree.map(lambda leaf: leaf + 1, jax.device_get(network.load_params(None)))
     assert network.save(params, tmp_path / "flow") == []
     before, after = leaves(joined / "token2wav"), leaves(tmp_path / "flow")
     moved = {name for name in before if not np.array_equal(before[name], after[name])}
@@ -127,8 +127,8 @@ def test_a_joined_model_is_trained_on(joined, tmp_path):
 
 
 def test_a_network_that_hears_leaves_voices_behind(joined, tmp_path):
-    network = open_network("speech_tokenizer", joined)
-    params = jax.tree.map(lambda leaf: leaf * 2, jax.device_get(network.load(None)))
+    network = open_detokenizer_network("speech_tokenizer", joined)
+    params = jax.tree.map(lambda leaf: leaf * 2, jax.device_get(network.load_params(None)))
     notes = network.save(params, tmp_path / "ears")
     for name, note in zip(("anna", "sue"), notes, strict=True):
         assert f"voice {name} was analysed by other weights" in note
@@ -138,8 +138,8 @@ def test_a_network_that_hears_leaves_voices_behind(joined, tmp_path):
 
 
 def test_an_encoder_in_its_model(begun, tmp_path):
-    encoder = open_encoder(begun)
-    params = jax.tree.map(lambda leaf: leaf / 2, jax.device_get(encoder.load(None)))
+    encoder = open_audio_encoder(begun)
+    params = jax.tree.map(lambda leaf: leaf / 2, jax.device_get(encoder.load_params(None)))
     assert encoder.save(params, tmp_path / "model") == []
     before, after = leaves(begun), leaves(tmp_path / "model")
     moved = {name for name in before if not np.array_equal(before[name], after[name])}

@@ -19,13 +19,13 @@ from sa2jax import StepAudio2, checkpoint, testing
 from sa2jax.errors import DataError, TrainError
 from sa2jax.inference.requests import Request
 from sa2jax.train.checkpoints import Checkpoints
-from sa2jax.train.language.model_io import open_base
+from sa2jax.train.language.model_io import open_base_model
 from sa2jax.train.language.peft import load_adapter
 from sa2jax.train.language.recipe import Evaluation, ModelSpec
-from sa2jax.train.language.task import optimizer_config, train
-from sa2jax.train.log import Meter, flops_of, read_metrics
+from sa2jax.train.language.task import optimizer_config, train_language_model
+from sa2jax.train.log import Meter, read_metrics, training_flops
 from sa2jax.train.optimizer import make_optimizer
-from sa2jax.train.recipe import Pace
+from sa2jax.train.recipe import Intervals
 from sa2jax.train.state import abstract_state
 
 
@@ -48,8 +48,8 @@ def pairs(home):
 def whole(home, model, pairs):
     """A run of six updates that nothing disturbed, evaluated on the way."""
     plan = recipe(model, pairs, evaluate={"sources": {str(pairs): 1}})
-    plan = replace(plan, pace=replace(plan.pace, evaluate_every=3))
-    return train(plan, home / "whole", quiet=True), home / "whole"
+    plan = replace(plan, intervals=replace(plan.intervals, evaluate_every=3))
+    return train_language_model(plan, home / "whole", quiet=True), home / "whole"
 
 
 def numbers(folder):
@@ -58,7 +58,16 @@ def numbers(folder):
 
 def learnt(folder):
     """What depends on nothing but the recipe."""
-    names = ("step", "loss", "accuracy", "text/loss", "audio/loss", "norm", "rate", "weight")
+    names = (
+        "step",
+        "loss",
+        "accuracy",
+        "text/loss",
+        "audio/loss",
+        "grad_norm",
+        "learning_rate",
+        "target_weight",
+    )
     return [[line.get(name) for name in names] for line in read_metrics(folder / "metrics.jsonl")]
 
 
@@ -95,7 +104,7 @@ KILLED = """
         if step == int(sys.argv[3]):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    train(read_recipe(sys.argv[1]), sys.argv[2], quiet=True, on_step=on_step)
+    train_language_model(read_recipe(sys.argv[1]), sys.argv[2], quiet=True, on_step=on_step)
 """
 
 
@@ -115,7 +124,7 @@ def test_killed_and_resumed_is_uninterrupted(home, model, pairs, whole):
     half = out / "checkpoints" / "5.orbax-checkpoint-tmp-7"
     half.mkdir()
     (half / "state").write_bytes(b"half")
-    outcome = train(recipe(model, pairs), out, quiet=True)
+    outcome = train_language_model(recipe(model, pairs), out, quiet=True)
     assert (outcome.step, outcome.finished) == (6, True)
     assert not half.exists()
     assert_same(out, whole[1])
@@ -132,14 +141,14 @@ def test_an_interrupt_ends_with_a_checkpoint_and_the_same_call_goes_on(home, mod
             os.kill(os.getpid(), signal.SIGINT)
 
     handler = signal.getsignal(signal.SIGINT)
-    first = train(recipe(model, pairs), out, quiet=True, on_step=on_step)
+    first = train_language_model(recipe(model, pairs), out, quiet=True, on_step=on_step)
     assert (first.step, first.finished, first.results) == (3, False, {})
     assert signal.getsignal(signal.SIGINT) is handler
-    second = train(recipe(model, pairs), out, quiet=True, on_step=seen.append)
+    second = train_language_model(recipe(model, pairs), out, quiet=True, on_step=seen.append)
     assert second.finished
     assert seen == [1, 2, 3, 4, 5, 6]
     assert_same(out, whole[1])
-    again = train(recipe(model, pairs), out, quiet=True, on_step=seen.append)
+    again = train_language_model(recipe(model, pairs), out, quiet=True, on_step=seen.append)
     assert again.finished
     assert seen == [1, 2, 3, 4, 5, 6]
 
@@ -153,44 +162,47 @@ def test_a_run_refuses_to_go_on_as_another(home, model, pairs, whole, tmp_path):
     for change, said in (
         (recipe(model, more), r"data.sources.*pairs.jsonl"),
         (recipe(other, pairs), r"model.folder: .* → .*; the model that it began with"),
-        (recipe(model, pairs, optimizer__rate=1e-4), r"optimizer.rate: 0.001 → 0.0001"),
+        (
+            recipe(model, pairs, optimizer__learning_rate=1e-4),
+            r"optimizer.learning_rate: 0.001 → 0.0001",
+        ),
         (replace(plan, seed=1), r"seed: 0 → 1"),
     ):
         with pytest.raises(TrainError, match=f"(?s)differs in: .*{said}.*--fresh"):
-            train(change, out, quiet=True)
+            train_language_model(change, out, quiet=True)
     # The same file with other lines in it.
     text = pairs.read_text()
     pairs.write_text(text.replace("word 1", "WORD 1"))
     try:
         with pytest.raises(TrainError, match="the contents of the data"):
-            train(plan, out, quiet=True)
+            train_language_model(plan, out, quiet=True)
     finally:
         pairs.write_text(text)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("!")
     with pytest.raises(TrainError, match="holds something else"):
-        train(plan, tmp_path / "full", quiet=True)
+        train_language_model(plan, tmp_path / "full", quiet=True)
     (out / "run.json").write_text("{")
     with pytest.raises(TrainError, match="damaged: --fresh"):
-        train(plan, out, quiet=True)
+        train_language_model(plan, out, quiet=True)
 
 
 def test_low_rank_matrices_alone_are_trained_and_merged(home, model, pairs):
     """The adapter's folder and the merged model say the same as what was trained."""
-    plan = recipe(model, pairs, lora={"rank": 4, "alpha": 8.0, "rate": 1e-2})
-    outcome = train(plan, home / "lora", quiet=True)
+    plan = recipe(model, pairs, lora={"rank": 4, "alpha": 8.0, "learning_rate": 1e-2})
+    outcome = train_language_model(plan, home / "lora", quiet=True)
     assert outcome.finished
-    base = open_base(plan.model, plan.lora)
+    base = open_base_model(plan.model, plan.lora)
     optimizer = make_optimizer(optimizer_config(plan))
     saved = Checkpoints(home / "lora" / "checkpoints")
     like = abstract_state(base.model, optimizer)
-    state, _ = saved.restore(6, optimizer, like, base.load(None, plan.seed))
+    state, _ = saved.restore(6, optimizer, like, base.load_params(None, plan.seed))
     saved.close()
     sizes = [p.stat().st_size for p in (home / "lora" / "checkpoints").rglob("*") if p.is_file()]
     assert sum(sizes) < 3e6  # two checkpoints without the base
     ids = np.arange(20, dtype=np.int32)[None]
     hidden = base.model.bind(state.params)(ids)[0]
-    start = base.model.bind(base.load(None, plan.seed))(ids)[0]
+    start = base.model.bind(base.load_params(None, plan.seed))(ids)[0]
     assert float(np.abs(hidden - start).max()) > 1e-2
     merged = StepAudio2.from_pretrained(outcome.results["model"])
     logits = merged.generator.logits(Request(ids[0]))
@@ -204,18 +216,18 @@ def test_low_rank_matrices_alone_are_trained_and_merged(home, model, pairs):
 
 def test_int8_matrices_keep_an_adapter_beside_them(home, model, pairs):
     plan = recipe(
-        model, pairs, model={"folder": str(model), "dtype": "int8", "compute": "float32"},
+        model, pairs, model={"folder": str(model), "dtype": "int8", "compute_dtype": "float32"},
         lora={"rank": 2, "alpha": 4.0},
     )  # fmt: skip
-    outcome = train(plan, home / "qlora", quiet=True)
+    outcome = train_language_model(plan, home / "qlora", quiet=True)
     assert outcome.finished
     assert "model" not in outcome.results
     assert (outcome.results["adapter"] / "adapter_model.safetensors").is_file()
 
 
 def test_data_that_ends_ends_the_run(home, model, pairs):
-    plan = replace(recipe(model, pairs, data__epochs=1), pace=Pace(log_every=100))
-    outcome = train(plan, home / "once", quiet=True)
+    plan = replace(recipe(model, pairs, data__epochs=1), intervals=Intervals(log_every=100))
+    outcome = train_language_model(plan, home / "once", quiet=True)
     assert outcome.finished
     assert outcome.step < 6
     assert "model" in outcome.results
@@ -231,8 +243,8 @@ def test_what_lies_beside_the_weights_comes_along(model, tmp_path):
     for name in ("voices/anna.safetensors", "token2wav/params/leaf", "notes.txt"):
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         (home / name).write_text(name)
-    base = open_base(ModelSpec(folder=str(home)))
-    params = base.load(None, 0)
+    base = open_base_model(ModelSpec(folder=str(home)))
+    params = base.load_params(None, 0)
     base.save(params, out)
     (out / "voices" / "bert.safetensors").write_text("bert")
     base.save(params, out, overwrite=True)
@@ -245,32 +257,32 @@ def test_what_lies_beside_the_weights_comes_along(model, tmp_path):
     ("changes", "error", "said"),
     [
         ({"data__sources": {"nowhere.jsonl": 1}}, DataError, "nowhere.jsonl"),
-        ({"optimizer__rates": {"": 0.0}}, TrainError, "nothing to train"),
+        ({"optimizer__learning_rate_overrides": {"": 0.0}}, TrainError, "nothing to train"),
         ({"data__length": 2048}, TrainError, "the model has 1024 positions"),
         ({"data__length": 16, "data__max_rejects": 3}, DataError, "more than the context"),
     ],
 )
 def test_what_cannot_be_trained(home, model, pairs, tmp_path, changes, error, said):
     with pytest.raises(error, match=said):
-        train(recipe(model, pairs, **changes), tmp_path / "run", quiet=True)
+        train_language_model(recipe(model, pairs, **changes), tmp_path / "run", quiet=True)
 
 
 def test_flops_and_rates():
     cfg = testing.tiny_config()
-    token, second = flops_of(cfg, base_trained=True, encoder_trained=False)
+    token, second = training_flops(cfg, base_trained=True, encoder_trained=False)
     d, e = cfg.decoder, cfg.audio_encoder
     matrices = d.layers * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48) + 512 * 32
     assert token == 6 * matrices
     assert second == 2 * 50 * e.layers * (4 * 16 * 16 + 2 * 16 * 64)
-    assert flops_of(cfg, base_trained=False, encoder_trained=False)[0] == 4 * matrices
+    assert training_flops(cfg, base_trained=False, encoder_trained=False)[0] == 4 * matrices
     meter = Meter((token, second), peak=1e12, room=(160, 0))
-    assert meter.read(1, 100, 1.0, 0.0) == {}
-    rates = meter.read(3, 300, 3.0, 0.0)
-    seconds = 2 * rates["seconds_per_step"]
+    assert meter.measure(1, 100, 1.0, 0.0) == {}
+    rates = meter.measure(3, 300, 3.0, 0.0)
+    seconds = 2 * rates["step_seconds"]
     assert rates["tokens_per_second"] == pytest.approx(200 / seconds)
     assert rates["mfu"] == pytest.approx((200 * token + 2 * second) / seconds / 1e12)
-    assert rates["tokens_filled"] == pytest.approx(100 / 160)
-    assert "sound_filled" not in rates
+    assert rates["token_utilization"] == pytest.approx(100 / 160)
+    assert "audio_utilization" not in rates
 
 
 def test_a_cut_line_of_metrics_does_not_count(tmp_path):

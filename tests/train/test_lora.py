@@ -13,14 +13,14 @@ from sa2jax import sharding, testing
 from sa2jax.errors import TrainError
 from sa2jax.models.step_audio import StepAudio2Model, step_audio2, unstack_decoder
 from sa2jax.nn import Functional, Policy, functional
-from sa2jax.train.lora import DECODER, add_lora, init_lora, join, merge, split_lora
+from sa2jax.train.lora import DECODER_MATRICES, add_lora, combine, init_lora, merge_lora, split_lora
 
 CFG = testing.tiny_config()
 RANK, ALPHA = 3, 6.0
 
 
 def with_lora(
-    targets: str = DECODER, stacked: bool = True, policy: Policy | None = None
+    targets: str = DECODER_MATRICES, stacked: bool = True, policy: Policy | None = None
 ) -> Functional[StepAudio2Model]:
     def make():
         rngs = nnx.Rngs(0)
@@ -86,12 +86,12 @@ def test_fresh_matrices_change_nothing(params):
     a = lora["decoder"]["layers"]["mlp"]["down"]["lora_a"]
     assert float(a.std()) == pytest.approx(48**-0.5, rel=0.2)
     assert not np.any(lora["decoder"]["layers"]["attn"]["o"]["lora_b"])
-    np.testing.assert_array_equal(logits(join(params, lora), lora=True), logits(params))
+    np.testing.assert_array_equal(logits(combine(params, lora), lora=True), logits(params))
 
 
 def test_merged_equals_unmerged(params):
-    whole = join(params, noisy(init_lora(with_lora(), jax.random.key(0))))
-    merged = merge(whole, ALPHA / RANK)
+    whole = combine(params, noisy(init_lora(with_lora(), jax.random.key(0))))
+    merged = merge_lora(whole, ALPHA / RANK)
     assert jax.tree.structure(merged) == jax.tree.structure(params)
     changed = logits(whole, lora=True)
     assert float(jnp.abs(changed - logits(params)).max()) > 0.1
@@ -99,11 +99,11 @@ def test_merged_equals_unmerged(params):
 
 
 def test_a_list_of_layers_has_the_same_matrices(params):
-    whole = join(params, noisy(init_lora(with_lora(), jax.random.key(0))))
+    whole = combine(params, noisy(init_lora(with_lora(), jax.random.key(0))))
     listed = with_lora(stacked=False).abstract
     shapes = lambda tree: jax.tree.map(lambda leaf: leaf.shape, tree)
     assert shapes(listed) == shapes(unstack_decoder(whole))
-    one, other = merge(unstack_decoder(whole), 2.0), unstack_decoder(merge(whole, 2.0))
+    one, other = merge_lora(unstack_decoder(whole), 2.0), unstack_decoder(merge_lora(whole, 2.0))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), one, other)
 
 
@@ -119,4 +119,4 @@ def test_int8_base_cannot_be_merged():
     model = with_lora(policy=Policy(kernel=jnp.int8))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), model.abstract)
     with pytest.raises(TrainError, match="cannot be merged into int8 matrices"):
-        merge(zeros, 1.0)
+        merge_lora(zeros, 1.0)

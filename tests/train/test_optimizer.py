@@ -10,11 +10,11 @@ from sa2jax.errors import TrainError
 from sa2jax.train.optimizer import (
     OptimizerConfig,
     apply_updates,
-    are_matrices,
-    join,
+    combine,
     make_optimizer,
-    rounded_by_chance,
-    split,
+    matrix_mask,
+    partition,
+    stochastic_round,
 )
 
 
@@ -32,11 +32,18 @@ def params(rng):
 
 def test_it_is_adamw(params):
     """Equal rates, moments in float32: three steps of `optax.adamw` after clipping."""
-    config = OptimizerConfig(rate=0.01, warmup=0, steps=10, end=0.1, decay=0.2, clip=0.5)
+    config = OptimizerConfig(
+        learning_rate=0.01,
+        warmup_steps=0,
+        steps=10,
+        final_fraction=0.1,
+        weight_decay=0.2,
+        max_grad_norm=0.5,
+    )
     ours = make_optimizer(config)
     theirs = optax.chain(
         optax.clip_by_global_norm(0.5),
-        optax.adamw(ours.schedule, 0.9, 0.95, weight_decay=0.2, mask=are_matrices),
+        optax.adamw(ours.schedule, 0.9, 0.95, weight_decay=0.2, mask=matrix_mask),
     )
     mine, expected = params, params
     state, other = ours.transform.init(params), theirs.init(params)
@@ -55,13 +62,17 @@ def test_it_is_adamw(params):
 
 
 def test_schedule():
-    rate = make_optimizer(OptimizerConfig(rate=1.0, warmup=4, steps=12, end=0.1)).schedule
+    rate = make_optimizer(
+        OptimizerConfig(learning_rate=1.0, warmup_steps=4, steps=12, final_fraction=0.1)
+    ).schedule
     found = [float(rate(step)) for step in (0, 3, 4, 8, 12, 20)]
     np.testing.assert_allclose(found, [0.25, 1, 1, 0.55, 0.1, 0.1], rtol=1e-6)
 
 
 def test_a_linear_schedule():
-    config = OptimizerConfig(rate=1.0, warmup=2, steps=12, end=0.2, shape="linear")
+    config = OptimizerConfig(
+        learning_rate=1.0, warmup_steps=2, steps=12, final_fraction=0.2, schedule="linear"
+    )
     rate = make_optimizer(config).schedule
     np.testing.assert_allclose(
         [rate(n) for n in (0, 1, 2, 7, 12)], [0.5, 1, 1, 0.6, 0.2], rtol=1e-6
@@ -70,9 +81,15 @@ def test_a_linear_schedule():
 
 def test_rates_by_part(params):
     rates = {"adapter": 3e-3, r"decoder\.table": 0.0}
-    config = OptimizerConfig(rate=1e-3, warmup=0, rates=rates, decay=0.0, clip=None)
+    config = OptimizerConfig(
+        learning_rate=1e-3,
+        warmup_steps=0,
+        learning_rate_overrides=rates,
+        weight_decay=0.0,
+        max_grad_norm=None,
+    )
     optimizer = make_optimizer(config)
-    trained, frozen = optimizer.split(params)
+    trained, frozen = optimizer.partition(params)
     assert list(frozen) == ["decoder"]
     assert list(frozen["decoder"]) == ["table"]
     update = jax.jit(lambda x: optimizer.transform.update(x, optimizer.transform.init(x), x)[0])
@@ -83,7 +100,7 @@ def test_rates_by_part(params):
 
 
 def test_only_matrices_decay(params):
-    marked = are_matrices(params)
+    marked = matrix_mask(params)
     assert marked["adapter"]["up"] == {"kernel": True, "bias": False}
     assert marked["decoder"]["table"]
     layers = marked["decoder"]["layers"]
@@ -91,14 +108,14 @@ def test_only_matrices_decay(params):
 
 
 def test_split_and_join(params):
-    parts = split(params, lambda name: name.startswith("decoder.layers.q"))
+    parts = partition(params, lambda name: name.startswith("decoder.layers.q"))
     assert jax.tree.structure(parts[0]) != jax.tree.structure(params)
-    assert jax.tree.structure(join(*parts)) == jax.tree.structure(params)
-    assert split(params, lambda name: True) == (params, {})
+    assert jax.tree.structure(combine(*parts)) == jax.tree.structure(params)
+    assert partition(params, lambda name: True) == (params, {})
 
 
 def test_moments_in_bfloat16(params):
-    config = OptimizerConfig(rate=1e-3, warmup=0, moments=jnp.bfloat16)
+    config = OptimizerConfig(learning_rate=1e-3, warmup_steps=0, moment_dtype=jnp.bfloat16)
     asked, default = (make_optimizer(c).transform for c in (config, OptimizerConfig()))
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     kinds = lambda tree: {leaf.dtype.name for leaf in jax.tree.leaves(tree) if leaf.ndim}
@@ -122,14 +139,17 @@ def test_small_updates_are_not_lost_in_bfloat16():
     gained = np.asarray(after["kernel"], np.float64).mean() - 1
     assert gained == pytest.approx(64 * 2**-17, rel=0.1)
     exact = jnp.asarray([1.5, -3.0, 0.0, 1e-30], jnp.bfloat16)
-    assert (rounded_by_chance(exact.astype(jnp.float32), jax.random.key(0)) == exact).all()
+    assert (stochastic_round(exact.astype(jnp.float32), jax.random.key(0)) == exact).all()
 
 
 def test_mistakes(params):
-    with pytest.raises(TrainError, match="0 <= warmup <= steps, got rate 1e-05, warmup 20, steps"):
-        make_optimizer(OptimizerConfig(warmup=20, steps=10))
+    with pytest.raises(
+        TrainError,
+        match="0 <= warmup_steps <= steps, got learning_rate 1e-05, warmup_steps 20, steps",
+    ):
+        make_optimizer(OptimizerConfig(warmup_steps=20, steps=10))
     with pytest.raises(TrainError, match="nothing to train"):
-        make_optimizer(OptimizerConfig(rates={"": 0.0})).split(params)
+        make_optimizer(OptimizerConfig(learning_rate_overrides={"": 0.0})).partition(params)
     params["decoder"]["head"]["kernel"] = jnp.zeros((7, 4), jnp.int8)
     with pytest.raises(TrainError, match=r"decoder\.head\.kernel is int8 and cannot be trained"):
-        make_optimizer(OptimizerConfig()).split(params)
+        make_optimizer(OptimizerConfig()).partition(params)

@@ -6,8 +6,8 @@ import pytest
 
 from sa2jax import StepAudio2
 from sa2jax.inference.requests import Options
-from sa2jax.train.language.recipe import read_recipe
-from sa2jax.train.language.task import train
+from sa2jax.train.language.recipe import read_language_recipe
+from sa2jax.train.language.task import train_language_model
 from sa2jax.train.log import read_metrics
 
 HOME = Path(__file__).parents[2]
@@ -16,10 +16,10 @@ HOME = Path(__file__).parents[2]
 @pytest.mark.slow
 def test_smoke(tmp_path, monkeypatch):
     monkeypatch.chdir(HOME)
-    outcome = train(read_recipe("smoke"), tmp_path / "smoke", quiet=True)
+    outcome = train_language_model(read_language_recipe("smoke"), tmp_path / "smoke", quiet=True)
     assert outcome.metrics["loss"] < 0.05
     lines = read_metrics(tmp_path / "smoke" / "metrics.jsonl")
-    waits = [line["data_wait"] for line in lines if "data_wait" in line]
+    waits = [line["data_wait_fraction"] for line in lines if "data_wait_fraction" in line]
     assert sum(waits) / len(waits) < 0.05
     assert not (tmp_path / "smoke" / "rejects.jsonl").exists()
     model = StepAudio2.from_pretrained(outcome.results["model"])

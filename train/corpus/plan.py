@@ -14,7 +14,7 @@ from sa2jax.train.corpus import grammar
 from sa2jax.train.corpus.acoustics import Effects, Range
 from sa2jax.train.corpus.conversations import Clip, Talk, Talks, plan_talks
 from sa2jax.train.corpus.tts_engines import Manner, VoiceSpec
-from sa2jax.train.recipe import build, read_values, with_changes
+from sa2jax.train.recipe import apply_overrides, build_config, read_recipe_values
 
 KIND = "corpus"  # of recipes
 OPEN = ("asr", "tts", "repeat")  # tasks whose texts are split
@@ -83,7 +83,7 @@ def read_corpus(source: str | Path, changes: Mapping[str, Any] | None = None) ->
     Raises:
         ConfigError: for a key that does not exist, or a value of another kind.
     """
-    values = with_changes(read_values(source), changes or {})
+    values = apply_overrides(read_recipe_values(source), changes or {})
     if (kind := values.pop("kind", None)) != KIND:
         raise ConfigError(f"{source} is a recipe of kind {kind}: expected one of kind {KIND}")
     given = values.pop("voices", None)
@@ -95,8 +95,8 @@ def read_corpus(source: str | Path, changes: Mapping[str, Any] | None = None) ->
             continue
         if not isinstance(spec, dict):
             raise ConfigError(f"{source}: voices.{name}: expected values by name, got {spec!r}")
-        voices[name] = build(VoiceSpec, spec, f"{source}: voices.{name}")
-    settings = build(Settings, values, str(source))
+        voices[name] = build_config(VoiceSpec, spec, f"{source}: voices.{name}")
+    settings = build_config(Settings, values, str(source))
     own = {item.name: getattr(settings, item.name) for item in fields(settings)}
     return CorpusConfig(voices=voices, **own)
 

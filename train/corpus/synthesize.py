@@ -38,7 +38,7 @@ from sa2jax.train.corpus import grammar
 from sa2jax.train.corpus.conversations import TOOLS, Talk
 from sa2jax.train.corpus.plan import CorpusConfig, Job, Plan, clip_path, reply_path
 from sa2jax.train.corpus.tts_engines import Manner, Mouth, version_of
-from sa2jax.train.data.records import AUDIO
+from sa2jax.train.data.records import AUDIO_MARK
 
 ABOUT, RECIPE, BABBLE = "corpus.json", "recipe.json", "noise/babble.flac"
 SPEECH, HEARD, HELD_OUT = "speech.jsonl", "heard.jsonl", "heldout/"
@@ -237,7 +237,7 @@ def _row(talk: Talk, jobs: Mapping[str, Job]) -> dict[str, Any]:
         message = {"role": line.role, "content": line.text}
         if line.clip is not None:
             path = clip_path(talk, turn)
-            message["content"] = AUDIO
+            message["content"] = AUDIO_MARK
             audios.append(path.partition("/")[2])
             speakers.append(jobs[path].manner.speaker)
         elif line.speak:

@@ -28,14 +28,14 @@ class BucketConfig:
     Attributes:
         rows: rows of a batch, of all hosts.
         buckets: lengths that batches are padded to, in rising order; each compiles a step.
-        often: how often an epoch has the samples of each bucket; none for once each.
+        oversample: how often an epoch has the samples of each bucket; none for once each.
         shuffle: another order every epoch.
         epochs: how often; None for without end.
     """
 
     rows: int = 8
     buckets: tuple[int, ...] = ()
-    often: tuple[int, ...] = ()
+    oversample: tuple[int, ...] = ()
     shuffle: bool = True
     epochs: int | None = None
 
@@ -46,9 +46,11 @@ class BucketConfig:
             )
         if not self.buckets or min(self.buckets) < 1 or list(self.buckets) != sorted(self.buckets):
             raise DataError(f"expected buckets in rising order, got {self.buckets}")
-        if self.often and (len(self.often) != len(self.buckets) or min(self.often) < 1):
+        if self.oversample and (
+            len(self.oversample) != len(self.buckets) or min(self.oversample) < 1
+        ):
             raise DataError(
-                f"often={list(self.often)}: expected a number of at least 1 for each of the "
+                f"often={list(self.oversample)}: expected a number of at least 1 for each of the "
                 f"{len(self.buckets)} buckets"
             )
 
@@ -71,14 +73,14 @@ class BucketData(ABC, Generic[BatchT]):
     Attributes:
         fingerprint: of the samples, buckets and rows.
         tokens: units given out.
-        waited: seconds spent reading.
+        data_wait_seconds: seconds spent reading.
 
     Raises:
         DataError: if a sample is longer than every bucket, or the hosts do not divide the rows.
     """
 
     unit: ClassVar[str] = "samples"
-    units_a_second: ClassVar[float] = 1.0
+    units_per_second: ClassVar[float] = 1.0
 
     def __init__(
         self,
@@ -104,11 +106,11 @@ class BucketData(ABC, Generic[BatchT]):
                 f"large, got {config.buckets}"
             )
         told = [identity, config.rows, list(config.buckets), config.shuffle, seed]
-        told += [list(config.often)] if config.often else []
+        told += [list(config.oversample)] if config.oversample else []
         self.fingerprint = hashlib.sha256(json.dumps(told).encode()).hexdigest()
-        self.tokens, self.waited = 0, 0.0
+        self.tokens, self.data_wait_seconds = 0, 0.0
         self._epoch, self._next = 0, 0
-        self._plan = self._plan_of(0)
+        self._plan = self._plan_epoch(0)
 
     @abstractmethod
     def _batch(self, room: int, chosen: Sequence[int]) -> tuple[BatchT, int]:
@@ -120,7 +122,7 @@ class BucketData(ABC, Generic[BatchT]):
     def __next__(self) -> BatchT:
         while self._next >= len(self._plan):
             self._epoch, self._next = self._epoch + 1, 0
-            self._plan = self._plan_of(self._epoch)
+            self._plan = self._plan_epoch(self._epoch)
         if self.config.epochs is not None and self._epoch >= self.config.epochs:
             raise StopIteration
         started = time.perf_counter()
@@ -128,15 +130,15 @@ class BucketData(ABC, Generic[BatchT]):
         self._next += 1
         batch, count = self._batch(room, chosen[self._host :: self._hosts])
         self.tokens += count
-        self.waited += time.perf_counter() - started
+        self.data_wait_seconds += time.perf_counter() - started
         return batch
 
     @property
-    def seconds_heard(self) -> float:
+    def audio_seconds(self) -> float:
         """Seconds of sound given out."""
-        return self.tokens / self.units_a_second
+        return self.tokens / self.units_per_second
 
-    def empty(self) -> BatchT:
+    def empty_batch(self) -> BatchT:
         """A batch of which nothing can be learnt, for a host that has no more while others do."""
         return self._batch(self.config.buckets[0], [-1] * (self.config.rows // self._hosts))[0]
 
@@ -156,14 +158,14 @@ class BucketData(ABC, Generic[BatchT]):
         if state.get("fingerprint") != self.fingerprint:
             raise DataError("the data, its rows, its buckets or its seed have changed: start anew")
         self._epoch, self._next = state["epoch"], state["batch"]
-        self._plan = self._plan_of(self._epoch)
+        self._plan = self._plan_epoch(self._epoch)
 
-    def _plan_of(self, epoch: int) -> list[tuple[int, list[int]]]:
+    def _plan_epoch(self, epoch: int) -> list[tuple[int, list[int]]]:
         """Each batch's padded length and samples, −1 for an empty row."""
         order = np.arange(len(self._lengths))
         rooms = np.searchsorted(self.config.buckets, self._lengths)  # the first that is as long
-        if self.config.often:
-            order = np.repeat(order, np.asarray(self.config.often)[rooms])
+        if self.config.oversample:
+            order = np.repeat(order, np.asarray(self.config.oversample)[rooms])
         if self.config.shuffle:
             order = np.random.default_rng([self._seed, epoch]).permutation(order)
         waiting: dict[int, list[int]] = {room: [] for room in self.config.buckets}

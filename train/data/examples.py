@@ -1,6 +1,7 @@
 r"""Examples: samples as the tokens that are learnt, exactly as a conversation would build them.
 
-    example = make_example(sample, tokenizer, cfg, style="chat", weights={"text": 1.0, ...})
+    example = make_example(sample, tokenizer, cfg, prompt_style="chat", loss_weights={"text": 1.0,
+    ...})
 
 What stands before an assistant's words equals the prompt that `Chat` and the tasks give the model
 at the same place, so nothing is learnt in one form and asked for in another. A reply is its own
@@ -27,14 +28,14 @@ from sa2jax.chat.toolbox import ToolResult, results_text
 from sa2jax.chat.tools import CALL_START, MalformedToolCall, ToolCall
 from sa2jax.config import StepAudio2Config
 from sa2jax.errors import DataError, PromptError
-from sa2jax.train.data.records import AUDIO, RecordError, Turn, tool_call_of
+from sa2jax.train.data.records import AUDIO_MARK, RecordError, Turn, parse_tool_call
 from sa2jax.train.data.samples import Sample
 
-Style = Literal["chat", "raw"]
-STYLES: tuple[Style, ...] = ("chat", "raw")
-KINDS = ("text", "audio", "pads")  # of tokens, by their number in `Example.kinds`
+PromptStyle = Literal["chat", "base"]
+PROMPT_STYLES: tuple[PromptStyle, ...] = ("chat", "base")
+TOKEN_KINDS = ("text", "audio", "pads")  # of tokens, by their number in `Example.kinds`
 
-_RESULTS = ("tool_response", "tool")
+_RESULT_ROLES = ("tool_response", "tool")
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +45,7 @@ class Example:
     Attributes:
         ids: all tokens, the last one too, [T].
         weights: of predicting each token from those before it; 0 where nothing is learnt, [T].
-        kinds: what each token is, an index into `KINDS`, [T].
+        kinds: what each token is, an index into `TOKEN_KINDS`, [T].
         mels: log-mel frames (100 Hz) of all chunks that are heard, in order, [M, F] each.
         starts: position of each chunk's first `<audio_patch>`.
         where: the record's file and line.
@@ -63,32 +64,32 @@ def make_example(
     tokenizer: Tokenizer,
     cfg: StepAudio2Config,
     *,
-    style: Style = "chat",
-    weights: Mapping[str, float] | None = None,
+    prompt_style: PromptStyle = "chat",
+    loss_weights: Mapping[str, float] | None = None,
 ) -> Example:
     """Turn a sample into tokens.
 
     In the `chat` style an assistant's turns are learnt, `<|EOT|>` included, but not those with
     `loss: false`; of other turns those with `loss: true`, except for what is heard in them. A
-    `tool_call` belongs to the assistant's turn before it. In the `raw` style, that of base models,
+    `tool_call` belongs to the assistant's turn before it. In the `base` style, that of base models,
     contents follow each other and end with `<|endoftext|>`.
 
     Args:
         sample: the conversation with its sound.
         tokenizer: the checkpoint's tokenizer.
         cfg: the model's sizes.
-        style: of the prompts.
-        weights: of predicting a token of each of `KINDS`, 1 by default.
+        prompt_style: of the prompts.
+        loss_weights: of predicting a token of each of `TOKEN_KINDS`, 1 by default.
 
     Raises:
         RecordError: if nothing of the sample can be learnt.
         DataError: for an unknown style.
     """
-    row = _written(sample, tokenizer, cfg, style)
+    row = _build(sample, tokenizer, cfg, prompt_style)
     ids = np.asarray(row.ids, np.int32)
-    kinds = kinds_of(ids, tokenizer.special)
-    given = weights or {}
-    table = np.array([given.get(kind, 1.0) for kind in KINDS], np.float32)
+    kinds = token_kinds(ids, tokenizer.special)
+    given = loss_weights or {}
+    table = np.array([given.get(kind, 1.0) for kind in TOKEN_KINDS], np.float32)
     learnt = np.where(row.learnt, table[kinds], np.float32(0))
     learnt[:1] = 0  # nothing stands before the first token to predict it from
     if not learnt.any():
@@ -99,17 +100,17 @@ def make_example(
     return Example(ids, learnt, kinds, tuple(row.mels), tuple(row.starts), sample.record.where)
 
 
-def length_of(sample: Sample, tokenizer: Tokenizer, cfg: StepAudio2Config) -> int:
+def example_length(sample: Sample, tokenizer: Tokenizer, cfg: StepAudio2Config) -> int:
     """How many tokens `make_example` makes of a sample in the `chat` style.
 
     Raises:
         RecordError: if the sample is no conversation that the template knows.
     """
-    return len(_written(sample, tokenizer, cfg, "chat").ids)
+    return len(_build(sample, tokenizer, cfg, "chat").ids)
 
 
-def kinds_of(ids: Int32[np.ndarray, "T"], special: SpecialTokens) -> UInt8[np.ndarray, "T"]:
-    """Which of `KINDS` each token is: a code of speech, a filler of either side, or else text."""
+def token_kinds(ids: Int32[np.ndarray, "T"], special: SpecialTokens) -> UInt8[np.ndarray, "T"]:
+    """Which of `TOKEN_KINDS` each token is: a speech code, a filler of either side, or text."""
     codes = ids - special.audio_code_0
     kinds = np.where((codes >= 0) & (codes < special.num_codes), 1, 0).astype(np.uint8)
     kinds[(ids == special.tts_pad) | (ids == special.code_pad)] = 2
@@ -119,22 +120,26 @@ def kinds_of(ids: Int32[np.ndarray, "T"], special: SpecialTokens) -> UInt8[np.nd
 # --- the row under way --------------------------------------------------------------------------
 
 
-def _written(sample: Sample, tokenizer: Tokenizer, cfg: StepAudio2Config, style: Style) -> "_Row":
+def _build(
+    sample: Sample, tokenizer: Tokenizer, cfg: StepAudio2Config, prompt_style: PromptStyle
+) -> "_ExampleBuilder":
     """All tokens of a sample."""
-    if style not in STYLES:
-        raise DataError(f"style={style!r}: expected one of {', '.join(STYLES)}")
-    row = _Row(sample, tokenizer, cfg)
+    if prompt_style not in PROMPT_STYLES:
+        raise DataError(
+            f"prompt_style={prompt_style!r}: expected one of {', '.join(PROMPT_STYLES)}"
+        )
+    row = _ExampleBuilder(sample, tokenizer, cfg)
     try:
-        if style == "chat":
+        if prompt_style == "chat":
             _write_chat(row)
         else:
-            _write_raw(row)
+            _write_base(row)
     except PromptError as error:
         raise RecordError(str(error)) from None
     return row
 
 
-class _Row:
+class _ExampleBuilder:
     """Tokens of a sample so far, piece by piece."""
 
     def __init__(self, sample: Sample, tokenizer: Tokenizer, cfg: StepAudio2Config):
@@ -155,11 +160,11 @@ class _Row:
     def pieces_of(self, content: str) -> list[Piece]:
         """A text with `<audio>` marks as pieces; each mark is the sample's next recording."""
         pieces: list[Piece] = []
-        for n, text in enumerate(content.split(AUDIO)):
+        for n, text in enumerate(content.split(AUDIO_MARK)):
             if n:
                 if self._heard == len(self.sample.mels):
                     raise RecordError(
-                        f"more {AUDIO} marks than recordings ({len(self.sample.mels)})"
+                        f"more {AUDIO_MARK} marks than recordings ({len(self.sample.mels)})"
                     )
                 pieces.append(Audio(self._heard))
                 self._heard += 1
@@ -203,22 +208,22 @@ class _Row:
 _Numbered = tuple[int, Turn]  # turns by their index
 
 
-def _write_chat(row: _Row) -> None:
+def _write_chat(row: _ExampleBuilder) -> None:
     record = row.sample.record
     tools = None if record.tools is None else template.tools_turn(record.tools)
     calls: list[ToolCall] = []
-    for n, turns in enumerate(_joined(record.turns)):
+    for n, turns in enumerate(_group_turns(record.turns)):
         _, first = turns[0]
         if tools is not None and (n or first.role != "system"):
             row.write_turn(tools)
             tools = None
         if first.role in ("assistant", "tool_call"):
-            calls = [tool_call_of(turn.content) for _, turn in turns if turn.role == "tool_call"]
+            calls = [parse_tool_call(turn.content) for _, turn in turns if turn.role == "tool_call"]
             _write_reply(row, turns)
             continue
         learn = any(turn.loss for _, turn in turns)
-        if first.role in _RESULTS:
-            text = _results([turn.content for _, turn in turns], calls)
+        if first.role in _RESULT_ROLES:
+            text = _tool_results([turn.content for _, turn in turns], calls)
             message = template.tool_result_turn(row.tokenizer.harmless(text))
         else:
             match row.pieces_of(first.content):
@@ -231,14 +236,14 @@ def _write_chat(row: _Row) -> None:
         row.write_turn(tools)
 
 
-def _joined(turns: Iterable[Turn]) -> Iterator[list[_Numbered]]:
+def _group_turns(turns: Iterable[Turn]) -> Iterator[list[_Numbered]]:
     """Messages that are one turn of the model's prompts: a reply with its calls, or results."""
 
     def group() -> Iterator[tuple[int, _Numbered]]:
         number, before = 0, ""
         for index, turn in enumerate(turns):
             reply = turn.role == "tool_call" and before in ("assistant", "tool_call")
-            number += not (reply or (turn.role in _RESULTS and before in _RESULTS))
+            number += not (reply or (turn.role in _RESULT_ROLES and before in _RESULT_ROLES))
             before = turn.role
             yield number, (index, turn)
 
@@ -246,13 +251,13 @@ def _joined(turns: Iterable[Turn]) -> Iterator[list[_Numbered]]:
         yield [item for _, item in found]
 
 
-def _write_reply(row: _Row, turns: Sequence[_Numbered]) -> None:
+def _write_reply(row: _ExampleBuilder, turns: Sequence[_Numbered]) -> None:
     """An assistant's turn: what it says, then its calls of tools."""
     pieces: list[Piece] = []
     learn: list[bool] = []
     for index, turn in turns:
         if turn.role == "tool_call":
-            own: list[Piece] = [Text(tool_call_of(turn.content).to_text())]
+            own: list[Piece] = [Text(parse_tool_call(turn.content).to_text())]
         elif turn.speech is None:
             own = row.pieces_of(turn.content)
         else:
@@ -264,7 +269,7 @@ def _write_reply(row: _Row, turns: Sequence[_Numbered]) -> None:
     row.write_turn(Message("assistant", pieces), learn)
 
 
-def _spoken(row: _Row, index: int, turn: Turn) -> list[Piece]:
+def _spoken(row: _ExampleBuilder, index: int, turn: Turn) -> list[Piece]:
     """A spoken content: `<tts_start>`, words and codes up to `<tts_end>`, and what is not said."""
     special, place = row.tokenizer.special, f"message {index + 1}"
     codes = row.sample.codes.get(index)
@@ -289,7 +294,7 @@ def _spoken(row: _Row, index: int, turn: Turn) -> list[Piece]:
     return [start, said, *([Text(mark + rest)] if mark else [])]
 
 
-def _results(texts: Sequence[str], calls: Sequence[ToolCall]) -> str:
+def _tool_results(texts: Sequence[str], calls: Sequence[ToolCall]) -> str:
     """What tools answered to the calls before, as a conversation shows it."""
     unknown = [MalformedToolCall("", "")] * len(texts)
     asked = zip([*calls, *unknown], texts, strict=False)
@@ -299,7 +304,7 @@ def _results(texts: Sequence[str], calls: Sequence[ToolCall]) -> str:
 # --- base models --------------------------------------------------------------------------------
 
 
-def _write_raw(row: _Row) -> None:
+def _write_base(row: _ExampleBuilder) -> None:
     record, learn = row.sample.record, False
     if record.tools is not None:
         raise RecordError("tools are for the chat style: a base model knows none")

@@ -1,6 +1,6 @@
 """Records and recordings become shards that training reads at once.
 
-    about = prepare(["talks.jsonl"], "ready", PrepareConfig(model="mini"))
+    about = prepare_dataset(["talks.jsonl"], "ready", PrepareConfig(model="mini"))
 
 Recordings become log-mel frames, spoken answers audio codes, in the order of the records. What
 cannot be used is written to rejects.jsonl. The same input gives the same bytes.
@@ -21,38 +21,35 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from sa2jax import audio
-from sa2jax.assets import model_folder
 from sa2jax.atomic_io import new_folder
-from sa2jax.chat.tokenizer import NUM_CODES, Tokenizer
-from sa2jax.config import StepAudio2Config
-from sa2jax.errors import AudioError, CheckpointError, DataError
+from sa2jax.errors import AudioError, DataError
+from sa2jax.train.data.model_folder import FeatureSpec, ModelFolder
 from sa2jax.train.data.readers import Sound, TfioReader, TfRecord
-from sa2jax.train.data.records import Record, RecordError, parse
+from sa2jax.train.data.records import Record, RecordError, parse_record
 from sa2jax.train.data.samples import (
-    ABOUT,
-    N_MELS,
-    Lines,
+    DATASET_JSON,
+    LineIndex,
     Reject,
     Sample,
-    hear,
+    display_names,
+    given_codes,
     jsonl_files,
-    names_of,
-    ready_codes,
+    load_features,
 )
 from sa2jax.train.data.shards import (
     REJECTS,
+    DatasetStatistics,
     RejectWriter,
     ShardWriter,
-    Tally,
-    plotter,
+    length_plotter,
     shard_limits,
 )
 
 LENGTHS = "lengths.png"
 TFRECORD = ".tfrecord"
-_AT_ONCE = 64  # recordings whose codes are found together
-_HELD = 256 << 20  # bytes of samples that may wait for them
-_PER_WORKER = 64  # records for which another process is worth its start
+_BATCH_RECORDINGS = 64  # recordings whose codes are found together
+_MAX_PENDING_BYTES = 256 << 20  # bytes of samples that may wait for them
+_RECORDS_PER_WORKER = 64  # records for which another process is worth its start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +84,7 @@ class PrepareConfig:
         shard_limits(self.shard_size)
 
 
-def prepare(
+def prepare_dataset(
     sources: Sequence[str | os.PathLike[str]],
     out: str | os.PathLike[str],
     config: PrepareConfig | None = None,
@@ -115,24 +112,24 @@ def prepare(
     """
     config = PrepareConfig() if config is None else config
     out = Path(os.path.abspath(out))
-    if overwrite and out.is_dir() and any(out.iterdir()) and not (out / ABOUT).is_file():
+    if overwrite and out.is_dir() and any(out.iterdir()) and not (out / DATASET_JSON).is_file():
         raise DataError(f"{out} is no prepared folder, it is not replaced: choose another one")
-    plot = plotter()
-    model = _Model.of(config.model)
+    plot = length_plotter()
+    model = ModelFolder.open(config.model)
     with ExitStack() as stack:
         reader = None
         if config.reader == "tfio":
             reader = stack.enter_context(TfioReader(config.tfio_python))
-        files = _Files.of(sources, reader)
+        files = _Sources.open(sources, reader)
         folder = stack.enter_context(new_folder(out, overwrite=overwrite))
         rejects = stack.enter_context(RejectWriter(folder / REJECTS, out, config.max_rejects))
         writer = stack.enter_context(
             ShardWriter(folder, n_mels=model.plan.n_mels, shard_size=config.shard_size)
         )
         heard = stack.enter_context(closing(
-            _heard(files.jobs(model.plan, reader), files.processes(config.workers))
+            _load_samples(files.jobs(model.plan, reader), files.processes(config.workers))
         ))  # fmt: skip
-        tally = Tally(model.reader)
+        tally = DatasetStatistics(model.reader)
         for done, result in enumerate(_with_codes(heard, model), 1):
             if isinstance(result, Reject):
                 rejects.add(result)
@@ -145,65 +142,10 @@ def prepare(
             progress(done, files.total)
         if not writer.samples:
             raise DataError(f"none of {len(rejects)} records can be used; {rejects.last}")
-        writer.speech_tokenizer = model.analysis
-        writer.facts = tally.facts() | {"rejected": len(rejects)}
+        writer.speech_tokenizer = model.analysis_hash
+        writer.summary = tally.summary() | {"rejected": len(rejects)}
         plot(tally, folder / LENGTHS)
-    return writer.about()
-
-
-# --- the model ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What workers know of the model."""
-
-    n_mels: int = N_MELS
-    num_codes: int = NUM_CODES
-    speaks: bool = False
-
-
-class _Model:
-    """What a model's folder has to say about its data."""
-
-    def __init__(
-        self,
-        plan: _Plan,
-        reader: tuple[Tokenizer, StepAudio2Config] | None = None,
-        speech: Any = None,
-    ):
-        self.plan, self.reader, self._speech = plan, reader, speech
-        self.analysis: str | None = None  # known once codes have been made
-
-    @classmethod
-    def of(cls, folder: str | Path | None) -> Self:
-        """Look at a folder; weights are not read before they are needed."""
-        if folder is None:
-            return cls(_Plan())
-        from sa2jax.speech.layout import find
-        from sa2jax.speech.store import SpeechFolder
-
-        folder = model_folder(folder)
-        if not folder.is_dir():
-            raise CheckpointError(f"no folder {folder}: expected a model folder")
-        n_mels, num_codes, reader = N_MELS, NUM_CODES, None
-        if (folder / "config.json").is_file():
-            tokenizer, cfg = Tokenizer.from_folder(folder), StepAudio2Config.from_hf(folder)
-            n_mels, num_codes = cfg.audio_encoder.mels, tokenizer.special.num_codes
-            reader = tokenizer, cfg
-        speech = None if find(folder) is None else SpeechFolder(folder)
-        if reader is None and speech is None:
-            raise CheckpointError(f"{folder} holds no model: expected config.json or token2wav/")
-        return cls(_Plan(n_mels, num_codes, speech is not None), reader, speech)
-
-    def codes_of(self, clips: list[np.ndarray]) -> list[np.ndarray]:
-        """Codes of recordings at 16 kHz."""
-        if self.analysis is None:
-            from sa2jax.runtime import enable_compilation_cache
-
-            enable_compilation_cache()
-            self.analysis = self._speech.analysis
-        return self._speech.analyzer.codes_of(clips)
+    return writer.info()
 
 
 # --- from files to what is heard ----------------------------------------------------------------
@@ -212,19 +154,19 @@ _Fetched = Mapping[tuple[str, int], Sound | AudioError]
 
 
 @dataclass(frozen=True, eq=False)
-class _Job:
+class _RecordJob:
     """One record to hear: a line, or a record with the sound that a reader fetched for it."""
 
     where: str
     root: str
-    plan: _Plan
+    plan: FeatureSpec
     line: bytes = b""
     record: Record | None = None
     fetched: _Fetched | None = None
 
 
 @dataclass(frozen=True, eq=False)
-class _Heard:
+class _PendingSample:
     """A sample that still lacks the codes of these recordings (16 kHz), by turn."""
 
     sample: Sample
@@ -232,13 +174,13 @@ class _Heard:
 
 
 @dataclass(frozen=True, eq=False)
-class _Files:
+class _Sources:
     """What is to be read: lines of a jsonl file, or a TFRecord file's name, each in its turn."""
 
-    parts: tuple[Lines | str, ...]
+    parts: tuple[LineIndex | str, ...]
 
     @classmethod
-    def of(cls, sources: Sequence[str | os.PathLike[str]], reader: TfioReader | None) -> Self:
+    def open(cls, sources: Sequence[str | os.PathLike[str]], reader: TfioReader | None) -> Self:
         names = [os.fspath(source) for source in sources]
         files: list[Path | str] = []
         for name in names:
@@ -255,8 +197,10 @@ class _Files:
         if twice := [str(file) for file in files if files.count(file) > 1]:
             raise DataError(f"{twice[0]} is given twice")
         paths = [file for file in files if isinstance(file, Path)]
-        called = dict(zip(paths, names_of(paths), strict=True))
-        return cls(tuple(Lines.of([f], [called[f]]) if isinstance(f, Path) else f for f in files))
+        called = dict(zip(paths, display_names(paths), strict=True))
+        return cls(
+            tuple(LineIndex.scan([f], [called[f]]) if isinstance(f, Path) else f for f in files)
+        )
 
     @property
     def total(self) -> int:
@@ -267,9 +211,9 @@ class _Files:
     def processes(self, wanted: int | None) -> int:
         """How many processes are worth their start."""
         most = wanted or os.cpu_count() or 1
-        return min(most, -(-self.total // _PER_WORKER)) if self.total else most
+        return min(most, -(-self.total // _RECORDS_PER_WORKER)) if self.total else most
 
-    def jobs(self, plan: _Plan, reader: TfioReader | None) -> Iterator[_Job | Reject]:
+    def jobs(self, plan: FeatureSpec, reader: TfioReader | None) -> Iterator[_RecordJob | Reject]:
         """All records, in order."""
         for part in self.parts:
             if isinstance(part, str):
@@ -277,20 +221,20 @@ class _Files:
                 yield from _from_tfrecord(part, plan, reader)
                 continue
             for index in range(len(part)):
-                line, where, root = part.read(index)
+                line, where, root = part.read_line(index)
                 if reader is None:
-                    yield _Job(where, str(root), plan, line)
+                    yield _RecordJob(where, str(root), plan, line)
                 else:
                     yield _fetch(line, where, str(root), plan, reader)
 
 
 def _fetch(
-    line: bytes, where: str, root: str, plan: _Plan, reader: TfioReader,
+    line: bytes, where: str, root: str, plan: FeatureSpec, reader: TfioReader,
     audios: Sequence[Sound | AudioError] | None = None,
-) -> _Job | Reject:  # fmt: skip
+) -> _RecordJob | Reject:  # fmt: skip
     """Ask the reader for all that a record sounds like; its own audios may be there already."""
     try:
-        record = parse(line, where, root)
+        record = parse_record(line, where, root)
         if audios is not None and len(audios) != len(record.audios):
             raise RecordError(
                 f"{len(audios)} recordings in the TFRecord, but {len(record.audios)} under 'audios'"
@@ -309,10 +253,12 @@ def _fetch(
     for n, turn in enumerate(record.turns):
         if isinstance(turn.speech, str) and plan.speaks:
             fetched["speech", n] = read(turn.speech)
-    return _Job(where, root, plan, record=record, fetched=fetched)
+    return _RecordJob(where, root, plan, record=record, fetched=fetched)
 
 
-def _from_tfrecord(path: str, plan: _Plan, reader: TfioReader) -> Iterator[_Job | Reject]:
+def _from_tfrecord(
+    path: str, plan: FeatureSpec, reader: TfioReader
+) -> Iterator[_RecordJob | Reject]:
     root, name = os.path.split(path)
     for number, item in enumerate(reader.records(path), 1):
         where = f"{name}:{number}"
@@ -322,7 +268,7 @@ def _from_tfrecord(path: str, plan: _Plan, reader: TfioReader) -> Iterator[_Job 
             yield Reject(where, str(item))
 
 
-def _hear(job: _Job | Reject) -> _Heard | Reject:
+def _load_sample(job: _RecordJob | Reject) -> _PendingSample | Reject:
     """Read and compute all that needs no network."""
     if isinstance(job, Reject):
         return job
@@ -336,15 +282,16 @@ def _hear(job: _Job | Reject) -> _Heard | Reject:
         return found
 
     try:
-        record = job.record or parse(job.line, job.where, job.root)
-        codes = ready_codes(record, job.plan.num_codes)
+        record = job.record or parse_record(job.line, job.where, job.root)
+        codes = given_codes(record, job.plan.num_codes)
         recorded = {n: t.speech for n, t in enumerate(record.turns) if isinstance(t.speech, str)}
         if recorded and not job.plan.speaks:
             raise RecordError(
                 "speech is a recording: give --model a folder with a speech tokenizer (token2wav/)"
             )
         mels = tuple(
-            hear(sound("audio", n, path), job.plan.n_mels) for n, path in enumerate(record.audios)
+            load_features(sound("audio", n, path), job.plan.n_mels)
+            for n, path in enumerate(record.audios)
         )
         targets = {n: audio.load(sound("speech", n, path)) for n, path in recorded.items()}
         short = [len(clip) for clip in targets.values() if len(clip) < 2 * audio.HOP]
@@ -352,10 +299,10 @@ def _hear(job: _Job | Reject) -> _Heard | Reject:
             raise AudioError(f"speech of {short[0]} samples is too short")
     except (RecordError, AudioError) as error:
         return Reject(job.where, str(error))
-    return _Heard(Sample(_moved(record, job.root), mels, codes), targets)
+    return _PendingSample(Sample(_with_relative_paths(record, job.root), mels, codes), targets)
 
 
-def _moved(record: Record, root: str) -> Record:
+def _with_relative_paths(record: Record, root: str) -> Record:
     """The record with names as seen from its file: a data set may be anywhere."""
 
     def name(path: str) -> str:
@@ -369,17 +316,22 @@ def _moved(record: Record, root: str) -> Record:
     return replace(record, turns=tuple(turns), audios=tuple(map(name, record.audios)))
 
 
-def _heard(jobs: Iterator[_Job | Reject], processes: int) -> Generator[_Heard | Reject, None, None]:
+def _load_samples(
+    jobs: Iterator[_RecordJob | Reject], processes: int
+) -> Generator[_PendingSample | Reject, None, None]:
     """Hear all of them, in order, a few ahead."""
     if processes <= 1:
-        yield from map(_hear, jobs)
+        yield from map(_load_sample, jobs)
         return
     context = multiprocessing.get_context("spawn")  # a fork of jax's threads may hang
-    with _one_thread(), ProcessPoolExecutor(processes, context, initializer=_begin) as pool:
+    with (
+        _one_thread_each(),
+        ProcessPoolExecutor(processes, context, initializer=_init_worker) as pool,
+    ):
         waiting: deque[Any] = deque()
         try:
             for job in jobs:
-                waiting.append(pool.submit(_hear, job))
+                waiting.append(pool.submit(_load_sample, job))
                 if len(waiting) > 4 * processes:
                     yield waiting.popleft().result()
             while waiting:
@@ -392,7 +344,7 @@ def _heard(jobs: Iterator[_Job | Reject], processes: int) -> Generator[_Heard | 
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def _one_thread_each() -> Iterator[None]:
     """Processes that start here compute in one thread each: there are as many as cores."""
     names = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
     before = {name: os.environ.get(name) for name in names}
@@ -404,29 +356,33 @@ def _one_thread() -> Iterator[None]:
             del os.environ[name]
 
 
-def _begin() -> None:
+def _init_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process
     os.environ["JAX_PLATFORMS"] = "cpu"
 
 
-def _with_codes(found: Iterator[_Heard | Reject], model: _Model) -> Iterator[Sample | Reject]:
+def _with_codes(
+    found: Iterator[_PendingSample | Reject], model: ModelFolder
+) -> Iterator[Sample | Reject]:
     """Add the codes that are missing, of many recordings at a time; the order is kept."""
-    waiting: list[_Heard | Reject] = []
+    waiting: list[_PendingSample | Reject] = []
     clips = held = 0
     for item in found:
         waiting.append(item)
-        if isinstance(item, _Heard):
+        if isinstance(item, _PendingSample):
             clips += len(item.targets)
             held += sum(clip.nbytes for clip in item.targets.values())
             held += sum(mel.nbytes for clip in item.sample.mels for mel in clip)
-        if not clips or clips >= _AT_ONCE or held >= _HELD:
-            yield from _complete(waiting, model)
+        if not clips or clips >= _BATCH_RECORDINGS or held >= _MAX_PENDING_BYTES:
+            yield from _add_codes(waiting, model)
             waiting, clips, held = [], 0, 0
-    yield from _complete(waiting, model)
+    yield from _add_codes(waiting, model)
 
 
-def _complete(items: list[_Heard | Reject], model: _Model) -> Iterator[Sample | Reject]:
-    clips = [c for item in items if isinstance(item, _Heard) for c in item.targets.values()]
+def _add_codes(
+    items: list[_PendingSample | Reject], model: ModelFolder
+) -> Iterator[Sample | Reject]:
+    clips = [c for item in items if isinstance(item, _PendingSample) for c in item.targets.values()]
     made = iter(model.codes_of(clips) if clips else [])
     for item in items:
         if isinstance(item, Reject):

@@ -22,47 +22,47 @@ from jaxtyping import Int
 
 from sa2jax.atomic_io import new_folder
 from sa2jax.errors import DataError
-from sa2jax.train.data.samples import ABOUT, Reject
+from sa2jax.train.data.samples import DATASET_JSON, Reject
 from sa2jax.train.data.shards import REJECTS, RejectWriter
 
 SAMPLES, LENGTHS = "samples.array_record", "lengths.npy"
-SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus")
+AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus")
 
 
 @dataclass(frozen=True)
-class Recording:
+class RecordingEntry:
     """A recording of a list, and what the list says of it; or why there is none.
 
     Attributes:
         where: file and line, for what is said.
         path: the recording.
-        facts: the other values of its line.
+        values: the other values of its line.
         problem: what is wrong with the line.
     """
 
     where: str
     path: str = ""
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)
     problem: str = ""
 
-    def beside(self, key: str) -> str:
+    def path_of(self, key: str) -> str:
         """The path that a value of its line names, by default its own.
 
         Raises:
             DataError: if the value is no text.
         """
-        other = self.facts.get(key) or None
+        other = self.values.get(key) or None
         if other is None:
             return self.path
         if not isinstance(other, str):
             raise DataError(f'expected "{key}" to be a path, got {other!r}')
-        return os.path.join(os.path.dirname(self.facts[_LIST]), other)
+        return os.path.join(os.path.dirname(self.values[_LIST]), other)
 
 
 _LIST = "list"  # the .jsonl file of a line, beside its values
 
 
-def find_recordings(sources: Sequence[str | os.PathLike[str]]) -> list[Recording]:
+def list_recordings(sources: Sequence[str | os.PathLike[str]]) -> list[RecordingEntry]:
     """Recordings, those of folders, and those of .jsonl files with a line {"audio": …} each.
 
     Paths in a .jsonl file are relative to it.
@@ -76,38 +76,43 @@ def find_recordings(sources: Sequence[str | os.PathLike[str]]) -> list[Recording
     return [item for path in paths for item in _recordings_of(path)]
 
 
-def _recordings_of(source: Path) -> list[Recording]:
+def _recordings_of(source: Path) -> list[RecordingEntry]:
     if source.is_dir():
-        paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in SOUNDS and p.is_file())
+        paths = sorted(
+            p for p in source.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES and p.is_file()
+        )
         if not paths:
-            raise DataError(f"no recordings in {source}: expected {', '.join(SOUNDS)} files")
-        return [Recording(str(path.relative_to(source)), str(path)) for path in paths]
-    if source.suffix.lower() in SOUNDS:
-        return [Recording(source.name, str(source))]
+            raise DataError(
+                f"no recordings in {source}: expected {', '.join(AUDIO_SUFFIXES)} files"
+            )
+        return [RecordingEntry(str(path.relative_to(source)), str(path)) for path in paths]
+    if source.suffix.lower() in AUDIO_SUFFIXES:
+        return [RecordingEntry(source.name, str(source))]
     try:
         lines = source.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"{source} cannot be read ({error}): expected recordings ({', '.join(SOUNDS)}), a "
-            "folder of them, or a .jsonl file"
+            f"{source} cannot be read ({error}): expected "
+            f"recordings ({', '.join(AUDIO_SUFFIXES)}), a folder of them, or a .jsonl file"
         ) from None
     found = [
-        _line(f"{source.name}:{number}", line, source)
-        for number, line in enumerate(lines, 1) if line.strip()
-    ]  # fmt: skip
+        _parse_line(f"{source.name}:{number}", line, source)
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
     if not found:
         raise DataError(f"{source} has no lines")
     return found
 
 
-def _line(where: str, line: str, source: Path) -> Recording:
+def _parse_line(where: str, line: str, source: Path) -> RecordingEntry:
     try:
         facts = json.loads(line)
         path = os.path.join(source.parent, facts["audio"])
-        return Recording(where, path, facts | {_LIST: str(source)})
+        return RecordingEntry(where, path, facts | {_LIST: str(source)})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f'expected {{"audio": "a.wav"}}, perhaps with more, got {error!r}'
-        return Recording(where, problem=reason)
+        return RecordingEntry(where, problem=reason)
 
 
 def write_samples(
@@ -137,7 +142,7 @@ def write_samples(
     from array_record.python.array_record_module import ArrayRecordWriter
 
     out = Path(os.path.abspath(out))
-    if overwrite and out.is_dir() and any(out.iterdir()) and not (out / ABOUT).is_file():
+    if overwrite and out.is_dir() and any(out.iterdir()) and not (out / DATASET_JSON).is_file():
         raise DataError(f"{out} is no prepared folder, it is not replaced: choose another one")
     digest, lengths = hashlib.sha256(), []
     with (
@@ -166,11 +171,11 @@ def write_samples(
             "bytes": (folder / SAMPLES).stat().st_size,
             "rejected": len(rejects),
         }
-        (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        (folder / DATASET_JSON).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     return about
 
 
-def read_samples_about(
+def read_samples_info(
     folder: Path, form: str, keys: Sequence[str], what: str, command: str
 ) -> tuple[dict[str, Any], Int[np.ndarray, "N"]]:
     """What a folder of samples says of itself, and their lengths.
@@ -186,7 +191,7 @@ def read_samples_about(
         DataError: if it is none, or is damaged.
     """
     try:
-        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        about = json.loads((folder / DATASET_JSON).read_text(encoding="utf-8"))
         if about.get("format") != form:
             raise ValueError(f"format {about.get('format')!r}, expected {form!r}")
         lengths = np.load(folder / LENGTHS)
@@ -203,7 +208,7 @@ def read_samples_about(
     return about, lengths
 
 
-class Samples:
+class SampleFile:
     """The blobs of a folder, its file opened when the first is asked for.
 
     Args:
@@ -223,7 +228,7 @@ class Samples:
         try:
             return self._open[index]
         except (ValueError, RuntimeError, OSError, IndexError) as error:
-            raise damaged(self.folder, error) from None
+            raise damaged_error(self.folder, error) from None
 
     @cached_property
     def _open(self) -> Any:
@@ -232,6 +237,6 @@ class Samples:
         return ArrayRecordDataSource([f"{self.folder / SAMPLES}[0:{self.count}]"])
 
 
-def damaged(folder: Path, error: Exception) -> DataError:
+def damaged_error(folder: Path, error: Exception) -> DataError:
     """What is said of a prepared folder that cannot be read."""
     return DataError(f"{folder} is damaged ({error}): prepare it again")

@@ -18,14 +18,14 @@ from typing import Any, Self
 from sa2jax.chat.tools import ToolCall, render_tools
 from sa2jax.errors import DataError, PromptError
 
-AUDIO = "<audio>"  # stands in a text where a clip goes
+AUDIO_MARK = "<audio>"  # stands in a text where a clip goes
 ROLES = (
     "system", "user", "human", "assistant", "tool_call", "tool_response", "tool", "input",
     "function_output",
 )  # fmt: skip
 
 # Keys that would change what is learnt if they were left out without a word.
-_UNKNOWN = (
+_UNSUPPORTED_KEYS = (
     "images", "videos", "objects", "rejected_messages", "rejected_audios", "rejected_images",
     "rejected_videos", "rejected_tools", "positive_messages", "negative_messages",
 )  # fmt: skip
@@ -85,7 +85,7 @@ class Record:
         return cls(**{**data, **changed})
 
 
-def parse(line: str | bytes, where: str, root: str | os.PathLike[str]) -> Record:
+def parse_record(line: str | bytes, where: str, root: str | os.PathLike[str]) -> Record:
     """Check one line of jsonl.
 
     Args:
@@ -97,7 +97,7 @@ def parse(line: str | bytes, where: str, root: str | os.PathLike[str]) -> Record
         RecordError: for the first thing that is wrong with it.
     """
     row = _json(line)
-    for key in _UNKNOWN:
+    for key in _UNSUPPORTED_KEYS:
         if row.get(key):
             raise RecordError(f"{key!r} is not supported: expected text and audio only")
     messages = row.get("messages")
@@ -105,9 +105,9 @@ def parse(line: str | bytes, where: str, root: str | os.PathLike[str]) -> Record
         raise RecordError(f"expected a list of messages under 'messages', got {_short(messages)}")
     turns = tuple(_turn(n, message, root) for n, message in enumerate(messages, 1))
     audios = _audios(row.get("audios"), root)
-    marks = sum(turn.content.count(AUDIO) for turn in turns)
+    marks = sum(turn.content.count(AUDIO_MARK) for turn in turns)
     if marks != len(audios):
-        raise RecordError(f"{marks} {AUDIO} in the messages, but {len(audios)} under 'audios'")
+        raise RecordError(f"{marks} {AUDIO_MARK} in the messages, but {len(audios)} under 'audios'")
     rejected = row.get("rejected_response")
     if rejected is not None and not isinstance(rejected, str):
         raise RecordError(f"expected text under 'rejected_response', got {_short(rejected)}")
@@ -115,7 +115,7 @@ def parse(line: str | bytes, where: str, root: str | os.PathLike[str]) -> Record
     return Record(turns, audios, tools, rejected, row.get("solution"), where)
 
 
-def tool_call_of(content: str) -> ToolCall:
+def parse_tool_call(content: str) -> ToolCall:
     """The call in a `tool_call` message: JSON with `name` and `arguments`.
 
     Raises:
@@ -136,7 +136,7 @@ def tool_call_of(content: str) -> ToolCall:
     return ToolCall(name, arguments)
 
 
-def locate(path: str, root: str | os.PathLike[str]) -> str:
+def resolve_path(path: str, root: str | os.PathLike[str]) -> str:
     """A path or URL as seen from a folder: absolute, or a URL."""
     root = os.fspath(root)
     if "://" in path or os.path.isabs(path):
@@ -177,20 +177,20 @@ def _turn(number: int, message: Any, root: str | os.PathLike[str]) -> Turn:
     if loss is not None and not isinstance(loss, bool):
         raise RecordError(f"message {number}: expected true or false as loss, got {_short(loss)}")
     if role == "tool_call":
-        tool_call_of(content)
+        parse_tool_call(content)
     speech = message.get("speech")
     if speech is None:
         return Turn(role, content, loss)
     if role != "assistant":
         raise RecordError(f"message {number}: only an assistant's may have speech, not a {role}'s")
-    if AUDIO in content:
-        raise RecordError(f"message {number}: a spoken text cannot hold {AUDIO}")
+    if AUDIO_MARK in content:
+        raise RecordError(f"message {number}: a spoken text cannot hold {AUDIO_MARK}")
     return Turn(role, content, loss, _speech(number, speech, root))
 
 
 def _speech(number: int, speech: Any, root: str | os.PathLike[str]) -> str | tuple[int, ...]:
     if isinstance(speech, str):
-        return locate(_path(speech, f"message {number}: speech"), root)
+        return resolve_path(_path(speech, f"message {number}: speech"), root)
     if not isinstance(speech, list) or not all(type(c) is int and c >= 0 for c in speech):
         raise RecordError(
             f"message {number}: expected a recording or a list of codes as speech, got "
@@ -217,7 +217,7 @@ def _audios(audios: Any, root: str | os.PathLike[str]) -> tuple[str, ...]:
                 raise RecordError(f"{entry} under 'audios' is not supported: give files")
         if not isinstance(entry, str):
             raise RecordError(f"expected files under 'audios', got {_short(entry)}")
-        found.append(locate(_path(entry, "audios"), root))
+        found.append(resolve_path(_path(entry, "audios"), root))
     return tuple(found)
 
 

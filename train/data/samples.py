@@ -24,13 +24,13 @@ from safetensors.numpy import load, save
 from sa2jax import audio
 from sa2jax.chat.tokenizer import NUM_CODES
 from sa2jax.errors import AudioError, DataError
-from sa2jax.train.data.records import Record, RecordError, parse
+from sa2jax.train.data.records import Record, RecordError, parse_record
 
 FORMAT = 1
-ABOUT = "dataset.json"  # what a prepared folder says of itself
+DATASET_JSON = "dataset.json"  # what a prepared folder says of itself
 N_MELS = 128  # mel bands of all released models
 
-Clip = tuple[Float32[np.ndarray, "M F"], ...]
+ClipFeatures = tuple[Float32[np.ndarray, "M F"], ...]
 """One recording: log-mel frames (100 Hz) of each chunk of at most 25 s."""
 
 
@@ -40,12 +40,12 @@ class Sample:
 
     Attributes:
         record: the conversation.
-        mels: a recording for each of its audios, see `Clip`.
+        mels: a recording for each of its audios, see `ClipFeatures`.
         codes: audio codes (25 Hz) of each spoken turn, by the turn's index.
     """
 
     record: Record
-    mels: tuple[Clip, ...] = ()
+    mels: tuple[ClipFeatures, ...] = ()
     codes: Mapping[int, Int32[np.ndarray, "A"]] = field(default_factory=dict)
 
 
@@ -65,7 +65,7 @@ class Reject:
 # --- one sample ---------------------------------------------------------------------------------
 
 
-def hear(source: audio.Audio, n_mels: int = N_MELS) -> Clip:
+def load_features(source: audio.Audio, n_mels: int = N_MELS) -> ClipFeatures:
     """What the model hears of a recording.
 
     Args:
@@ -83,7 +83,7 @@ def hear(source: audio.Audio, n_mels: int = N_MELS) -> Clip:
     return tuple(audio.log_mel(chunk, n_mels=n_mels) for chunk in audio.split(samples))
 
 
-def ready_codes(record: Record, num_codes: int = NUM_CODES) -> dict[int, Int32[np.ndarray, "A"]]:
+def given_codes(record: Record, num_codes: int = NUM_CODES) -> dict[int, Int32[np.ndarray, "A"]]:
     """The codes a record brings along, by the turn's index.
 
     Args:
@@ -104,7 +104,7 @@ def ready_codes(record: Record, num_codes: int = NUM_CODES) -> dict[int, Int32[n
     return found
 
 
-def pack(sample: Sample) -> bytes:
+def encode_sample(sample: Sample) -> bytes:
     """A sample as one safetensors blob, the same bytes for the same sample."""
     arrays: dict[str, np.ndarray] = {}
     for clip, chunks in enumerate(sample.mels):
@@ -120,8 +120,8 @@ def pack(sample: Sample) -> bytes:
     return save(arrays, metadata={"record": text})
 
 
-def unpack(blob: bytes) -> Sample:
-    """The inverse of `pack`.
+def decode_sample(blob: bytes) -> Sample:
+    """The inverse of `encode_sample`.
 
     Raises:
         DataError: if this is no packed sample.
@@ -152,7 +152,7 @@ def unpack(blob: bytes) -> Sample:
 
 
 @dataclass(frozen=True, eq=False)
-class Lines:
+class LineIndex:
     """Where each line of some text files starts, found once; blank lines are left out.
 
     Attributes:
@@ -172,7 +172,7 @@ class Lines:
     fingerprint: str
 
     @classmethod
-    def of(cls, files: Sequence[Path], names: Sequence[str]) -> Self:
+    def scan(cls, files: Sequence[Path], names: Sequence[str]) -> Self:
         """Look through the files once.
 
         Raises:
@@ -197,9 +197,9 @@ class Lines:
     def __len__(self) -> int:
         return len(self.offsets)
 
-    def read(self, index: int) -> tuple[bytes, str, Path]:
+    def read_line(self, index: int) -> tuple[bytes, str, Path]:
         """A line, where it stands ("talks.jsonl:12"), and its file's folder."""
-        index = _checked(index, len(self))
+        index = _checked_index(index, len(self))
         file = int(np.searchsorted(self.first, index, side="right")) - 1
         path = self.files[file]
         try:
@@ -230,7 +230,7 @@ class JsonlSource:
         paths = [Path(os.path.abspath(file)) for file in files]
         if not paths:
             raise DataError("no files: expected at least one .jsonl file")
-        self.lines = Lines.of(paths, names_of(paths))
+        self.lines = LineIndex.scan(paths, display_names(paths))
         if not len(self.lines):
             raise DataError(f"{paths[0]} holds no records: expected one JSON object on each line")
         self.n_mels = n_mels
@@ -240,17 +240,17 @@ class JsonlSource:
         return len(self.lines)
 
     def __getitem__(self, index: int) -> Sample | Reject:
-        line, where, root = self.lines.read(index)
+        line, where, root = self.lines.read_line(index)
         try:
-            record = parse(line, where, root)
+            record = parse_record(line, where, root)
             for turn in record.turns:
                 if isinstance(turn.speech, str):
                     raise RecordError(
                         f"speech is a recording ({turn.speech}), expected audio codes: run "
                         "`sa2jax data prepare` first"
                     )
-            codes = ready_codes(record)
-            mels = tuple(hear(path, self.n_mels) for path in record.audios)
+            codes = given_codes(record)
+            mels = tuple(load_features(path, self.n_mels) for path in record.audios)
         except (RecordError, AudioError) as error:
             return Reject(where, str(error))
         return Sample(record, mels, codes)
@@ -266,7 +266,7 @@ class ShardSource:
         folder: the folder.
 
     Attributes:
-        about: the contents of its dataset.json.
+        info: the contents of its dataset.json.
         n_mels: mel bands of its recordings.
         fingerprint: SHA-256 of all its samples.
 
@@ -276,17 +276,17 @@ class ShardSource:
 
     def __init__(self, folder: str | os.PathLike[str]):
         self.folder = Path(os.path.abspath(folder))
-        self.about = read_about(self.folder)
-        self.n_mels: int = self.about["n_mels"]
-        self.fingerprint: str = self.about["fingerprint"]
+        self.info = read_dataset_info(self.folder)
+        self.n_mels: int = self.info["n_mels"]
+        self.fingerprint: str = self.info["fingerprint"]
 
     def __len__(self) -> int:
-        return self.about["samples"]
+        return self.info["samples"]
 
     def __getitem__(self, index: int) -> Sample | Reject:
-        index = _checked(index, len(self))
+        index = _checked_index(index, len(self))
         try:
-            return unpack(self._records[index])
+            return decode_sample(self._records[index])
         except (DataError, ValueError, RuntimeError, OSError, IndexError) as error:
             where = f"{self.folder.name}:{index}"
             return Reject(where, f"damaged ({error}); run `sa2jax data prepare` again")
@@ -297,7 +297,7 @@ class ShardSource:
 
         # With its range a shard need not be opened to be counted.
         return ArrayRecordDataSource(
-            [f"{self.folder / s['file']}[0:{s['samples']}]" for s in self.about["shards"]]
+            [f"{self.folder / s['file']}[0:{s['samples']}]" for s in self.info["shards"]]
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -320,7 +320,7 @@ def open_source(
         DataError: if it is nothing of these, or was prepared for another number of mel bands.
     """
     path = Path(path)
-    if not (path / ABOUT).is_file():
+    if not (path / DATASET_JSON).is_file():
         return JsonlSource(jsonl_files(path), N_MELS if n_mels is None else n_mels)
     source = ShardSource(path)
     if n_mels not in (None, source.n_mels):
@@ -341,7 +341,7 @@ def jsonl_files(path: Path) -> list[Path]:
         files = sorted(file for file in path.glob("*.jsonl") if not file.name.startswith("."))
         if files:
             return files
-        what = f"an unfinished or damaged folder, without {ABOUT}"
+        what = f"an unfinished or damaged folder, without {DATASET_JSON}"
         found = what if any(path.glob("*.array_record")) else "neither"
         raise DataError(f"{path}: expected .jsonl files or prepared shards, found {found}")
     if not path.exists():
@@ -351,7 +351,7 @@ def jsonl_files(path: Path) -> list[Path]:
     return [path]
 
 
-def names_of(files: Sequence[Path]) -> list[str]:
+def display_names(files: Sequence[Path]) -> list[str]:
     """What messages call files: their names, with as many folders as tell them apart."""
     names = [file.name for file in files]
     if len(set(names)) < len(set(files)):
@@ -360,7 +360,7 @@ def names_of(files: Sequence[Path]) -> list[str]:
     return names
 
 
-def read_about(folder: Path) -> dict[str, Any]:
+def read_dataset_info(folder: Path) -> dict[str, Any]:
     """What a prepared folder says of itself.
 
     Raises:
@@ -368,7 +368,7 @@ def read_about(folder: Path) -> dict[str, Any]:
     """
     again = "run `sa2jax data prepare` again"
     try:
-        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        about = json.loads((folder / DATASET_JSON).read_text(encoding="utf-8"))
         if about["format"] != FORMAT:
             raise DataError(
                 f"{folder} has format {about['format']}, this version of sa2jax reads {FORMAT}: "
@@ -381,7 +381,7 @@ def read_about(folder: Path) -> dict[str, Any]:
         if missing:
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{folder / ABOUT} cannot be used ({error}): {again}") from None
+        raise DataError(f"{folder / DATASET_JSON} cannot be used ({error}): {again}") from None
     for name, (_, size) in shards.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:
@@ -412,7 +412,7 @@ def _line_starts(path: Path) -> tuple[Int64[np.ndarray, "N"], Int64[np.ndarray, 
     return starts[kept], kept + 1, digest.digest()
 
 
-def _checked(index: int, size: int) -> int:
+def _checked_index(index: int, size: int) -> int:
     index = int(index)
     if not -size <= index < size:
         raise IndexError(f"index {index} of {size} samples")

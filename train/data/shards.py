@@ -1,6 +1,6 @@
 """Shards: how prepared samples are written, counted and drawn.
 
-OUT/samples-00000.array_record …   each record one sample, see `samples.pack`
+OUT/samples-00000.array_record …   each record one sample, see `samples.encode_sample`
 OUT/dataset.json                   how many there are, what is in them, their SHA-256
 """
 
@@ -21,9 +21,9 @@ from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.config import StepAudio2Config
 from sa2jax.convert.weights import parse_size
 from sa2jax.errors import DataError
-from sa2jax.train.data.examples import length_of
-from sa2jax.train.data.records import AUDIO
-from sa2jax.train.data.samples import ABOUT, FORMAT, N_MELS, Reject, Sample, pack
+from sa2jax.train.data.examples import example_length
+from sa2jax.train.data.records import AUDIO_MARK
+from sa2jax.train.data.samples import DATASET_JSON, FORMAT, N_MELS, Reject, Sample, encode_sample
 
 REJECTS = "rejects.jsonl"
 
@@ -51,14 +51,14 @@ class ShardWriter:
     Attributes:
         samples: how many have been written.
         speech_tokenizer: hash of the weights that made codes here, if any.
-        facts: what else dataset.json shall say.
+        summary: what else dataset.json shall say.
     """
 
     def __init__(self, folder: Path, *, n_mels: int = N_MELS, shard_size: str = "1GB"):
         self.folder, self.n_mels = folder, n_mels
         self.samples = 0
         self.speech_tokenizer: str | None = None
-        self.facts: dict[str, Any] = {}
+        self.summary: dict[str, Any] = {}
         self._limits = shard_limits(shard_size)
         self._digest = hashlib.sha256()
         self._seconds = self._spoken = 0.0
@@ -71,14 +71,14 @@ class ShardWriter:
     def __exit__(self, kind: Any, *_: object) -> None:
         self._close()
         if kind is None:
-            text = json.dumps(self.about(), ensure_ascii=False, indent=2)
-            (self.folder / ABOUT).write_text(text + "\n", encoding="utf-8")
+            text = json.dumps(self.info(), ensure_ascii=False, indent=2)
+            (self.folder / DATASET_JSON).write_text(text + "\n", encoding="utf-8")
 
     def add(self, sample: Sample) -> None:
         """Write a sample."""
         from array_record.python.array_record_module import ArrayRecordWriter
 
-        blob = pack(sample)
+        blob = encode_sample(sample)
         shard: dict[str, Any] = self._shards[-1] if self._writer else {"bytes": 0, "samples": 0}
         if shard["samples"] and (
             shard["bytes"] + len(blob) > self._limits[0] or shard["samples"] >= self._limits[1]
@@ -95,10 +95,10 @@ class ShardWriter:
         shard["samples"] += 1
         shard["bytes"] += len(blob)
         self.samples += 1
-        self._seconds += seconds_heard(sample)
+        self._seconds += audio_seconds(sample)
         self._spoken += sum(map(len, sample.codes.values())) / CODE_RATE
 
-    def about(self) -> dict[str, Any]:
+    def info(self) -> dict[str, Any]:
         """What dataset.json says."""
         return {
             "format": FORMAT,
@@ -108,7 +108,7 @@ class ShardWriter:
             "n_mels": self.n_mels,
             "speech_tokenizer": self.speech_tokenizer,
             "fingerprint": self._digest.hexdigest(),
-            **self.facts,
+            **self.summary,
             "shards": self._shards,
         }
 
@@ -120,7 +120,7 @@ class ShardWriter:
             shard["bytes"] = (self.folder / shard["file"]).stat().st_size
 
 
-def seconds_heard(sample: Sample) -> float:
+def audio_seconds(sample: Sample) -> float:
     """How long a sample's recordings are."""
     frames = sum(max(chunk.shape[1] - 2, 0) for clip in sample.mels for chunk in clip)
     return frames * audio.HOP / audio.SAMPLE_RATE
@@ -189,7 +189,7 @@ class RejectWriter:
 # --- what is in them ----------------------------------------------------------------------------
 
 
-def characters(text: str) -> dict[str, int]:
+def count_letters(text: str) -> dict[str, int]:
     """Letters of a text by script: a guess at its languages.
 
     Latin letters without accents count as `en`, and Chinese ones as `ja` where kana are near.
@@ -200,7 +200,7 @@ def characters(text: str) -> dict[str, int]:
     return found | {"other": max(len(_LETTER.findall(text)) - sum(found.values()), 0)}
 
 
-class Tally:
+class DatasetStatistics:
     """What the samples hold.
 
     Args:
@@ -226,25 +226,25 @@ class Tally:
             RecordError: if lengths are in tokens, and this is no conversation that a model reads;
                 nothing has been counted then.
         """
-        heard = seconds_heard(sample)
+        heard = audio_seconds(sample)
         spoken = sum(map(len, sample.codes.values()))
         if self.reader is None:
             self.lengths.append(heard + spoken / CODE_RATE)
         else:
-            self.lengths.append(length_of(sample, *self.reader))
+            self.lengths.append(example_length(sample, *self.reader))
         self.heard.append(heard)
         self.tokens["codes"] += spoken
         self.tokens["heard"] += sum(
             int(audio.num_tokens(chunk.shape[1])) + 2 for clip in sample.mels for chunk in clip
         )
         for turn in sample.record.turns:
-            text = turn.content.replace(AUDIO, "")
-            for script, count in characters(text).items():
+            text = turn.content.replace(AUDIO_MARK, "")
+            for script, count in count_letters(text).items():
                 self.characters[script] += count
             if self.reader is not None:
                 self.tokens["text"] += len(self.reader[0].encode(text))
 
-    def facts(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """The counts, for dataset.json."""
         lengths = np.asarray(self.lengths)
         middle, most, largest = (float(round(x, 2)) for x in np.quantile(lengths, (0.5, 0.95, 1)))
@@ -256,7 +256,7 @@ class Tally:
         }
 
 
-def plotter() -> Callable[[Tally, Path], None]:
+def length_plotter() -> Callable[[DatasetStatistics, Path], None]:
     """What draws how long the samples are, as a PNG file.
 
     Raises:
@@ -270,7 +270,7 @@ def plotter() -> Callable[[Tally, Path], None]:
             "drawing lengths needs matplotlib: install it with `pip install 'sa2jax[train]'`"
         ) from None
 
-    def plot(tally: Tally, path: Path) -> None:
+    def plot(tally: DatasetStatistics, path: Path) -> None:
         figure = Figure(figsize=(9, 3.5), layout="constrained")
         FigureCanvasAgg(figure)
         panels = ("audio heard, seconds", tally.heard), (f"whole sample, {tally.unit}",

@@ -1,6 +1,6 @@
 """The data of a training: from files to batches, in an order that can be gone back to exactly.
 
-    data = make_data(DataConfig(sources={"talks": 1.0}, rows=8), tokenizer, cfg, seed=0)
+    data = make_language_data(DataConfig(sources={"talks": 1.0}, rows=8), tokenizer, cfg, seed=0)
     for batch in data:
         state, report = step(state, place_batch(batch, mesh))
         saved = data.state()  # later, in another process: data.restore(saved)
@@ -17,7 +17,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,84 +28,23 @@ from sa2jax.audio.rates import MEL_RATE
 from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.config import StepAudio2Config
 from sa2jax.errors import DataError
-from sa2jax.train.data.examples import KINDS, STYLES, Example, Style, make_example
+from sa2jax.train.data.examples import (
+    TOKEN_KINDS,
+    Example,
+    PromptStyle,
+    make_example,
+)
 from sa2jax.train.data.records import RecordError
-from sa2jax.train.data.samples import Reject, Sample, names_of, open_source
+from sa2jax.train.data.samples import Reject, Sample, display_names, open_source
+from sa2jax.train.language.data_config import DataConfig
 from sa2jax.train.language.packing import Pack, PackedRow, RowShape
-from sa2jax.train.language.step import Batch
+from sa2jax.train.language.step import LanguageBatch
 
-READ = {"num_threads": 4, "prefetch_buffer_size": 16}  # samples that a process reads ahead
-AHEAD, MOST_AHEAD = 2, 16  # rows that are ready before they are asked for, of each process
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What is learnt from, and in which form.
-
-    Attributes:
-        sources: files and folders, see `samples.open_source`, and the weight of each: how many
-            samples are drawn from it in relation to the others (to about 1 %).
-        length: tokens of a row.
-        rows: rows of an update, of all hosts.
-        parts: how many parts an update's rows are split into, one after another; 0 for no split.
-        mel_rows: rows of sound of each row; a second of sound takes 12.5 tokens. 0 for text only.
-        mel_frames: frames (100 Hz) of each, a multiple of 8.
-        clips: clips (of at most 25 s) that each can hold.
-        style: `chat`, or `raw` for base models, see `examples.make_example`.
-        weights: of the tokens of each kind in the loss.
-        shuffle: draw samples in another order every epoch, rather than in that of the files.
-        epochs: how often; None for without end. Of a mixture, an epoch ends when the first of its
-            sources has been seen once; in the next, all go on where they were.
-        workers: processes that prepare rows; 0 for threads of this one.
-        max_rejects: samples that may be unusable.
-        pack: False for one example a row.
-    """
-
-    sources: Mapping[str, float]
-    length: int = 4096
-    rows: int = 1
-    parts: int = 0
-    mel_rows: int = 1
-    mel_frames: int = 3000
-    clips: int = 8
-    style: Style = "chat"
-    weights: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 1.0))
-    shuffle: bool = True
-    epochs: int | None = None
-    workers: int = 0
-    max_rejects: int = 100
-    pack: bool = True
-
-    def __post_init__(self):
-        if not self.sources or not all(0 < w < float("inf") for w in self.sources.values()):
-            raise DataError(
-                f"expected one or more sources, each with a weight above 0, got {self.sources}"
-            )
-        for name, least in {"length": 2, "rows": 1, "parts": 0, "mel_rows": 0, "workers": 0,
-                            "max_rejects": 0, "clips": 1}.items():  # fmt: skip
-            if getattr(self, name) < least:
-                raise DataError(f"{name}={getattr(self, name)}: expected at least {least}")
-        if self.epochs is not None and self.epochs < 1:
-            raise DataError(f"epochs={self.epochs}: expected at least 1, or None for without end")
-        if self.parts and self.rows % self.parts:
-            raise DataError(f"rows={self.rows}: expected a multiple of parts={self.parts}")
-        if self.style not in STYLES:
-            raise DataError(f"style={self.style!r}: expected one of {', '.join(STYLES)}")
-        if set(self.weights) - set(KINDS) or not all(w >= 0 for w in self.weights.values()):
-            raise DataError(
-                f"weights={dict(self.weights)}: expected numbers from 0 for {', '.join(KINDS)}"
-            )
-        self.shape(1)
-
-    def shape(self, mels: int, pad: int = 0) -> RowShape:
-        """The size of a row for a model with so many mel bands."""
-        return RowShape(
-            length=self.length, mel_rows=self.mel_rows, mel_frames=self.mel_frames,
-            clips=self.clips, mels=mels, pad=pad,
-        )  # fmt: skip
+READ_OPTIONS = {"num_threads": 4, "prefetch_buffer_size": 16}  # samples that a process reads ahead
+MIN_PREFETCH, MAX_PREFETCH = 2, 16  # rows that are ready before they are asked for, of each process
 
 
-def make_data(
+def make_language_data(
     config: DataConfig,
     tokenizer: Tokenizer,
     cfg: StepAudio2Config,
@@ -114,7 +53,7 @@ def make_data(
     host: int = 0,
     hosts: int = 1,
     rejects: str | os.PathLike[str] | None = None,
-) -> "Data":
+) -> "LanguageData":
     """Batches for a training.
 
     Args:
@@ -135,10 +74,10 @@ def make_data(
             f"host {host} of {hosts} for rows={config.rows}: expected a host below their number, "
             "and rows as a multiple of it"
         )
-    if config.parts and config.rows // hosts % config.parts:
+    if config.accumulation_steps and config.rows // hosts % config.accumulation_steps:
         raise DataError(
             f"rows={config.rows} on {hosts} hosts: expected a multiple of {hosts} × "
-            f"parts={config.parts}"
+            f"accumulation_steps={config.accumulation_steps}"
         )
     if seed < 0:
         raise DataError(f"seed={seed}: expected 0 or more")
@@ -156,10 +95,12 @@ def make_data(
                 "prepare` again with --model"
             )
     shape = config.shape(mels, tokenizer.special.end_of_text)
-    maker = _Maker(tokenizer, cfg, config.style, dict(config.weights))
-    labels = names_of([Path(path).absolute() for path in sources]) if len(sources) > 1 else [""]
+    maker = _ExampleMaker(tokenizer, cfg, config.prompt_style, dict(config.loss_weights))
+    labels = (
+        display_names([Path(path).absolute() for path in sources]) if len(sources) > 1 else [""]
+    )
     makers = [replace(maker, label=label) for label in labels]
-    rows = _rows(config, list(sources.values()), makers, shape, seed, host, hosts)
+    rows = _packed_rows(config, list(sources.values()), makers, shape, seed, host, hosts)
     # Where rows come from and in which order; not the names of paths, which may move.
     facts: dict[str, Any] = asdict(config) | {"sources": [
         [weight, sources[path].fingerprint] for path, weight in config.sources.items()
@@ -173,9 +114,9 @@ def make_data(
     place = None if rejects is None else Path(rejects)
     if place is not None and hosts > 1:
         place = place.with_name(f"{place.stem}-{host}{place.suffix}")
-    return Data(
+    return LanguageData(
         rows, config, shape, fingerprint, host=host, hosts=hosts, rejects=place,
-        patience=int(longest) + 1,
+        max_consecutive_rejects=int(longest) + 1,
     )  # fmt: skip
 
 
@@ -183,21 +124,21 @@ def make_data(
 
 
 @dataclass(frozen=True)
-class _Maker:
+class _ExampleMaker:
     """Makes examples; sent to worker processes.
 
     Attributes:
         tokenizer: the checkpoint's.
         cfg: the model's sizes.
-        style: of the prompts.
-        weights: of the tokens of each kind.
+        prompt_style: of the prompts.
+        loss_weights: of the tokens of each kind.
         label: what the source is called where there are several: each may have a "train.jsonl".
     """
 
     tokenizer: Tokenizer
     cfg: StepAudio2Config
-    style: Style
-    weights: Mapping[str, float]
+    prompt_style: PromptStyle
+    loss_weights: Mapping[str, float]
     label: str = ""
 
     def __call__(self, sample: Sample | Reject) -> Example | Reject:
@@ -206,7 +147,11 @@ class _Maker:
         where = self._place(sample.record.where)
         try:
             example = make_example(
-                sample, self.tokenizer, self.cfg, style=self.style, weights=self.weights
+                sample,
+                self.tokenizer,
+                self.cfg,
+                prompt_style=self.prompt_style,
+                loss_weights=self.loss_weights,
             )
             return replace(example, where=where)
         except RecordError as error:
@@ -220,8 +165,8 @@ class _Maker:
         return f"{self.label}:{line}" if same else f"{self.label}/{where}"
 
 
-def _rows(
-    config: DataConfig, sources: Sequence[Any], makers: Sequence[_Maker], shape: RowShape,
+def _packed_rows(
+    config: DataConfig, sources: Sequence[Any], makers: Sequence[_ExampleMaker], shape: RowShape,
     seed: int, host: int, hosts: int,
 ) -> grain.IterDataset:  # fmt: skip
     """The pipeline up to packed rows."""
@@ -234,13 +179,15 @@ def _rows(
     weights = list(config.sources.values())
     mixed = grain.MapDataset.mix(made, weights) if len(made) > 1 else made[0]
     mixed = mixed.repeat(config.epochs).slice(slice(host, None, hosts))
-    rows = Pack(mixed.to_iter_dataset(grain.ReadOptions(**READ)), shape, pack=config.pack)
+    rows = Pack(mixed.to_iter_dataset(grain.ReadOptions(**READ_OPTIONS)), shape, pack=config.pack)
     if not config.workers:
-        ahead = min(max(AHEAD, 2 * config.rows // hosts), MOST_AHEAD)
+        ahead = min(max(MIN_PREFETCH, 2 * config.rows // hosts), MAX_PREFETCH)
         return grain.experimental.ThreadPrefetchIterDataset(rows, prefetch_buffer_size=ahead)
     _mark_flags()
-    options = grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=AHEAD)
-    return rows.mp_prefetch(options, worker_init_fn=_begin_worker)
+    options = grain.MultiprocessingOptions(
+        num_workers=config.workers, per_worker_buffer_size=MIN_PREFETCH
+    )
+    return rows.mp_prefetch(options, worker_init_fn=_init_worker)
 
 
 def _mark_flags() -> None:
@@ -251,7 +198,7 @@ def _mark_flags() -> None:
         flags.FLAGS.mark_as_parsed()
 
 
-def _begin_worker(index: int, count: int) -> None:
+def _init_worker(index: int, count: int) -> None:
     """A worker prepares data only: it must not take an accelerator."""
     import jax
 
@@ -261,73 +208,81 @@ def _begin_worker(index: int, count: int) -> None:
 # --- batches ------------------------------------------------------------------------------------
 
 
-_HEARD = ("mels", "starts", "frames")  # of each mel row
+_PER_MEL_ROW = ("mels", "starts", "frames")  # of each mel row
 
 
 def collate(
-    rows: Sequence[PackedRow], shape: RowShape, *, parts: int = 0, host: int = 0
+    rows: Sequence[PackedRow], shape: RowShape, *, accumulation_steps: int = 0, host: int = 0
 ) -> dict[str, Any]:
-    """Rows as the fields of a `Batch`.
+    """Rows as the fields of a `LanguageBatch`.
 
     Args:
         rows: of this host, R of them.
         shape: the size of each.
-        parts: how many parts they are split into; 0 for no split.
-        host: this host. Slots count the clips of all hosts, those of host 0 first, since a step
-            sees the batches of all hosts as one.
+        accumulation_steps: micro-batches that they are split into; 0 for no split.
+        host: this host. Feature indices count the clips of all hosts, those of host 0 first, since
+            a step sees the batches of all hosts as one.
 
     Returns:
-        ids, targets, weights, segments, positions and slots [R, T]; mels [R·W, M, L]; starts and
-        frames [R·W, S]; streams, a mask [R, T] for each of `KINDS`. With parts, a leading axis of
-        them, and R / parts in place of R.
+        ids, targets, weights, segments, positions and feature_index [R, T]; mels [R·W, M, L];
+        starts and frames [R·W, S]; metric_masks, a mask [R, T] for each of `TOKEN_KINDS`. With
+        accumulation, a leading axis of micro-batches, and R / accumulation_steps in place of R.
     """
-    each = len(rows) // max(1, parts)
+    each = len(rows) // max(1, accumulation_steps)
 
     def joined(name: str, per_row: int = 1) -> np.ndarray:
         stack = np.stack([row[name] for row in rows])
-        lead = (parts, each * per_row) if parts else (each * per_row,)
-        return stack.reshape(*lead, *stack.shape[1 + (name in _HEARD) :])
+        lead = (accumulation_steps, each * per_row) if accumulation_steps else (each * per_row,)
+        return stack.reshape(*lead, *stack.shape[1 + (name in _PER_MEL_ROW) :])
 
     names = ("ids", "targets", "weights", "segments", "positions")
     fields: dict[str, Any] = {name: joined(name) for name in names}
     kinds, inside = joined("kinds"), fields["segments"] > 0
-    fields["streams"] = {name: inside & (kinds == n) for n, name in enumerate(KINDS)}
+    fields["metric_masks"] = {name: inside & (kinds == n) for n, name in enumerate(TOKEN_KINDS)}
     if shape.mel_rows:
-        slots = joined("slots")
+        index = joined("feature_index")
         first = shape.features * (host * each + np.arange(each, dtype=np.int32))[:, None]
-        fields["slots"] = np.where(slots >= 0, slots + first, -1).astype(np.int32)
-        fields |= {name: joined(name, shape.mel_rows) for name in _HEARD}
+        fields["feature_index"] = np.where(index >= 0, index + first, -1).astype(np.int32)
+        fields |= {name: joined(name, shape.mel_rows) for name in _PER_MEL_ROW}
     return fields
 
 
-class Data(Iterator[Batch]):
-    """Batches, one after another; made by `make_data`.
+class LanguageData(Iterator[LanguageBatch]):
+    """Batches, one after another; made by `make_language_data`.
 
     Attributes:
         fingerprint: of the sources' contents and of all that the order of batches depends on;
             the same on all hosts.
-        waited: seconds spent in `__next__`.
-        seconds_heard: seconds of sound in the batches so far.
+        data_wait_seconds: seconds spent in `__next__`.
+        audio_seconds: seconds of sound in the batches so far.
         tokens: positions in the batches so far, padding left out.
         batches: batches so far.
         rejected: why samples could not be used, by where they stand.
     """
 
     def __init__(
-        self, rows: grain.IterDataset, config: DataConfig, shape: RowShape, fingerprint: str, *,
-        host: int = 0, hosts: int = 1, rejects: Path | None = None, patience: int = 1,
-    ):  # fmt: skip
+        self,
+        rows: grain.IterDataset,
+        config: DataConfig,
+        shape: RowShape,
+        fingerprint: str,
+        *,
+        host: int = 0,
+        hosts: int = 1,
+        rejects: Path | None = None,
+        max_consecutive_rejects: int = 1,
+    ):
         self._dataset, self._config, self._shape = rows, config, shape
         self._host, self._size = host, config.rows // hosts
-        self._file, self._patience = rejects, patience
+        self._file, self._max_consecutive_rejects = rejects, max_consecutive_rejects
         self._rows = iter(rows)
-        self._in_vain, self._listed = 0, False
+        self._consecutive_rejects, self._listed = 0, False
         self.fingerprint = fingerprint
-        self.waited = self.seconds_heard = 0.0
+        self.data_wait_seconds = self.audio_seconds = 0.0
         self.tokens = self.batches = 0
         self.rejected: dict[str, str] = {}
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> LanguageBatch:
         """The next batch; its last rows are empty if the data ends there.
 
         Raises:
@@ -337,9 +292,9 @@ class Data(Iterator[Batch]):
         try:
             return self._next()
         finally:
-            self.waited += time.perf_counter() - begun
+            self.data_wait_seconds += time.perf_counter() - begun
 
-    def _next(self) -> Batch:
+    def _next(self) -> LanguageBatch:
         rows: list[PackedRow] = []
         while len(rows) < self._size:
             row = next(self._rows, None)
@@ -354,16 +309,23 @@ class Data(Iterator[Batch]):
                 rows.append(row)
         self.batches += 1
         self.tokens += sum(int((row["segments"] > 0).sum()) for row in rows)
-        self.seconds_heard += sum(int(row["frames"].sum()) for row in rows) / MEL_RATE
+        self.audio_seconds += sum(int(row["frames"].sum()) for row in rows) / MEL_RATE
         return self._batch(rows)
 
-    def empty(self) -> Batch:
+    def empty_batch(self) -> LanguageBatch:
         """A batch without anything, for a host whose data ends before that of others."""
         return self._batch([])
 
-    def _batch(self, rows: Sequence[PackedRow]) -> Batch:
+    def _batch(self, rows: Sequence[PackedRow]) -> LanguageBatch:
         whole = [*rows, *[self._shape.empty()] * (self._size - len(rows))]
-        return Batch(**collate(whole, self._shape, parts=self._config.parts, host=self._host))
+        return LanguageBatch(
+            **collate(
+                whole,
+                self._shape,
+                accumulation_steps=self._config.accumulation_steps,
+                host=self._host,
+            )
+        )
 
     def state(self) -> dict[str, Any]:
         """Where this is, as plain JSON data."""
@@ -371,10 +333,10 @@ class Data(Iterator[Batch]):
             "fingerprint": self.fingerprint,
             "host": self._host,
             "rows": self._rows.get_state(),
-            "in_vain": self._in_vain,
+            "consecutive_rejects": self._consecutive_rejects,
             "batches": self.batches,
             "tokens": self.tokens,
-            "seconds_heard": self.seconds_heard,
+            "audio_seconds": self.audio_seconds,
             "rejected": self.rejected,
         })  # fmt: skip
 
@@ -396,8 +358,8 @@ class Data(Iterator[Batch]):
         self._rows.close()
         self._rows = iter(self._dataset)
         self._rows.set_state(state["rows"])
-        self._in_vain, self.batches = state["in_vain"], state["batches"]
-        self.tokens, self.seconds_heard = state["tokens"], state["seconds_heard"]
+        self._consecutive_rejects, self.batches = state["consecutive_rejects"], state["batches"]
+        self.tokens, self.audio_seconds = state["tokens"], state["audio_seconds"]
         self.rejected, self._listed = state["rejected"], False
 
     def close(self) -> None:
@@ -405,7 +367,7 @@ class Data(Iterator[Batch]):
         self._rows.close()
 
     def _take_rejects(self, rejects: Sequence[Reject], *, used: bool) -> None:
-        self._in_vain = 0 if used else self._in_vain + len(rejects)
+        self._consecutive_rejects = 0 if used else self._consecutive_rejects + len(rejects)
         fresh = {r.where: r.reason for r in rejects if r.where not in self.rejected}
         self.rejected |= fresh
         self._list(fresh)
@@ -414,7 +376,9 @@ class Data(Iterator[Batch]):
                 f"{len(self.rejected)} samples cannot be used, more than "
                 f"max_rejects={self._config.max_rejects}{self._last()}"
             )
-        if self._in_vain >= self._patience:  # no end of data would ever stop this
+        if (
+            self._consecutive_rejects >= self._max_consecutive_rejects
+        ):  # no end of data would ever stop this
             raise DataError(f"no sample can be used{self._last()}")
 
     def _last(self) -> str:

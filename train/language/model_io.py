@@ -1,6 +1,6 @@
 """Where a training run begins and what it leaves: model folders in and out.
 
-base = open_base(recipe.model, recipe.lora, mesh)   # shapes only
+base = open_base_model(recipe.model, recipe.lora, mesh)   # shapes only
 params = base.load(mesh, seed)                      # numbers, LoRA's included
 base.save(params, "runs/talk/model")                # a folder that `from_pretrained` takes
 """
@@ -39,14 +39,14 @@ from sa2jax.speech.layout import KIND as SPEECH
 from sa2jax.speech.layout import VOICES
 from sa2jax.train.language.peft import load_adapter, targets_of
 from sa2jax.train.language.recipe import LoraSpec, ModelSpec
-from sa2jax.train.lora import add_lora, init_lora, join, merge
+from sa2jax.train.lora import add_lora, combine, init_lora, merge_lora
 
 BYTES = "bytes"  # the tokenizer of one token a byte
 SAMPLE_BYTES = 4096  # of each file that a fingerprint looks at
 
 
 @dataclass(frozen=True)
-class Base:
+class BaseModel:
     """A model that is to be trained, without its numbers.
 
     Attributes:
@@ -54,30 +54,30 @@ class Base:
         lora: its low-rank additions.
         cfg: its sizes.
         policy: its dtypes.
-        plain: its structure without additions.
+        without_lora: its structure without additions.
         model: its structure with them.
-        matrices: paths of the matrices that have additions.
+        lora_paths: paths of the matrices that have additions.
     """
 
     spec: ModelSpec
     lora: LoraSpec | None
     cfg: StepAudio2Config
     policy: Policy
-    plain: Functional[StepAudio2Model]
+    without_lora: Functional[StepAudio2Model]
     model: Functional[StepAudio2Model]
-    matrices: tuple[str, ...] = ()
+    lora_paths: tuple[str, ...] = ()
 
     @property
-    def scale(self) -> float:
+    def lora_scale(self) -> float:
         """What the low-rank product is multiplied by."""
         return self.lora.alpha / self.lora.rank if self.lora else 1.0
 
     @property
-    def keeps_whole_numbers(self) -> bool:
+    def is_int8(self) -> bool:
         """Whether its matrices are int8, into which nothing can be merged."""
         return self.policy.kernel is not None
 
-    def tokenizer(self) -> Tokenizer:
+    def load_tokenizer(self) -> Tokenizer:
         """The tokenizer of the folder, or the one that the recipe names for a preset.
 
         Raises:
@@ -109,7 +109,7 @@ class Base:
                     digest.update(file.read(SAMPLE_BYTES))
         return digest.hexdigest()[:16]
 
-    def load(self, mesh: Mesh | None, seed: int, progress: Tick | None = None) -> Params:
+    def load_params(self, mesh: Mesh | None, seed: int, progress: Tick | None = None) -> Params:
         """Its numbers on their devices, with fresh low-rank matrices.
 
         Args:
@@ -121,15 +121,15 @@ class Base:
             CheckpointError: if the folder is damaged, incomplete or of another model.
         """
         if self.spec.folder is not None:
-            like = self.plain.placed(mesh)
+            like = self.without_lora.placed(mesh)
             params = loading.read(self.spec.folder, like, self.policy, progress=progress)
         else:
-            places = None if mesh is None else self.plain.shardings(mesh)
+            places = None if mesh is None else self.without_lora.shardings(mesh)
             make = lambda: StepAudio2Model(self.cfg, policy=self.policy, rngs=nnx.Rngs(seed))
             params = init_params(make, places)
         if self.lora is None:
             return params
-        return join(params, init_lora(self.model, jax.random.key(seed), mesh))
+        return combine(params, init_lora(self.model, jax.random.key(seed), mesh))
 
     def merged(self, params: Params) -> Params:
         """The model alone: with what was learnt added to its matrices.
@@ -137,7 +137,7 @@ class Base:
         Raises:
             TrainError: if they are int8.
         """
-        return params if self.lora is None else merge(params, self.scale)
+        return params if self.lora is None else merge_lora(params, self.lora_scale)
 
     def save(self, params: Params, out: str | Path, *, overwrite: bool = False) -> None:
         """Write a model folder; in a multi-host run all hosts call it.
@@ -162,9 +162,11 @@ class Base:
             checkpoint.save(folder / checkpoint.PARAMS, params)
             if jax.process_index() == 0:
                 self._write_side_files(folder, dtype)
-                _keep_voices(Path(out), folder)
+                _copy_voices(Path(out), folder)
 
-    def adapted(self, folder: str | Path, mesh: Mesh | None = None) -> tuple["Base", Params]:
+    def with_adapter(
+        self, folder: str | Path, mesh: Mesh | None = None
+    ) -> tuple["BaseModel", Params]:
         """This model with a PEFT adapter beside its matrices, and their numbers.
 
         Args:
@@ -175,13 +177,13 @@ class Base:
             CheckpointError: if the model's folder is damaged.
             TrainError: if the adapter is damaged, or of another model.
         """
-        lora, rank, alpha = load_adapter(folder, self.plain)
+        lora, rank, alpha = load_adapter(folder, self.without_lora)
         spec = LoraSpec(rank=rank, alpha=alpha, targets=targets_of(lora))
-        return open_base(self.spec, spec), join(self.load(mesh, 0), lora)
+        return open_base_model(self.spec, spec), combine(self.load_params(mesh, 0), lora)
 
     def _stored_dtype(self) -> np.dtype:
-        if self.spec.save is not None:
-            return jnp.dtype(self.spec.save)
+        if self.spec.save_dtype is not None:
+            return jnp.dtype(self.spec.save_dtype)
         if self.spec.folder is None:
             return jnp.dtype(jnp.float32)
         return stored_dtype(self.spec.folder)
@@ -198,7 +200,7 @@ class Base:
             copy_side_files(home, folder, own | {path.name for path in home.glob("*.safetensors")})
             if (home / SPEECH).is_dir():
                 shutil.copytree(home / SPEECH, folder / SPEECH, copy_function=_link)
-            _keep_voices(home, folder)
+            _copy_voices(home, folder)
         else:
             text = json.dumps(self.cfg.with_dtype(dtype.name).to_hf(), indent=2) + "\n"
             (folder / "config.json").write_text(text, encoding="utf-8")
@@ -212,7 +214,7 @@ class Base:
         (folder / checkpoint.INFO).write_text(text, encoding="utf-8")
 
 
-def open_base(spec: ModelSpec, lora: LoraSpec | None = None) -> Base:
+def open_base_model(spec: ModelSpec, lora: LoraSpec | None = None) -> BaseModel:
     """The shapes of the model that a recipe begins with; reads its config alone.
 
     Raises:
@@ -224,10 +226,10 @@ def open_base(spec: ModelSpec, lora: LoraSpec | None = None) -> Base:
         cfg = StepAudio2Config.from_hf(Path(str(spec.folder)))
     else:
         cfg = StepAudio2Config.preset(str(spec.preset))
-    policy = _policy(spec)
+    policy = _dtype_policy(spec)
     plain = step_audio2(cfg, policy)
     if lora is None:
-        return Base(spec, lora, cfg, policy, plain, plain)
+        return BaseModel(spec, lora, cfg, policy, plain, plain)
     matrices: list[str] = []
 
     def make() -> StepAudio2Model:
@@ -236,7 +238,7 @@ def open_base(spec: ModelSpec, lora: LoraSpec | None = None) -> Base:
         matrices[:] = add_lora(net, lora.rank, lora.alpha, lora.targets, rngs=rngs)
         return net
 
-    return Base(spec, lora, cfg, policy, plain, functional(make), tuple(matrices))
+    return BaseModel(spec, lora, cfg, policy, plain, functional(make), tuple(matrices))
 
 
 def stored_dtype(folder: str | Path) -> np.dtype:
@@ -251,8 +253,8 @@ def stored_dtype(folder: str | Path) -> np.dtype:
         return usual_dtype(weights.tensors)
 
 
-def _policy(spec: ModelSpec) -> Policy:
-    compute = jnp.dtype(spec.compute) if spec.compute else default_dtype()
+def _dtype_policy(spec: ModelSpec) -> Policy:
+    compute = jnp.dtype(spec.compute_dtype) if spec.compute_dtype else default_dtype()
     stored = None if spec.folder is None else loading.stored_int8(spec.folder)
     if stored is not None and spec.dtype != "int8":
         raise TrainError(
@@ -282,7 +284,7 @@ def _shared_folder(out: str | Path, overwrite: bool) -> Iterator[Path]:
         meet("folder is full")
 
 
-def _keep_voices(home: Path, folder: Path) -> None:
+def _copy_voices(home: Path, folder: Path) -> None:
     """Take the voices of a model along: what heard them is not trained."""
     if (home / VOICES).is_dir():
         shutil.copytree(home / VOICES, folder / VOICES, dirs_exist_ok=True)

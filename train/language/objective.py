@@ -19,32 +19,36 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sa2jax.sharding import shard, ways_of
 
-CHUNK = 512  # positions of each row whose logits are held at a time
+LOSS_CHUNK = 512  # positions of each row whose logits are held at a time
 Head = Callable[[Float[Array, "B C D"]], Float[Array, "B C V"]]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["loss", "hits", "weight"], meta_fields=[])
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["loss", "correct", "weight"], meta_fields=[]
+)
 @dataclass(frozen=True)
-class Sums:
+class LossSums:
     """What is exact to add over batches and devices; means are made of it at the end.
 
     Attributes:
         loss: weighted sum of negative log-likelihoods, nats.
-        hits: weighted count of targets that no other word outscored.
+        correct: weighted count of targets that no other word outscored.
         weight: sum of weights.
     """
 
     loss: Float[Array, ""]
-    hits: Float[Array, ""]
+    correct: Float[Array, ""]
     weight: Float[Array, ""]
 
-    def __add__(self, other: "Sums") -> "Sums":
-        return Sums(self.loss + other.loss, self.hits + other.hits, self.weight + other.weight)
+    def __add__(self, other: "LossSums") -> "LossSums":
+        return LossSums(
+            self.loss + other.loss, self.correct + other.correct, self.weight + other.weight
+        )
 
     def means(self) -> dict[str, Float[Array, ""]]:
         """`loss` and `accuracy` per unit of weight; 0 where nothing has weight."""
         weight = jnp.where(self.weight > 0, self.weight, 1)
-        return {"loss": self.loss / weight, "accuracy": self.hits / weight}
+        return {"loss": self.loss / weight, "accuracy": self.correct / weight}
 
 
 def next_token_loss(
@@ -53,9 +57,9 @@ def next_token_loss(
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     *,
-    streams: Mapping[str, Bool[Array, "B T"]] | None = None,
-    chunk: int = CHUNK,
-) -> tuple[Float[Array, ""], dict[str, Sums]]:
+    metric_masks: Mapping[str, Bool[Array, "B T"]] | None = None,
+    loss_chunk: int = LOSS_CHUNK,
+) -> tuple[Float[Array, ""], dict[str, LossSums]]:
     """The weighted sum of all positions' losses, and what there is to report.
 
     Args:
@@ -63,19 +67,19 @@ def next_token_loss(
         hidden: normed hidden states.
         targets: the token that follows each position.
         weights: of each position; 0 where nothing is to be learnt.
-        streams: positions to report apart, by name, such as text and audio.
-        chunk: positions of each row whose logits are held at a time.
+        metric_masks: positions to report apart, by name, such as text and audio.
+        loss_chunk: positions of each row whose logits are held at a time.
 
     Returns:
-        The sum to minimise, and `Sums` of `all` positions and of each stream.
+        The sum to minimise, and `LossSums` of `all` positions and of each mask.
     """
-    loss, hit = token_losses(head, hidden, targets, chunk=chunk)
+    loss, hit = token_losses(head, hidden, targets, loss_chunk=loss_chunk)
     weights = weights.astype(jnp.float32)
-    marked = {"all": jnp.ones_like(targets, bool), **(streams or {})}
+    marked = {"all": jnp.ones_like(targets, bool), **(metric_masks or {})}
     sums = {}
     for name, mask in marked.items():
         kept = jnp.where(mask, weights, 0)
-        sums[name] = Sums(jnp.sum(kept * loss), jnp.sum(kept * hit), jnp.sum(kept))
+        sums[name] = LossSums(jnp.sum(kept * loss), jnp.sum(kept * hit), jnp.sum(kept))
     return sums["all"].loss, sums
 
 
@@ -84,11 +88,11 @@ def token_losses(
     hidden: Float[Array, "B T D"],
     targets: Int[Array, "B T"],
     *,
-    chunk: int = CHUNK,
+    loss_chunk: int = LOSS_CHUNK,
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
     """The loss of each position in nats, and whether no other word had a higher score."""
     batch, steps, _ = hidden.shape
-    chunk = min(chunk, steps)
+    chunk = min(loss_chunk, steps)
     more = -steps % chunk
     hidden = jnp.pad(hidden, ((0, 0), (0, more), (0, 0)))
     targets = jnp.pad(targets, ((0, 0), (0, more)))
@@ -111,13 +115,13 @@ def token_losses(
         return total - own, own >= best
 
     with jax.named_scope("loss"):
-        heads = _copies(head, groups, hidden.dtype)
+        heads = _head_per_group(head, groups, hidden.dtype)
         found = jax.lax.map(lambda xs: one(heads, *xs), (chunks(hidden), chunks(targets)))
     join = lambda x: jnp.moveaxis(x, 0, 2).reshape(batch, -1)[:, :steps]
     return join(found[0]), join(found[1])
 
 
-def _copies(head: Head, groups: int, dtype: DTypeLike) -> Head:
+def _head_per_group(head: Head, groups: int, dtype: DTypeLike) -> Head:
     """The head once for each group of rows, on the group's devices: leaves are [G, ...]."""
 
     def copy(leaf):

@@ -28,8 +28,10 @@ from sa2jax.train.data.samples import Reject
 PackedRow = dict[str, Any]
 """A row's arrays by name, see `RowShape.empty`, and `rejects`: what was left out before it."""
 
-_IN_VAIN = 64  # rejects in a row that are reported without waiting for something to go with them
-_WALK = 16  # draws between two examples up to which going on is cheaper than starting there
+_MAX_CONSECUTIVE_REJECTS = (
+    64  # rejects in a row that are reported without waiting for something to go with them
+)
+_MAX_REPLAY = 16  # draws between two examples up to which going on is cheaper than starting there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +73,11 @@ class RowShape:
         Returns:
             ids, targets: int32 [T], the padding; targets follow ids.
             weights: float32 [T], of predicting each target; 0.
-            kinds: uint8 [T], which of `examples.KINDS` each target is; 0.
+            kinds: uint8 [T], which of `examples.TOKEN_KINDS` each target is; 0.
             segments: int32 [T], which example a position belongs to, from 1; 0 for padding.
             positions: int32 [T], of each token in its example; 0.
-            slots: int32 [T], which of the row's `features` stands at each position; −1 for a token.
+            feature_index: int32 [T], which of the row's `features` stands at each position; −1 for
+                a token.
             mels: float32 [W, M, L], log-mel frames.
             starts, frames: int32 [W, S], first frame and frames of each clip; 0 for none.
         """
@@ -86,14 +89,14 @@ class RowShape:
             "kinds": np.zeros(size, np.uint8),
             "segments": np.zeros(size, np.int32),
             "positions": np.zeros(size, np.int32),
-            "slots": np.full(size, -1, np.int32),
+            "feature_index": np.full(size, -1, np.int32),
             "mels": np.zeros((self.mel_rows, self.mels, self.mel_frames), np.float32),
             "starts": np.zeros(heard, np.int32),
             "frames": np.zeros(heard, np.int32),
         }
 
 
-def room(frames: int) -> int:
+def padded_frames(frames: int) -> int:
     """Frames that a clip takes of a mel row: its own, and zeros up to where the next may begin."""
     return ALIGN * -(-(frames + GAP) // ALIGN)
 
@@ -106,26 +109,26 @@ class OpenRow:
 
     Attributes:
         used: positions that are taken.
-        held: what `Pack` has to remember of each of its examples.
+        origins: what `Pack` has to remember of each of its examples.
     """
 
     def __init__(self, shape: RowShape):
         self.shape, self.used = shape, 0
-        self.held: list[Any] = []
+        self.origins: list[Any] = []
         self._examples: list[tuple[Example, list[tuple[int, int]]]] = []
         self._ends, self._counts = [0] * shape.mel_rows, [0] * shape.mel_rows
 
     def __len__(self) -> int:
         return len(self._examples)
 
-    def add(self, example: Example, held: Any = None) -> bool:
+    def add(self, example: Example, origin: Any = None) -> bool:
         """Put an example in if it fits, and say whether it did."""
         if self.used + len(example.ids) - 1 > self.shape.length:
             return False
         ends, counts = self._ends.copy(), self._counts.copy()
         places: list[tuple[int, int]] = []
         for mel in example.mels:
-            size = room(mel.shape[1])
+            size = padded_frames(mel.shape[1])
             fits = (
                 row
                 for row, end in enumerate(ends)
@@ -139,7 +142,7 @@ class OpenRow:
         self._ends, self._counts = ends, counts
         self._examples.append((example, places))
         self.used += len(example.ids) - 1
-        self.held.append(held)
+        self.origins.append(origin)
         return True
 
     @property
@@ -163,7 +166,7 @@ class OpenRow:
                 frames = mel.shape[1]
                 tokens = audio.num_tokens(frames)
                 slot = row * per_row + start // ALIGN
-                out["slots"][at + first : at + first + tokens] = slot + np.arange(tokens)
+                out["feature_index"][at + first : at + first + tokens] = slot + np.arange(tokens)
                 out["mels"][row, :, start : start + frames] = mel
                 out["starts"][row, counts[row]] = start
                 out["frames"][row, counts[row]] = frames
@@ -172,7 +175,7 @@ class OpenRow:
         return out
 
 
-def misfit(example: Example, shape: RowShape) -> str | None:
+def misfit_reason(example: Example, shape: RowShape) -> str | None:
     """Why an example fits in no row of a shape; None if it does."""
     if OpenRow(shape).add(example):
         return None
@@ -225,21 +228,21 @@ class Pack(grain.IterDataset):
 
 
 @dataclass(frozen=True)
-class _Drawn:
+class _Origin:
     """Where an example came from.
 
     Attributes:
         number: how many elements came before it.
-        mark: a checksum of its tokens.
+        checksum: a checksum of its tokens.
         state: the parent's before it.
     """
 
     number: int
-    mark: int
+    checksum: int
     state: Mapping[str, Any] = field(repr=False)
 
 
-def _mark(example: Example) -> int:
+def _checksum(example: Example) -> int:
     return zlib.crc32(example.ids.tobytes())
 
 
@@ -254,7 +257,7 @@ class PackIterator(grain.DatasetIterator):
 
     def __next__(self) -> PackedRow:
         rejects: list[Reject] = []
-        in_vain = 0
+        consecutive_rejects = 0
         while True:
             before = self._examples.get_state()
             try:
@@ -268,20 +271,20 @@ class PackIterator(grain.DatasetIterator):
             number, full = self._drawn, None
             self._drawn += 1
             if isinstance(element, Example):
-                if reason := misfit(element, self._shape):
+                if reason := misfit_reason(element, self._shape):
                     element = Reject(element.where, reason)
                 else:
-                    drawn = _Drawn(number, _mark(element), before)
-                    full, in_vain = self._place(element, drawn), 0
+                    drawn = _Origin(number, _checksum(element), before)
+                    full, consecutive_rejects = self._place(element, drawn), 0
             if isinstance(element, Reject):
                 rejects.append(element)
-                in_vain += 1
-                if in_vain >= _IN_VAIN:
+                consecutive_rejects += 1
+                if consecutive_rejects >= _MAX_CONSECUTIVE_REJECTS:
                     full = OpenRow(self._shape)
             if full is not None:
                 return self._given(full, rejects)
 
-    def _place(self, example: Example, drawn: _Drawn) -> OpenRow | None:
+    def _place(self, example: Example, drawn: _Origin) -> OpenRow | None:
         """Put an example into a row; the row that has to be given out now, if there is one."""
         if any(row.add(example, drawn) for row in self._rows):
             return None
@@ -304,7 +307,7 @@ class PackIterator(grain.DatasetIterator):
         return {
             "parent": self._examples.get_state(),
             "drawn": self._drawn,
-            "rows": [[[h.number, h.mark, h.state] for h in row.held] for row in self._rows],
+            "rows": [[[h.number, h.checksum, h.state] for h in row.origins] for row in self._rows],
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -314,7 +317,7 @@ class PackIterator(grain.DatasetIterator):
             DataError: if other examples come than before.
         """
         owners = {
-            held[0]: (owner, _Drawn(*held))
+            held[0]: (owner, _Origin(*held))
             for owner, row in enumerate(state["rows"])
             for held in row
         }
@@ -322,14 +325,14 @@ class PackIterator(grain.DatasetIterator):
         at = None  # number of the draw that the parent would give next
         for number in sorted(owners):
             owner, drawn = owners[number]
-            if at is None or number - at > _WALK:
+            if at is None or number - at > _MAX_REPLAY:
                 self._examples.set_state(dict(drawn.state))
             else:
                 for _ in range(number - at):
                     next(self._examples, None)
             at = number + 1
             example = next(self._examples, None)
-            same = isinstance(example, Example) and _mark(example) == drawn.mark
+            same = isinstance(example, Example) and _checksum(example) == drawn.checksum
             if not same or not self._rows[owner].add(example, drawn):
                 raise DataError(
                     "the data has changed since this state was saved (at "

@@ -138,7 +138,7 @@ def load_adapter(
         model: the base, with or without low-rank matrices; its layers are stacked.
 
     Returns:
-        The low-rank matrices, a tree to be joined to the base's parameters (`lora.join`) and
+        The low-rank matrices, a tree to be joined to the base's parameters (`lora.combine`) and
         stacked as it is, in their stored dtype; the rank; and alpha, with which `alpha / rank` is
         the scale that PEFT applies, rank-stabilised or not. `targets_of` says for `lora.add_lora`
         which matrices they are of.

@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from sa2jax.errors import ConfigError
 from sa2jax.nn import Remat
-from sa2jax.train.language.data import DataConfig
-from sa2jax.train.language.objective import CHUNK
-from sa2jax.train.lora import DECODER
+from sa2jax.train.language.data_config import DataConfig
+from sa2jax.train.language.objective import LOSS_CHUNK
+from sa2jax.train.lora import DECODER_MATRICES
 from sa2jax.train.optimizer import OptimizerConfig
-from sa2jax.train.recipe import LANGUAGE, Pace, build, values_of
+from sa2jax.train.recipe import LANGUAGE, Intervals, build_config, recipe_values_of_kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,17 +24,17 @@ class ModelSpec:
         preset: instead of a folder, sizes from configs/models for a model of random numbers.
         tokenizer: of a preset: a folder with tokenizer files, or `bytes` for one token a byte.
         dtype: of the parameters; `int8` (matrices) for LoRA alone.
-        compute: of activations and products; by default bfloat16, on a CPU float32. With float32
-            parameters and bfloat16 here, the parameters are master weights.
-        save: dtype of the model that is written at the end, by default that of the folder.
+        compute_dtype: of activations and products; by default bfloat16, on a CPU float32. With
+            float32 parameters and bfloat16 here, the parameters are master weights.
+        save_dtype: dtype of the model that is written at the end, by default that of the folder.
     """
 
     folder: str | None = None
     preset: str | None = None
     tokenizer: str | None = None
     dtype: Literal["float32", "bfloat16", "int8"] = "float32"
-    compute: Literal["float32", "bfloat16"] | None = None
-    save: Literal["float32", "bfloat16"] | None = None
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    save_dtype: Literal["float32", "bfloat16"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +45,14 @@ class LoraSpec:
         rank: width of the bottleneck.
         alpha: the product is scaled by `alpha / rank`.
         targets: a regular expression for the paths of matrices.
-        rate: learning rate of the low-rank matrices; everything else is frozen, unless
-            `optimizer.rates` says otherwise.
+        learning_rate: learning rate of the low-rank matrices; everything else is frozen, unless
+            `optimizer.learning_rate_overrides` says otherwise.
     """
 
     rank: int = 16
     alpha: float = 32.0
-    targets: str = DECODER
-    rate: float = 1e-4
+    targets: str = DECODER_MATRICES
+    learning_rate: float = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class LanguageRecipe:
     """A training run of the language model.
 
     Attributes:
@@ -80,11 +80,11 @@ class Recipe:
         evaluate: what is measured beside it.
         mesh: devices, such as `fsdp=8`; by default all on `fsdp`.
         remat: what the gradient computes again: `full`, `dots`, or null for nothing.
-        chunk: positions of each row whose logits are held at a time.
-        gradients: dtype in which the gradients of a batch's parts are added up.
+        loss_chunk: positions of each row whose logits are held at a time.
+        grad_dtype: dtype in which the gradients of a batch's parts are added up.
         unroll: write out layers instead of a loop over them: faster on a CPU, longer to compile.
         seed: of data order and fresh parameters.
-        pace: how often is logged, evaluated and saved.
+        intervals: how often is logged, evaluated and saved.
     """
 
     model: ModelSpec
@@ -94,11 +94,11 @@ class Recipe:
     evaluate: Evaluation | None = None
     mesh: str | None = None
     remat: Remat | None = "full"
-    chunk: int = CHUNK
-    gradients: Literal["float32", "bfloat16"] = "float32"
+    loss_chunk: int = LOSS_CHUNK
+    grad_dtype: Literal["float32", "bfloat16"] = "float32"
     unroll: bool = False
     seed: int = 0
-    pace: Pace = field(default_factory=Pace)
+    intervals: Intervals = field(default_factory=Intervals)
 
     def __post_init__(self):
         spec = self.model
@@ -111,15 +111,17 @@ class Recipe:
             raise ConfigError("model.tokenizer: a preset needs a tokenizer's folder, or `bytes`")
         if spec.dtype == "int8" and self.lora is None:
             raise ConfigError("model.dtype int8 cannot be trained itself: give a `lora` section")
-        if self.chunk < 1:
-            raise ConfigError(f"chunk: expected at least 1, got {self.chunk}")
+        if self.loss_chunk < 1:
+            raise ConfigError(f"loss_chunk: expected at least 1, got {self.loss_chunk}")
 
-    def plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The recipe as YAML or JSON can hold it."""
         return json.loads(json.dumps(asdict(self), default=str))
 
 
-def read_recipe(source: str | Path, changes: Mapping[str, Any] | None = None) -> Recipe:
+def read_language_recipe(
+    source: str | Path, changes: Mapping[str, Any] | None = None
+) -> LanguageRecipe:
     """A recipe of the language model by its name or file.
 
     Args:
@@ -129,4 +131,6 @@ def read_recipe(source: str | Path, changes: Mapping[str, Any] | None = None) ->
     Raises:
         ConfigError: for a key that does not exist, or a value of another kind.
     """
-    return build(Recipe, values_of(LANGUAGE, source, changes), str(source))
+    return build_config(
+        LanguageRecipe, recipe_values_of_kind(LANGUAGE, source, changes), str(source)
+    )

@@ -1,7 +1,7 @@
 """One step of training, whole or LoRA: a pure function of state and batch, compiled for a mesh.
 
-    optimizer = make_optimizer(OptimizerConfig(rate=1e-5, steps=1000))
-    step = make_step(model, optimizer, mesh)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-5, steps=1000))
+    step = make_language_step(model, optimizer, mesh)
     state = init_state(model, optimizer, mesh, params)
     state, report = step(state, batch)  # the old state is used up
 
@@ -27,9 +27,9 @@ from sa2jax.errors import TrainError
 from sa2jax.models.step_audio import StepAudio2Model
 from sa2jax.nn import ArrayT, Functional, Params, Remat
 from sa2jax.sharding import placed, shard, sharding_of, using
-from sa2jax.train.language.objective import CHUNK, Sums, next_token_loss
-from sa2jax.train.optimizer import Optimizer, join
-from sa2jax.train.state import Step, TrainState, compiled, updated
+from sa2jax.train.language.objective import LOSS_CHUNK, LossSums, next_token_loss
+from sa2jax.train.optimizer import Optimizer, combine
+from sa2jax.train.state import TrainState, TrainStep, apply_gradient, jit_step
 
 TRACES: Counter[str] = Counter()  # how often a step has been traced
 
@@ -41,8 +41,8 @@ BATCH_AXES: Mapping[str, tuple[str | None, ...]] = {
     "mels": ("batch", None, None),
     "frames": ("batch", None),
     "starts": ("batch", None),
-    "slots": ("batch", None),
-    "streams": ("batch", None),
+    "feature_index": ("batch", None),
+    "metric_masks": ("batch", None),
     "segments": ("batch", None),
     "positions": ("batch", None),
 }
@@ -50,7 +50,7 @@ BATCH_AXES: Mapping[str, tuple[str | None, ...]] = {
 
 @partial(jax.tree_util.register_dataclass, data_fields=list(BATCH_AXES), meta_fields=[])
 @dataclass(frozen=True, kw_only=True)
-class Batch(Generic[ArrayT]):
+class LanguageBatch(Generic[ArrayT]):
     """Rows of one shape. All fields may have a leading axis [A, ...] of parts that share an update.
 
     Attributes:
@@ -60,9 +60,9 @@ class Batch(Generic[ArrayT]):
         mels: rows of log-mel frames (100 Hz) with up to N packed clips each, [C, M, L].
         frames: mel frames of each clip, 0 for none, [C, N].
         starts: where in its row each clip begins, see `AudioEncoder`, [C, N].
-        slots: for each position, which frame of the clips' embeddings (flattened) stands there, −1
-            for a token, see `StepAudio2Model.embed`, [B, T].
-        streams: positions whose loss is reported apart, by name, [B, T] each.
+        feature_index: for each position, which frame of the clips' embeddings (flattened) stands
+            there, −1 for a token, see `StepAudio2Model.embed`, [B, T].
+        metric_masks: positions whose loss is reported apart, by name, [B, T] each.
         segments: which of its row's packed sequences each token belongs to, from 1; 0 for padding,
             [B, T]. Without them a row is one sequence.
         positions: of each token in its sequence, [B, T].
@@ -74,20 +74,20 @@ class Batch(Generic[ArrayT]):
     mels: Float[ArrayT, "C M L"] | None = None
     frames: Int[ArrayT, "C N"] | None = None
     starts: Int[ArrayT, "C N"] | None = None
-    slots: Int[ArrayT, "B T"] | None = None
-    streams: dict[str, Bool[ArrayT, "B T"]] | None = None
+    feature_index: Int[ArrayT, "B T"] | None = None
+    metric_masks: dict[str, Bool[ArrayT, "B T"]] | None = None
     segments: Int[ArrayT, "B T"] | None = None
     positions: Int[ArrayT, "B T"] | None = None
 
 
-def loss_of(
+def language_loss(
     model: Functional[StepAudio2Model],
     params: Params,
-    batch: Batch[Array],
+    batch: LanguageBatch[Array],
     *,
     remat: Remat | None = "full",
-    chunk: int = CHUNK,
-) -> tuple[Float[Array, ""], dict[str, Sums]]:
+    loss_chunk: int = LOSS_CHUNK,
+) -> tuple[Float[Array, ""], dict[str, LossSums]]:
     """The sum of the losses of a batch's targets; see `objective.next_token_loss`.
 
     Args:
@@ -95,7 +95,7 @@ def loss_of(
         params: its parameters.
         batch: rows, without an axis of parts.
         remat: what the gradient computes again, see `nn.over_layers`.
-        chunk: positions of each row whose logits are held at a time.
+        loss_chunk: positions of each row whose logits are held at a time.
     """
     net = model.bind(params)
     features = None
@@ -103,27 +103,27 @@ def loss_of(
         features = net.listen(batch.mels, batch.frames, batch.starts, remat=remat)
         # All clips on every device: a row's clips may have been heard anywhere.
         features = shard(features, None, None, None)
-    x = net.embed(batch.ids, features, batch.slots)
+    x = net.embed(batch.ids, features, batch.feature_index)
     with jax.named_scope("decoder"):
         hidden, _ = net.decoder(
             x, segments=batch.segments, positions=batch.positions, remat=remat
         )  # fmt: skip
     return next_token_loss(
         net.decoder.head, hidden, batch.targets, batch.weights,
-        streams=batch.streams, chunk=chunk,
+        metric_masks=batch.metric_masks, loss_chunk=loss_chunk,
     )  # fmt: skip
 
 
-def make_step(
+def make_language_step(
     model: Functional[StepAudio2Model],
     optimizer: Optimizer,
     mesh: Mesh | None = None,
     *,
     remat: Remat | None = "full",
-    chunk: int = CHUNK,
-    gradients: DTypeLike = jnp.float32,
+    loss_chunk: int = LOSS_CHUNK,
+    grad_dtype: DTypeLike = jnp.float32,
     unroll: bool = False,
-) -> Step:
+) -> TrainStep:
     """The step of a model and an optimizer on a mesh.
 
     Only what the optimizer trains has gradients: with `lora.ONLY_LORA` the base is only read.
@@ -133,27 +133,27 @@ def make_step(
         optimizer: what is trained, and how.
         mesh: devices; None for one.
         remat: what the gradient computes again, see `nn.over_layers`.
-        chunk: positions of each row whose logits are held at a time.
-        gradients: dtype in which those of a batch's parts are added up.
+        loss_chunk: positions of each row whose logits are held at a time.
+        grad_dtype: dtype in which gradients of a batch's parts are added up.
         unroll: write out layers, see `nn.unrolling`.
     """
-    loss = partial(loss_of, model, remat=remat, chunk=chunk)
-    places = None if mesh is None else optimizer.split(model.shardings(mesh))[0]
+    loss = partial(language_loss, model, remat=remat, loss_chunk=loss_chunk)
+    places = None if mesh is None else optimizer.partition(model.shardings(mesh))[0]
 
     def pinned(gradient: Params) -> Params:
         return gradient if mesh is None else jax.lax.with_sharding_constraint(gradient, places)
 
     def gradient_of(trained, frozen, part, total):
         def mean(trained):
-            value, sums = loss(join(trained, frozen), part)
+            value, sums = loss(combine(trained, frozen), part)
             return value / total, sums
 
         gradient, sums = jax.grad(mean, has_aux=True)(trained)
         return pinned(gradient), sums
 
-    def step(state: TrainState, batch: Batch[Array]):
+    def step(state: TrainState, batch: LanguageBatch[Array]):
         TRACES["step"] += 1
-        trained, frozen = optimizer.split(state.params)
+        trained, frozen = optimizer.partition(state.params)
         # The mean is over all parts and devices: what each adds is divided by the whole weight.
         weight = jnp.sum(batch.weights, dtype=jnp.float32)
         total = jnp.where(weight > 0, weight, 1)
@@ -168,38 +168,42 @@ def make_step(
 
             like = jax.tree.map(lambda leaf: leaf[0], batch)
             like = jax.eval_shape(gradient_of, trained, frozen, like, total)
-            zeros = pinned(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, gradients), like[0]))
+            zeros = pinned(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, grad_dtype), like[0]))
             nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like[1])
             (gradient, sums), _ = jax.lax.scan(add, (zeros, nothing), batch)
-        new, norm = updated(optimizer, state, gradient)
-        report = {"norm": norm, "rate": optimizer.schedule(state.step), "weight": weight}
+        new, norm = apply_gradient(optimizer, state, gradient)
+        report = {
+            "grad_norm": norm,
+            "learning_rate": optimizer.schedule(state.step),
+            "target_weight": weight,
+        }
         for name, found in sums.items():
             start = "" if name == "all" else f"{name}/"
             report |= {f"{start}{key}": value for key, value in found.means().items()}
         report = {key: jnp.asarray(value, jnp.float32) for key, value in report.items()}
         return new, report
 
-    return compiled(step, model, optimizer, mesh, unroll=unroll)
+    return jit_step(step, model, optimizer, mesh, unroll=unroll)
 
 
-def make_evaluation(
-    model: Functional[StepAudio2Model], mesh: Mesh | None = None, *, chunk: int = CHUNK
-) -> Callable[[Params, Batch], dict[str, Sums]]:
-    """What a step would report of a batch, as `Sums` to be added up; nothing is learnt.
+def make_language_evaluation(
+    model: Functional[StepAudio2Model], mesh: Mesh | None = None, *, loss_chunk: int = LOSS_CHUNK
+) -> Callable[[Params, LanguageBatch], dict[str, LossSums]]:
+    """What a step would report of a batch, as `LossSums` to be added up; nothing is learnt.
 
     Args:
         model: the model's structure.
         mesh: devices; None for one.
-        chunk: positions of each row whose logits are held at a time.
+        loss_chunk: positions of each row whose logits are held at a time.
     """
 
-    def evaluate(params: Params, batch: Batch[Array]) -> dict[str, Sums]:
+    def evaluate(params: Params, batch: LanguageBatch[Array]) -> dict[str, LossSums]:
         TRACES["evaluation"] += 1
-        return loss_of(model, params, batch, remat=None, chunk=chunk)[1]
+        return language_loss(model, params, batch, remat=None, loss_chunk=loss_chunk)[1]
 
     function = jax.jit(evaluate)
 
-    def run(params: Params, batch: Batch[Array]) -> dict[str, Sums]:
+    def run(params: Params, batch: LanguageBatch[Array]) -> dict[str, LossSums]:
         with using(mesh):
             return function(params, batch)
 
@@ -209,7 +213,7 @@ def make_evaluation(
 # --- batches ----------------------------------------------------------------------------------
 
 
-def batch_shardings(batch: Batch[Array], mesh: Mesh) -> Batch:
+def batch_shardings(batch: LanguageBatch[Array], mesh: Mesh) -> LanguageBatch:
     """Where each array of a batch goes: rows and clips are split, all else is whole."""
 
     def place(path, leaf):
@@ -218,8 +222,8 @@ def batch_shardings(batch: Batch[Array], mesh: Mesh) -> Batch:
     return jax.tree.map_with_path(place, batch)
 
 
-def place_batch(batch: Batch[Array], mesh: Mesh | None) -> Batch:
-    """A batch on its devices; in a multi-host run of the rows that `host_part` gives this host."""
+def place_batch(batch: LanguageBatch[Array], mesh: Mesh | None) -> LanguageBatch:
+    """A batch on its devices; in a multi-host run of the rows that `host_shard` gives this host."""
     if mesh is None or jax.process_count() == 1:
         return jax.device_put(batch, None if mesh is None else batch_shardings(batch, mesh))
 
@@ -230,11 +234,11 @@ def place_batch(batch: Batch[Array], mesh: Mesh | None) -> Batch:
         place = sharding_of(shape, axes, mesh)
         return jax.make_array_from_process_local_data(place, np.asarray(leaf), shape)
 
-    parts = host_part(mesh, batch.ids.shape[-2] * jax.process_count())[1]
+    parts = host_shard(mesh, batch.ids.shape[-2] * jax.process_count())[1]
     return jax.tree.map_with_path(put, batch)
 
 
-def host_part(mesh: Mesh | None, rows: int) -> tuple[int, int]:
+def host_shard(mesh: Mesh | None, rows: int) -> tuple[int, int]:
     """Which part of a batch's rows this host has to bring, and of how many.
 
     Hosts whose devices share rows, as along a tensor axis, bring the same ones.
@@ -257,7 +261,7 @@ def host_part(mesh: Mesh | None, rows: int) -> tuple[int, int]:
     return first // size, rows // size
 
 
-def abstract_batch(
+def abstract_language_batch(
     cfg: StepAudio2Config,
     mesh: Mesh | None,
     rows: int,
@@ -266,9 +270,9 @@ def abstract_batch(
     clips: int = 0,
     frames: int = 3000,
     packed: int = 0,
-    parts: int = 0,
-    streams: tuple[str, ...] = (),
-) -> Batch:
+    accumulation_steps: int = 0,
+    metric_masks: tuple[str, ...] = (),
+) -> LanguageBatch:
     """A batch's shapes and places.
 
     Args:
@@ -279,25 +283,25 @@ def abstract_batch(
         clips: rows of mel frames, of all rows of tokens together.
         frames: mel frames of each such row (100 Hz).
         packed: clips that each of them may hold; 0 where neither these nor tokens are packed.
-        parts: that share one update; 0 for no axis of parts.
-        streams: names of positions that are reported apart.
+        accumulation_steps: micro-batches that share one update; 0 for no axis of them.
+        metric_masks: names of positions that are reported apart.
     """
-    lead = (parts,) if parts else ()
+    lead = (accumulation_steps,) if accumulation_steps else ()
     zeros = lambda dtype, *shape: jnp.zeros((*lead, *shape), dtype)
 
     def make():
         ids = zeros(jnp.int32, rows, length)
-        return Batch(
+        return LanguageBatch(
             ids=ids,
             targets=ids,
             weights=zeros(jnp.float32, rows, length),
             mels=zeros(jnp.float32, clips, cfg.audio_encoder.mels, frames) if clips else None,
             frames=zeros(jnp.int32, clips, packed or 1) if clips else None,
             starts=zeros(jnp.int32, clips, packed or 1) if clips else None,
-            slots=ids if clips else None,
+            feature_index=ids if clips else None,
             segments=ids if packed else None,
             positions=ids if packed else None,
-            streams={name: zeros(jnp.bool_, rows, length) for name in streams} or None,
+            metric_masks={name: zeros(jnp.bool_, rows, length) for name in metric_masks} or None,
         )
 
     batch = jax.eval_shape(make)

@@ -1,9 +1,11 @@
 """The audio encoder before it meets a decoder: taught to spell by CTC.
 
-    model = encoder_teacher(config)
-    params = init_encoder(config)
+    model = audio_encoder_with_heads(config)
+    params = init_audio_encoder(config)
     optimizer = make_optimizer(
-        OptimizerConfig(rate=2e-3, warmup=100, steps=1500, decay=0.01, rates=FROZEN)
+        OptimizerConfig(
+            learning_rate=2e-3, steps=1500, weight_decay=0.01, learning_rate_overrides=FROZEN
+        )
     )
     step = make_loss_step(encoder_loss, model, optimizer)
     state = init_state(model, optimizer, None, params)
@@ -29,16 +31,16 @@ from sa2jax.config import AudioEncoderConfig
 from sa2jax.models.audio_encoder import AudioEncoder, encoder_length
 from sa2jax.nn import Functional, Params, Policy, functional, init_params
 from sa2jax.train.networks.recognition import (
-    Disturbance,
-    Heard,
+    Augmentation,
+    CTCHead,
+    RecognitionOutput,
     SoundBatch,
-    Speller,
-    best_letters,
+    augment_waveform,
+    ctc_greedy_decode,
     ctc_loss,
-    disturbed,
-    loss_of,
-    loud,
-    masked,
+    loss_from_forward,
+    scale_conv_init,
+    spec_augment,
 )
 
 FROZEN: Mapping[str, float] = {"model.positions": 0.0}  # rates: sinusoids stay what they are
@@ -46,40 +48,42 @@ WAVELENGTH = 10_000.0  # longest of the sinusoids, over 2π
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderTeaching:
+class AudioEncoderLossConfig:
     """How the encoder is taught.
 
     Attributes:
-        disturbance: of what it hears; None for none.
+        augmentation: of what it hears; None for none.
     """
 
-    disturbance: Disturbance | None = field(default_factory=Disturbance)
+    augmentation: Augmentation | None = field(default_factory=Augmentation)
 
 
-class EncoderTeacher(nnx.Module):
+class AudioEncoderWithHeads(nnx.Module):
     """An encoder and what it is taught with: parameters `model` and `heads`."""
 
     def __init__(self, cfg: AudioEncoderConfig, *, policy: Policy, rngs: nnx.Rngs):
         self.cfg = cfg
         self.model = AudioEncoder(cfg, policy=policy, rngs=rngs)
-        self.heads = Speller(cfg.embed, policy=policy, rngs=rngs)
+        self.heads = CTCHead(cfg.embed, policy=policy, rngs=rngs)
 
 
 @cache
-def encoder_teacher(
+def audio_encoder_with_heads(
     cfg: AudioEncoderConfig, policy: Policy | None = None
-) -> Functional[EncoderTeacher]:
+) -> Functional[AudioEncoderWithHeads]:
     """The structure of a config's encoder and its head; allocates nothing."""
     policy = Policy() if policy is None else policy
-    return functional(lambda: EncoderTeacher(cfg, policy=policy, rngs=nnx.Rngs(0)))
+    return functional(lambda: AudioEncoderWithHeads(cfg, policy=policy, rngs=nnx.Rngs(0)))
 
 
-def init_encoder(cfg: AudioEncoderConfig, policy: Policy | None = None, *, seed: int = 0) -> Params:
-    """Random parameters of encoder and head, with sinusoids for positions; see `loud`."""
+def init_audio_encoder(
+    cfg: AudioEncoderConfig, policy: Policy | None = None, *, seed: int = 0
+) -> Params:
+    """Random parameters of encoder and head, with sinusoidal positions; see `scale_conv_init`."""
     policy = Policy() if policy is None else policy
-    params = init_params(lambda: EncoderTeacher(cfg, policy=policy, rngs=nnx.Rngs(seed)))
+    params = init_params(lambda: AudioEncoderWithHeads(cfg, policy=policy, rngs=nnx.Rngs(seed)))
     table = sinusoids(cfg.max_positions, cfg.embed).astype(policy.param)
-    return params | {"model": loud(params["model"]) | {"positions": table}}
+    return params | {"model": scale_conv_init(params["model"]) | {"positions": table}}
 
 
 def sinusoids(length: int, width: int) -> Float[Array, "T D"]:
@@ -91,13 +95,13 @@ def sinusoids(length: int, width: int) -> Float[Array, "T D"]:
     return jnp.pad(waves, ((0, 0), (0, width - 2 * half)))
 
 
-def encoder_heard(
-    model: Functional[EncoderTeacher],
+def audio_encoder_forward(
+    model: Functional[AudioEncoderWithHeads],
     params: Params,
     batch: SoundBatch[Array],
     key: Array | None = None,
-    config: EncoderTeaching | None = None,
-) -> Heard:
+    config: AudioEncoderLossConfig | None = None,
+) -> RecognitionOutput:
     """How badly a batch's letters can be read from the encoder's features.
 
     Args:
@@ -105,24 +109,24 @@ def encoder_heard(
         params: their parameters.
         batch: clips.
         key: of all that is drawn; None to disturb nothing.
-        config: how, by default `EncoderTeaching()`.
+        config: how, by default `AudioEncoderLossConfig()`.
 
     Returns:
-        Nats per letter, scalars to report (`letters` and `left_out`, see `ctc_loss`), and letters.
+        Nats per letter, scalars to report (`letters` and `skipped`, see `ctc_loss`), and letters.
     """
-    config = EncoderTeaching() if config is None else config
+    config = AudioEncoderLossConfig() if config is None else config
     teacher = model.bind(params)
     with jax.named_scope("front_end"):
         frames = jnp.where(batch.lengths > 0, num_frames(batch.lengths), 0)
-        sound = disturbed(batch, key, config.disturbance)
+        sound = augment_waveform(batch, key, config.augmentation)
         mels = log_mel(sound, batch.lengths, n_mels=teacher.cfg.mels)
-        mels = masked(mels, frames, key, config.disturbance)
+        mels = spec_augment(mels, frames, key, config.augmentation)
     x = teacher.model(mels, frames)
     lengths = jnp.maximum(encoder_length(frames), 0)
     with jax.named_scope("letters"):
         spelled = teacher.heads(x, lengths)
         loss, report = ctc_loss(*spelled, batch.letters, batch.letter_counts)
-    return Heard(loss, report, letters=best_letters(*spelled))
+    return RecognitionOutput(loss, report, letters=ctc_greedy_decode(*spelled))
 
 
-encoder_loss = loss_of(encoder_heard)
+audio_encoder_loss = loss_from_forward(audio_encoder_forward)

@@ -1,8 +1,8 @@
 """Flow matching: the loss that teaches the detokenizer a voice, a language or a room.
 
     model = flow_model(speech.cfg.flow)
-    optimizer = make_optimizer(OptimizerConfig(rate=1e-5, steps=1000, decay=0.0))
-    step = make_loss_step(flow_loss, model, optimizer, Teaching())
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-5, weight_decay=0.0))
+    step = make_loss_step(flow_loss, model, optimizer, FlowLossConfig())
     state = init_state(model, optimizer, None, speech.params(["flow"])["flow"])
     state, report = step(state, batch)  # the old state is used up
 
@@ -29,41 +29,48 @@ from sa2jax.models.flow.upsample_conformer import ConformerState, heard
 from sa2jax.nn import ArrayT, Functional, Params, Policy, before, init_params
 from sa2jax.speech.token2wav import CHUNK
 from sa2jax.speech_config import FlowConfig
-from sa2jax.train.networks.step import abstract_rows
+from sa2jax.train.networks.step import abstract_network_batch
 
-_SHORT = 5  # codes of the shortest chunks; a reply begins after 0.2 s
+_MIN_CHUNK = 5  # codes of the shortest chunks; a reply begins after 0.2 s
 
 
 @dataclass(frozen=True, kw_only=True)
-class Teaching:
+class FlowLossConfig:
     """How the flow is taught.
 
     Attributes:
-        drop: share of rows without any condition, for classifier-free guidance.
-        prompt: share of rows whose beginning is given as a prompt's.
-        prompt_share: most of a row's frames that are given; how many is drawn anew for each row.
-        stream: share of rows that are heard in chunks, as a stream is: what is given of a row, then
-            chunks of one size, 5 to 25 codes, the first of them any part of it. The others are
-            heard whole.
-        sigma: deviation of the noise that is left at the end of a path.
-        prior: weight of the distance between the encoder's frames and the mel frames, as Grad-TTS
-            (arXiv 2105.06337) has it: codes that begin from nothing are understood sooner. The
-            released detokenizer is not taught so.
+        cfg_dropout: share of rows without any condition, for classifier-free guidance.
+        prompt_prob: share of rows whose beginning is given as a prompt's.
+        max_prompt_fraction: most of a row's frames that are given; how many is drawn anew for each
+            row.
+        streaming_prob: share of rows that are heard in chunks, as a stream is: what is given of a
+            row, then chunks of one size, 5 to 25 codes, the first of them any part of it. The
+            others are heard whole.
+        sigma_min: deviation of the noise that is left at the end of a path.
+        prior_weight: weight of the distance between the encoder's frames and the mel frames, as
+            Grad-TTS (arXiv 2105.06337) has it: codes that begin from nothing are understood
+            sooner. The released detokenizer is not taught so.
     """
 
-    drop: float = 0.2
-    prompt: float = 0.5
-    prompt_share: float = 0.3
-    stream: float = 0.0
-    sigma: float = 1e-6
-    prior: float = 0.0
+    cfg_dropout: float = 0.2
+    prompt_prob: float = 0.5
+    max_prompt_fraction: float = 0.3
+    streaming_prob: float = 0.0
+    sigma_min: float = 1e-6
+    prior_weight: float = 0.0
 
     def __post_init__(self):
-        for name in ("drop", "prompt", "prompt_share", "stream", "sigma"):
+        for name in (
+            "cfg_dropout",
+            "prompt_prob",
+            "max_prompt_fraction",
+            "streaming_prob",
+            "sigma_min",
+        ):
             if not 0 <= getattr(self, name) <= 1:
                 raise TrainError(f"{name}={getattr(self, name)}: expected a number from 0 to 1")
-        if self.prior < 0:
-            raise TrainError(f"prior={self.prior}: expected a number of 0 or more")
+        if self.prior_weight < 0:
+            raise TrainError(f"prior_weight={self.prior_weight}: expected a number of 0 or more")
 
 
 @jax.tree_util.register_dataclass
@@ -89,7 +96,7 @@ def flow_loss(
     params: Params,
     batch: FlowBatch[Array],
     key: Array,
-    config: Teaching | None = None,
+    config: FlowLossConfig | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """How far the velocity is off on random places of the paths from noise to mel frames.
 
@@ -102,34 +109,34 @@ def flow_loss(
         params: its parameters.
         batch: rows.
         key: of all that is drawn.
-        config: how, by default `Teaching()`.
+        config: how, by default `FlowLossConfig()`.
 
     Returns:
         The squared error, its mean over all valid frames and bands, plus the prior's share; and
         float32 scalars to report: both, the valid `frames`, how many rows were `dropped`, how many
         `prompted`, and of how many `rows`.
     """
-    config = Teaching() if config is None else config
+    config = FlowLossConfig() if config is None else config
     net = model.bind(params)
     cfg, dtype = net.cfg, net.policy.compute
     batch_size, room = batch.codes.shape
     ratio, look = cfg.encoder.upsample, cfg.encoder.lookahead
     lengths, frames = batch.lengths, ratio * batch.lengths
     valid = before(frames, ratio * room)[..., None]  # [B, Q, 1]
-    uniform, seeds = _draws(key, batch_size)
+    uniform, seeds = _random_draws(key, batch_size)
 
     with jax.named_scope("condition"):
         codes = jnp.clip(batch.codes, 0, cfg.codes - 1)
         x = net.table[...][codes].astype(dtype)
         x = jnp.where(before(lengths, room)[..., None], x, 0)
         x = jnp.pad(x, [(0, 0), (0, look), (0, 0)])
-        given = uniform[0] * config.prompt_share * frames
-        prompted = uniform[1] < config.prompt
+        given = uniform[0] * config.max_prompt_fraction * frames
+        prompted = uniform[1] < config.prompt_prob
         given = jnp.where(prompted, given.astype(jnp.int32), 0)
         chunks = None
-        if config.stream:
+        if config.streaming_prob:
             chunks = _chunks(-(-given // ratio), uniform[4], uniform[6], room)
-            chunks = jnp.where(uniform[5, :, None] < config.stream, chunks, 0)
+            chunks = jnp.where(uniform[5, :, None] < config.streaming_prob, chunks, 0)
         nothing = ConformerState.zeros(cfg.encoder, batch_size, 0, dtype)
         x, _ = net.encoder(x, lengths, lengths, nothing, chunks=chunks)
         mu = net.to_mel(x)
@@ -138,7 +145,7 @@ def flow_loss(
         voice = jnp.broadcast_to(net.speaker(voice)[:, None], mu.shape)
         mel = jnp.where(valid, batch.mels.astype(jnp.float32), 0)
         cond = jnp.where(before(given, mel.shape[1])[..., None], mel, 0).astype(dtype)
-        dropped = uniform[2] < config.drop
+        dropped = uniform[2] < config.cfg_dropout
         known = jnp.concatenate([mu, voice, cond], axis=-1)
         known = jnp.where(dropped[:, None, None], 0, known)
 
@@ -146,8 +153,8 @@ def flow_loss(
         level: Any = 1 - jnp.cos(jnp.pi / 2 * uniform[3])
         noise = start_noise(jnp.zeros_like(lengths), mel.shape[1], cfg.mels, seeds)
         t = level[:, None, None]
-        path = (1 - (1 - config.sigma) * t) * noise + t * mel
-        target = mel - (1 - config.sigma) * noise
+        path = (1 - (1 - config.sigma_min) * t) * noise + t * mel
+        target = mel - (1 - config.sigma_min) * noise
 
     with jax.named_scope("estimator"):
         blocks, out = net.estimator.at(level)  # [B, L, 9, D], [B, 2, D]
@@ -157,7 +164,9 @@ def flow_loss(
         mask = valid[..., 0]
         if chunks is not None:
             mask = mask[:, None] & heard(jnp.repeat(chunks, ratio, axis=1))
-        velocity, _ = net.estimator(inputs, parts, mask, frames, _no_past(net, batch_size), 0)
+        velocity, _ = net.estimator(
+            inputs, parts, mask, frames, _empty_estimator_state(net, batch_size), 0
+        )
 
     with jax.named_scope("loss"):
         error = jnp.where(valid, jnp.square(velocity - target), 0)
@@ -171,10 +180,10 @@ def flow_loss(
         "dropped": jnp.sum(dropped & real), "prompted": jnp.sum(prompted & ~dropped & real),
     }  # fmt: skip
     report = {name: jnp.asarray(value, jnp.float32) for name, value in report.items()}
-    return loss + config.prior * prior, report
+    return loss + config.prior_weight * prior, report
 
 
-def fresh_flow(cfg: FlowConfig, seed: int = 0, mesh: Mesh | None = None) -> Params:
+def init_flow(cfg: FlowConfig, seed: int = 0, mesh: Mesh | None = None) -> Params:
     """Random parameters of which no block changes anything yet (adaLN-zero, arXiv 2212.09748).
 
     Args:
@@ -196,17 +205,17 @@ def _chunks(
 ) -> Int[Array, "B P"]:
     """The chunk in which a stream would hear each code, after `given` ones of a prompt.
 
-    Sizes are drawn, with `size` and `first` uniform in [0, 1): chunks have from `_SHORT` codes to
-    as many as streams have by default, the first one from one code to as many as the others.
+    Sizes are drawn, with `size` and `first` uniform in [0, 1): chunks have from `_MIN_CHUNK` codes
+    to as many as streams have by default, the first one from one code to as many as the others.
     """
-    sizes = _SHORT + ((CHUNK + 1 - _SHORT) * size).astype(jnp.int32)
+    sizes = _MIN_CHUNK + ((CHUNK + 1 - _MIN_CHUNK) * size).astype(jnp.int32)
     first = given + 1 + (sizes * first).astype(jnp.int32)
     place = jnp.arange(room)
     later = 2 + (place - first[:, None]) // sizes[:, None]
     return jnp.where(place < given[:, None], 0, jnp.where(place < first[:, None], 1, later))
 
 
-def _draws(key: Array, rows: int) -> tuple[Float[Array, "7 B"], Int[Array, "B"]]:
+def _random_draws(key: Array, rows: int) -> tuple[Float[Array, "7 B"], Int[Array, "B"]]:
     """Seven uniform numbers for each row, and the seed of its noise."""
 
     def row(number):
@@ -218,7 +227,7 @@ def _draws(key: Array, rows: int) -> tuple[Float[Array, "7 B"], Int[Array, "B"]]
     return uniform.T, seeds
 
 
-def _no_past(net: Flow, rows: int) -> EstimatorState:
+def _empty_estimator_state(net: Flow, rows: int) -> EstimatorState:
     """What the estimator remembers before a recording: nothing, and of one branch only."""
     empty = EstimatorState.zeros(net.cfg.estimator, 1, rows, 0, net.policy.compute)
     return EstimatorState(empty.order, empty.conv[:, :, :1], empty.kv[:, :, :, :1])
@@ -245,4 +254,4 @@ def abstract_flow_batch(cfg: FlowConfig, mesh: Mesh | None, rows: int, codes: in
             speaker=jnp.zeros((rows, cfg.speaker), jnp.float32),
         )
 
-    return abstract_rows(make, mesh)
+    return abstract_network_batch(make, mesh)

@@ -33,21 +33,21 @@ from sa2jax.speech.store import SpeechFolder
 from sa2jax.speech.voices import MAX_SECONDS, MIN_SECONDS, SILENCE, VoiceAnalyzer
 from sa2jax.train.data.bucketing import BucketConfig, BucketData
 from sa2jax.train.data.recordings import (
-    Recording,
-    Samples,
-    damaged,
-    find_recordings,
-    read_samples_about,
+    RecordingEntry,
+    SampleFile,
+    damaged_error,
+    list_recordings,
+    read_samples_info,
     write_samples,
 )
 from sa2jax.train.data.samples import Reject
 from sa2jax.train.networks.flow import FlowBatch
-from sa2jax.train.networks.perturbation import bent
+from sa2jax.train.networks.perturbation import perturb
 
 FORMAT = "flow 1"
-FRAMES = 2  # mel frames of a code
-SHORTEST = 0.2  # seconds of a piece
-_AT_ONCE = 32  # pieces whose codes are found together
+MEL_FRAMES_PER_CODE = 2  # mel frames of a code
+MIN_PIECE_SECONDS = 0.2  # seconds of a piece
+_BATCH_PIECES = 32  # pieces whose codes are found together
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +75,7 @@ def prepare_flow(
     out: str | os.PathLike[str],
     model: str | Path,
     *,
-    bends: int = 0,
+    perturbations: int = 0,
     max_rejects: int = 100,
     overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -88,8 +88,8 @@ def prepare_flow(
         sources: recordings, folders of them, and .jsonl files.
         out: folder to make, whole or not at all.
         model: folder with the detokenizer to be tuned: codes mean nothing to another.
-        bends: how many more times each recording is kept, with the codes of another mouth (see
-            `perturbation`) beside its own mel frames and speaker.
+        perturbations: how many more times each recording is kept, with the codes of another mouth
+            (see `perturbation`) beside its own mel frames and speaker.
         max_rejects: recordings that may be unusable.
         overwrite: replace a prepared folder that is there already.
         progress: told about recordings done and recordings in all.
@@ -101,24 +101,24 @@ def prepare_flow(
         DataError: if a source cannot be read, too much is unusable, or nothing is usable.
         CheckpointError: if the model has no detokenizer, or `out` cannot be written.
     """
-    if bends < 0:
-        raise DataError(f"bends={bends}: expected 0 or more")
+    if perturbations < 0:
+        raise DataError(f"perturbations={perturbations}: expected 0 or more")
     speech = SpeechFolder(model)
-    items = find_recordings(sources)
+    items = list_recordings(sources)
 
     def describe(lengths: list[int]) -> dict[str, Any]:
-        seconds = sum(lengths) / CODE_RATE / (1 + bends)  # each piece is as long every time
+        seconds = sum(lengths) / CODE_RATE / (1 + perturbations)  # each piece is as long every time
         about = {"format": FORMAT, "seconds": seconds, "speech_tokenizer": speech.analysis}
-        return about | ({"bends": bends} if bends else {})
+        return about | ({"perturbations": perturbations} if perturbations else {})
 
-    heard = _heard(items, speech, bends, progress)
+    heard = _analyze(items, speech, perturbations, progress)
     return write_samples(out, heard, describe, max_rejects=max_rejects, overwrite=overwrite)
 
 
-def _heard(
-    items: Sequence[Recording],
+def _analyze(
+    items: Sequence[RecordingEntry],
     speech: SpeechFolder,
-    bends: int,
+    perturbations: int,
     progress: Callable[[int, int], None],
 ) -> Iterator[tuple[bytes, int] | Reject]:
     """Samples in the order of their recordings; codes are found for many pieces together.
@@ -126,29 +126,39 @@ def _heard(
     A `Reject` may come before the samples of recordings ahead of it.
     """
     analyzer = speech.analyzer
-    identify = lru_cache(64)(lambda path: speaker_in(analyzer, path))
+    identify = lru_cache(64)(lambda path: speaker_vector(analyzer, path))
     waiting: list[tuple[str, np.ndarray, np.ndarray, np.ndarray]] = []
 
     def finish() -> Iterator[tuple[bytes, int]]:
         heard = [analyzer.mel_of(low) for _, low, _, _ in waiting]
         said = [audio.mel_24k(high).T for _, _, high, _ in waiting]  # [Q, M] each
-        for number in range(1 + bends):
+        for number in range(1 + perturbations):
             codes = analyzer.codes_of_mels(
-                [_bent(mel, piece[0], number) for piece, mel in zip(waiting, heard, strict=True)]
+                [
+                    _perturbed(mel, piece[0], number)
+                    for piece, mel in zip(waiting, heard, strict=True)
+                ]
             )
             for (where, _, _, speaker), mel, found in zip(waiting, said, codes, strict=True):
-                count = min(len(found), len(mel) // FRAMES)
-                yield pack(FlowSample(found[:count], mel[: FRAMES * count], speaker, where)), count
+                count = min(len(found), len(mel) // MEL_FRAMES_PER_CODE)
+                yield (
+                    encode_flow_sample(
+                        FlowSample(
+                            found[:count], mel[: MEL_FRAMES_PER_CODE * count], speaker, where
+                        )
+                    ),
+                    count,
+                )
         waiting.clear()
 
     for done, item in enumerate(items, 1):
         try:
             if item.problem:
                 raise DataError(item.problem)
-            speaker = identify(item.beside("voice"))
+            speaker = identify(item.path_of("voice"))
             for where, low, high in _pieces(item):
                 waiting.append((where, low, high, speaker))
-                if len(waiting) == _AT_ONCE:
+                if len(waiting) == _BATCH_PIECES:
                     yield from finish()
         except Sa2jaxError as error:
             yield Reject(item.where, str(error))
@@ -157,18 +167,18 @@ def _heard(
         progress(done, len(items))
 
 
-def _bent(mel: Float[np.ndarray, "M F"], where: str, number: int) -> Float[np.ndarray, "M F"]:
+def _perturbed(mel: Float[np.ndarray, "M F"], where: str, number: int) -> Float[np.ndarray, "M F"]:
     """A piece as it is heard the n-th time: first as it is, then bent by its own random numbers."""
-    return bent(mel, np.random.default_rng([number, *where.encode()])) if number else mel
+    return perturb(mel, np.random.default_rng([number, *where.encode()])) if number else mel
 
 
-def speaker_in(analyzer: VoiceAnalyzer, path: str) -> Float[np.ndarray, "C"]:
+def speaker_vector(analyzer: VoiceAnalyzer, path: str) -> Float[np.ndarray, "C"]:
     """Who speaks in the first 30 s of a recording.
 
     Raises:
         AudioError: if it cannot be read, or is too short to tell.
     """
-    wave = _low(path)[: _samples(audio.SAMPLE_RATE)]
+    wave = _load_16k(path)[: _samples(audio.SAMPLE_RATE)]
     if len(wave) < MIN_SECONDS * audio.SAMPLE_RATE:
         raise AudioError(
             f"{len(wave) / audio.SAMPLE_RATE:.2f} s do not tell who speaks: expected at least "
@@ -177,11 +187,11 @@ def speaker_in(analyzer: VoiceAnalyzer, path: str) -> Float[np.ndarray, "C"]:
     return analyzer.speaker_of(wave)
 
 
-def _pieces(item: Recording) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+def _pieces(item: RecordingEntry) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Name, samples at 16 kHz and at 24 kHz of each piece of a recording."""
-    low, high = _low(item.path), audio.load(item.path, SPEECH_SAMPLE_RATE, mono="mean")
+    low, high = _load_16k(item.path), audio.load(item.path, SPEECH_SAMPLE_RATE, mono="mean")
     step, high_step = _samples(audio.SAMPLE_RATE), _samples(SPEECH_SAMPLE_RATE)
-    least, kept = int(SHORTEST * audio.SAMPLE_RATE), 0
+    least, kept = int(MIN_PIECE_SECONDS * audio.SAMPLE_RATE), 0
     for number, start in enumerate(range(0, len(low), step)):
         piece, other = low[start : start + step], high[number * high_step :][:high_step]
         if len(piece) >= least and np.abs(piece).max() >= SILENCE:
@@ -189,12 +199,13 @@ def _pieces(item: Recording) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
             yield f"{item.where}@{number * MAX_SECONDS:g}s", piece, other
     if not kept:
         raise AudioError(
-            f"expected at least {SHORTEST:g} s of sound, got {len(low) / audio.SAMPLE_RATE:.2f} s "
+            f"expected at least {MIN_PIECE_SECONDS:g} s of sound, got "
+            f"{len(low) / audio.SAMPLE_RATE:.2f} s "
             "or silence"
         )
 
 
-def _low(path: str) -> np.ndarray:
+def _load_16k(path: str) -> np.ndarray:
     return audio.load(path, audio.SAMPLE_RATE, mono="first")
 
 
@@ -202,7 +213,7 @@ def _samples(rate: int) -> int:
     return int(MAX_SECONDS * rate)
 
 
-def pack(sample: FlowSample) -> bytes:
+def encode_flow_sample(sample: FlowSample) -> bytes:
     """A sample as one safetensors blob."""
     arrays = {"codes": sample.codes, "mel": sample.mel, "speaker": sample.speaker}
     kinds = {"codes": np.int32, "mel": np.float32, "speaker": np.float32}
@@ -210,8 +221,8 @@ def pack(sample: FlowSample) -> bytes:
     return save(whole | {"where": np.frombuffer(sample.where.encode(), np.uint8)})
 
 
-def unpack(blob: bytes) -> FlowSample:
-    """What `pack` packed."""
+def decode_flow_sample(blob: bytes) -> FlowSample:
+    """What `encode_flow_sample` packed."""
     arrays = load(blob)
     where = arrays.pop("where").tobytes().decode()
     return FlowSample(**arrays, where=where)
@@ -252,7 +263,7 @@ class FlowData(BucketData[FlowBatch[np.ndarray]]):
     """
 
     unit = "codes"
-    units_a_second = CODE_RATE
+    units_per_second = CODE_RATE
 
     def __init__(
         self,
@@ -264,7 +275,7 @@ class FlowData(BucketData[FlowBatch[np.ndarray]]):
         analysis: str | None = None,
     ):
         folder = Path(config.folder)
-        self.about, lengths = read_flow_about(folder)
+        self.about, lengths = read_flow_info(folder)
         if analysis is not None and analysis != self.about["speech_tokenizer"]:
             raise DataError(
                 f"{folder} was heard by another checkpoint's networks, its codes mean "
@@ -272,13 +283,13 @@ class FlowData(BucketData[FlowBatch[np.ndarray]]):
             )
         identity = self.about["fingerprint"]
         super().__init__(config, folder, lengths, identity, seed=seed, host=host, hosts=hosts)
-        self._records = Samples(folder, len(lengths))
+        self._records = SampleFile(folder, len(lengths))
 
     def _batch(self, room: int, chosen: Sequence[int]) -> tuple[FlowBatch, int]:
         samples = [self._sample(index) if index >= 0 else None for index in chosen]
         like = self._sample(0)
         codes = np.zeros((len(samples), room), np.int32)
-        mels = np.zeros((len(samples), FRAMES * room, like.mel.shape[1]), np.float32)
+        mels = np.zeros((len(samples), MEL_FRAMES_PER_CODE * room, like.mel.shape[1]), np.float32)
         speaker = np.zeros((len(samples), len(like.speaker)), np.float32)
         lengths = np.zeros(len(samples), np.int32)
         for row, sample in enumerate(samples):
@@ -292,16 +303,16 @@ class FlowData(BucketData[FlowBatch[np.ndarray]]):
 
     def _sample(self, index: int) -> FlowSample:
         try:
-            return unpack(self._records[index])
+            return decode_flow_sample(self._records[index])
         except (ValueError, KeyError, TypeError) as error:
-            raise damaged(self.folder, error) from None
+            raise damaged_error(self.folder, error) from None
 
 
-def read_flow_about(folder: Path) -> tuple[dict[str, Any], Int[np.ndarray, "N"]]:
+def read_flow_info(folder: Path) -> tuple[dict[str, Any], Int[np.ndarray, "N"]]:
     """What a prepared folder says of itself, and the lengths of its samples in codes.
 
     Raises:
         DataError: if it is none, or is damaged.
     """
     what, command = "recordings for the flow", "sa2jax data prepare-flow"
-    return read_samples_about(folder, FORMAT, ["speech_tokenizer"], what, command)
+    return read_samples_info(folder, FORMAT, ["speech_tokenizer"], what, command)

@@ -1,6 +1,6 @@
 """Mel frames as a flow makes them of a recording's codes: what a vocoder hears at run time.
 
-    maker = MelMaker("runs/flow/model")
+    maker = FlowMelSynthesizer("runs/flow/model")
     mels = maker.make([sound], [maker.speaker_in("a.wav")])
 
 A flow that has not learnt everything leaves fine lines of the spectrum out, pitch among them. A
@@ -18,12 +18,12 @@ from sa2jax import audio
 from sa2jax.speech.layout import SPEAKING
 from sa2jax.speech.store import SpeechFolder
 from sa2jax.speech.token2wav import Token2Wav
-from sa2jax.train.networks.flow_data import speaker_in
+from sa2jax.train.networks.flow_data import speaker_vector
 
 _ROWS = 16  # of the flow's batches
 
 
-class MelMaker:
+class FlowMelSynthesizer:
     """A detokenizer that hears recordings and says them again.
 
     Args:
@@ -37,14 +37,14 @@ class MelMaker:
         folder = SpeechFolder(model)
         self._analyzer = folder.analyzer
         self._talker = Token2Wav(folder.cfg, folder.params(SPEAKING), batch_size=_ROWS)
-        self._identify = lru_cache(64)(lambda path: speaker_in(self._analyzer, path))
+        self._identify = lru_cache(64)(lambda path: speaker_vector(self._analyzer, path))
         self._calls = 0
 
-    def speaker_in(self, path: str) -> Float[np.ndarray, "C"]:
-        """Who speaks in a recording, see `flow_data.speaker_in`."""
+    def speaker_vector(self, path: str) -> Float[np.ndarray, "C"]:
+        """Who speaks in a recording, see `flow_data.speaker_vector`."""
         return self._identify(path)
 
-    def make(
+    def synthesize(
         self,
         sounds: Sequence[Int16[np.ndarray, "N"]],
         speakers: Sequence[Float[np.ndarray, "C"]],

@@ -1,6 +1,6 @@
 """The detokenizer's networks, one at a time: where training begins, and what it leaves.
 
-network = open_network("flow", "mini")
+network = open_detokenizer_network("flow", "mini")
 params = network.load(mesh)
 network.save(params, "runs/anna/model")   # a whole detokenizer: the others are as they were
 """
@@ -34,7 +34,7 @@ from sa2jax.nn import Functional, Params, Policy, functional
 from sa2jax.speech.layout import HEARING, KIND, RECORDINGS, VOICES
 from sa2jax.speech.store import SpeechFolder
 from sa2jax.speech_config import Token2WavConfig
-from sa2jax.train.language.model_io import Base, open_base
+from sa2jax.train.language.model_io import BaseModel, open_base_model
 from sa2jax.train.language.recipe import ModelSpec
 
 ENCODER = "audio_encoder"  # of a model's parameters
@@ -49,7 +49,7 @@ STRUCTURES: dict[str, Callable[[Any, Policy], Functional[Any]]] = {
 
 
 @dataclass(frozen=True)
-class OpenNetwork:
+class DetokenizerNetwork:
     """A network that is to be trained, without its numbers.
 
     Attributes:
@@ -84,7 +84,7 @@ class OpenNetwork:
             ) from None
         return hashlib.sha256(f"{sizes} {numbers}".encode()).hexdigest()[:16]
 
-    def load(self, mesh: Mesh | None) -> Params:
+    def load_params(self, mesh: Mesh | None) -> Params:
         """Its numbers on their devices.
 
         Raises:
@@ -129,7 +129,7 @@ class OpenNetwork:
                 arrays[name].write(array).result()
             if self.name not in HEARING:
                 return supply_voices(folder, out)
-            _say_who_hears(folder, arrays)
+            _write_analysis_hash(folder, arrays)
             shutil.rmtree(folder / VOICES, ignore_errors=True)
             return supply_voices(folder, home)
 
@@ -138,7 +138,9 @@ class OpenNetwork:
         return {name: leaf for name, leaf in leaves.items() if name.startswith(f"{self.name}.")}
 
 
-def open_network(name: str, folder: str | Path, compute: str = "float32") -> OpenNetwork:
+def open_detokenizer_network(
+    name: str, folder: str | Path, compute: str = "float32"
+) -> DetokenizerNetwork:
     """The shapes of a network that training begins with; reads its config alone.
 
     Args:
@@ -157,11 +159,11 @@ def open_network(name: str, folder: str | Path, compute: str = "float32") -> Ope
             f"convert {folder} OUT`, and train OUT"
         )
     cfg, policy = getattr(speech.cfg, name), Policy(compute=jnp.dtype(compute))
-    return OpenNetwork(speech, name, cfg, policy, STRUCTURES[name](cfg, policy))
+    return DetokenizerNetwork(speech, name, cfg, policy, STRUCTURES[name](cfg, policy))
 
 
 @dataclass(frozen=True)
-class OpenEncoder:
+class EncoderNetwork:
     """A model's audio encoder that is to be trained, without its numbers.
 
     Attributes:
@@ -171,7 +173,7 @@ class OpenEncoder:
         model: its structure.
     """
 
-    base: Base
+    base: BaseModel
     cfg: AudioEncoderConfig
     policy: Policy
     model: Functional[AudioEncoder]
@@ -185,13 +187,13 @@ class OpenEncoder:
         """A hash of the model's sizes and of the beginning of its weights."""
         return self.base.fingerprint()
 
-    def load(self, mesh: Mesh | None) -> Params:
+    def load_params(self, mesh: Mesh | None) -> Params:
         """Its numbers on their devices.
 
         Raises:
             CheckpointError: if the folder is damaged.
         """
-        return self.base.load(mesh, 0)[ENCODER]
+        return self.base.load_params(mesh, 0)[ENCODER]
 
     def save(self, params: Params, out: Path) -> list[str]:
         """Write the whole model with other numbers in its encoder; `out` is replaced.
@@ -206,11 +208,11 @@ class OpenEncoder:
         Raises:
             CheckpointError: if something cannot be read or written.
         """
-        self.base.save({**self.base.load(None, 0), ENCODER: params}, out, overwrite=True)
+        self.base.save({**self.base.load_params(None, 0), ENCODER: params}, out, overwrite=True)
         return []
 
 
-def open_encoder(folder: str | Path, compute: str = "float32") -> OpenEncoder:
+def open_audio_encoder(folder: str | Path, compute: str = "float32") -> EncoderNetwork:
     """The shapes of a model's encoder that training begins with; reads its config alone.
 
     Args:
@@ -221,10 +223,10 @@ def open_encoder(folder: str | Path, compute: str = "float32") -> OpenEncoder:
         CheckpointError: if there is no such folder.
         ConfigError: if its config is not understood.
     """
-    base = open_base(ModelSpec(folder=str(folder)))
+    base = open_base_model(ModelSpec(folder=str(folder)))
     cfg, policy = base.cfg.audio_encoder, Policy(compute=jnp.dtype(compute))
     model = functional(lambda: AudioEncoder(cfg, policy=policy, rngs=nnx.Rngs(0)))
-    return OpenEncoder(base, cfg, policy, model)
+    return EncoderNetwork(base, cfg, policy, model)
 
 
 def save_detokenizer(folder: Path, cfg: Token2WavConfig, params: Params) -> None:
@@ -239,10 +241,10 @@ def save_detokenizer(folder: Path, cfg: Token2WavConfig, params: Params) -> None
     checkpoint.save(folder / checkpoint.PARAMS, params)
     info = {"format": checkpoint.FORMAT, "kind": KIND, "config": cfg.to_dict(), "analysis": ""}
     _write_info(folder, info)
-    _say_who_hears(folder, checkpoint.open_leaves(folder))
+    _write_analysis_hash(folder, checkpoint.open_leaves(folder))
 
 
-def _say_who_hears(folder: Path, leaves: dict[str, Any]) -> None:
+def _write_analysis_hash(folder: Path, leaves: dict[str, Any]) -> None:
     """Write down the hash of what analyses voices."""
     heard = {name: leaf for name, leaf in leaves.items() if name.startswith(HEARING)}
     read = {name: read_stored(leaf, name) for name, leaf in heard.items()}

@@ -13,7 +13,14 @@ from sa2jax.train.networks import audio_encoder, flow, speaker_encoder, speech_t
 from sa2jax.train.networks.flow_data import FlowDataConfig
 from sa2jax.train.networks.speech_data import ClipConfig, CropConfig
 from sa2jax.train.optimizer import OptimizerConfig
-from sa2jax.train.recipe import ENCODER, FLOW, SPEAKER, TOKENIZER, VOCODER, Pace
+from sa2jax.train.recipe import (
+    AUDIO_ENCODER,
+    FLOW,
+    SPEAKER_ENCODER,
+    SPEECH_TOKENIZER,
+    VOCODER,
+    Intervals,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,15 +29,15 @@ class NetworkSpec:
 
     Attributes:
         folder: a model folder of this library, or for a network of the detokenizer the latter's.
-        compute: dtype of activations and products; parameters are float32.
+        compute_dtype: dtype of activations and products; parameters are float32.
     """
 
     folder: str
-    compute: Literal["float32", "bfloat16"] = "float32"
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldOut:
+class NetworkEvaluation:
     """What is measured beside training, on recordings that are not learnt.
 
     Attributes:
@@ -53,7 +60,7 @@ class HeldOut:
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkRecipe:
-    """A training run of one network; each kind adds `data` and `teaching`.
+    """A training run of one network; each kind adds `data` and `loss`.
 
     Attributes:
         network: where it begins.
@@ -63,22 +70,22 @@ class NetworkRecipe:
         mesh: devices, such as `data=4`; by default all on `fsdp`.
         unroll: write out layers instead of a loop over them: faster on a CPU, longer to compile.
         seed: of data order, noise, and what else is drawn.
-        pace: how often is logged, evaluated and saved.
+        intervals: how often is logged, evaluated and saved.
     """
 
     kind: ClassVar[str]
 
     network: NetworkSpec
     data: Any
-    teaching: Any
+    loss: Any
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    evaluate: HeldOut | None = None
+    evaluate: NetworkEvaluation | None = None
     mesh: str | None = None
     unroll: bool = False
     seed: int = 0
-    pace: Pace = field(default_factory=Pace)
+    intervals: Intervals = field(default_factory=Intervals)
 
-    def plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The recipe as YAML or JSON can hold it, its kind included."""
         return {"kind": self.kind, **json.loads(json.dumps(asdict(self), default=str))}
 
@@ -89,7 +96,7 @@ class FlowRecipe(NetworkRecipe):
 
     kind = FLOW
     data: FlowDataConfig
-    teaching: flow.Teaching = field(default_factory=flow.Teaching)
+    loss: flow.FlowLossConfig = field(default_factory=flow.FlowLossConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,35 +105,37 @@ class VocoderRecipe(NetworkRecipe):
 
     kind = VOCODER
     data: CropConfig
-    teaching: vocoder.VocoderTeaching = field(default_factory=vocoder.VocoderTeaching)
+    loss: vocoder.VocoderLossConfig = field(default_factory=vocoder.VocoderLossConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerRecipe(NetworkRecipe):
+class SpeechTokenizerRecipe(NetworkRecipe):
     """Of the speech tokenizer."""
 
-    kind = TOKENIZER
+    kind = SPEECH_TOKENIZER
     data: ClipConfig
-    teaching: speech_tokenizer.TokenizerTeaching = field(
-        default_factory=speech_tokenizer.TokenizerTeaching
+    loss: speech_tokenizer.SpeechTokenizerLossConfig = field(
+        default_factory=speech_tokenizer.SpeechTokenizerLossConfig
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeakerRecipe(NetworkRecipe):
+class SpeakerEncoderRecipe(NetworkRecipe):
     """Of the speaker encoder."""
 
-    kind = SPEAKER
+    kind = SPEAKER_ENCODER
     data: ClipConfig
-    teaching: speaker_encoder.SpeakerTeaching = field(
-        default_factory=speaker_encoder.SpeakerTeaching
+    loss: speaker_encoder.SpeakerEncoderLossConfig = field(
+        default_factory=speaker_encoder.SpeakerEncoderLossConfig
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderRecipe(NetworkRecipe):
+class AudioEncoderRecipe(NetworkRecipe):
     """Of a model's audio encoder."""
 
-    kind = ENCODER
+    kind = AUDIO_ENCODER
     data: ClipConfig
-    teaching: audio_encoder.EncoderTeaching = field(default_factory=audio_encoder.EncoderTeaching)
+    loss: audio_encoder.AudioEncoderLossConfig = field(
+        default_factory=audio_encoder.AudioEncoderLossConfig
+    )

@@ -5,7 +5,7 @@ hides bands and moments (SpecAugment, arXiv 1904.08779), and compares letters by
 ICML 2006). `tokenizer`, `encoder` and `speaker` say what is learnt; parameters are those of a
 network and of heads that only teach it:
 
-    params = {"model": ..., "heads": ...}     # `network(params)` is what a user gets
+    params = {"model": ..., "heads": ...}     # `network_params(params)` is what a user gets
 """
 
 from collections.abc import Callable, Sequence
@@ -22,13 +22,15 @@ from jaxtyping import Array, Float, Int
 
 from sa2jax.errors import TrainError
 from sa2jax.nn import ArrayT, Functional, Linear, Params, Policy, before
-from sa2jax.train.networks.step import Loss, Report, abstract_rows
+from sa2jax.train.networks.step import LossFunction, Report, abstract_network_batch
 
 LETTERS = " abcdefghijklmnopqrstuvwxyz'"  # ids from 1 on; 0 is CTC's blank
 SYMBOLS = len(LETTERS) + 1
-PARTS = 2  # symbols of a frame (25 Hz): fast speech has 20 letters a second, and blanks between
+SYMBOLS_PER_FRAME = (
+    2  # symbols of a frame (25 Hz): fast speech has 20 letters a second, and blanks between
+)
 CONV_GAIN = 3.0  # measured on speech: deviations of 1.0 and 1.9 behind the convolutions
-TAPS = 8  # of the filter that colours noise
+NOISE_TAPS = 8  # of the filter that colours noise
 
 
 @jax.tree_util.register_dataclass
@@ -39,7 +41,7 @@ class SoundBatch(Generic[ArrayT]):
     Attributes:
         sound: samples in [-1, 1] at 16 kHz, right-padded, [B, N].
         lengths: samples of each clip, 0 for an empty row, [B].
-        letters: what is said, see `letters_of`, right-padded with 0, [B, U].
+        letters: what is said, see `letter_ids`, right-padded with 0, [B, U].
         letter_counts: letters of each clip, [B].
         speaker: number of the voice, [B].
     """
@@ -52,48 +54,48 @@ class SoundBatch(Generic[ArrayT]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Disturbance:
+class Augmentation:
     """How clips are changed before they are heard; all zero, or None in its place, is not at all.
 
     Attributes:
-        gain: largest change of loudness, up or down, in dB.
-        noise: share of clips with noise, of any colour between white and brown.
-        snr: its distance from the clip's mean power, from the loudest to the softest, in dB.
+        gain_db: largest change of loudness, up or down, in dB.
+        noise_prob: share of clips with noise, of any colour between white and brown.
+        snr_db: its distance from the clip's mean power, from the loudest to the softest, in dB.
         time_masks: moments that are hidden in each clip.
-        time_width: longest of them, in frames of 10 ms.
-        time_share: longest of them, as a share of the clip.
-        band_masks: ranges of bands that are hidden.
-        band_width: widest of them, in bands.
+        time_mask_width: longest of them, in frames of 10 ms.
+        time_mask_fraction: longest of them, as a share of the clip.
+        freq_masks: ranges of bands that are hidden.
+        freq_mask_width: widest of them, in bands.
     """
 
-    gain: float = 6.0
-    noise: float = 0.5
-    snr: tuple[float, float] = (10.0, 40.0)
+    gain_db: float = 6.0
+    noise_prob: float = 0.5
+    snr_db: tuple[float, float] = (10.0, 40.0)
     time_masks: int = 2
-    time_width: int = 12
-    time_share: float = 0.1
-    band_masks: int = 2
-    band_width: int = 10
+    time_mask_width: int = 12
+    time_mask_fraction: float = 0.1
+    freq_masks: int = 2
+    freq_mask_width: int = 10
 
     def __post_init__(self):
-        object.__setattr__(self, "snr", tuple(self.snr))  # a list when read from YAML
-        for name in ("noise", "time_share"):
+        object.__setattr__(self, "snr_db", tuple(self.snr_db))  # a list when read from YAML
+        for name in ("noise_prob", "time_mask_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise TrainError(f"{name}={getattr(self, name)}: expected a number from 0 to 1")
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name != "snr" and not value >= 0:
+            if f.name != "snr_db" and not value >= 0:
                 raise TrainError(f"{f.name}={value}: expected a number of 0 or more")
-        if not (len(self.snr) == 2 and self.snr[0] <= self.snr[1]):
-            raise TrainError(f"snr={self.snr}: expected the smallest and the largest in dB")
+        if not (len(self.snr_db) == 2 and self.snr_db[0] <= self.snr_db[1]):
+            raise TrainError(f"snr_db={self.snr_db}: expected the smallest and the largest in dB")
 
 
-def network(params: Params) -> Params:
+def network_params(params: Params) -> Params:
     """The parameters of the network alone, without the heads that taught it."""
     return params["model"]
 
 
-def loud(network: Params) -> Params:
+def scale_conv_init(network: Params) -> Params:
     """A new network whose two convolutions make numbers around 1 of log-mel frames.
 
     As drawn they make a tenth of that, and what layers and positions add would drown it.
@@ -105,10 +107,10 @@ def loud(network: Params) -> Params:
 # --- letters ----------------------------------------------------------------------------------
 
 
-def letters_of(text: str) -> list[int]:
+def letter_ids(text: str) -> list[int]:
     """Ids of a text's letters: spaces, a to z and apostrophes; other characters part words.
 
-    >>> letters_of("It's on!")
+    >>> letter_ids("It's on!")
     [10, 21, 28, 20, 1, 16, 15]
     """
     text = text.lower().replace("’", "'")
@@ -116,7 +118,7 @@ def letters_of(text: str) -> list[int]:
     return [LETTERS.index(c) + 1 for c in " ".join(clean.split())]
 
 
-def text_of(letters: Sequence[int] | Int[np.ndarray, "U"]) -> str:
+def letters_to_text(letters: Sequence[int] | Int[np.ndarray, "U"]) -> str:
     """The text of letters; zeros are left out."""
     return "".join(LETTERS[int(n) - 1] for n in letters if n > 0)
 
@@ -140,7 +142,7 @@ def ctc_loss(
 
     Returns:
         The mean over all letters, and float32 scalars to report: of how many `letters`, and how
-        many clips were `left_out`.
+        many clips were `skipped`.
     """
     own = before(counts, letters.shape[1])
     doubled = (letters[:, 1:] == letters[:, :-1]) & own[:, 1:]
@@ -150,78 +152,78 @@ def ctc_loss(
     )
     weight = jnp.sum(jnp.where(fits, counts, 0)).astype(jnp.float32)
     loss = jnp.sum(jnp.where(fits, cost, 0)) / jnp.maximum(weight, 1)
-    return loss, {"letters": weight, "left_out": jnp.sum((counts > 0) & ~fits).astype(jnp.float32)}
+    return loss, {"letters": weight, "skipped": jnp.sum((counts > 0) & ~fits).astype(jnp.float32)}
 
 
-def best_letters(logits: Float[Array, "B S V"], frames: Int[Array, "B"]) -> Int[Array, "B S"]:
-    """The likeliest symbol of each frame, repetitions and blanks replaced by 0: see `text_of`."""
+def ctc_greedy_decode(logits: Float[Array, "B S V"], frames: Int[Array, "B"]) -> Int[Array, "B S"]:
+    """The likeliest symbol of each frame; repetitions and blanks are 0, see `letters_to_text`."""
     best = jnp.argmax(logits, axis=-1)
     again = jnp.pad(best[:, 1:] == best[:, :-1], ((0, 0), (1, 0)))
     return jnp.where(before(frames, best.shape[1]) & ~again, best, 0)
 
 
-Spelled = tuple[Float[Array, "B T V"], Int[Array, "B"]]  # logits, and how many each clip has
+CTCLogits = tuple[Float[Array, "B T V"], Int[Array, "B"]]  # logits, and how many each clip has
 
 
-class Speller(nnx.Module):
-    """Reads letters from features, `PARTS` symbols from each frame."""
+class CTCHead(nnx.Module):
+    """Reads letters from features, `SYMBOLS_PER_FRAME` symbols from each frame."""
 
     def __init__(self, embed: int, *, policy: Policy, rngs: nnx.Rngs):
-        outputs = {"parts": PARTS, "letters": SYMBOLS}
+        outputs = {"parts": SYMBOLS_PER_FRAME, "letters": SYMBOLS}
         self.letters = Linear({"embed": embed}, outputs, policy=policy, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B S D"], lengths: Int[Array, "B"]) -> Spelled:
-        """Logits, `PARTS` times as many as there are frames, and how many each clip has."""
+    def __call__(self, x: Float[Array, "B S D"], lengths: Int[Array, "B"]) -> CTCLogits:
+        """Logits, `SYMBOLS_PER_FRAME` for each frame, and how many each clip has."""
         y = self.letters(x)  # [B, S, P, V]
-        return y.reshape(y.shape[0], -1, y.shape[-1]), PARTS * lengths
+        return y.reshape(y.shape[0], -1, y.shape[-1]), SYMBOLS_PER_FRAME * lengths
 
 
 # --- disturbances -----------------------------------------------------------------------------
 
 
-def disturbed(
-    batch: SoundBatch[Array], key: Array | None, config: Disturbance | None
+def augment_waveform(
+    batch: SoundBatch[Array], key: Array | None, config: Augmentation | None
 ) -> Float[Array, "B N"]:
     """Sound of another loudness and with noise; without a key or a config as it is.
 
     What is drawn for a clip depends on the key and its row only, not on the padding of the batch.
     """
-    if key is None or config is None or not (config.gain or config.noise):
+    if key is None or config is None or not (config.gain_db or config.noise_prob):
         return batch.sound
     total = batch.sound.shape[1]
 
     def row(number, x, length):
         level, white, far = jax.random.split(jax.random.fold_in(key, number), 3)
         gain, chance, colour = jax.random.uniform(level, (3,))
-        gain = 10 ** (config.gain * (2 * gain - 1) / 20)
+        gain = 10 ** (config.gain_db * (2 * gain - 1) / 20)
         pole = 0.95 * colour  # from white to brown
-        low, high = config.snr
+        low, high = config.snr_db
         snr = 10 ** (jax.random.uniform(far, minval=low, maxval=high) / 10)
         power = jnp.sum(jnp.square(x)) / jnp.maximum(length, 1)
-        scale = jnp.sqrt(power / snr / jnp.sum(pole ** (2 * jnp.arange(TAPS))))
-        scale = gain * jnp.where(chance < config.noise, scale, 0)
-        noise = scale * jax.random.normal(white, (total + TAPS - 1,))
+        scale = jnp.sqrt(power / snr / jnp.sum(pole ** (2 * jnp.arange(NOISE_TAPS))))
+        scale = gain * jnp.where(chance < config.noise_prob, scale, 0)
+        noise = scale * jax.random.normal(white, (total + NOISE_TAPS - 1,))
 
         # Tap by tap, in a loop, and the clip with the last: fused into what reads the result, a CPU
         # would draw the noise again for each window that a sample is in (4 times slower).
         def tap(y, i):
             y = jax.lax.dynamic_slice(noise, (i,), (total,)) + pole * y
-            return y + jnp.where(i == TAPS - 1, gain, 0) * x, None
+            return y + jnp.where(i == NOISE_TAPS - 1, gain, 0) * x, None
 
-        y, _ = jax.lax.scan(tap, jnp.zeros_like(x), jnp.arange(TAPS))
+        y, _ = jax.lax.scan(tap, jnp.zeros_like(x), jnp.arange(NOISE_TAPS))
         return jnp.where(jnp.arange(total) < length, y, 0)
 
     return jax.vmap(row)(jnp.arange(len(batch.sound)), batch.sound, batch.lengths)
 
 
-def masked(
+def spec_augment(
     mels: Float[Array, "B M T"],
     frames: Int[Array, "B"],
     key: Array | None,
-    config: Disturbance | None,
+    config: Augmentation | None,
 ) -> Float[Array, "B M T"]:
-    """Mel frames with moments and bands replaced by the clip's mean; see `disturbed`."""
-    if key is None or config is None or not (config.time_masks or config.band_masks):
+    """Mel frames with moments and bands replaced by the clip's mean; see `augment_waveform`."""
+    if key is None or config is None or not (config.time_masks or config.freq_masks):
         return mels
     bands, total = mels.shape[1:]
 
@@ -238,9 +240,11 @@ def masked(
     def row(number, x, count):
         # The first key of a row is that of its sound.
         moments, parts = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, 1), number))
-        longest = jnp.minimum(config.time_width, config.time_share * count)
+        longest = jnp.minimum(config.time_mask_width, config.time_mask_fraction * count)
         hidden = hit(jnp.arange(total), ranges(moments, config.time_masks, longest, count))
-        quiet = hit(jnp.arange(bands), ranges(parts, config.band_masks, config.band_width, bands))
+        quiet = hit(
+            jnp.arange(bands), ranges(parts, config.freq_masks, config.freq_mask_width, bands)
+        )
         own = jnp.arange(total) < count
         mean = jnp.sum(jnp.where(own, x, 0)) / jnp.maximum(count * bands, 1)
         return jnp.where((hidden | quiet[:, None]) & own, mean, x)
@@ -251,13 +255,14 @@ def masked(
 # --- what was heard ---------------------------------------------------------------------------
 
 
-class Heard(NamedTuple):
+class RecognitionOutput(NamedTuple):
     """What a network makes of a batch.
 
     Attributes:
         loss: what is made small.
         report: float32 scalars to report.
-        letters: the likeliest symbols (50 Hz), see `best_letters` and `text_of`; or None.
+        letters: the likeliest symbols (50 Hz), see `ctc_greedy_decode` and `letters_to_text`; or
+            None.
         codes: speech codes (25 Hz), or None.
         vectors: one for each clip, or None.
     """
@@ -269,7 +274,7 @@ class Heard(NamedTuple):
     vectors: Float[Array, "B D"] | None = None
 
 
-def loss_of(hear: Callable[..., Heard]) -> Loss:
+def loss_from_forward(hear: Callable[..., RecognitionOutput]) -> LossFunction:
     """The loss, and what it reports, of a function that hears a batch: what a step makes small."""
 
     def loss(
@@ -307,4 +312,4 @@ def abstract_sound_batch(mesh: Mesh | None, rows: int, samples: int, letters: in
             speaker=jnp.zeros(rows, jnp.int32),
         )
 
-    return abstract_rows(make, mesh)
+    return abstract_network_batch(make, mesh)

@@ -1,9 +1,11 @@
 """Who speaks: CAM++ taught to tell the voices of its data apart.
 
-    model = speaker_teacher(config, speakers=40)
-    params = init_speaker(config, speakers=40)
+    model = speaker_encoder_with_heads(config, speakers=40)
+    params = init_speaker_encoder(config, speakers=40)
     optimizer = make_optimizer(
-        OptimizerConfig(rate=2e-3, warmup=50, steps=600, decay=0.01, rates=GIVEN)
+        OptimizerConfig(
+            learning_rate=2e-3, warmup_steps=50, steps=600, learning_rate_overrides=FROZEN
+        )
     )
     step = make_loss_step(speaker_loss, model, optimizer)
     state = init_state(model, optimizer, None, params)
@@ -15,7 +17,7 @@ Source: CAM++ (arXiv 2303.00332), here with a softmax of additive margin (AM-sof
 noise, hidden bands and moments, and which part of a long clip is heard.
 
 The network of `models.speaker_encoder` has batch norms with given statistics, so that clips do not
-feel each other. That is kept here: statistics stay at mean 0 and variance 1 (see `GIVEN`), scales
+feel each other. That is kept here: statistics stay at mean 0 and variance 1 (see `FROZEN`), scales
 and biases are learnt, and matrices begin with the gain that a rectifier takes away. Training and
 use are then the same arithmetic, and no running means have to be carried along.
 """
@@ -37,44 +39,44 @@ from sa2jax.models.speaker_encoder import SpeakerEncoder
 from sa2jax.nn import Functional, Params, Policy, functional, init_params, param
 from sa2jax.speech_config import SpeakerEncoderConfig
 from sa2jax.train.networks.recognition import (
-    Disturbance,
-    Heard,
+    Augmentation,
+    RecognitionOutput,
     SoundBatch,
-    disturbed,
-    loss_of,
-    masked,
+    augment_waveform,
+    loss_from_forward,
+    spec_augment,
 )
-from sa2jax.train.optimizer import name_of
+from sa2jax.train.optimizer import param_name
 
 # Rates of what is given, not learnt: statistics of norms, but for the mean of vectors, which is the
 # only bias that these have.
-GIVEN: Mapping[str, float] = {
+FROZEN: Mapping[str, float] = {
     r"model\.blocks\..*norm\.(mean|variance)": 0.0, r"model\.norm\.variance": 0.0,
 }  # fmt: skip
-RECTIFIED = ("conv", "tdnn", "squeeze", "context", "local")  # what a rectifier follows
+BEFORE_RELU = ("conv", "tdnn", "squeeze", "context", "local")  # what a rectifier follows
 WINDOW = 400  # samples of a filterbank frame
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeakerTeaching:
+class SpeakerEncoderLossConfig:
     """How the speaker encoder is taught.
 
     Attributes:
-        disturbance: of what it hears; None for none.
-        seconds: longest part of a clip that is heard at once.
+        augmentation: of what it hears; None for none.
+        max_seconds: longest part of a clip that is heard at once.
         margin: by which the cosine with the own voice has to win.
         scale: of cosines as logits.
     """
 
-    disturbance: Disturbance | None = field(default_factory=Disturbance)
-    seconds: float = 2.0
+    augmentation: Augmentation | None = field(default_factory=Augmentation)
+    max_seconds: float = 2.0
     margin: float = 0.2
     scale: float = 20.0
 
     def __post_init__(self):
         if not 0 <= self.margin < 2:
             raise TrainError(f"margin={self.margin}: expected a number from 0 to 2")
-        for name, least in (("seconds", WINDOW / SAMPLE_RATE), ("scale", 1.0)):
+        for name, least in (("max_seconds", WINDOW / SAMPLE_RATE), ("scale", 1.0)):
             if not getattr(self, name) >= least:
                 raise TrainError(f"{name}={getattr(self, name)}: expected {least} or more")
 
@@ -90,10 +92,10 @@ class SpeakerHeads(nnx.Module):
 
     def __call__(self, vectors: Float[Array, "B D"]) -> Float[Array, "B V"]:
         """Cosines of vectors of unit length with each voice."""
-        return vectors @ unit(self.kernel[...].astype(jnp.float32)).T
+        return vectors @ l2_normalize(self.kernel[...].astype(jnp.float32)).T
 
 
-class SpeakerTeacher(nnx.Module):
+class SpeakerEncoderWithHeads(nnx.Module):
     """A speaker encoder and what it is taught with: parameters `model` and `heads`."""
 
     def __init__(self, cfg: SpeakerEncoderConfig, speakers: int, *, policy: Policy, rngs: nnx.Rngs):
@@ -103,37 +105,39 @@ class SpeakerTeacher(nnx.Module):
 
 
 @cache
-def speaker_teacher(
+def speaker_encoder_with_heads(
     cfg: SpeakerEncoderConfig, policy: Policy | None = None, *, speakers: int
-) -> Functional[SpeakerTeacher]:
+) -> Functional[SpeakerEncoderWithHeads]:
     """The structure of a config's encoder and of a head for so many voices; allocates nothing."""
     policy = Policy() if policy is None else policy
-    return functional(lambda: SpeakerTeacher(cfg, speakers, policy=policy, rngs=nnx.Rngs(0)))
+    return functional(
+        lambda: SpeakerEncoderWithHeads(cfg, speakers, policy=policy, rngs=nnx.Rngs(0))
+    )
 
 
-def init_speaker(
+def init_speaker_encoder(
     cfg: SpeakerEncoderConfig, policy: Policy | None = None, *, speakers: int, seed: int = 0
 ) -> Params:
     """Random parameters that keep the size of activations through rectifiers (He et al., 2015)."""
     policy = Policy() if policy is None else policy
     rngs = lambda: nnx.Rngs(seed)
-    params = init_params(lambda: SpeakerTeacher(cfg, speakers, policy=policy, rngs=rngs()))
+    params = init_params(lambda: SpeakerEncoderWithHeads(cfg, speakers, policy=policy, rngs=rngs()))
 
     def gained(path, x):
-        *_, part, leaf = ["", *name_of(path).split(".")]
+        *_, part, leaf = ["", *param_name(path).split(".")]
         is_matrix = leaf in ("kernel", "tdnn")
-        follows = leaf.startswith(RECTIFIED) or part.startswith(RECTIFIED)
+        follows = leaf.startswith(BEFORE_RELU) or part.startswith(BEFORE_RELU)
         return x * 2**0.5 if is_matrix and follows else x
 
     return params | {"model": jax.tree.map_with_path(gained, params["model"])}
 
 
-def unit(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+def l2_normalize(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     """Vectors of length 1."""
     return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-12)
 
 
-def margin_loss(
+def am_softmax_loss(
     cosines: Float[Array, "B V"], speaker: Int[Array, "B"], margin: float, scale: float
 ) -> Float[Array, "B"]:
     """Cross entropy of cosines, the own voice's less by a margin, in nats (AM-softmax)."""
@@ -142,13 +146,13 @@ def margin_loss(
     return -jnp.sum(own * jax.nn.log_softmax(logits), axis=-1)
 
 
-def speaker_heard(
-    model: Functional[SpeakerTeacher],
+def speaker_encoder_forward(
+    model: Functional[SpeakerEncoderWithHeads],
     params: Params,
     batch: SoundBatch[Array],
     key: Array | None = None,
-    config: SpeakerTeaching | None = None,
-) -> Heard:
+    config: SpeakerEncoderLossConfig | None = None,
+) -> RecognitionOutput:
     """How badly voices can be told apart.
 
     Args:
@@ -156,40 +160,41 @@ def speaker_heard(
         params: their parameters.
         batch: clips; letters are not looked at.
         key: of all that is drawn; None to disturb nothing and to hear each clip's beginning.
-        config: how, by default `SpeakerTeaching()`.
+        config: how, by default `SpeakerEncoderLossConfig()`.
 
     Returns:
         Nats per clip, vectors of unit length, and scalars to report: how many `rows` there are, the
         `accuracy` among known voices (without margin), and the mean cosine of two clips of the
-        `same` voice and of `other` voices, 0 where the batch has no such two.
+        same voice (`same_speaker`) and of others (`other_speaker`), 0 where the batch has no such
+        two.
     """
-    config = SpeakerTeaching() if config is None else config
+    config = SpeakerEncoderLossConfig() if config is None else config
     teacher = model.bind(params)
     real = batch.lengths >= WINDOW
     with jax.named_scope("front_end"):
-        batch = _cut(batch, key, round(config.seconds * SAMPLE_RATE))
+        batch = _random_crop(batch, key, round(config.max_seconds * SAMPLE_RATE))
         frames = jnp.where(real, 1 + (batch.lengths - WINDOW) // HOP, 0)
-        sound = disturbed(batch, key, config.disturbance)
+        sound = augment_waveform(batch, key, config.augmentation)
         energies = fbank(sound, batch.lengths, n_mels=teacher.cfg.mels, subtract_mean=True)
-        energies = masked(energies.swapaxes(1, 2), frames, key, config.disturbance)
-    vectors = unit(teacher.model(energies.swapaxes(1, 2), frames).astype(jnp.float32))
+        energies = spec_augment(energies.swapaxes(1, 2), frames, key, config.augmentation)
+    vectors = l2_normalize(teacher.model(energies.swapaxes(1, 2), frames).astype(jnp.float32))
     with jax.named_scope("voices"):
         cosines = teacher.heads(vectors)
         count = jnp.maximum(jnp.sum(real), 1)
-        cost = margin_loss(cosines, batch.speaker, config.margin, config.scale)
+        cost = am_softmax_loss(cosines, batch.speaker, config.margin, config.scale)
         loss = jnp.sum(jnp.where(real, cost, 0)) / count
         right = real & (jnp.argmax(cosines, axis=-1) == batch.speaker)
-    pairs = likeness(vectors, batch.speaker, real)
+    pairs = speaker_similarity(vectors, batch.speaker, real)
     report = {"rows": jnp.sum(real), "accuracy": jnp.sum(right) / count,
-              "same": pairs.same, "other": pairs.other}  # fmt: skip
+              "same_speaker": pairs.same, "other_speaker": pairs.other}  # fmt: skip
     report = {name: jnp.asarray(x, jnp.float32) for name, x in report.items()}
-    return Heard(loss, report, vectors=vectors)
+    return RecognitionOutput(loss, report, vectors=vectors)
 
 
-speaker_loss = loss_of(speaker_heard)
+speaker_encoder_loss = loss_from_forward(speaker_encoder_forward)
 
 
-def _cut(batch: SoundBatch[Array], key: Array | None, size: int) -> SoundBatch:
+def _random_crop(batch: SoundBatch[Array], key: Array | None, size: int) -> SoundBatch:
     """A part of each clip that is longer than `size` samples: any, or without a key the first."""
     if batch.sound.shape[1] <= size:
         return batch
@@ -204,7 +209,7 @@ def _cut(batch: SoundBatch[Array], key: Array | None, size: int) -> SoundBatch:
     return replace(batch, sound=jax.vmap(take)(batch.sound, start), lengths=lengths)
 
 
-class Likeness(NamedTuple):
+class SpeakerSimilarity(NamedTuple):
     """Mean cosine of two clips.
 
     Attributes:
@@ -216,12 +221,12 @@ class Likeness(NamedTuple):
     other: Float[Array, ""]
 
 
-def likeness(
+def speaker_similarity(
     vectors: Float[Array, "B D"], speaker: Int[Array, "B"], real: Bool[Array, "B"]
-) -> Likeness:
+) -> SpeakerSimilarity:
     """How alike vectors of unit length are, over all pairs of different real clips."""
     cosines = vectors @ vectors.T
     pairs = real[:, None] & real & ~jnp.eye(len(real), dtype=bool)
     same = speaker[:, None] == speaker
     mean = lambda which: jnp.sum(jnp.where(which, cosines, 0)) / jnp.maximum(which.sum(), 1)
-    return Likeness(mean(pairs & same), mean(pairs & ~same))
+    return SpeakerSimilarity(mean(pairs & same), mean(pairs & ~same))

@@ -29,16 +29,16 @@ from sa2jax.errors import DataError, Sa2jaxError
 from sa2jax.speech.voices import SILENCE
 from sa2jax.train.data.bucketing import BucketConfig, BucketData
 from sa2jax.train.data.recordings import (
-    Recording,
-    Samples,
-    damaged,
-    find_recordings,
-    read_samples_about,
+    RecordingEntry,
+    SampleFile,
+    damaged_error,
+    list_recordings,
+    read_samples_info,
     write_samples,
 )
 from sa2jax.train.data.samples import Reject
-from sa2jax.train.networks.flow_mels import MelMaker
-from sa2jax.train.networks.recognition import SoundBatch, letters_of
+from sa2jax.train.networks.flow_mels import FlowMelSynthesizer
+from sa2jax.train.networks.recognition import SoundBatch, letter_ids
 from sa2jax.train.networks.vocoder import MELS, VocoderBatch
 
 FORMAT = "speech 1"
@@ -47,13 +47,13 @@ HOPS = {
     SAMPLE_RATE: SAMPLE_RATE // MEL_RATE,
     SPEECH_SAMPLE_RATE: SPEECH_SAMPLE_RATE // SPEECH_MEL_RATE,
 }
-_AT_ONCE = 64  # recordings said again together, those of like length in a batch
-MOST_LETTERS = 40  # that anybody says in a second
-FLOOR, CEILING = 60.0, 600.0  # Hz: pitch is looked for between
+_BATCH_RECORDINGS = 64  # recordings said again together, those of like length in a batch
+MAX_LETTERS_PER_SECOND = 40  # that anybody says in a second
+MIN_PITCH, MAX_PITCH = 60.0, 600.0  # Hz: pitch is looked for between
 
 
 @dataclass(frozen=True, eq=False)
-class Utterance:
+class SpeechSample:
     """A recording that can be learnt from.
 
     Attributes:
@@ -114,12 +114,12 @@ def prepare_speech(
         what = "pitch is" if pitch else "mel frames are"
         raise DataError(f"{what} kept for the vocoder: expected a rate of 24000 Hz beside it")
     find = _pitch_finder() if pitch else None
-    items, speakers = find_recordings(sources), set()
+    items, speakers = list_recordings(sources), set()
 
-    def heard() -> Iterator[tuple[Recording, Utterance] | Reject]:
+    def heard() -> Iterator[tuple[RecordingEntry, SpeechSample] | Reject]:
         for done, item in enumerate(items, 1):
             try:
-                found = _hear(item, rate, max_seconds)
+                found = _load_sample(item, rate, max_seconds)
                 if find is not None:
                     found = replace(found, pitch=find(found.sound))
                 yield item, found
@@ -128,12 +128,12 @@ def prepare_speech(
             progress(done, len(items))
 
     def packed() -> Iterator[tuple[bytes, int] | Reject]:
-        for found in _said_again(heard(), None if model is None else MelMaker(model)):
+        for found in _with_flow_mels(heard(), None if model is None else FlowMelSynthesizer(model)):
             if isinstance(found, Reject):
                 yield found
             else:
                 speakers.add(found.speaker)
-                yield pack(found), -(-len(found.sound) // HOPS[rate])
+                yield encode_speech_sample(found), -(-len(found.sound) // HOPS[rate])
 
     def describe(lengths: list[int]) -> dict[str, Any]:
         seconds = sum(lengths) * HOPS[rate] / rate
@@ -145,15 +145,15 @@ def prepare_speech(
     return write_samples(out, packed(), describe, max_rejects=max_rejects, overwrite=overwrite)
 
 
-def _said_again(
-    heard: Iterable[tuple[Recording, Utterance] | Reject], maker: MelMaker | None
-) -> Iterator[Utterance | Reject]:
+def _with_flow_mels(
+    heard: Iterable[tuple[RecordingEntry, SpeechSample] | Reject], maker: FlowMelSynthesizer | None
+) -> Iterator[SpeechSample | Reject]:
     """Utterances, with mel frames if somebody makes them; rejects may overtake others."""
-    waiting: list[Utterance] = []
+    waiting: list[SpeechSample] = []
     speakers: list[np.ndarray] = []
 
-    def finish(maker: MelMaker) -> Iterator[Utterance]:
-        mels = maker.make([one.sound for one in waiting], speakers) if waiting else []
+    def finish(maker: FlowMelSynthesizer) -> Iterator[SpeechSample]:
+        mels = maker.synthesize([one.sound for one in waiting], speakers) if waiting else []
         for one, mel in zip(waiting, mels, strict=True):
             frames = min(
                 len(mel), -(-len(one.sound) // HOPS[SPEECH_SAMPLE_RATE])
@@ -170,20 +170,20 @@ def _said_again(
             yield found[1]
         else:
             try:
-                speakers.append(maker.speaker_in(found[0].beside("voice")))
+                speakers.append(maker.speaker_vector(found[0].path_of("voice")))
                 waiting.append(found[1])
             except Sa2jaxError as error:
                 yield Reject(found[0].where, str(error))
-            if len(waiting) == _AT_ONCE:
+            if len(waiting) == _BATCH_RECORDINGS:
                 yield from finish(maker)
     if maker is not None:
         yield from finish(maker)
 
 
-def _hear(item: Recording, rate: int, most: float) -> Utterance:
+def _load_sample(item: RecordingEntry, rate: int, most: float) -> SpeechSample:
     if item.problem:
         raise DataError(item.problem)
-    facts = {key: item.facts.get(key, "") for key in ("text", "speaker")}
+    facts = {key: item.values.get(key, "") for key in ("text", "speaker")}
     for key, value in facts.items():
         if not isinstance(value, str):
             raise DataError(f'expected "{key}" to be text, got {value!r}')
@@ -192,13 +192,13 @@ def _hear(item: Recording, rate: int, most: float) -> Utterance:
         raise DataError(f"{len(sound) / rate:.1f} s: expected at most {most:g} s")
     if not len(sound) or np.abs(sound).max() < SILENCE:
         raise DataError("silence")
-    letters = len(letters_of(facts["text"]))
-    if letters > MOST_LETTERS * len(sound) / rate:
+    letters = len(letter_ids(facts["text"]))
+    if letters > MAX_LETTERS_PER_SECOND * len(sound) / rate:
         raise DataError(
-            f"{letters} letters in {len(sound) / rate:.1f} s: expected at most {MOST_LETTERS} a "
-            "second; the text does not belong to the recording, perhaps"
+            f"{letters} letters in {len(sound) / rate:.1f} s: expected at most "
+            f"{MAX_LETTERS_PER_SECOND} a second; the text does not belong to the recording, perhaps"
         )
-    return Utterance(audio.pcm_16(sound), **facts, pitch=np.zeros(0, np.float32))
+    return SpeechSample(audio.pcm_16(sound), **facts, pitch=np.zeros(0, np.float32))
 
 
 def _pitch_finder() -> Callable[[np.ndarray], np.ndarray]:
@@ -216,7 +216,7 @@ def _pitch_finder() -> Callable[[np.ndarray], np.ndarray]:
         # Every 10 ms from 0 on: each other one is the middle of a frame.
         period = 500.0 * hop / rate
         found, times = pyworld.dio(  # type: ignore[missing-attribute]
-            wave, rate, f0_floor=FLOOR, f0_ceil=CEILING, frame_period=period
+            wave, rate, f0_floor=MIN_PITCH, f0_ceil=MAX_PITCH, frame_period=period
         )
         found = pyworld.stonemask(wave, found, times, rate)  # type: ignore[missing-attribute]
         return found[1::2][: -(-len(sound) // hop)].astype(np.float32)
@@ -224,7 +224,7 @@ def _pitch_finder() -> Callable[[np.ndarray], np.ndarray]:
     return find
 
 
-def pack(found: Utterance) -> bytes:
+def encode_speech_sample(found: SpeechSample) -> bytes:
     """An utterance as one safetensors blob."""
     text = {"text": found.text, "speaker": found.speaker}
     arrays = {name: np.frombuffer(value.encode(), np.uint8) for name, value in text.items()}
@@ -232,22 +232,22 @@ def pack(found: Utterance) -> bytes:
     return save(arrays | {"sound": found.sound, "pitch": found.pitch} | more)
 
 
-def unpack(blob: bytes) -> Utterance:
-    """What `pack` packed."""
+def decode_speech_sample(blob: bytes) -> SpeechSample:
+    """What `encode_speech_sample` packed."""
     arrays = load(blob)
     text, speaker = (arrays[name].tobytes().decode() for name in ("text", "speaker"))
     mel = {"mel": arrays["mel"]} if "mel" in arrays else {}
-    return Utterance(arrays["sound"], text, speaker, arrays["pitch"], **mel)
+    return SpeechSample(arrays["sound"], text, speaker, arrays["pitch"], **mel)
 
 
-def read_speech_about(folder: Path, rate: int | None = None) -> tuple[dict[str, Any], np.ndarray]:
+def read_speech_info(folder: Path, rate: int | None = None) -> tuple[dict[str, Any], np.ndarray]:
     """What a prepared folder says of itself, and the lengths of its clips in frames.
 
     Raises:
         DataError: if it is none, is damaged, or was prepared at another rate.
     """
     keys, command = ["rate", "speakers", "pitch"], "sa2jax data prepare-speech"
-    about, lengths = read_samples_about(folder, FORMAT, keys, "recordings", command)
+    about, lengths = read_samples_info(folder, FORMAT, keys, "recordings", command)
     if rate is not None and about["rate"] != rate:
         raise DataError(
             f"{folder} holds sound at {about['rate']} Hz: expected {rate}; `{command} --rate "
@@ -256,22 +256,22 @@ def read_speech_about(folder: Path, rate: int | None = None) -> tuple[dict[str, 
     return about, lengths
 
 
-def letter_room(frames: int) -> int:
+def max_letters(frames: int) -> int:
     """Letters for which a row of so many frames (10 ms) has room."""
-    return -(-frames * MOST_LETTERS // MEL_RATE)
+    return -(-frames * MAX_LETTERS_PER_SECOND // MEL_RATE)
 
 
-class _Utterances:
+class _SpeechSamples:
     """The clips of a folder."""
 
     def __init__(self, folder: Path, count: int):
-        self.folder, self._samples = folder, Samples(folder, count)
+        self.folder, self._samples = folder, SampleFile(folder, count)
 
-    def __getitem__(self, index: int) -> Utterance:
+    def __getitem__(self, index: int) -> SpeechSample:
         try:
-            return unpack(self._samples[index])
+            return decode_speech_sample(self._samples[index])
         except (ValueError, KeyError, TypeError) as error:
-            raise damaged(self.folder, error) from None
+            raise damaged_error(self.folder, error) from None
 
 
 # --- batches of whole clips ---------------------------------------------------------------------
@@ -307,22 +307,22 @@ class ClipData(BucketData[SoundBatch[np.ndarray]]):
     """
 
     unit = "frames"
-    units_a_second = MEL_RATE
+    units_per_second = MEL_RATE
 
     def __init__(
         self, config: ClipConfig, *, seed: int, speakers: Sequence[str] | None = None,
         host: int = 0, hosts: int = 1,
     ):  # fmt: skip
         folder = Path(config.folder)
-        self.about, lengths = read_speech_about(folder, SAMPLE_RATE)
+        self.about, lengths = read_speech_info(folder, SAMPLE_RATE)
         self.speakers = tuple(self.about["speakers"] if speakers is None else speakers)
         self._numbers = {name: number for number, name in enumerate(self.speakers)}
-        self._clips, identity = _Utterances(folder, len(lengths)), self.about["fingerprint"]
+        self._clips, identity = _SpeechSamples(folder, len(lengths)), self.about["fingerprint"]
         super().__init__(config, folder, lengths, identity, seed=seed, host=host, hosts=hosts)
 
     def _batch(self, room: int, chosen: Sequence[int]) -> tuple[SoundBatch, int]:
         hop, rows = HOPS[SAMPLE_RATE], len(chosen)
-        most = letter_room(room)
+        most = max_letters(room)
         sound = np.zeros((rows, room * hop), np.float32)
         lengths, counts = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
         letters, speaker = np.zeros((rows, most), np.int32), np.full(rows, -1, np.int32)
@@ -330,9 +330,9 @@ class ClipData(BucketData[SoundBatch[np.ndarray]]):
             if index < 0:
                 continue
             clip = self._clips[index]
-            found = letters_of(clip.text)
+            found = letter_ids(clip.text)
             if len(found) > most:
-                raise damaged(self.folder, ValueError(f"clip {index}: {len(found)} letters"))
+                raise damaged_error(self.folder, ValueError(f"clip {index}: {len(found)} letters"))
             lengths[row], counts[row] = len(clip.sound), len(found)
             sound[row, : len(clip.sound)] = clip.sound / np.float32(32768)
             letters[row, : len(found)] = found
@@ -382,12 +382,12 @@ class CropData(BucketData[VocoderBatch[np.ndarray]]):
     """
 
     unit = "frames"
-    units_a_second = SPEECH_MEL_RATE
+    units_per_second = SPEECH_MEL_RATE
 
     def __init__(self, config: CropConfig, *, seed: int, host: int = 0, hosts: int = 1):
         folder = Path(config.folder)
-        self.about, lengths = read_speech_about(folder, SPEECH_SAMPLE_RATE)
-        self._clips = _Utterances(folder, len(lengths))
+        self.about, lengths = read_speech_info(folder, SPEECH_SAMPLE_RATE)
+        self._clips = _SpeechSamples(folder, len(lengths))
         pieces = np.maximum(lengths // config.crop, 1)
         self._owner = np.repeat(np.arange(len(lengths)), pieces)
         self._whole = lengths

@@ -1,8 +1,8 @@
 """Speech codes: what teaches the S3 tokenizer to hear letters through its rounding.
 
-    model = tokenizer_teacher(config)
-    params = init_tokenizer(config)
-    optimizer = make_optimizer(OptimizerConfig(rate=2e-3, warmup=100, steps=1500, decay=0.01))
+    model = speech_tokenizer_with_heads(config)
+    params = init_speech_tokenizer(config)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=2e-3, steps=1500))
     step = make_loss_step(tokenizer_loss, model, optimizer)
     state = init_state(model, optimizer, None, params)
     state, report = step(state, batch)
@@ -42,47 +42,47 @@ from sa2jax.nn import (
 )
 from sa2jax.speech_config import SpeechTokenizerConfig
 from sa2jax.train.networks.recognition import (
-    Disturbance,
-    Heard,
+    Augmentation,
+    CTCHead,
+    CTCLogits,
+    RecognitionOutput,
     SoundBatch,
-    Spelled,
-    Speller,
-    best_letters,
+    augment_waveform,
+    ctc_greedy_decode,
     ctc_loss,
-    disturbed,
-    loss_of,
-    loud,
-    masked,
+    loss_from_forward,
+    scale_conv_init,
+    spec_augment,
 )
 
 FRAMES = 4  # mel frames (100 Hz) of a code (25 Hz)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerTeaching:
+class SpeechTokenizerLossConfig:
     """How the tokenizer is taught.
 
     Attributes:
-        disturbance: of what it hears; None for none. Mel frames are told as they were before it.
-        early: weight of the letters that are read before the rounding.
-        mels: weight of the mel frames' error.
-        spread: weight of what keeps digits apart and their levels equally frequent, see `uneven`
-            and `overshoot`; without it a tokenizer uses a handful of codes before it hears its
-            first letters.
+        augmentation: of what it hears; None for none. Mel frames are told as they were before it.
+        intermediate_ctc_weight: weight of the letters that are read before the rounding.
+        mel_weight: weight of the mel frames' error.
+        codebook_weight: weight of what keeps digits apart and their levels equally frequent, see
+            `codebook_balance_loss` and `saturation_loss`; without it a tokenizer uses a handful of
+            codes before it hears its first letters.
     """
 
-    disturbance: Disturbance | None = field(default_factory=Disturbance)
-    early: float = 1.0
-    mels: float = 1.0
-    spread: float = 1.0
+    augmentation: Augmentation | None = field(default_factory=Augmentation)
+    intermediate_ctc_weight: float = 1.0
+    mel_weight: float = 1.0
+    codebook_weight: float = 1.0
 
     def __post_init__(self):
-        for name in ("early", "mels", "spread"):
+        for name in ("intermediate_ctc_weight", "mel_weight", "codebook_weight"):
             if not getattr(self, name) >= 0:
                 raise TrainError(f"{name}={getattr(self, name)}: expected a number of 0 or more")
 
 
-class TokenizerHeads(nnx.Module):
+class SpeechTokenizerHeads(nnx.Module):
     """What reads letters and mel frames from digits.
 
     Args:
@@ -98,16 +98,16 @@ class TokenizerHeads(nnx.Module):
         self.embed = Linear({"digits": cfg.digits}, embed, **make)
         self.layers = stack(lambda rngs: Layer(cfg, policy=policy, rngs=rngs), layers, rngs)
         self.norm = LayerNorm(cfg.embed, **make)
-        self.letters = Speller(cfg.embed, **make)
+        self.letters = CTCHead(cfg.embed, **make)
         self.early_norm = LayerNorm(cfg.embed, **make)
-        self.early = Speller(cfg.embed, **make)
+        self.early = CTCHead(cfg.embed, **make)
         self.near = Conv1d(cfg.digits, cfg.embed, kernel=5, padding=2, **make)
         self.voice = Linear({"statistics": 2 * cfg.mels}, embed, **make)
         self.mix = Linear(embed, embed, **make)
         self.mels = Linear(embed, {"frames": FRAMES, "bands": cfg.mels}, **make)
 
-    def spell(self, digits: Float[Array, "B S G"], lengths: Int[Array, "B"]) -> Spelled:
-        """Logits of letters, see `Speller`."""
+    def ctc_logits(self, digits: Float[Array, "B S G"], lengths: Int[Array, "B"]) -> CTCLogits:
+        """Logits of letters, see `CTCHead`."""
         own = before(lengths, digits.shape[1])
 
         def layer(x, layer_and_index):
@@ -116,11 +116,13 @@ class TokenizerHeads(nnx.Module):
         x, _ = over_layers(layer, self.embed(digits), self.layers)
         return self.letters(self.norm(x), lengths)
 
-    def spell_early(self, hidden: Float[Array, "B S D"], lengths: Int[Array, "B"]) -> Spelled:
+    def intermediate_ctc_logits(
+        self, hidden: Float[Array, "B S D"], lengths: Int[Array, "B"]
+    ) -> CTCLogits:
         """Logits of letters from what is rounded later."""
         return self.early(self.early_norm(hidden), lengths)
 
-    def tell(
+    def predict_mels(
         self, digits: Float[Array, "B S G"], voice: Float[Array, "B C"]
     ) -> Float[Array, "B S F M"]:
         """The mel frames of each code, from it and its neighbours, in bands of mean 0."""
@@ -128,7 +130,7 @@ class TokenizerHeads(nnx.Module):
         return self.mels(jax.nn.gelu(self.mix(x)))
 
 
-class TokenizerTeacher(nnx.Module):
+class SpeechTokenizerWithHeads(nnx.Module):
     """A tokenizer and what it is taught with: parameters `model` and `heads`."""
 
     def __init__(
@@ -136,36 +138,38 @@ class TokenizerTeacher(nnx.Module):
     ):
         self.cfg = cfg
         self.model = SpeechTokenizer(cfg, policy=policy, rngs=rngs)
-        self.heads = TokenizerHeads(cfg, layers, policy=policy, rngs=rngs)
+        self.heads = SpeechTokenizerHeads(cfg, layers, policy=policy, rngs=rngs)
 
 
 @cache
-def tokenizer_teacher(
+def speech_tokenizer_with_heads(
     cfg: SpeechTokenizerConfig, policy: Policy | None = None, *, layers: int = 1
-) -> Functional[TokenizerTeacher]:
+) -> Functional[SpeechTokenizerWithHeads]:
     """The structure of a config's tokenizer and its heads; allocates nothing."""
     policy = Policy() if policy is None else policy
-    return functional(lambda: TokenizerTeacher(cfg, layers=layers, policy=policy, rngs=nnx.Rngs(0)))
+    return functional(
+        lambda: SpeechTokenizerWithHeads(cfg, layers=layers, policy=policy, rngs=nnx.Rngs(0))
+    )
 
 
-def init_tokenizer(
+def init_speech_tokenizer(
     cfg: SpeechTokenizerConfig, policy: Policy | None = None, *, layers: int = 1, seed: int = 0
 ) -> Params:
-    """Random parameters of tokenizer and heads, see `loud`."""
+    """Random parameters of tokenizer and heads, see `scale_conv_init`."""
     policy = Policy() if policy is None else policy
     params = init_params(
-        lambda: TokenizerTeacher(cfg, layers=layers, policy=policy, rngs=nnx.Rngs(seed))
+        lambda: SpeechTokenizerWithHeads(cfg, layers=layers, policy=policy, rngs=nnx.Rngs(seed))
     )
-    return params | {"model": loud(params["model"])}
+    return params | {"model": scale_conv_init(params["model"])}
 
 
-def soft_digits(x: Float[Array, "B S G"]) -> Float[Array, "B S G"]:
+def straight_through_digits(x: Float[Array, "B S G"]) -> Float[Array, "B S G"]:
     """Digits −1, 0 and 1 of what tanh is taken of; their gradient is that before the rounding."""
     x = jnp.tanh(x) * FSQ_SCALE
     return x + jax.lax.stop_gradient(jnp.round(x) - x)
 
 
-def overshoot(x: Float[Array, "B S G"], lengths: Int[Array, "B"]) -> Float[Array, ""]:
+def saturation_loss(x: Float[Array, "B S G"], lengths: Int[Array, "B"]) -> Float[Array, ""]:
     """Mean squared distance beyond −1 and 1 of what tanh is taken of.
 
     Where tanh is flat no gradient brings a digit back: without this 98 % of them end as −1 or 1,
@@ -177,7 +181,9 @@ def overshoot(x: Float[Array, "B S G"], lengths: Int[Array, "B"]) -> Float[Array
     return jnp.sum(jnp.where(own, jnp.square(beyond), 0)) / count
 
 
-def uneven(digits: Float[Array, "B S G"], lengths: Int[Array, "B"]) -> Float[Array, ""]:
+def codebook_balance_loss(
+    digits: Float[Array, "B S G"], lengths: Int[Array, "B"]
+) -> Float[Array, ""]:
     """How far digits are from three levels that are equally frequent and independent; 0 is best.
 
     The squared distance, per digit, of the mean from 0 and of the covariance from 2/3 on the
@@ -192,20 +198,20 @@ def uneven(digits: Float[Array, "B S G"], lengths: Int[Array, "B"]) -> Float[Arr
     return (jnp.sum(jnp.square(mean)) + jnp.sum(jnp.square(off))) / len(mean)
 
 
-def codes_of(digits: Float[Array, "B S G"], lengths: Int[Array, "B"]) -> Int[Array, "B S"]:
+def codes_from_digits(digits: Float[Array, "B S G"], lengths: Int[Array, "B"]) -> Int[Array, "B S"]:
     """Codes of digits, 0 beyond each clip's own."""
     whole = jnp.round(digits).astype(jnp.int32) + LEVELS // 2
     codes = whole @ (LEVELS ** jnp.arange(digits.shape[-1], dtype=jnp.int32))
     return jnp.where(before(lengths, codes.shape[1]), codes, 0)
 
 
-def tokenizer_heard(
-    model: Functional[TokenizerTeacher],
+def speech_tokenizer_forward(
+    model: Functional[SpeechTokenizerWithHeads],
     params: Params,
     batch: SoundBatch[Array],
     key: Array | None = None,
-    config: TokenizerTeaching | None = None,
-) -> Heard:
+    config: SpeechTokenizerLossConfig | None = None,
+) -> RecognitionOutput:
     """How badly letters and mel frames can be read from a batch's codes.
 
     Args:
@@ -213,52 +219,53 @@ def tokenizer_heard(
         params: their parameters.
         batch: clips.
         key: of all that is drawn; None to disturb nothing.
-        config: how, by default `TokenizerTeaching()`.
+        config: how, by default `SpeechTokenizerLossConfig()`.
 
     Returns:
-        The weighted sum of errors, letters, codes, and scalars to report: `ctc` and `early_ctc`
-        (nats per letter), `mels` (mean error of `s3_log_mel`), `uneven`, `overshoot`, `used`
-        (share of the codebook that the batch uses), `letters` and `left_out`, see `ctc_loss`.
+        The weighted sum of errors, letters, codes, and scalars to report: `ctc` and
+        `intermediate_ctc` (nats per letter), `mel_error` (of `s3_log_mel`), `codebook_balance`,
+        `saturation`, `codebook_usage` (share of the codebook that the batch uses), `letters` and
+        `skipped`, see `ctc_loss`.
     """
-    config = TokenizerTeaching() if config is None else config
+    config = SpeechTokenizerLossConfig() if config is None else config
     teacher = model.bind(params)
     net, heads, bands = teacher.model, teacher.heads, teacher.cfg.mels
     with jax.named_scope("front_end"):
         frames = batch.lengths // HOP
         clean = s3_log_mel(batch.sound, batch.lengths, n_mels=bands)
         mels = clean
-        if key is not None and config.disturbance is not None:
-            sound = disturbed(batch, key, config.disturbance)
+        if key is not None and config.augmentation is not None:
+            sound = augment_waveform(batch, key, config.augmentation)
             mels = s3_log_mel(sound, batch.lengths, n_mels=bands)
-            mels = masked(mels, frames, key, config.disturbance)
+            mels = spec_augment(mels, frames, key, config.augmentation)
     hidden, lengths = net.encode(mels, frames), code_length(frames)
     raw = net.digits(hidden).astype(jnp.float32)
-    digits = soft_digits(raw)
+    digits = straight_through_digits(raw)
     digits = jnp.where(before(lengths, digits.shape[1])[..., None], digits, 0)
     with jax.named_scope("letters"):
-        spelled = heads.spell(digits, lengths)
+        spelled = heads.ctc_logits(digits, lengths)
         ctc, report = ctc_loss(*spelled, batch.letters, batch.letter_counts)
-        early = heads.spell_early(hidden, lengths)
+        early = heads.intermediate_ctc_logits(hidden, lengths)
         early, _ = ctc_loss(*early, batch.letters, batch.letter_counts)
     with jax.named_scope("mels"):
         error = _mel_error(heads, digits, clean, frames)
-    codes = codes_of(digits, lengths)
+    codes = codes_from_digits(digits, lengths)
     seen = jnp.zeros(teacher.cfg.codebook).at[codes].max(before(lengths, codes.shape[1]))
-    bent, beyond = uneven(digits, lengths), overshoot(raw, lengths)
+    bent, beyond = codebook_balance_loss(digits, lengths), saturation_loss(raw, lengths)
     report |= {
-        "ctc": ctc, "early_ctc": early, "mels": error, "uneven": bent, "overshoot": beyond,
-        "used": seen.mean(),
+        "ctc": ctc, "intermediate_ctc": early, "mel_error": error, "codebook_balance": bent,
+        "saturation": beyond, "codebook_usage": seen.mean(),
     }  # fmt: skip
-    spread = config.spread * (bent + beyond)
-    loss = ctc + config.early * early + config.mels * error + spread
-    return Heard(loss, report, letters=best_letters(*spelled), codes=codes)
+    spread = config.codebook_weight * (bent + beyond)
+    loss = ctc + config.intermediate_ctc_weight * early + config.mel_weight * error + spread
+    return RecognitionOutput(loss, report, letters=ctc_greedy_decode(*spelled), codes=codes)
 
 
-tokenizer_loss = loss_of(tokenizer_heard)
+speech_tokenizer_loss = loss_from_forward(speech_tokenizer_forward)
 
 
 def _mel_error(
-    heads: TokenizerHeads,
+    heads: SpeechTokenizerHeads,
     digits: Float[Array, "B S G"],
     mels: Float[Array, "B M T"],
     frames: Int[Array, "B"],
@@ -270,13 +277,13 @@ def _mel_error(
     mels = jnp.where(own, mels - mean, 0)
     spread = jnp.sqrt(jnp.sum(jnp.square(mels), axis=2, keepdims=True) / count + 1e-8)
     voice = jnp.concatenate([mean, spread], axis=1)[..., 0]
-    told = heads.tell(digits, voice)  # [B, S, F, M]
+    told = heads.predict_mels(digits, voice)  # [B, S, F, M]
     told = told.reshape(told.shape[0], -1, told.shape[-1]).swapaxes(1, 2)[..., : mels.shape[2]]
     total = jnp.maximum(jnp.sum(frames) * mels.shape[1], 1)
     return jnp.sum(jnp.where(own, jnp.abs(told - mels), 0)) / total
 
 
-def code_usage(codes: Int[np.ndarray, "N"]) -> dict[str, float]:
+def codebook_usage(codes: Int[np.ndarray, "N"]) -> dict[str, float]:
     """How many different codes there are, and how many there would be if all were equally frequent.
 
     Args:

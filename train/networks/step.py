@@ -1,7 +1,7 @@
 """The step and the evaluation of any loss of rows: what single networks are trained with.
 
-    step = make_loss_step(flow_loss, model, optimizer, Teaching(), mesh, seed=0)
-    state, report = step(state, place_rows(batch, mesh))
+    step = make_loss_step(flow_loss, model, optimizer, FlowLossConfig(), mesh, seed=0)
+    state, report = step(state, place_network_batch(batch, mesh))
 
 A batch is a dataclass of arrays whose first axis is that of its rows. A loss is a function of a
 structure, its parameters, a batch, the key of all that is drawn, and how is taught; it gives a
@@ -20,18 +20,18 @@ from jaxtyping import Array, Float
 
 from sa2jax.nn import Functional, Params
 from sa2jax.sharding import placed, sharding_of, using
-from sa2jax.train.optimizer import Optimizer, join
-from sa2jax.train.state import Step, TrainState, compiled, updated
+from sa2jax.train.optimizer import Optimizer, combine
+from sa2jax.train.state import TrainState, TrainStep, apply_gradient, jit_step
 
 TRACES: Counter[str] = Counter()  # how often steps and evaluations have been traced
 
 BatchT = TypeVar("BatchT")
 Report = dict[str, Float[Array, ""]]
-Loss = Callable[..., tuple[Float[Array, ""], Report]]
+LossFunction = Callable[..., tuple[Float[Array, ""], Report]]
 
 
 def make_loss_step(
-    loss: Loss,
+    loss: LossFunction,
     model: Functional[Any],
     optimizer: Optimizer,
     config: Any = None,
@@ -39,11 +39,12 @@ def make_loss_step(
     *,
     seed: int = 0,
     unroll: bool = False,
-) -> Step:
+) -> TrainStep:
     """The step of a loss: `state, report = step(state, batch)`; see `train.state`.
 
     What is drawn depends on the seed and on `state.step`, so a run that goes on from a checkpoint
-    draws what it would have drawn. The report has `loss`, `norm`, `rate` and what the loss reports.
+    draws what it would have drawn. The report has `loss`, `grad_norm`, `learning_rate` and what
+    the loss reports.
 
     Args:
         loss: what is made small.
@@ -54,21 +55,25 @@ def make_loss_step(
         seed: of all that is drawn.
         unroll: write out layers, see `nn.unrolling`.
     """
-    places = None if mesh is None else optimizer.split(model.shardings(mesh))[0]
+    places = None if mesh is None else optimizer.partition(model.shardings(mesh))[0]
 
     def step(state: TrainState, batch: Any):
         TRACES["step"] += 1
-        trained, frozen = optimizer.split(state.params)
+        trained, frozen = optimizer.partition(state.params)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        of_trained = lambda part: loss(model, join(part, frozen), batch, key, config)
+        of_trained = lambda part: loss(model, combine(part, frozen), batch, key, config)
         (value, report), gradient = jax.value_and_grad(of_trained, has_aux=True)(trained)
         if mesh is not None:
             gradient = jax.lax.with_sharding_constraint(gradient, places)
-        new, norm = updated(optimizer, state, gradient)
-        report = report | {"loss": value, "norm": norm, "rate": optimizer.schedule(state.step)}
+        new, norm = apply_gradient(optimizer, state, gradient)
+        report = report | {
+            "loss": value,
+            "grad_norm": norm,
+            "learning_rate": optimizer.schedule(state.step),
+        }
         return new, {name: jnp.asarray(scalar, jnp.float32) for name, scalar in report.items()}
 
-    return compiled(step, model, optimizer, mesh, unroll=unroll)
+    return jit_step(step, model, optimizer, mesh, unroll=unroll)
 
 
 def make_loss_evaluation(
@@ -101,12 +106,12 @@ def make_loss_evaluation(
     return run
 
 
-def place_rows(batch: BatchT, mesh: Mesh | None) -> BatchT:
+def place_network_batch(batch: BatchT, mesh: Mesh | None) -> BatchT:
     """A batch on its devices, split by rows; in a run of one host."""
     return jax.device_put(batch, None if mesh is None else _shardings(batch, mesh))
 
 
-def abstract_rows(make: Callable[[], BatchT], mesh: Mesh | None) -> BatchT:
+def abstract_network_batch(make: Callable[[], BatchT], mesh: Mesh | None) -> BatchT:
     """Shapes and places of the batch that `make` builds; nothing is allocated."""
     batch = jax.eval_shape(make)
     return batch if mesh is None else placed(batch, _shardings(batch, mesh))

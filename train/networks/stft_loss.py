@@ -44,7 +44,7 @@ def windows_inside(
     return found[..., None]
 
 
-def spectral_distance(
+def multi_resolution_stft_loss(
     made: Float[Array, "B N"],
     true: Float[Array, "B N"],
     first: Int[Array, "B"],

@@ -7,7 +7,7 @@
 
 The result is a whole folder: the network that has learnt, beside everything else as it was. Of the
 detokenizer that is the flow, the vocoder, the speech tokenizer or the speaker encoder; of a model
-its audio encoder. `SUBJECTS` says what each of them is taught with.
+its audio encoder. `TRAINERS` says what each of them is taught with.
 """
 
 from collections import defaultdict
@@ -30,8 +30,8 @@ from sa2jax.evaluate.words import word_errors
 from sa2jax.models.speech_tokenizer import code_length
 from sa2jax.nn import Functional, Params
 from sa2jax.train import loop
-from sa2jax.train.log import Log, Meter
-from sa2jax.train.loop import Outcome, Task
+from sa2jax.train.log import Meter, TrainingLog
+from sa2jax.train.loop import TrainingTask, TrainResult
 from sa2jax.train.networks import (
     audio_encoder,
     flow,
@@ -41,13 +41,18 @@ from sa2jax.train.networks import (
     vocoder,
 )
 from sa2jax.train.networks.flow_data import FlowData, FlowDataConfig
-from sa2jax.train.networks.model_io import OpenEncoder, OpenNetwork, open_encoder, open_network
+from sa2jax.train.networks.model_io import (
+    DetokenizerNetwork,
+    EncoderNetwork,
+    open_audio_encoder,
+    open_detokenizer_network,
+)
 from sa2jax.train.networks.recipes import (
-    EncoderRecipe,
+    AudioEncoderRecipe,
     FlowRecipe,
     NetworkRecipe,
-    SpeakerRecipe,
-    TokenizerRecipe,
+    SpeakerEncoderRecipe,
+    SpeechTokenizerRecipe,
     VocoderRecipe,
 )
 from sa2jax.train.networks.recognition import SoundBatch
@@ -56,35 +61,50 @@ from sa2jax.train.networks.speech_data import (
     ClipData,
     CropConfig,
     CropData,
-    letter_room,
-    read_speech_about,
+    max_letters,
+    read_speech_info,
 )
-from sa2jax.train.networks.step import Loss, make_loss_evaluation, make_loss_step, place_rows
+from sa2jax.train.networks.step import (
+    LossFunction,
+    make_loss_evaluation,
+    make_loss_step,
+    place_network_batch,
+)
 from sa2jax.train.optimizer import make_optimizer
-from sa2jax.train.recipe import ENCODER, FLOW, SPEAKER, TOKENIZER, VOCODER, build, values_of
+from sa2jax.train.recipe import (
+    AUDIO_ENCODER,
+    FLOW,
+    SPEAKER_ENCODER,
+    SPEECH_TOKENIZER,
+    VOCODER,
+    build_config,
+    recipe_values_of_kind,
+)
 from sa2jax.train.state import TrainState, abstract_state, init_state
 
 
 def read_network_recipe(
     source: str | Path, changes: Mapping[str, Any] | None = None, *, kind: str = FLOW
 ) -> NetworkRecipe:
-    """A recipe by its name or file; see `language.recipe.read_recipe`.
+    """A recipe by its name or file; see `language.recipe.read_language_recipe`.
 
     Raises:
         ConfigError: for a key that does not exist, a value of another kind, or a recipe of one.
     """
-    return build(SUBJECTS[kind].recipe, values_of(kind, source, changes), str(source))
+    return build_config(
+        TRAINERS[kind].recipe, recipe_values_of_kind(kind, source, changes), str(source)
+    )
 
 
 # --- what each is taught with ---------------------------------------------------------------------
 
-Found = OpenNetwork | OpenEncoder
-FoundT = TypeVar("FoundT", OpenNetwork, OpenEncoder)
+Found = DetokenizerNetwork | EncoderNetwork
+FoundT = TypeVar("FoundT", DetokenizerNetwork, EncoderNetwork)
 Measure = Callable[[Params, Iterator[Any]], dict[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject(Generic[FoundT]):
+class NetworkTrainer(Generic[FoundT]):
     """How one kind of network is trained.
 
     Attributes:
@@ -105,7 +125,7 @@ class Subject(Generic[FoundT]):
     open: Callable[[str, str], FoundT]
     data: Callable[..., Any]
     batch: Callable[[FoundT, Any, Mesh | None, int], Any]
-    loss: Loss
+    loss: LossFunction
     measure: Callable[[Functional[Any], Mesh | None, Any], Measure]
     unit: str
     longest: Callable[[Any], int]
@@ -114,13 +134,13 @@ class Subject(Generic[FoundT]):
     learnt: Callable[[Params], Params] = lambda params: params
 
 
-def train_network(recipe: NetworkRecipe, out: str | Path, **options: Any) -> Outcome:
+def train_network(recipe: NetworkRecipe, out: str | Path, **options: Any) -> TrainResult:
     """Train as a recipe says; goes on from the last checkpoint if there is one.
 
     Args:
         recipe: everything that the run depends on.
         out: the run's folder, made if need be; the whole will be in `out`/model.
-        **options: see `loop.run`.
+        **options: see `loop.run_training`.
 
     Raises:
         DataError: if the data cannot be used, or was heard by another model.
@@ -130,10 +150,10 @@ def train_network(recipe: NetworkRecipe, out: str | Path, **options: Any) -> Out
         CheckpointError: if the model cannot be read or something not be written.
     """
     task = make_network_task(recipe, Path(out))
-    return loop.run(task, recipe.pace, out, steps=recipe.optimizer.steps, **options)
+    return loop.run_training(task, recipe.intervals, out, steps=recipe.optimizer.steps, **options)
 
 
-def make_network_task(recipe: NetworkRecipe, out: Path) -> Task:
+def make_network_task(recipe: NetworkRecipe, out: Path) -> TrainingTask:
     """What a recipe trains; of the weights nothing is kept yet.
 
     Args:
@@ -152,8 +172,8 @@ def make_network_task(recipe: NetworkRecipe, out: Path) -> Task:
             f"{jax.process_count()} processes: a single network is trained by one, on all devices "
             "of its host; run the command there alone, without --distributed"
         )
-    subject, mesh = SUBJECTS[recipe.kind], loop.mesh_of(recipe.mesh)
-    network = subject.open(recipe.network.folder, recipe.network.compute)
+    subject, mesh = TRAINERS[recipe.kind], loop.mesh_from_spec(recipe.mesh)
+    network = subject.open(recipe.network.folder, recipe.network.compute_dtype)
     if out.resolve().is_relative_to(network.folder.resolve()):
         raise TrainError(
             f"{out} is inside of the model's folder, which would be copied into itself: "
@@ -161,7 +181,7 @@ def make_network_task(recipe: NetworkRecipe, out: Path) -> Task:
         )
 
     # --- input --------------------------------------------------------------------------------
-    loop.rows_at_once(recipe.data.rows, 0, mesh)
+    loop.micro_batch_rows(recipe.data.rows, 0, mesh)
     data = subject.data(network, recipe.data, seed=recipe.seed)
 
     # --- model and update ---------------------------------------------------------------------
@@ -179,45 +199,60 @@ def make_network_task(recipe: NetworkRecipe, out: Path) -> Task:
         most = recipe.evaluate.batches
 
         def evaluate(state: TrainState) -> dict[str, float]:
-            batches = (place_rows(batch, mesh) for batch in islice(open_held_out(), most))
+            batches = (place_network_batch(batch, mesh) for batch in islice(open_held_out(), most))
             found = measure(state.params, batches)
             return {f"evaluate/{name}": value for name, value in found.items()}
 
     def load() -> Params:
-        return subject.start(network, recipe.data, network.load(mesh), recipe.seed)
+        return subject.start(network, recipe.data, network.load_params(mesh), recipe.seed)
 
-    return Task(
-        title=loop.describe(recipe.kind, like, optimizer, mesh),
-        facts={"recipe": recipe.plain(), "model": network.fingerprint(), "data": data.fingerprint},
-        data=data, finite=recipe.data.epochs is not None, optimizer=optimizer, like=like,
-        load=load, begin=partial(init_state, model, optimizer, mesh),
+    return TrainingTask(
+        title=loop.describe_training(recipe.kind, like, optimizer, mesh),
+        metadata={
+            "recipe": recipe.to_dict(),
+            "model": network.fingerprint(),
+            "data": data.fingerprint,
+        },
+        data=data,
+        finite=recipe.data.epochs is not None,
+        optimizer=optimizer,
+        abstract_state=like,
+        load_params=load,
+        init_state=partial(init_state, model, optimizer, mesh),
         step=make_loss_step(
-            subject.loss, model, optimizer, recipe.teaching, mesh, seed=recipe.seed,
+            subject.loss,
+            model,
+            optimizer,
+            recipe.loss,
+            mesh,
+            seed=recipe.seed,
             unroll=recipe.unroll,
         ),
-        place=partial(place_rows, mesh=mesh), evaluate=evaluate,
-        finish=partial(_write_results, subject, network), meter=Meter((0.0, 0.0), 0.0),
-    )  # fmt: skip
+        place_batch=partial(place_network_batch, mesh=mesh),
+        evaluate=evaluate,
+        write_results=partial(_write_results, subject, network),
+        meter=Meter((0.0, 0.0), 0.0),
+    )
 
 
 def _write_results(
-    subject: Subject[Any], network: Found, state: TrainState, out: Path, log: Log
+    subject: NetworkTrainer[Any], network: Found, state: TrainState, out: Path, log: TrainingLog
 ) -> dict[str, Path]:
     """The whole folder of a run that is done."""
     results = {"model": out / "model"}
     for note in network.save(subject.learnt(state.params), results["model"]):
-        log.say(f"note: {note}")
+        log.print(f"note: {note}")
     return results
 
 
 # --- evaluation ---------------------------------------------------------------------------------
 
 
-def _mean_loss(loss: Loss) -> Callable[..., Measure]:
+def _mean_loss(loss: LossFunction) -> Callable[..., Measure]:
     """The mean loss over frames, each batch with several draws that are always the same."""
 
     def make(model: Functional[Any], mesh: Mesh | None, recipe: NetworkRecipe) -> Measure:
-        compiled = make_loss_evaluation(loss, model, recipe.teaching, mesh)
+        compiled = make_loss_evaluation(loss, model, recipe.loss, mesh)
         draws = 1 if recipe.evaluate is None else recipe.evaluate.draws
 
         def measure(params: Params, batches: Iterator[Any]) -> dict[str, float]:
@@ -237,16 +272,16 @@ def _mean_loss(loss: Loss) -> Callable[..., Measure]:
 
 def _mean_flow_loss(model: Functional[Any], mesh: Mesh | None, recipe: NetworkRecipe) -> Measure:
     """The flow's, of which no condition is dropped."""
-    whole = replace(recipe, teaching=replace(recipe.teaching, drop=0.0))
+    whole = replace(recipe, loss=replace(recipe.loss, cfg_dropout=0.0))
     return _mean_loss(flow.flow_loss)(model, mesh, whole)
 
 
-def _heard(hear: Callable[..., recognition.Heard]) -> Callable[..., Measure]:
+def _heard(hear: Callable[..., recognition.RecognitionOutput]) -> Callable[..., Measure]:
     """Mean loss and reports over clips; words that are wrong, and codes, where there are some."""
 
     def make(model: Functional[Any], mesh: Mesh | None, recipe: NetworkRecipe) -> Measure:
         require("jiwer")
-        compiled = make_loss_evaluation(hear, model, recipe.teaching, mesh)
+        compiled = make_loss_evaluation(hear, model, recipe.loss, mesh)
 
         def measure(params: Params, batches: Iterator[SoundBatch]) -> dict[str, float]:
             clips, sums, codes = 0, defaultdict(float), []
@@ -259,8 +294,8 @@ def _heard(hear: Callable[..., recognition.Heard]) -> Callable[..., Measure]:
                     sums[name] += float(found.report[name]) * len(real)
                 sums["loss"] += float(found.loss) * len(real)
                 if found.letters is not None:
-                    said += [recognition.text_of(given.letters[row]) for row in real]
-                    read += [recognition.text_of(found.letters[row]) for row in real]
+                    said += [recognition.letters_to_text(given.letters[row]) for row in real]
+                    read += [recognition.letters_to_text(found.letters[row]) for row in real]
                 if found.codes is not None:
                     counts = code_length(given.lengths // HOP)
                     codes += [found.codes[row][: counts[row]] for row in real]
@@ -268,7 +303,7 @@ def _heard(hear: Callable[..., recognition.Heard]) -> Callable[..., Measure]:
             if said:
                 errors, words = word_errors(said, read)
                 means["wer"] = sum(errors) / max(sum(words), 1)
-            return means | (speech_tokenizer.code_usage(np.concatenate(codes)) if codes else {})
+            return means | (speech_tokenizer.codebook_usage(np.concatenate(codes)) if codes else {})
 
         return measure
 
@@ -276,14 +311,16 @@ def _heard(hear: Callable[..., recognition.Heard]) -> Callable[..., Measure]:
 
 
 # Of what a batch of clips reports, the means over clips.
-MEANS = frozenset({"ctc", "mels", "uneven", "accuracy", "same", "other"})
+MEANS = frozenset(
+    {"ctc", "mel_error", "codebook_balance", "accuracy", "same_speaker", "other_speaker"}
+)
 
 
 # --- the table ------------------------------------------------------------------------------------
 
 
 def _flow_data(
-    network: OpenNetwork, config: FlowDataConfig, *, seed: int, of: Any = None
+    network: DetokenizerNetwork, config: FlowDataConfig, *, seed: int, of: Any = None
 ) -> FlowData:
     del of
     return FlowData(config, seed=seed, analysis=network.speech.analysis)
@@ -301,10 +338,12 @@ def _clips(network: Found, config: ClipConfig, *, seed: int, of: Any = None) -> 
 
 def _voices(config: ClipConfig) -> int:
     """How many speakers a folder knows."""
-    return len(read_speech_about(Path(config.folder), audio.SAMPLE_RATE)[0]["speakers"])
+    return len(read_speech_info(Path(config.folder), audio.SAMPLE_RATE)[0]["speakers"])
 
 
-def _flow_batch(network: OpenNetwork, recipe: Any, mesh: Mesh | None, rows: int) -> flow.FlowBatch:
+def _flow_batch(
+    network: DetokenizerNetwork, recipe: Any, mesh: Mesh | None, rows: int
+) -> flow.FlowBatch:
     return flow.abstract_flow_batch(network.cfg, mesh, rows, recipe.data.buckets[-1])
 
 
@@ -316,7 +355,7 @@ def _crop_batch(network: Found, recipe: Any, mesh: Mesh | None, rows: int) -> vo
 def _clip_batch(network: Found, recipe: Any, mesh: Mesh | None, rows: int) -> SoundBatch:
     del network
     longest = recipe.data.buckets[-1]
-    samples, letters = HOP * longest, letter_room(longest)
+    samples, letters = HOP * longest, max_letters(longest)
     return recognition.abstract_sound_batch(mesh, rows, samples, letters)
 
 
@@ -329,49 +368,80 @@ def _beside(fresh: Callable[[Any, Any, int], Params]) -> Callable[..., Params]:
     return start
 
 
-SUBJECTS: Mapping[str, Subject[Any]] = {
-    FLOW: Subject(
-        recipe=FlowRecipe, open=partial(open_network, FLOW), data=_flow_data, batch=_flow_batch,
-        loss=flow.flow_loss, measure=_mean_flow_loss, unit="codes",
+TRAINERS: Mapping[str, NetworkTrainer[Any]] = {
+    FLOW: NetworkTrainer(
+        recipe=FlowRecipe,
+        open=partial(open_detokenizer_network, FLOW),
+        data=_flow_data,
+        batch=_flow_batch,
+        loss=flow.flow_loss,
+        measure=_mean_flow_loss,
+        unit="codes",
         longest=lambda data: data.buckets[-1],
     ),
-    VOCODER: Subject(
-        recipe=VocoderRecipe, open=partial(open_network, VOCODER), data=_crops, batch=_crop_batch,
-        loss=vocoder.vocoder_loss, measure=_mean_loss(vocoder.vocoder_loss), unit="frames",
+    VOCODER: NetworkTrainer(
+        recipe=VocoderRecipe,
+        open=partial(open_detokenizer_network, VOCODER),
+        data=_crops,
+        batch=_crop_batch,
+        loss=vocoder.vocoder_loss,
+        measure=_mean_loss(vocoder.vocoder_loss),
+        unit="frames",
         longest=lambda data: data.crop,
     ),
-    TOKENIZER: Subject(
-        recipe=TokenizerRecipe, open=partial(open_network, "speech_tokenizer"), data=_clips,
-        batch=_clip_batch, loss=speech_tokenizer.tokenizer_loss,
-        measure=_heard(speech_tokenizer.tokenizer_heard), unit="frames",
+    SPEECH_TOKENIZER: NetworkTrainer(
+        recipe=SpeechTokenizerRecipe,
+        open=partial(open_detokenizer_network, "speech_tokenizer"),
+        data=_clips,
+        batch=_clip_batch,
+        loss=speech_tokenizer.speech_tokenizer_loss,
+        measure=_heard(speech_tokenizer.speech_tokenizer_forward),
+        unit="frames",
         longest=lambda data: data.buckets[-1],
-        model=lambda network, data: speech_tokenizer.tokenizer_teacher(network.cfg, network.policy),
-        start=_beside(
-            lambda network, data, seed: speech_tokenizer.init_tokenizer(network.cfg, seed=seed)
+        model=lambda network, data: speech_tokenizer.speech_tokenizer_with_heads(
+            network.cfg, network.policy
         ),
-        learnt=recognition.network,
+        start=_beside(
+            lambda network, data, seed: speech_tokenizer.init_speech_tokenizer(
+                network.cfg, seed=seed
+            )
+        ),
+        learnt=recognition.network_params,
     ),
-    SPEAKER: Subject(
-        recipe=SpeakerRecipe, open=partial(open_network, "speaker_encoder"), data=_clips,
-        batch=_clip_batch, loss=speaker_encoder.speaker_loss,
-        measure=_heard(speaker_encoder.speaker_heard), unit="frames",
+    SPEAKER_ENCODER: NetworkTrainer(
+        recipe=SpeakerEncoderRecipe,
+        open=partial(open_detokenizer_network, "speaker_encoder"),
+        data=_clips,
+        batch=_clip_batch,
+        loss=speaker_encoder.speaker_encoder_loss,
+        measure=_heard(speaker_encoder.speaker_encoder_forward),
+        unit="frames",
         longest=lambda data: data.buckets[-1],
-        model=lambda network, data: speaker_encoder.speaker_teacher(
+        model=lambda network, data: speaker_encoder.speaker_encoder_with_heads(
             network.cfg, network.policy, speakers=_voices(data)
         ),
-        start=_beside(lambda network, data, seed: speaker_encoder.init_speaker(
-            network.cfg, speakers=_voices(data), seed=seed
-        )),
-        learnt=recognition.network,
-    ),
-    ENCODER: Subject(
-        recipe=EncoderRecipe, open=open_encoder, data=_clips, batch=_clip_batch,
-        loss=audio_encoder.encoder_loss, measure=_heard(audio_encoder.encoder_heard),
-        unit="frames", longest=lambda data: data.buckets[-1],
-        model=lambda network, data: audio_encoder.encoder_teacher(network.cfg, network.policy),
         start=_beside(
-            lambda network, data, seed: audio_encoder.init_encoder(network.cfg, seed=seed)
+            lambda network, data, seed: speaker_encoder.init_speaker_encoder(
+                network.cfg, speakers=_voices(data), seed=seed
+            )
         ),
-        learnt=recognition.network,
+        learnt=recognition.network_params,
     ),
-}  # fmt: skip
+    AUDIO_ENCODER: NetworkTrainer(
+        recipe=AudioEncoderRecipe,
+        open=open_audio_encoder,
+        data=_clips,
+        batch=_clip_batch,
+        loss=audio_encoder.audio_encoder_loss,
+        measure=_heard(audio_encoder.audio_encoder_forward),
+        unit="frames",
+        longest=lambda data: data.buckets[-1],
+        model=lambda network, data: audio_encoder.audio_encoder_with_heads(
+            network.cfg, network.policy
+        ),
+        start=_beside(
+            lambda network, data, seed: audio_encoder.init_audio_encoder(network.cfg, seed=seed)
+        ),
+        learnt=recognition.network_params,
+    ),
+}

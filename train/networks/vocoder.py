@@ -1,11 +1,11 @@
 """The vocoder: the loss that teaches it to sound like recordings.
 
     model = vocoder(cfg)
-    rates = dict.fromkeys(FIRST_LAYERS, 2e-4)
-    how = OptimizerConfig(rate=2e-3, rates=rates, betas=(0.8, 0.99), decay=0.0)
+    overrides = dict.fromkeys(FIRST_LAYERS, 2e-4)
+    how = OptimizerConfig(learning_rate=2e-3, learning_rate_overrides=overrides, betas=(0.8, 0.99))
     optimizer = make_optimizer(how)
-    step = make_loss_step(vocoder_loss, model, optimizer, VocoderTeaching())
-    state = init_state(model, optimizer, None, fresh_vocoder(cfg, seed=0))
+    step = make_loss_step(vocoder_loss, model, optimizer, VocoderLossConfig())
+    state = init_state(model, optimizer, None, init_vocoder(cfg, seed=0))
     state, report = step(state, batch)  # the old state is used up
 
 Source: HiFTNet (arXiv 2309.09493) with the multi-resolution STFT loss of Parallel WaveGAN (arXiv
@@ -29,51 +29,60 @@ from sa2jax.errors import TrainError
 from sa2jax.models.vocoder import Vocoder, vocoder
 from sa2jax.nn import ArrayT, Functional, Params, Policy, before, init_params
 from sa2jax.speech_config import VocoderConfig
-from sa2jax.train.networks.step import abstract_rows
-from sa2jax.train.networks.stft_loss import masked_mean, spectral_distance
+from sa2jax.train.networks.step import abstract_network_batch
+from sa2jax.train.networks.stft_loss import masked_mean, multi_resolution_stft_loss
 
 HOP, MELS = 480, 80  # samples and bands of a mel frame
 # Layers that are given mel frames. These have a mean far from 0, so an update moves all of them at
 # once: a tenth of the usual rate learns faster.
 FIRST_LAYERS = ("pre", "f0_predictor.conv0")
-MIDDLE, SPREAD = -4.5, 2.5  # mean and deviation of speech's log-mel frames, about
-QUIET = -3.0  # added to the log magnitudes of a fresh vocoder
-PITCH = 100.0  # a fresh predictor's pitches are about this, in Hz
-SOFT = 10.0  # Hz; pitches are compared as log(f0 + SOFT), so that silence has one too
+MEL_MEAN, MEL_STD = -4.5, 2.5  # mean and deviation of speech's log-mel frames, about
+INITIAL_LOG_GAIN = -3.0  # added to the log magnitudes of a fresh vocoder
+INITIAL_PITCH = 100.0  # a fresh predictor's pitches are about this, in Hz
+PITCH_OFFSET = 10.0  # Hz; pitches are compared as log(f0 + SOFT), so that silence has one too
 
 
 @dataclass(frozen=True, kw_only=True)
-class VocoderTeaching:
+class VocoderLossConfig:
     """How the vocoder is taught.
 
     Attributes:
         resolutions: size and hop in samples of each window that compares spectra.
-        convergence: weight of the spectral convergence.
-        magnitude: weight of the distance of log magnitudes.
-        mel: weight of the distance of log-mel frames.
-        pitch: weight of the pitch predictor's error; it shares no parameter with the rest.
-        forced: share of rows whose source is made from the true pitch, not the predicted one.
-        margin: mel frames at both ends of a row whose sound is not judged.
+        convergence_weight: weight of the spectral convergence.
+        magnitude_weight: weight of the distance of log magnitudes.
+        mel_weight: weight of the distance of log-mel frames.
+        pitch_weight: weight of the pitch predictor's error; it shares no parameter with the rest.
+        teacher_forcing_prob: share of rows whose source is made from the true pitch, not the
+            predicted one.
+        edge_frames: mel frames at both ends of a row whose sound is not judged.
     """
 
     resolutions: tuple[tuple[int, int], ...] = ((256, 64), (512, 128), (1024, 256), (2048, 512))
-    convergence: float = 1.0
-    magnitude: float = 1.0
-    mel: float = 1.0
-    pitch: float = 1.0
-    forced: float = 0.8
-    margin: int = 0
+    convergence_weight: float = 1.0
+    magnitude_weight: float = 1.0
+    mel_weight: float = 1.0
+    pitch_weight: float = 1.0
+    teacher_forcing_prob: float = 0.8
+    edge_frames: int = 0
 
     def __post_init__(self):
         pairs = tuple((int(size), int(hop)) for size, hop in self.resolutions)
         object.__setattr__(self, "resolutions", pairs)  # lists when read from YAML
         if not pairs or any(hop < 1 or size % hop or size <= hop for size, hop in pairs):
             raise TrainError(f"resolutions={pairs}: expected sizes that are multiples of their hop")
-        for name in ("convergence", "magnitude", "mel", "pitch", "margin"):
+        for name in (
+            "convergence_weight",
+            "magnitude_weight",
+            "mel_weight",
+            "pitch_weight",
+            "edge_frames",
+        ):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise TrainError(f"{name}={getattr(self, name)}: expected a number from 0 on")
-        if not 0 <= self.forced <= 1:
-            raise TrainError(f"forced={self.forced}: expected a number from 0 to 1")
+        if not 0 <= self.teacher_forcing_prob <= 1:
+            raise TrainError(
+                f"teacher_forcing_prob={self.teacher_forcing_prob}: expected a number from 0 to 1"
+            )
 
 
 @jax.tree_util.register_dataclass
@@ -95,7 +104,7 @@ class VocoderBatch(Generic[ArrayT]):
     mel: Float[ArrayT, "B T M"] | None = None
 
 
-def fresh_vocoder(
+def init_vocoder(
     cfg: VocoderConfig, seed: int = 0, policy: Policy | None = None, mesh: Mesh | None = None
 ) -> Params:
     """Random parameters that begin near speech: centred mel frames, a quiet sound, some pitch.
@@ -114,11 +123,11 @@ def fresh_vocoder(
     places = None if mesh is None else vocoder(cfg, how).shardings(mesh)
     params = init_params(lambda: Vocoder(cfg, policy=how, rngs=nnx.Rngs(seed)), places)
     for first in (params["pre"], params["f0_predictor"]["conv0"]):
-        first["kernel"] = first["kernel"] / SPREAD
-        first["bias"] = first["bias"] - MIDDLE * jnp.sum(first["kernel"], (0, 1))
+        first["kernel"] = first["kernel"] / MEL_STD
+        first["bias"] = first["bias"] - MEL_MEAN * jnp.sum(first["kernel"], (0, 1))
     post, out = params["post"], params["f0_predictor"]["out"]
-    post["bias"] = post["bias"].at[: cfg.n_fft // 2 + 1].add(QUIET)
-    out["kernel"] = out["kernel"] * PITCH
+    post["bias"] = post["bias"].at[: cfg.n_fft // 2 + 1].add(INITIAL_LOG_GAIN)
+    out["kernel"] = out["kernel"] * INITIAL_PITCH
     return params
 
 
@@ -127,7 +136,7 @@ def vocoder_loss(
     params: Params,
     batch: VocoderBatch[Array],
     key: Array,
-    config: VocoderTeaching | None = None,
+    config: VocoderLossConfig | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """How far the vocoder's sound is from the recordings that its mel frames come from.
 
@@ -137,14 +146,14 @@ def vocoder_loss(
         batch: rows.
         key: of the source's noise, and of which rows have the true pitch; what is drawn for a row
             depends on the key and its place only, not on the padding of the batch.
-        config: how, by default `VocoderTeaching()`.
+        config: how, by default `VocoderLossConfig()`.
 
     Returns:
         The weighted sum of the losses, and float32 scalars to report: each loss, that of the
         pitch as the mean distance of log(f0 + 10 Hz), the share of frames `voicing` whose voicing
         is predicted right, and the `frames` in all.
     """
-    config = VocoderTeaching() if config is None else config
+    config = VocoderLossConfig() if config is None else config
     net = model.bind(params)
     if (net.cfg.samples, net.cfg.mels) != (HOP, MELS):
         raise TrainError(
@@ -161,28 +170,30 @@ def vocoder_loss(
     with jax.named_scope("f0"):
         found = net.f0(mel, frames)
         known = valid & (batch.f0 >= 0)
-        pitch = masked_mean(_apart(found, jnp.maximum(batch.f0, 0)), known.astype(jnp.float32))
+        pitch = masked_mean(
+            _log_pitch_distance(found, jnp.maximum(batch.f0, 0)), known.astype(jnp.float32)
+        )
         limit = net.cfg.voiced_threshold
         right = masked_mean(
             ((found > limit) == (batch.f0 > limit)).astype(jnp.float32), known.astype(jnp.float32)
         )
     with jax.named_scope("source"):
-        forced, keys = _draws(key, sound.shape[0], config.forced)
+        forced, keys = _random_draws(key, sound.shape[0], config.teacher_forcing_prob)
         f0 = jnp.where(known & forced[:, None], batch.f0, jax.lax.stop_gradient(found))
         source = net.source(f0, frames, key=keys)
     made = net.decode(mel, source, frames)
 
     with jax.named_scope("loss"):
-        first = jnp.full_like(frames, config.margin)
-        last = frames - config.margin
-        convergence, magnitude = spectral_distance(
+        first = jnp.full_like(frames, config.edge_frames)
+        last = frames - config.edge_frames
+        convergence, magnitude = multi_resolution_stft_loss(
             made, sound, first * HOP, last * HOP, config.resolutions
         )
         again = mel_24k(made, frames * HOP).swapaxes(1, 2)
         judged = before(last, room) & ~before(first, room)
         timbre = masked_mean(jnp.mean(jnp.abs(again - true), -1), judged.astype(jnp.float32))
-        loss = config.convergence * convergence + config.magnitude * magnitude
-        loss = loss + config.mel * timbre + config.pitch * pitch
+        loss = config.convergence_weight * convergence + config.magnitude_weight * magnitude
+        loss = loss + config.mel_weight * timbre + config.pitch_weight * pitch
     report = {
         "convergence": convergence, "magnitude": magnitude, "mel": timbre, "pitch": pitch,
         "voicing": right, "frames": jnp.sum(frames),
@@ -190,11 +201,11 @@ def vocoder_loss(
     return loss, {name: jnp.asarray(value, jnp.float32) for name, value in report.items()}
 
 
-def _apart(a: Float[Array, "B T"], b: Float[Array, "B T"]) -> Float[Array, "B T"]:
-    return jnp.abs(jnp.log(a + SOFT) - jnp.log(b + SOFT))
+def _log_pitch_distance(a: Float[Array, "B T"], b: Float[Array, "B T"]) -> Float[Array, "B T"]:
+    return jnp.abs(jnp.log(a + PITCH_OFFSET) - jnp.log(b + PITCH_OFFSET))
 
 
-def _draws(key: Array, rows: int, share: float) -> tuple[Bool[Array, "B"], Array]:
+def _random_draws(key: Array, rows: int, share: float) -> tuple[Bool[Array, "B"], Array]:
     """Whether each row has the true pitch, and the key of its noise."""
     keys = jax.vmap(lambda row: jax.random.split(jax.random.fold_in(key, row)))(jnp.arange(rows))
     return jax.vmap(jax.random.uniform)(keys[:, 0]) < share, keys[:, 1]
@@ -219,4 +230,4 @@ def abstract_vocoder_batch(mesh: Mesh | None, rows: int, frames: int) -> Vocoder
             frames=jnp.zeros(rows, jnp.int32),
         )
 
-    return abstract_rows(make, mesh)
+    return abstract_network_batch(make, mesh)

@@ -17,7 +17,7 @@ from sa2jax.train.corpus.acoustics import Effects
 from sa2jax.train.corpus.plan import CorpusConfig, Plan, read_corpus
 from sa2jax.train.corpus.synthesize import synthesize
 from sa2jax.train.corpus.tts_engines import Manner, Mouth, VoiceSpec
-from sa2jax.train.data.records import parse
+from sa2jax.train.data.records import parse_record
 
 pytest.importorskip("soxr", reason="needs the extra sa2jax[synthesis]")
 COUNTS = {"asr": 4, "tts": 2, "repeat": 2, "sums": 2, "chat": 3, "tools": 4, "voices": 4, "text": 6}
@@ -62,7 +62,7 @@ def test_all_records_can_be_read(made):
         if file.name in LISTS:
             continue
         for number, row in enumerate(rows, 1):
-            record = parse(row, f"{file.name}:{number}", file.parent)
+            record = parse_record(row, f"{file.name}:{number}", file.parent)
             assert all(Path(path).is_file() for path in record.audios)
             said = [turn.speech for turn in record.turns if turn.speech]
             assert all(Path(str(path)).is_file() for path in said)

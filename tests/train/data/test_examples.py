@@ -27,9 +27,9 @@ from sa2jax.chat import template, tokenizer_files
 from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.errors import DataError
 from sa2jax.pipeline import StepAudio2, conversation
-from sa2jax.train.data.examples import KINDS, Example, kinds_of, make_example
-from sa2jax.train.data.records import RecordError, parse
-from sa2jax.train.data.samples import Sample, hear, ready_codes
+from sa2jax.train.data.examples import TOKEN_KINDS, Example, make_example, token_kinds
+from sa2jax.train.data.records import RecordError, parse_record
+from sa2jax.train.data.samples import Sample, given_codes, load_features
 
 CFG = testing.tiny_config(max_positions=4096)
 TOKENIZER = Tokenizer(tokenizer_files.byte_tokenizer(testing.AUDIO_START, 512))
@@ -46,14 +46,18 @@ SHORT, LONG = clip(1), clip(52, seed=1)  # 13 tokens; chunks of 25, 25 and 2 s
 
 def sample_of(messages, clips=(), codes=None, **more) -> Sample:
     line = {"messages": messages, "audios": [f"{n}.wav" for n in range(len(clips))], **more}
-    record = parse(json.dumps(line), "talks.jsonl:3", "/data")
-    mels = tuple(hear(sound, CFG.audio_encoder.mels) for sound in clips)
-    return Sample(record, mels, ready_codes(record) if codes is None else codes)
+    record = parse_record(json.dumps(line), "talks.jsonl:3", "/data")
+    mels = tuple(load_features(sound, CFG.audio_encoder.mels) for sound in clips)
+    return Sample(record, mels, given_codes(record) if codes is None else codes)
 
 
-def example_of(messages, clips=(), codes=None, style="chat", weights=None, **more) -> Example:
+def example_of(
+    messages, clips=(), codes=None, prompt_style="chat", loss_weights=None, **more
+) -> Example:
     sample = sample_of(messages, clips, codes, **more)
-    return make_example(sample, TOKENIZER, CFG, style=style, weights=weights)
+    return make_example(
+        sample, TOKENIZER, CFG, prompt_style=prompt_style, loss_weights=loss_weights
+    )
 
 
 def says(content, **more):
@@ -260,26 +264,26 @@ def test_loss_of_a_turn(messages, expected):
 
 def test_kinds_and_their_weights():
     messages = [asks("a"), says("Hey", speech=[7, 8, 9, 10, 11])]
-    example = example_of(messages, weights={"text": 0.5, "audio": 2, "pads": 0.25})
+    example = example_of(messages, loss_weights={"text": 0.5, "audio": 2, "pads": 0.25})
     start = len(turn("human", "a") + turn("assistant", [TTS_START], close=False))
     kinds = [0, 1, 1, 1, 1, 0, 1, 2, 2, 2, 0, 2, 2, 2, 2, 0, 0]  # H cccc e c... y .... end EOT
     assert example.kinds[start:].tolist() == kinds
     table = np.array([0.5, 2, 0.25], np.float32)
     np.testing.assert_array_equal(example.weights[start:], table[kinds])
     assert not example.weights[:start].any()
-    assert KINDS == ("text", "audio", "pads")
+    assert TOKEN_KINDS == ("text", "audio", "pads")
 
 
 def test_kinds_of_the_released_vocabulary():
     special = Tokenizer(tokenizer_files.byte_tokenizer()).special
     ids = np.array([0, special.audio_start, special.tts_pad, special.audio_code_0,
                     special.audio_code_0 + 6560, special.audio_pad, 158_300], np.int32)  # fmt: skip
-    assert kinds_of(ids, special).tolist() == [0, 0, 2, 1, 1, 2, 0]
+    assert token_kinds(ids, special).tolist() == [0, 0, 2, 1, 1, 2, 0]
 
 
 def test_what_has_no_weight_is_nothing_to_learn():
     with pytest.raises(RecordError, match="nothing to learn"):
-        example_of([asks("a"), says("b")], weights={"text": 0})
+        example_of([asks("a"), says("b")], loss_weights={"text": 0})
 
 
 # --- base models --------------------------------------------------------------------------------
@@ -289,7 +293,7 @@ def test_raw_is_what_a_base_model_is_asked(model):
     task = template.TASKS["s2st_en"]
     example = example_of(
         [{"role": "system", "content": task.system}, asks("<audio>"), says("Hi", speech=[3, 4])],
-        [SHORT], style="raw",
+        [SHORT], prompt_style="base",
     )  # fmt: skip
     request = model.request(task.raw(template.Audio(SHORT)))
     assert example.ids[: len(request.ids)].tolist() == request.ids.tolist()
@@ -298,7 +302,7 @@ def test_raw_is_what_a_base_model_is_asked(model):
 
 
 def test_raw_text_is_learnt_but_for_what_nothing_predicts():
-    example = example_of([says("abc")], style="raw")
+    example = example_of([says("abc")], prompt_style="base")
     assert example.ids.tolist() == [*b"abc", END_OF_TEXT]
     assert example.weights.tolist() == [0, 1, 1, 1]
 
@@ -315,10 +319,10 @@ def test_raw_text_is_learnt_but_for_what_nothing_predicts():
 )  # fmt: skip
 def test_raw_refuses(messages, more, reason):
     if reason is None:
-        assert learnt(example_of([asks("z"), *messages], style="raw", **more)) == [[*b"a"]]
+        assert learnt(example_of([asks("z"), *messages], prompt_style="base", **more)) == [[*b"a"]]
         return
     with pytest.raises(RecordError, match=reason):
-        example_of(messages, style="raw", **more)
+        example_of(messages, prompt_style="base", **more)
 
 
 # --- what cannot be used ------------------------------------------------------------------------
@@ -360,8 +364,8 @@ def test_refuses_recordings_that_are_not_there():
 
 
 def test_refuses_a_style_that_does_not_exist():
-    with pytest.raises(DataError, match="style='cooked': expected one of chat, raw"):
-        example_of([asks("a"), says("b")], style="cooked")
+    with pytest.raises(DataError, match="prompt_style='cooked': expected one of chat, base"):
+        example_of([asks("a"), says("b")], prompt_style="cooked")
 
 
 def test_an_audio_start_that_is_written_is_no_clip():

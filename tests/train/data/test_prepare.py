@@ -16,10 +16,10 @@ from sa2jax.errors import CheckpointError, DataError
 from sa2jax.speech.store import SpeechFolder
 from sa2jax.train.data import prepare as module
 from sa2jax.train.data.examples import make_example
-from sa2jax.train.data.prepare import PrepareConfig, prepare
+from sa2jax.train.data.prepare import PrepareConfig, prepare_dataset
 from sa2jax.train.data.records import Record, Turn
-from sa2jax.train.data.samples import Sample, ShardSource, open_source, pack
-from sa2jax.train.data.shards import ShardWriter, Tally, characters
+from sa2jax.train.data.samples import Sample, ShardSource, encode_sample, open_source
+from sa2jax.train.data.shards import DatasetStatistics, ShardWriter, count_letters
 
 USER = {"role": "user", "content": "<audio>"}
 
@@ -64,7 +64,7 @@ def model(tmp_path_factory, golden):
 def test_shards(talks, tmp_path):
     ticks = []
     out = tmp_path / "out"
-    about = prepare([talks], out, progress=lambda *tick: ticks.append(tick))
+    about = prepare_dataset([talks], out, progress=lambda *tick: ticks.append(tick))
     assert about == json.loads((out / "dataset.json").read_text())
     assert ticks == [(n + 1, 9) for n in range(9)]
     assert about["samples"] == 9
@@ -89,15 +89,15 @@ def test_shards(talks, tmp_path):
 
 def test_same_bytes_everywhere(talks, tmp_path, monkeypatch):
     """Whoever reads, however many they are, wherever the data is."""
-    prepare([talks], tmp_path / "one", PrepareConfig(workers=1))
-    monkeypatch.setattr(module, "_PER_WORKER", 2)
-    prepare([talks], tmp_path / "two", PrepareConfig(workers=2))
+    prepare_dataset([talks], tmp_path / "one", PrepareConfig(workers=1))
+    monkeypatch.setattr(module, "_RECORDS_PER_WORKER", 2)
+    prepare_dataset([talks], tmp_path / "two", PrepareConfig(workers=2))
     shutil.move(talks.parent, tmp_path / "moved")
-    prepare([tmp_path / "moved"], tmp_path / "three", PrepareConfig(workers=1))
+    prepare_dataset([tmp_path / "moved"], tmp_path / "three", PrepareConfig(workers=1))
     first = contents(tmp_path / "one")
     assert first == contents(tmp_path / "two") == contents(tmp_path / "three")
     assert "OMP_NUM_THREADS" not in os.environ or os.environ["OMP_NUM_THREADS"]
-    prepare([tmp_path / "moved"], tmp_path / "four", PrepareConfig(shard_size="4"))
+    prepare_dataset([tmp_path / "moved"], tmp_path / "four", PrepareConfig(shard_size="4"))
     about = json.loads((tmp_path / "four" / "dataset.json").read_text())
     assert about["fingerprint"] == json.loads(first["dataset.json"])["fingerprint"]
     assert [shard["samples"] for shard in about["shards"]] == [4, 4, 1]
@@ -105,35 +105,35 @@ def test_same_bytes_everywhere(talks, tmp_path, monkeypatch):
 
 def test_several_sources(talks, tmp_path):
     more = fill(tmp_path / "more", [row("2")])
-    about = prepare([more, talks.parent], tmp_path / "out")
+    about = prepare_dataset([more, talks.parent], tmp_path / "out")
     assert about["samples"] == 10
     source = ShardSource(tmp_path / "out")
     assert source[0].record.where == "more/talks.jsonl:1"
     assert source[1].record.where == "in/talks.jsonl:1"
-    other = prepare([talks, more], tmp_path / "other")
+    other = prepare_dataset([talks, more], tmp_path / "other")
     assert other["fingerprint"] != about["fingerprint"]
 
 
 def test_shards_by_bytes(tmp_path):
     turns = (Turn("user", "x"),)
-    sizes = len(pack(Sample(Record(turns))))
+    sizes = len(encode_sample(Sample(Record(turns))))
     with ShardWriter(tmp_path, shard_size=f"{sizes * 2 + 1}B") as writer:
         for _ in range(5):
             writer.add(Sample(Record(turns)))
-    assert [shard["samples"] for shard in writer.about()["shards"]] == [2, 2, 1]
+    assert [shard["samples"] for shard in writer.info()["shards"]] == [2, 2, 1]
 
 
 def test_characters():
-    counts = characters("Grüße, 你好! 3 ¥ これは漢字 안녕 Привет")
+    counts = count_letters("Grüße, 你好! 3 ¥ これは漢字 안녕 Привет")
     assert counts == {"ja": 7, "ko": 2, "en": 3, "other": 8}
-    assert characters("你好 you") == {"ja": 0, "zh": 2, "ko": 0, "en": 3, "other": 0}
+    assert count_letters("你好 you") == {"ja": 0, "zh": 2, "ko": 0, "en": 3, "other": 0}
 
 
 def test_lengths_in_tokens():
     """As many as the template makes of it."""
     tokenizer = Tokenizer(tokenizer_files.byte_tokenizer(testing.AUDIO_START, 512))
     cfg = testing.tiny_config()
-    tally = Tally((tokenizer, cfg))
+    tally = DatasetStatistics((tokenizer, cfg))
     turns = (Turn("user", "<audio>ab"), Turn("assistant", "c", speech=tuple(range(9))))
     mel = np.zeros((16, 1002), np.float32)  # 10 s: 125 tokens
     codes = {1: np.arange(9, dtype=np.int32)}
@@ -149,13 +149,15 @@ def test_lengths_in_tokens():
     for sample, length in zip((spoken, plain), tally.lengths, strict=True):
         assert length == len(make_example(sample, tokenizer, cfg).ids)
     assert tally.lengths[1] > len("tool_json_schemas\n") + len(json.dumps(tools))
-    assert tally.facts()["lengths"]["longest"] == max(tally.lengths)
+    assert tally.summary()["lengths"]["longest"] == max(tally.lengths)
 
 
 def test_what_no_template_reads_is_rejected(model, tmp_path):
     turns = [{"role": "user", "content": "Time?"}, {"role": "tool_call", "content": "now()"}]
     rows = [json.dumps({"messages": turns}), row("Yes", [])]
-    about = prepare([fill(tmp_path / "in", rows)], tmp_path / "out", PrepareConfig(model=model))
+    about = prepare_dataset(
+        [fill(tmp_path / "in", rows)], tmp_path / "out", PrepareConfig(model=model)
+    )
     assert (about["samples"], about["rejected"]) == (1, 1)
     assert "now()" in (tmp_path / "out" / "rejects.jsonl").read_text()
 
@@ -176,7 +178,7 @@ def spoken(tmp_path):
 
 def test_codes_of_recordings(spoken, tmp_path, golden, monkeypatch):
     home = golden / "token2wav"
-    about = prepare([spoken], tmp_path / "out", PrepareConfig(model=home))
+    about = prepare_dataset([spoken], tmp_path / "out", PrepareConfig(model=home))
     folder = SpeechFolder(home)
     assert about["speech_tokenizer"] == folder.analysis
     assert about["rejected"] == 0
@@ -188,14 +190,14 @@ def test_codes_of_recordings(spoken, tmp_path, golden, monkeypatch):
     assert source[2].codes[1].tolist() == [5]
     assert source[1].record.turns[1].speech == "b.flac"
     # One after another makes no difference to the order.
-    monkeypatch.setattr(module, "_AT_ONCE", 1)
-    prepare([spoken], tmp_path / "single", PrepareConfig(model=home))
+    monkeypatch.setattr(module, "_BATCH_RECORDINGS", 1)
+    prepare_dataset([spoken], tmp_path / "single", PrepareConfig(model=home))
     single = ShardSource(tmp_path / "single")
     assert [single[n].record for n in range(4)] == [source[n].record for n in range(4)]
 
 
 def test_codes_without_a_model(spoken, tmp_path):
-    about = prepare([spoken], tmp_path / "out")
+    about = prepare_dataset([spoken], tmp_path / "out")
     assert (about["samples"], about["rejected"], about["speech_tokenizer"]) == (2, 2, None)
     rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").open()]
     assert [reject["where"] for reject in rejects] == ["talks.jsonl:2", "talks.jsonl:4"]
@@ -205,8 +207,8 @@ def test_codes_without_a_model(spoken, tmp_path):
 def test_a_model(spoken, tmp_path, model, monkeypatch):
     """Its mel bands, its tokenizer, its codes: the released one makes more than it knows."""
     found = [np.array([207], np.int32), np.array([208], np.int32)]
-    monkeypatch.setattr(module._Model, "codes_of", lambda self, clips: found)
-    about = prepare([spoken], tmp_path / "out", PrepareConfig(model=model))
+    monkeypatch.setattr(module.ModelFolder, "codes_of", lambda self, clips: found)
+    about = prepare_dataset([spoken], tmp_path / "out", PrepareConfig(model=model))
     assert about["n_mels"] == 16
     assert about["tokens"] == {"text": 7, "heard": 14, "codes": 2}
     assert about["lengths"]["unit"] == "tokens"
@@ -216,14 +218,14 @@ def test_a_model(spoken, tmp_path, model, monkeypatch):
          "reason": "the speech tokenizer found code 208, the model has 208"},
     ]  # fmt: skip
     spoken.write_text(row(speech=[208]) + "\n" + row())
-    about = prepare([spoken], tmp_path / "other", PrepareConfig(model=model))
+    about = prepare_dataset([spoken], tmp_path / "other", PrepareConfig(model=model))
     reject = json.loads((tmp_path / "other" / "rejects.jsonl").read_text())
     assert reject["reason"] == "message 2: no audio code 208, expected 0 to 207"
 
 
 def test_the_model_that_comes_along(talks, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    about = prepare([talks], "out", PrepareConfig(model="nano"))
+    about = prepare_dataset([talks], "out", PrepareConfig(model="nano"))
     assert (about["n_mels"], about["lengths"]["unit"]) == (80, "tokens")
 
 
@@ -249,7 +251,7 @@ def bad(tmp_path):
 
 
 def test_rejects(bad, tmp_path):
-    about = prepare([bad], tmp_path / "out", PrepareConfig(max_rejects=len(BAD)))
+    about = prepare_dataset([bad], tmp_path / "out", PrepareConfig(max_rejects=len(BAD)))
     assert (about["samples"], about["rejected"]) == (2, len(BAD))
     rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").open()]
     for number, (reject, reason) in enumerate(zip(rejects, BAD.values(), strict=True), 2):
@@ -260,7 +262,7 @@ def test_rejects(bad, tmp_path):
 
 def test_too_many_rejects(bad, tmp_path):
     with pytest.raises(DataError) as caught:
-        prepare([bad], tmp_path / "out", PrepareConfig(max_rejects=3))
+        prepare_dataset([bad], tmp_path / "out", PrepareConfig(max_rejects=3))
     kept = tmp_path / "out.rejects.jsonl"
     assert str(caught.value) == (
         "4 records cannot be used, more than --max-rejects 3; the last one is talks.jsonl:5: "
@@ -274,7 +276,7 @@ def test_too_many_rejects(bad, tmp_path):
 def test_nothing_usable(talks, tmp_path):
     talks.write_text("{}")
     with pytest.raises(DataError, match=r"none of 1 records can be used; talks\.jsonl:1: "):
-        prepare([talks], tmp_path / "out")
+        prepare_dataset([talks], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -286,34 +288,34 @@ def test_stopped(talks, tmp_path, error):
 
     expected = KeyboardInterrupt if error is KeyboardInterrupt else CheckpointError
     with pytest.raises(expected):
-        prepare([talks], tmp_path / "out", progress=stop)
+        prepare_dataset([talks], tmp_path / "out", progress=stop)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_killed_worker(talks, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_PER_WORKER", 1)
-    monkeypatch.setattr(module, "_begin", os.abort)  # a function that another process knows
+    monkeypatch.setattr(module, "_RECORDS_PER_WORKER", 1)
+    monkeypatch.setattr(module, "_init_worker", os.abort)  # a function that another process knows
     with pytest.raises(DataError, match="a worker was killed, for memory perhaps: try --workers 1"):
-        prepare([talks], tmp_path / "out", PrepareConfig(workers=2))
+        prepare_dataset([talks], tmp_path / "out", PrepareConfig(workers=2))
     assert not (tmp_path / "out").exists()
 
 
 def test_overwrite(talks, tmp_path):
     out = tmp_path / "out"
-    first = prepare([talks], out)
+    first = prepare_dataset([talks], out)
     with pytest.raises(CheckpointError, match="choose another folder or --overwrite"):
-        prepare([talks], out)
+        prepare_dataset([talks], out)
     talks.write_text(row())
-    again = prepare([talks], out, overwrite=True)
+    again = prepare_dataset([talks], out, overwrite=True)
     assert again["fingerprint"] != first["fingerprint"]
     assert ShardSource(out).fingerprint == again["fingerprint"]
 
 
 def test_overwrite_nothing_else(talks, tmp_path, model):
     with pytest.raises(DataError, match="is no prepared folder, it is not replaced"):
-        prepare([talks], model, overwrite=True)
+        prepare_dataset([talks], model, overwrite=True)
     with pytest.raises(CheckpointError, match="already holds something else"):
-        prepare([talks], talks.parent)
+        prepare_dataset([talks], talks.parent)
 
 
 @pytest.mark.parametrize(
@@ -334,14 +336,14 @@ def test_overwrite_nothing_else(talks, tmp_path, model):
 def test_mistakes(talks, tmp_path, monkeypatch, sources, options, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=message):
-        prepare(sources, tmp_path / "out", PrepareConfig(**options))
+        prepare_dataset(sources, tmp_path / "out", PrepareConfig(**options))
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("folder", "message"), [("none", "no folder"), ("in", "holds no model")])
 def test_no_model(talks, tmp_path, folder, message):
     with pytest.raises(CheckpointError, match=message):
-        prepare([talks], tmp_path / "out", PrepareConfig(model=tmp_path / folder))
+        prepare_dataset([talks], tmp_path / "out", PrepareConfig(model=tmp_path / folder))
     with pytest.raises(CheckpointError, match="size 'big'"):
         PrepareConfig(shard_size="big")
 
@@ -349,4 +351,4 @@ def test_no_model(talks, tmp_path, folder, message):
 def test_without_matplotlib(talks, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     with pytest.raises(DataError, match=r"needs matplotlib: install it with `pip install 'sa2jax"):
-        prepare([talks], tmp_path / "out")
+        prepare_dataset([talks], tmp_path / "out")

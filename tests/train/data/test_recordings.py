@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from sa2jax.errors import DataError
-from sa2jax.train.data.recordings import Samples, find_recordings, read_samples_about, write_samples
+from sa2jax.train.data.recordings import (
+    SampleFile,
+    list_recordings,
+    read_samples_info,
+    write_samples,
+)
 from sa2jax.train.data.samples import Reject
 
 
@@ -20,7 +25,7 @@ def made(tmp_path):
 
 
 def read(folder, form="test 1", keys=("sum",)):
-    return read_samples_about(folder, form, keys, "tests", "sa2jax make")
+    return read_samples_info(folder, form, keys, "tests", "sa2jax make")
 
 
 def test_samples_come_back(made):
@@ -29,7 +34,7 @@ def test_samples_come_back(made):
     again, lengths = read(folder)
     assert again == about
     np.testing.assert_array_equal(lengths, [3, 5])
-    samples = Samples(folder, 2)
+    samples = SampleFile(folder, 2)
     assert [samples[0], samples[1]] == [b"one", b"other"]
     row = json.loads((folder / "rejects.jsonl").read_text())
     assert row["where"] == "b.wav"
@@ -53,7 +58,7 @@ def test_damage_inside_is_told(made):
     path = folder / "samples.array_record"
     path.write_bytes(bytes(path.stat().st_size))
     with pytest.raises(DataError, match=r"is damaged .*: prepare it again"):
-        Samples(folder, 2)[0]
+        SampleFile(folder, 2)[0]
 
 
 def test_nothing_usable_leaves_nothing(tmp_path):
@@ -70,18 +75,18 @@ def test_nothing_usable_leaves_nothing(tmp_path):
 def test_lists(tmp_path):
     lines = ['{"audio": "a.wav", "text": "hello", "voice": "v/b.wav"}', "", "no json", '{"a": 1}']
     (tmp_path / "list.jsonl").write_text("\n".join(lines))
-    first, second, third = find_recordings([tmp_path / "list.jsonl"])
+    first, second, third = list_recordings([tmp_path / "list.jsonl"])
     assert first.path == str(tmp_path / "a.wav")
-    assert first.beside("voice") == str(tmp_path / "v/b.wav")
-    assert first.beside("room") == first.path
-    assert first.facts["text"] == "hello"
+    assert first.path_of("voice") == str(tmp_path / "v/b.wav")
+    assert first.path_of("room") == first.path
+    assert first.values["text"] == "hello"
     assert second.where == "list.jsonl:3"
     assert "expected" in second.problem
     assert third.problem
     (tmp_path / "odd.jsonl").write_text('{"audio": "a.wav", "voice": 3}')
     with pytest.raises(DataError, match='expected "voice" to be a path, got 3'):
-        find_recordings([tmp_path / "odd.jsonl"])[0].beside("voice")
+        list_recordings([tmp_path / "odd.jsonl"])[0].path_of("voice")
     with pytest.raises(DataError, match="is given twice"):
-        find_recordings([tmp_path / "list.jsonl"] * 2)
+        list_recordings([tmp_path / "list.jsonl"] * 2)
     with pytest.raises(DataError, match="cannot be read"):
-        find_recordings([tmp_path / "gone.jsonl"])
+        list_recordings([tmp_path / "gone.jsonl"])

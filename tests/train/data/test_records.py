@@ -5,7 +5,14 @@ import json
 import pytest
 
 from sa2jax.errors import DataError
-from sa2jax.train.data.records import Record, RecordError, Turn, locate, parse, tool_call_of
+from sa2jax.train.data.records import (
+    Record,
+    RecordError,
+    Turn,
+    parse_record,
+    parse_tool_call,
+    resolve_path,
+)
 
 USER = {"role": "user", "content": "<audio>What did it say?"}
 REPLY = {"role": "assistant", "content": "Good morning."}
@@ -18,7 +25,7 @@ def line(*messages, **others) -> str:
 def test_ms_swift():
     system = {"role": "system", "content": "请仔细聆听。"}
     text = line(system, USER, REPLY | {"loss": False}, rejected_response="No.", solution={"x": 1})
-    record = parse(text, "talks.jsonl:12", "/data")
+    record = parse_record(text, "talks.jsonl:12", "/data")
     assert record == Record(
         turns=(
             Turn("system", "请仔细聆听。"),
@@ -30,12 +37,14 @@ def test_ms_swift():
         solution={"x": 1},
         where="talks.jsonl:12",
     )
-    assert parse(text.encode(), "talks.jsonl:12", "/data") == record
+    assert parse_record(text.encode(), "talks.jsonl:12", "/data") == record
     assert Record.from_dict(json.loads(json.dumps(record.to_dict()))) == record
 
 
 def test_without_audio():
-    record = parse(line({"role": "user", "content": "Hi"}, REPLY, audios=None, id=3), "w", ".")
+    record = parse_record(
+        line({"role": "user", "content": "Hi"}, REPLY, audios=None, id=3), "w", "."
+    )
     assert record.audios == ()
     assert record.tools is record.rejected is record.solution is None
 
@@ -51,7 +60,7 @@ def test_without_audio():
     ],
 )
 def test_speech(speech, expected):
-    record = parse(line(USER, REPLY | {"speech": speech}), "w", "/data")
+    record = parse_record(line(USER, REPLY | {"speech": speech}), "w", "/data")
     assert record.turns[1].speech == expected
     assert Record.from_dict(json.loads(json.dumps(record.to_dict()))) == record
 
@@ -67,14 +76,14 @@ def test_speech(speech, expected):
     ],
 )
 def test_locate(path, root, expected):
-    assert locate(path, root) == expected
+    assert resolve_path(path, root) == expected
 
 
 @pytest.mark.parametrize(
     "audios", [["a.wav"], "a.wav", [{"path": "a.wav"}], ["file:///data/a.wav"]]
 )
 def test_forms_of_audios(audios):
-    assert parse(line(audios=audios), "w", "/data").audios == ("/data/a.wav",)
+    assert parse_record(line(audios=audios), "w", "/data").audios == ("/data/a.wav",)
 
 
 TOOLS = [{"type": "function", "function": {"name": "search"}}]
@@ -85,7 +94,7 @@ TOOLS = [{"type": "function", "function": {"name": "search"}}]
     [(TOOLS, TOOLS), (json.dumps(TOOLS), json.dumps(TOOLS)), ([], None), ("[]", None)],
 )
 def test_tools(tools, expected):
-    assert parse(line(tools=tools), "w", ".").tools == expected
+    assert parse_record(line(tools=tools), "w", ".").tools == expected
 
 
 @pytest.mark.parametrize(
@@ -94,10 +103,10 @@ def test_tools(tools, expected):
      '{"name": "search", "arguments": "{\\"query\\": \\"sea\\"}"}'],
 )  # fmt: skip
 def test_tool_call(content):
-    call = tool_call_of(content)
+    call = parse_tool_call(content)
     assert (call.name, call.arguments) == ("search", {"query": "sea"})
-    parse(line(USER, {"role": "tool_call", "content": content}), "w", ".")
-    assert tool_call_of('{"name": "time"}').arguments == {}
+    parse_record(line(USER, {"role": "tool_call", "content": content}), "w", ".")
+    assert parse_tool_call('{"name": "time"}').arguments == {}
 
 
 def with_reply(**changes):
@@ -149,7 +158,7 @@ def with_reply(**changes):
 )  # fmt: skip
 def test_refused(text, reason):
     with pytest.raises(RecordError) as caught:
-        parse(text, "talks.jsonl:1", ".")
+        parse_record(text, "talks.jsonl:1", ".")
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
     assert isinstance(caught.value, DataError)
@@ -157,4 +166,4 @@ def test_refused(text, reason):
 
 @pytest.mark.parametrize("key", ["images", "videos"])
 def test_empty_lists_of_other_media(key):
-    parse(line(**{key: []}), "w", ".")
+    parse_record(line(**{key: []}), "w", ".")

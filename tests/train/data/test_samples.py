@@ -9,17 +9,17 @@ import soundfile
 
 from sa2jax import audio
 from sa2jax.errors import AudioError, DataError
-from sa2jax.train.data.records import Record, Turn, parse
+from sa2jax.train.data.records import Record, Turn, parse_record
 from sa2jax.train.data.samples import (
     JsonlSource,
     Reject,
     Sample,
     ShardSource,
-    hear,
+    decode_sample,
+    encode_sample,
+    given_codes,
+    load_features,
     open_source,
-    pack,
-    ready_codes,
-    unpack,
 )
 from sa2jax.train.data.shards import ShardWriter
 
@@ -65,12 +65,12 @@ def same(one: Sample, other: Sample) -> bool:
 
 
 def test_hear(folder):
-    (mel,) = hear(folder / "a.wav", 16)
+    (mel,) = load_features(folder / "a.wav", 16)
     np.testing.assert_array_equal(mel, audio.log_mel(audio.load(folder / "a.wav"), n_mels=16))
-    chunks = hear(folder / "long.wav")
+    chunks = load_features(folder / "long.wav")
     assert [chunk.shape for chunk in chunks] == [(128, 2502), (128, 102)]
     with pytest.raises(AudioError, match="a recording of 3 samples is too short to be heard"):
-        hear((np.zeros(3, np.float32), 16_000))
+        load_features((np.zeros(3, np.float32), 16_000))
 
 
 def test_pack(rng):
@@ -82,24 +82,24 @@ def test_pack(rng):
     clips = (*((m,) for m in mels[:23]), (mels[23], mels[24]))
     codes = {2: np.array([4, 5], np.int32), 3: np.arange(11, dtype=np.int32)}
     sample = Sample(record, clips, codes)
-    blob = pack(sample)
-    assert same(unpack(blob), sample)
-    assert pack(unpack(blob)) == blob
+    blob = encode_sample(sample)
+    assert same(decode_sample(blob), sample)
+    assert encode_sample(decode_sample(blob)) == blob
     bare = Sample(Record((Turn("user", "Hi"),)))
-    assert same(unpack(pack(bare)), bare)
+    assert same(decode_sample(encode_sample(bare)), bare)
 
 
-@pytest.mark.parametrize("blob", [b"", b"abc", b"\0" * 40, pack(Sample(Record(())))[:-3]])
+@pytest.mark.parametrize("blob", [b"", b"abc", b"\0" * 40, encode_sample(Sample(Record(())))[:-3]])
 def test_unpack_damaged(blob):
     with pytest.raises(DataError, match="not a packed sample"):
-        unpack(blob)
+        decode_sample(blob)
 
 
 def test_ready_codes():
-    record = parse(row("Hi", "Ho", speech=[0, 207]), "w", ".")
-    assert {k: v.tolist() for k, v in ready_codes(record, 208).items()} == {1: [0, 207]}
+    record = parse_record(row("Hi", "Ho", speech=[0, 207]), "w", ".")
+    assert {k: v.tolist() for k, v in given_codes(record, 208).items()} == {1: [0, 207]}
     with pytest.raises(DataError, match="message 2: no audio code 207, expected 0 to 206"):
-        ready_codes(record, 207)
+        given_codes(record, 207)
 
 
 # --- jsonl ----------------------------------------------------------------------------------------
@@ -231,13 +231,13 @@ def test_shards(folder, prepared):
     source, lines = open_source(prepared), open_source(folder, 16)
     assert isinstance(source, ShardSource)
     assert (len(source), source.n_mels) == (4, 16)
-    assert [s["samples"] for s in source.about["shards"]] == [2, 2]
+    assert [s["samples"] for s in source.info["shards"]] == [2, 2]
     again = pickle.loads(pickle.dumps(source))
     for index in (3, 0, 2, 1, -1):
         assert same(source[index], lines[index])
         assert same(again[index], lines[index])
     assert same(pickle.loads(pickle.dumps(source))[1], lines[1])
-    assert source.about["seconds"] == pytest.approx(27)
+    assert source.info["seconds"] == pytest.approx(27)
     with pytest.raises(IndexError):
         source[4]
 

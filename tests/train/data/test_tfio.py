@@ -16,7 +16,7 @@ import soundfile
 from sa2jax import audio
 from sa2jax.errors import AudioError, DataError
 from sa2jax.train.data import tfio_reader
-from sa2jax.train.data.prepare import PrepareConfig, prepare
+from sa2jax.train.data.prepare import PrepareConfig, prepare_dataset
 from sa2jax.train.data.readers import TfioReader, TfRecord
 from sa2jax.train.data.samples import Sample, ShardSource, open_source
 
@@ -244,7 +244,7 @@ def test_same_shards(stand_in, recording, tmp_path, golden):
     config = {"model": golden / "token2wav", "workers": 1}
     python = stand_in(dtype="float32")
     both = (
-        prepare([tmp_path / "t.jsonl"], tmp_path / name, PrepareConfig(**config, **reader))
+        prepare_dataset([tmp_path / "t.jsonl"], tmp_path / name, PrepareConfig(**config, **reader))
         for name, reader in (("one", {}), ("two", {"reader": "tfio", "tfio_python": python}))
     )
     mine, theirs = both
@@ -260,7 +260,7 @@ def test_tfrecord_source(stand_in, recording, tmp_path):
     (tmp_path / "a.tfrecord").write_text(json.dumps(items))
     (tmp_path / "t.jsonl").write_text(row("a.flac"))
     ticks = []
-    prepare(
+    prepare_dataset(
         [tmp_path / "a.tfrecord", tmp_path / "t.jsonl"], tmp_path / "out",
         PrepareConfig(reader="tfio", tfio_python=stand_in(), workers=1),
         progress=lambda *tick: ticks.append(tick),
@@ -346,7 +346,7 @@ def test_real_shards(recordings, tmp_path):
         ("tfio", recordings / "t.jsonl", {"reader": "tfio", "tfio_python": REAL}),
         ("tfrecord", tmp_path / "t.tfrecord", {"reader": "tfio", "tfio_python": REAL}),
     ):
-        prepare([source], tmp_path / name, PrepareConfig(workers=1, **options))
+        prepare_dataset([source], tmp_path / name, PrepareConfig(workers=1, **options))
         made[name] = open_source(tmp_path / name)
     # Silent bands of the ogg and the mp3 are where the decoders differ most.
     same_samples(made["tfio"], made["plain"], 1e-2)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sa2jax.train.language.objective import Sums, next_token_loss
+from sa2jax.train.language.objective import LossSums, next_token_loss
 
 B, T, D, V = 3, 20, 16, 40
 
@@ -24,7 +24,7 @@ def inputs(rng):
 def chunked(matrix, hidden, targets, weights, chunk, **options):
     product = partial(jnp.einsum, "vd,btd->btv", precision="highest")
     head = jax.tree_util.Partial(product, matrix)
-    return next_token_loss(head, hidden, targets, weights, chunk=chunk, **options)
+    return next_token_loss(head, hidden, targets, weights, loss_chunk=chunk, **options)
 
 
 def naive(matrix, hidden, targets, weights):
@@ -42,7 +42,7 @@ def test_value_and_gradients_are_those_of_whole_logits(inputs, chunk):
         return jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(*inputs)
 
     (expected, hits), gradients = gradient(naive, *inputs)
-    (loss, sums), found = gradient(partial(chunked, chunk=chunk), *inputs)
+    (loss, sums), found = gradient(partial(chunked, loss_chunk=chunk), *inputs)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     np.testing.assert_allclose(sums["all"].hits, hits, rtol=1e-5)
     np.testing.assert_allclose(sums["all"].weight, weights.sum(), rtol=1e-6)
@@ -65,12 +65,12 @@ def test_positions_without_weight_do_not_count(inputs):
 def test_streams_are_reported_apart(inputs, rng):
     *_, weights = inputs
     audio = jnp.asarray(rng.random((B, T)) < 0.5)
-    _, sums = chunked(*inputs, 7, streams={"audio": audio, "text": ~audio})
+    _, sums = chunked(*inputs, 7, metric_masks={"audio": audio, "text": ~audio})
     total = sums["audio"] + sums["text"]
     for one, other in zip(jax.tree.leaves(total), jax.tree.leaves(sums["all"]), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5)
     np.testing.assert_allclose(sums["audio"].weight, weights[audio].sum(), rtol=1e-5)
-    assert isinstance(total, Sums)
+    assert isinstance(total, LossSums)
 
 
 def test_logits_are_never_whole():

@@ -9,7 +9,7 @@ from sa2jax import testing
 from sa2jax.attention.base import Mask
 from sa2jax.models.audio_encoder import ALIGN, GAP, adapter_length, encoder_length
 from sa2jax.models.step_audio import step_audio2
-from sa2jax.train.language.step import Batch, loss_of
+from sa2jax.train.language.step import LanguageBatch, language_loss
 
 CFG = testing.tiny_config()
 MELS = CFG.audio_encoder.mels
@@ -106,13 +106,13 @@ def test_packed_sequences_have_the_loss_and_gradients_of_rows_of_their_own():
                 first = starts[0, n] // ALIGN
                 slots[row, at + 2 : at + 2 + heard[n]] = first + np.arange(heard[n])
             at += len(weight)
-        return Batch(
+        return LanguageBatch(
             ids=ids, targets=targets, weights=share, segments=segments, positions=positions,
-            slots=slots, mels=rows, starts=starts, frames=frames,
+            feature_index=slots, mels=rows, starts=starts, frames=frames,
         )  # fmt: skip
 
     def loss(params, batch):
-        return loss_of(model, params, batch, chunk=8)[0]
+        return language_loss(model, params, batch, loss_chunk=8)[0]
 
     find = jax.jit(jax.value_and_grad(loss))
     one, one_gradient = find(params, batch(together=True))

@@ -13,7 +13,7 @@ from sa2jax.errors import DataError
 from sa2jax.models.step_audio import step_audio2
 from sa2jax.train.data.examples import Example
 from sa2jax.train.data.samples import Reject
-from sa2jax.train.language.packing import OpenRow, Pack, RowShape, misfit, room
+from sa2jax.train.language.packing import OpenRow, Pack, RowShape, misfit_reason, padded_frames
 
 MELS = 3
 SHAPE = RowShape(length=64, mel_rows=2, mel_frames=160, clips=3, mels=MELS, pad=9)
@@ -49,7 +49,7 @@ def some_examples(count: int, seed: int, shape: RowShape = SHAPE) -> list[Exampl
         frames = tuple(rng.integers(5, shape.mel_frames - 12, most).tolist())
         heard = sum(audio.num_tokens(f) + 2 for f in frames)
         made = example(len(found), heard + int(rng.integers(1, 24)), frames)
-        if misfit(made, shape) is None:
+        if misfit_reason(made, shape) is None:
             found.append(made)
     return found
 
@@ -77,7 +77,7 @@ def check(row, examples, shape=SHAPE) -> list[int]:
     assert (row["ids"][used:] == shape.pad).all()
     assert (row["targets"][used:] == shape.pad).all()
     assert not row["weights"][used:].any()
-    assert (row["slots"][used:] == -1).all()
+    assert (row["feature_index"][used:] == -1).all()
     held, clips = names(row), {}
     for w in range(shape.mel_rows):
         end = 0
@@ -85,7 +85,7 @@ def check(row, examples, shape=SHAPE) -> list[int]:
             if frames:
                 assert start % 8 == 0
                 assert start == end  # side by side, with room for zeros
-                end = start + room(frames)
+                end = start + padded_frames(frames)
                 assert end <= shape.mel_frames
                 assert not row["mels"][w, :, start + frames : end].any()
                 clips[w * (shape.mel_frames // 8) + start // 8] = (w, start, frames)
@@ -98,7 +98,7 @@ def check(row, examples, shape=SHAPE) -> list[int]:
         np.testing.assert_array_equal(row["weights"][at], own.weights[1:])
         np.testing.assert_array_equal(row["kinds"][at], own.kinds[1:])
         np.testing.assert_array_equal(row["positions"][at], np.arange(len(at)))
-        slots = row["slots"][at].copy()
+        slots = row["feature_index"][at].copy()
         for mel, start in zip(own.mels, own.starts, strict=True):
             tokens = audio.num_tokens(mel.shape[1])
             w, first, frames = clips.pop(slots[start])
@@ -143,7 +143,7 @@ def test_every_example_once_and_whole(changes, options, seed):
     ("frames", "size"), [(1, 8), (3, 8), (4, 8), (5, 16), (12, 16), (13, 24), (2502, 2512)]
 )
 def test_room(frames, size):
-    assert room(frames) == size
+    assert padded_frames(frames) == size
     assert 8 * audio.num_tokens(frames) <= size
 
 
@@ -201,7 +201,7 @@ def test_clips_of_a_row_are_heard_as_if_alone():
     for own in examples:
         for mel, start in zip(own.mels, own.starts, strict=True):
             count = audio.num_tokens(mel.shape[1])
-            slots = row["slots"][at + start : at + start + count]
+            slots = row["feature_index"][at + start : at + start + count]
             np.testing.assert_allclose(flat[slots], next(alone)[:count], atol=2e-5, rtol=2e-5)
         at += len(own.ids) - 1
 
@@ -224,7 +224,7 @@ def test_clips_of_a_row_are_heard_as_if_alone():
 def test_misfits(tokens, frames, reason):
     made = example(0, tokens, frames)
     if reason is None:
-        assert misfit(made, SHAPE) is None
+        assert misfit_reason(made, SHAPE) is None
         (row,) = pack([made])
         assert check(row, [made]) == [0]
         return

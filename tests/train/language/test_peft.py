@@ -18,7 +18,7 @@ from sa2jax.errors import CheckpointError, Sa2jaxError, TrainError
 from sa2jax.models.step_audio import StepAudio2Model, step_audio2
 from sa2jax.nn import Policy, functional
 from sa2jax.train.language.peft import CONFIG, TENSORS, load_adapter, save_adapter, targets_of
-from sa2jax.train.lora import DECODER, add_lora, join, merge, split_lora
+from sa2jax.train.lora import DECODER_MATRICES, add_lora, combine, merge_lora, split_lora
 
 CFG = testing.tiny_config()
 RANK, ALPHA = 3, 6.0
@@ -26,7 +26,7 @@ ALL = r"decoder\.layers\..*|decoder\.head|adapter\.(up|down)|audio_encoder\..*"
 
 
 @cache
-def with_lora(targets: str = DECODER):
+def with_lora(targets: str = DECODER_MATRICES):
     def make():
         rngs = nnx.Rngs(0)
         net = StepAudio2Model(CFG, policy=Policy(), rngs=rngs)
@@ -36,7 +36,7 @@ def with_lora(targets: str = DECODER):
     return functional(make)
 
 
-def noisy(targets: str = DECODER, dtype=jnp.float32):
+def noisy(targets: str = DECODER_MATRICES, dtype=jnp.float32):
     """Low-rank matrices, no two numbers equal."""
     rng = np.random.default_rng(0)
     _, like = split_lora(with_lora(targets).abstract)
@@ -63,7 +63,7 @@ def edit_tensors(folder: Path, change) -> None:
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("targets", [DECODER, ALL, r"decoder\.layers\.attn\.[qv]"])
+@pytest.mark.parametrize("targets", [DECODER_MATRICES, ALL, r"decoder\.layers\.attn\.[qv]"])
 def test_there_and_back_bit_for_bit(tmp_path, targets, dtype):
     lora = noisy(targets, dtype)
     save(tmp_path / "adapter", lora)
@@ -95,7 +95,7 @@ def test_names_and_shapes_are_pefts(tmp_path):
 @pytest.mark.parametrize(
     ("targets", "names"),
     [
-        (DECODER, "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj"),
+        (DECODER_MATRICES, "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj"),
         (r"audio_encoder\.layers\.mlp\.down|adapter\.up", "linear1 mlp.2"),
         (r"decoder\.head|audio_encoder\.layers\.attn\.o", "lm_head out"),
     ],
@@ -263,7 +263,7 @@ def theirs(model) -> np.ndarray:
 
 
 def ours(lora, scale: float) -> np.ndarray:
-    params = merge(join(testing.tiny_params(CFG), lora), scale)
+    params = merge_lora(combine(testing.tiny_params(CFG), lora), scale)
     net = step_audio2(CFG).bind(params)
     return np.asarray(net.decoder.logits(net(IDS)[0]))
 

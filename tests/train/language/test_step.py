@@ -15,14 +15,19 @@ from helpers.devices import run_on_devices
 from sa2jax import testing
 from sa2jax.models.step_audio import StepAudio2Model, step_audio2
 from sa2jax.nn import Policy, functional
-from sa2jax.train.language.step import TRACES, Batch, abstract_batch, make_step
-from sa2jax.train.lora import ONLY_LORA, add_lora, init_lora, join, split_lora
+from sa2jax.train.language.step import (
+    TRACES,
+    LanguageBatch,
+    abstract_language_batch,
+    make_language_step,
+)
+from sa2jax.train.lora import ONLY_LORA, add_lora, combine, init_lora, split_lora
 from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
 from sa2jax.train.state import abstract_state, init_state
 
 CFG = testing.tiny_config(layers=1)
 DEAF = {"audio_encoder": 0.0, "adapter": 0.0}
-FAST = OptimizerConfig(rate=1e-2, warmup=2, steps=40, rates=DEAF)
+FAST = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, steps=40, learning_rate_overrides=DEAF)
 
 
 def lora_model(policy: Policy | None = None):
@@ -35,17 +40,17 @@ def lora_model(policy: Policy | None = None):
     return functional(make)
 
 
-def rows(count: int = 4, length: int = 12) -> Batch:
+def rows(count: int = 4, length: int = 12) -> LanguageBatch:
     ids = np.random.default_rng(0).integers(0, 256, (count, length + 1), np.int32)
     weights = np.ones((count, length), np.float32)
     weights[:, -2:] = 0
-    return Batch(ids=ids[:, :-1], targets=ids[:, 1:], weights=weights)
+    return LanguageBatch(ids=ids[:, :-1], targets=ids[:, 1:], weights=weights)
 
 
 @pytest.mark.both_pairs
 def test_it_learns_a_batch_by_heart():
     model, optimizer = step_audio2(CFG), make_optimizer(FAST)
-    step = make_step(model, optimizer, chunk=8)
+    step = make_language_step(model, optimizer, loss_chunk=8)
     state = init_state(model, optimizer, None, testing.tiny_params(CFG))
     before = TRACES["step"]
     reports = []
@@ -58,21 +63,23 @@ def test_it_learns_a_batch_by_heart():
     assert reports[-1]["loss"] < 0.5
     assert reports[-1]["accuracy"] > 0.95
     assert reports[0]["weight"] == 40
-    assert reports[0]["rate"] == pytest.approx(5e-3)
-    assert all(np.isfinite(report["norm"]) for report in reports)
+    assert reports[0]["learning_rate"] == pytest.approx(5e-3)
+    assert all(np.isfinite(report["grad_norm"]) for report in reports)
     assert state.step == 40
 
 
 def test_lora_learns_and_leaves_the_base_alone():
     model = lora_model()
-    optimizer = make_optimizer(replace(FAST, rates={k: v * 200 for k, v in ONLY_LORA.items()}))
+    optimizer = make_optimizer(
+        replace(FAST, learning_rate_overrides={k: v * 200 for k, v in ONLY_LORA.items()})
+    )
     base = testing.tiny_params(CFG)
     kept = jax.device_get(base)
-    state = init_state(model, optimizer, None, join(base, init_lora(model, jax.random.key(0))))
+    state = init_state(model, optimizer, None, combine(base, init_lora(model, jax.random.key(0))))
     start = jax.device_get(split_lora(state.params)[1])
     moments = [leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
     assert sum(moments) == 2 * sum(leaf.size for leaf in jax.tree.leaves(start))
-    step = make_step(model, optimizer, chunk=8)
+    step = make_language_step(model, optimizer, loss_chunk=8)
     losses = []
     for _ in range(40):
         state, report = step(state, rows())
@@ -92,7 +99,7 @@ def test_parts_that_are_computed_again_add_up_to_one_batch():
     found = []
     for batch, remat in ((whole, None), (parts, "full")):
         state = init_state(model, optimizer, None, testing.tiny_params(CFG))
-        found.append(make_step(model, optimizer, remat=remat)(state, batch))
+        found.append(make_language_step(model, optimizer, remat=remat)(state, batch))
     (one, report), (other, again) = found
     for key in report:
         np.testing.assert_allclose(report[key], again[key], rtol=1e-5)
@@ -103,7 +110,7 @@ def test_layers_that_are_written_out_are_the_same_step():
     model, optimizer = step_audio2(CFG), make_optimizer(replace(FAST, eps=1e-4))
     found = []
     for unroll in (False, True):
-        step = make_step(model, optimizer, unroll=unroll)
+        step = make_language_step(model, optimizer, unroll=unroll)
         state = init_state(model, optimizer, None, testing.tiny_params(CFG))
         lowered = step.lower(*jax.tree.map(jax.typeof, (state, rows())))
         loops = lowered.as_text().count("stablehlo.while")
@@ -128,14 +135,18 @@ def test_a_state_comes_back_as_it_went_in(policy):
     """Same tree, shapes and dtypes, so that a step can be repeated and its memory used again."""
     lora = policy.kernel is not None
     model = lora_model(policy) if lora else step_audio2(CFG, policy)
-    optimizer = make_optimizer(OptimizerConfig(rates=ONLY_LORA if lora else {}))
+    optimizer = make_optimizer(OptimizerConfig(learning_rate_overrides=ONLY_LORA if lora else {}))
     state = abstract_state(model, optimizer)
-    batch = abstract_batch(CFG, None, 2, 16, clips=2, frames=40, parts=2, streams=("text",))
-    after, report = jax.eval_shape(make_step(model, optimizer).function, state, batch)
+    batch = abstract_language_batch(
+        CFG, None, 2, 16, clips=2, frames=40, accumulation_steps=2, metric_masks=("text",)
+    )
+    after, report = jax.eval_shape(make_language_step(model, optimizer).function, state, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
         lambda x: (x.shape, x.dtype), state
     )
-    assert {"loss", "accuracy", "norm", "rate", "weight", "text/loss"} <= set(report)
+    assert {"loss", "accuracy", "grad_norm", "learning_rate", "target_weight", "text/loss"} <= set(
+        report
+    )
 
 
 SHARDED = """
@@ -157,17 +168,17 @@ SHARDED = """
     ids = rng.integers(0, 256, (8, 25), np.int32)
     slots = np.full((8, 24), -1, np.int32)
     slots[:, 3:8] = np.arange(5) + 5 * np.arange(8)[::-1, None]  # clips in another order than rows
-    batch = Batch(
+    batch = LanguageBatch(
         ids=ids[:, :-1], targets=ids[:, 1:], weights=rng.random((8, 24), np.float32),
         mels=rng.standard_normal((8, 16, 40), np.float32), frames=np.full((8, 1), 40, np.int32),
-        starts=np.zeros((8, 1), np.int32), slots=slots, streams={"heard": slots >= 0},
+        starts=np.zeros((8, 1), np.int32), slots=slots, metric_masks={"heard": slots >= 0},
         segments=np.repeat([[1, 2, 3]], 8, 0).repeat(8, 1),  # three sequences of eight in each row
         positions=np.tile(np.arange(8, dtype=np.int32), (8, 3)),
     )
 
     def run(spec, steps):
         mesh = None if spec is None else make_mesh(spec)
-        step = make_step(model, optimizer, mesh, chunk=10)
+        step = make_language_step(model, optimizer, mesh, loss_chunk=10)
         state = init_state(model, optimizer, mesh, testing.tiny_params(cfg))
         places = jax.tree.map(lambda x: x.sharding, state)
         abstract = jax.tree.map(lambda x: x.sharding, abstract_state(model, optimizer, mesh))

@@ -16,31 +16,31 @@ from sa2jax.models.audio_encoder import encoder_length
 from sa2jax.models.step_audio import step_audio2
 from sa2jax.train.networks.audio_encoder import (
     FROZEN,
-    EncoderTeaching,
-    encoder_heard,
-    encoder_loss,
-    encoder_teacher,
-    init_encoder,
+    AudioEncoderLossConfig,
+    audio_encoder_forward,
+    audio_encoder_loss,
+    audio_encoder_with_heads,
+    init_audio_encoder,
     sinusoids,
 )
-from sa2jax.train.networks.recognition import SYMBOLS, Disturbance, network, text_of
-from sa2jax.train.networks.step import make_loss_evaluation, place_rows
+from sa2jax.train.networks.recognition import SYMBOLS, Augmentation, letters_to_text, network_params
+from sa2jax.train.networks.step import make_loss_evaluation, place_network_batch
 from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
 
 CFG = AudioEncoderConfig(mels=16, layers=1, embed=32, heads=2, max_positions=100, mlp_ratio=2)
-MODEL = encoder_teacher(CFG)
-PLAIN = EncoderTeaching(disturbance=None)
+MODEL = audio_encoder_with_heads(CFG)
+PLAIN = AudioEncoderLossConfig(augmentation=None)
 STEPS = 250
 
 
 @pytest.fixture(scope="module")
 def params():
-    return init_encoder(CFG)
+    return init_audio_encoder(CFG)
 
 
 @pytest.fixture(scope="module")
 def losses():
-    return losses_of(encoder_loss, MODEL)
+    return losses_of(audio_encoder_loss, MODEL)
 
 
 def test_positions_are_sines_and_cosines_of_slower_and_slower_waves():
@@ -62,7 +62,7 @@ def test_padding_and_empty_rows_change_nothing(params, losses):
 
 
 def test_a_seed_is_a_run(params, losses):
-    config = EncoderTeaching()
+    config = AudioEncoderLossConfig()
     loss = [
         float(losses(params, tones(), jax.random.key(seed), config)[0][0]) for seed in (0, 0, 1)
     ]
@@ -72,15 +72,21 @@ def test_a_seed_is_a_run(params, losses):
 @pytest.mark.slow
 def test_an_encoder_learns_to_spell_and_keeps_its_positions(params):
     optimizer = make_optimizer(
-        OptimizerConfig(rate=5e-3, warmup=10, steps=STEPS, decay=0.0, rates=FROZEN)
+        OptimizerConfig(
+            learning_rate=5e-3,
+            warmup_steps=10,
+            steps=STEPS,
+            weight_decay=0.0,
+            learning_rate_overrides=FROZEN,
+        )
     )
-    mild = EncoderTeaching(disturbance=Disturbance(time_masks=0, band_masks=0))
-    batch = place_rows(tones(), None)
-    state, reports = learn(encoder_loss, MODEL, optimizer, mild, params, batch, STEPS)
+    mild = AudioEncoderLossConfig(augmentation=Augmentation(time_masks=0, freq_masks=0))
+    batch = place_network_batch(tones(), None)
+    state, reports = learn(audio_encoder_loss, MODEL, optimizer, mild, params, batch, STEPS)
     assert reports[-1]["loss"] < 0.1 < 1 < reports[0]["loss"]
-    heard = make_loss_evaluation(encoder_heard, MODEL)(state.params, batch)
-    assert [text_of(row) for row in np.asarray(heard.letters)] == list(TEXTS)
-    table = np.asarray(network(state.params)["positions"])
+    heard = make_loss_evaluation(audio_encoder_forward, MODEL)(state.params, batch)
+    assert [letters_to_text(row) for row in np.asarray(heard.letters)] == list(TEXTS)
+    table = np.asarray(network_params(state.params)["positions"])
     np.testing.assert_array_equal(table, sinusoids(CFG.max_positions, CFG.embed))
 
 
@@ -89,12 +95,14 @@ def test_what_is_taught_is_what_the_adapter_gets():
     """The encoder fits into a whole model, and the head reads that model's features."""
     whole = testing.tiny_config(layers=1)
     cfg = whole.audio_encoder
-    params, batch = init_encoder(cfg, seed=1), place_rows(tones(), None)
+    params, batch = init_audio_encoder(cfg, seed=1), place_network_batch(tones(), None)
     structure = step_audio2(whole)
     like = structure.abstract["audio_encoder"]
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
-    assert shapes(network(params)) == shapes(like)
-    heard = make_loss_evaluation(encoder_heard, encoder_teacher(cfg))(params, batch)
+    assert shapes(network_params(params)) == shapes(like)
+    heard = make_loss_evaluation(audio_encoder_forward, audio_encoder_with_heads(cfg))(
+        params, batch
+    )
 
     @jit
     def features(encoder):
@@ -104,11 +112,11 @@ def test_what_is_taught_is_what_the_adapter_gets():
         return net.audio_encoder(mels, num_frames(batch.lengths))
 
     head = params["heads"]["letters"]
-    x = np.asarray(features(network(params)))
+    x = np.asarray(features(network_params(params)))
     logits = np.einsum("bsd,pvd->bspv", x, head["kernel"]) + head["bias"]
     logits = logits.reshape(len(x), -1, SYMBOLS)  # two of each frame
     for row, size in enumerate(2 * encoder_length(num_frames(np.asarray(batch.lengths)))):
         best = logits[row, :size].argmax(-1)
         spelled = [s for i, s in enumerate(best) if s and (i == 0 or s != best[i - 1])]
-        assert text_of(np.asarray(heard.letters)[row]) == text_of(spelled)
+        assert letters_to_text(np.asarray(heard.letters)[row]) == letters_to_text(spelled)
         assert spelled

@@ -17,12 +17,12 @@ from sa2jax.errors import TrainError
 from sa2jax.models.flow.flow_matching import flow_model, start_noise, unstack_flow
 from sa2jax.models.flow.upsample_conformer import ConformerState
 from sa2jax.models.flow.upsample_conformer import heard as heard_by
-from sa2jax.train.networks.flow import FlowBatch, Teaching, _chunks, _draws, flow_loss
-from sa2jax.train.networks.step import TRACES, make_loss_step, place_rows
+from sa2jax.train.networks.flow import FlowBatch, FlowLossConfig, _chunks, _random_draws, flow_loss
+from sa2jax.train.networks.step import TRACES, make_loss_step, place_network_batch
 from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
 from sa2jax.train.state import init_state
 
-PLAIN = Teaching(drop=0, prompt=0)
+PLAIN = FlowLossConfig(cfg_dropout=0, prompt_prob=0)
 CODES = 12
 
 
@@ -70,9 +70,9 @@ def losses(recorded):
 def test_the_loss_is_the_error_of_the_velocity_that_sampling_uses(recorded, losses):
     """The same number from the pieces that `Flow.__call__` makes a reply of."""
     batch = rows(recorded)
-    config = replace(PLAIN, sigma=0.25)
+    config = replace(PLAIN, sigma_min=0.25)
     loss, report = losses(batch, 3, config)
-    uniform, seeds = _draws(jax.random.key(3), 1)
+    uniform, seeds = _random_draws(jax.random.key(3), 1)
     level = 1 - np.cos(np.pi / 2 * np.asarray(uniform[3]))
     noise = np.asarray(start_noise(np.zeros(1, np.int32), 2 * CODES, recorded.cfg.mels, seeds))
 
@@ -159,9 +159,9 @@ def test_chunks_follow_what_is_given():
 
 def test_rows_that_are_heard_in_chunks(recorded, losses):
     batch = rows(recorded, (60,))
-    whole, part = (float(losses(batch, 1, replace(PLAIN, stream=s))[0]) for s in (0.0, 1.0))
+    whole, part = (float(losses(batch, 1, replace(PLAIN, streaming_prob=s))[0]) for s in (0.0, 1.0))
     assert part != pytest.approx(whole, rel=1e-4)
-    seen_at_once = float(losses(batch, 1, replace(PLAIN, stream=1e-9))[0])
+    seen_at_once = float(losses(batch, 1, replace(PLAIN, streaming_prob=1e-9))[0])
     assert seen_at_once == pytest.approx(whole, rel=1e-5)
 
 
@@ -197,37 +197,41 @@ def test_rows_are_dropped_and_prompted_as_often_as_asked(recorded, losses):
         codes=np.zeros((count, 1), np.int32), mels=np.zeros((count, 2, recorded.cfg.mels)),
         lengths=np.ones(count, np.int32), speaker=np.ones((count, recorded.cfg.speaker)),
     )  # fmt: skip
-    _, report = losses(batch, 0, Teaching())
+    _, report = losses(batch, 0, FlowLossConfig())
     three = 3 * (0.2 * 0.8 / count) ** 0.5
     assert float(report["dropped"]) / count == pytest.approx(0.2, abs=three)
     # Of those that are not dropped.
     assert float(report["prompted"]) / count == pytest.approx(0.8 * 0.5, abs=3 * 0.025)
-    _, report = losses(batch, 0, Teaching(drop=1.0))
+    _, report = losses(batch, 0, FlowLossConfig(cfg_dropout=1.0))
     assert (float(report["dropped"]), float(report["prompted"])) == (count, 0)
 
 
 def test_a_dropped_row_knows_neither_codes_nor_voice_nor_prompt(recorded, losses):
     batch = rows(recorded)
     other = replace(batch, codes=batch.codes[:, ::-1].copy(), speaker=-batch.speaker)
-    for config, same in ((Teaching(drop=1.0, prompt=1.0), True), (PLAIN, False)):
+    for config, same in ((FlowLossConfig(cfg_dropout=1.0, prompt_prob=1.0), True), (PLAIN, False)):
         assert (float(losses(batch, 0, config)[0]) == float(losses(other, 0, config)[0])) is same
 
 
 def test_a_prompt_is_heard(recorded, losses):
     batch = rows(recorded)
     loss = lambda share: float(
-        losses(batch, 0, Teaching(drop=0, prompt=1.0, prompt_share=share))[0]
+        losses(batch, 0, FlowLossConfig(cfg_dropout=0, prompt_prob=1.0, max_prompt_fraction=share))[
+            0
+        ]
     )
     plain = float(losses(batch)[0])
     assert loss(0.0) == pytest.approx(plain, rel=1e-6)
     assert abs(loss(1.0) / plain - 1) > 1e-4
 
 
-@pytest.mark.parametrize("field", ["drop", "prompt", "prompt_share", "sigma"])
+@pytest.mark.parametrize(
+    "field", ["cfg_dropout", "prompt_prob", "max_prompt_fraction", "sigma_min"]
+)
 @pytest.mark.parametrize("value", [-0.1, 1.5, float("nan")])
 def test_shares_are_between_0_and_1(field, value):
     with pytest.raises(TrainError, match=f"{field}=.*expected a number from 0 to 1"):
-        Teaching(**{field: value})
+        FlowLossConfig(**{field: value})
 
 
 # --- learning -----------------------------------------------------------------------------------
@@ -239,8 +243,10 @@ def test_a_flow_learns_a_recording_and_says_it(recorded):
     model, params = flow_model(recorded.cfg, stacked=False), unstack_flow(recorded.params)
     one = rows(recorded)
     batch = jax.tree.map(lambda x: np.repeat(x, 8, 0), one)  # eight levels of it at once
-    optimizer = make_optimizer(OptimizerConfig(rate=5e-3, warmup=5, steps=150, decay=0.0))
-    step = make_loss_step(flow_loss, model, optimizer, Teaching(), seed=1)
+    optimizer = make_optimizer(
+        OptimizerConfig(learning_rate=5e-3, warmup_steps=5, steps=150, weight_decay=0.0)
+    )
+    step = make_loss_step(flow_loss, model, optimizer, FlowLossConfig(), seed=1)
     say = jit(
         lambda params: model.bind(params)(
             np.zeros((1, 0), np.int32), np.zeros((1, 0, recorded.cfg.mels), np.float32),
@@ -254,35 +260,47 @@ def test_a_flow_learns_a_recording_and_says_it(recorded):
     before = distance(params)
     state = init_state(model, optimizer, None, jax.tree.map(jnp.copy, params))
     traces, losses = TRACES["step"], []
-    step = compiled(step, state, place_rows(batch, None))
+    step = compiled(step, state, place_network_batch(batch, None))
     for _ in range(150):
-        state, report = step(state, place_rows(batch, None))
+        state, report = step(state, place_network_batch(batch, None))
         losses.append(float(report["loss"]))
     assert TRACES["step"] == traces + 1
     assert int(state.step) == 150
     first, last = np.mean(losses[:10]), np.mean(losses[-10:])
     after = distance(state.params)
     assert set(report) == {
-        "loss", "norm", "rate", "flow", "prior", "frames", "rows", "dropped", "prompted"
-    }  # fmt: skip
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "flow",
+        "prior",
+        "frames",
+        "rows",
+        "dropped",
+        "prompted",
+    }
     assert last < first / 4, (first, last)
     assert after < before / 3, (before, after)
 
 
 def test_a_run_that_goes_on_draws_what_it_would_have_drawn(recorded):
     batch = rows(recorded)
-    optimizer = make_optimizer(OptimizerConfig(rate=1e-3, warmup=0, rates={"estimator": 0.0}))
+    optimizer = make_optimizer(
+        OptimizerConfig(
+            learning_rate=1e-3, warmup_steps=0, learning_rate_overrides={"estimator": 0.0}
+        )
+    )
     step = make_loss_step(flow_loss, recorded.model, optimizer, seed=5)
     fresh = lambda: jax.tree.map(jnp.copy, recorded.params)
     state, found = init_state(recorded.model, optimizer, None, fresh()), []
-    step = compiled(step, state, place_rows(batch, None))
+    step = compiled(step, state, place_network_batch(batch, None))
     for number in range(3):
         if number == 2:
             kept = jax.tree.map(jnp.copy, state)
-        state, report = step(state, place_rows(batch, None))
+        state, report = step(state, place_network_batch(batch, None))
         found.append(float(report["loss"]))
     assert len(set(found)) == 3
-    again, report = step(kept, place_rows(batch, None))
+    again, report = step(kept, place_network_batch(batch, None))
     assert float(report["loss"]) == found[2]
     jax.tree.map(np.testing.assert_array_equal, again.params, state.params)
     frozen, trained = state.params["estimator"], state.params["to_mel"]
@@ -317,7 +335,7 @@ SHARDED = """
         state, losses = init_state(recorded.model, optimizer, mesh, params), []
         places = jax.tree.map(lambda x: x.sharding, state)
         for _ in range(2):
-            state, report = step(state, place_rows(batch, mesh))
+            state, report = step(state, place_network_batch(batch, mesh))
             losses.append(float(report["loss"]))
         same = jax.tree.map(lambda x, was: x.sharding == was, state, places)
         leaf = state.params["estimator"]["blocks"]["up"]["kernel"]

@@ -88,7 +88,7 @@ def test_recordings_are_heard_as_voices_are(prepared, speech):
     np.testing.assert_array_equal(word.speaker, third.speaker)
     count = len(analyzer.codes(root / "hums" / "short.wav"))
     assert int(word.lengths[0]) in (count, count - 1)
-    assert data.seconds_heard == pytest.approx(about["seconds"])
+    assert data.audio_seconds == pytest.approx(about["seconds"])
 
 
 def test_an_epoch_has_every_piece_once(prepared):
@@ -98,7 +98,7 @@ def test_an_epoch_has_every_piece_once(prepared):
     assert sum(int((batch.lengths > 0).sum()) for batch in batches) == 2 * len(data._lengths)
     lengths = sorted(int(n) for batch in batches for n in batch.lengths if n)
     assert lengths == sorted([*data._lengths, *data._lengths])
-    assert not data.empty().lengths.any()
+    assert not data.empty_batch().lengths.any()
 
 
 def test_an_epoch_has_some_buckets_more_often(prepared):
@@ -177,8 +177,8 @@ def test_damaged_folders(prepared, tmp_path, damage, message):
         ({"rows": 0}, "rows and epochs of at least 1"),
         ({"buckets": (75, 50)}, "buckets in rising order"),
         ({"buckets": (50,)}, "expected a bucket that large"),
-        ({"often": (2,)}, "for each of the 2 buckets"),
-        ({"often": (2, 0)}, "a number of at least 1"),
+        ({"oversample": (2,)}, "for each of the 2 buckets"),
+        ({"oversample": (2, 0)}, "a number of at least 1"),
     ],
 )
 def test_configs_that_do_not_fit(prepared, options, message):

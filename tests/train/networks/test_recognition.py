@@ -13,18 +13,18 @@ from sa2jax.errors import TrainError
 from sa2jax.train.networks.recognition import (
     LETTERS,
     SYMBOLS,
-    Disturbance,
+    Augmentation,
     SoundBatch,
     abstract_sound_batch,
-    best_letters,
+    augment_waveform,
+    ctc_greedy_decode,
     ctc_loss,
-    disturbed,
-    letters_of,
-    masked,
-    network,
-    text_of,
+    letter_ids,
+    letters_to_text,
+    network_params,
+    spec_augment,
 )
-from sa2jax.train.networks.step import place_rows
+from sa2jax.train.networks.step import place_network_batch
 
 SECOND = 16_000
 
@@ -34,9 +34,9 @@ SECOND = 16_000
 
 def test_letters_are_numbered_from_1_in_the_order_of_the_alphabet():
     assert SYMBOLS == 29
-    assert letters_of(" az'") == [2, 27, 28]
-    assert letters_of("a z") == [2, 1, 27]
-    assert text_of(range(SYMBOLS)) == LETTERS
+    assert letter_ids(" az'") == [2, 27, 28]
+    assert letter_ids("a z") == [2, 1, 27]
+    assert letters_to_text(range(SYMBOLS)) == LETTERS
 
 
 @pytest.mark.parametrize(
@@ -50,14 +50,14 @@ def test_letters_are_numbered_from_1_in_the_order_of_the_alphabet():
     ],
 )
 def test_a_text_keeps_what_can_be_spelled(text, clean):
-    assert text_of(letters_of(text)) == clean
+    assert letters_to_text(letter_ids(text)) == clean
 
 
 def test_the_best_letters_drop_repetitions_and_blanks():
-    symbols = [*letters_of("aab"), 0, *letters_of("b"), 0, 2, 2]
+    symbols = [*letter_ids("aab"), 0, *letter_ids("b"), 0, 2, 2]
     logits = jax.nn.one_hot(jnp.array([symbols]), SYMBOLS)
-    assert text_of(best_letters(logits, jnp.array([8]))[0]) == "abba"
-    assert text_of(best_letters(logits, jnp.array([5]))[0]) == "abb"
+    assert letters_to_text(ctc_greedy_decode(logits, jnp.array([8]))[0]) == "abba"
+    assert letters_to_text(ctc_greedy_decode(logits, jnp.array([5]))[0]) == "abb"
 
 
 # --- CTC ----------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def test_ctc_is_the_sum_over_all_alignments(rng, letters):
     padded = jnp.array([[*letters, 0, 0]])
     loss, report = jit(ctc_loss)(logits, jnp.array([4]), padded, jnp.array([len(letters)]))
     assert float(loss) == pytest.approx(by_hand(logits[0, :4], letters) / len(letters), rel=1e-5)
-    assert (float(report["letters"]), float(report["left_out"])) == (len(letters), 0)
+    assert (float(report["letters"]), float(report["skipped"])) == (len(letters), 0)
 
 
 def test_letters_that_fit_no_frames_are_left_out(rng):
@@ -89,7 +89,7 @@ def test_letters_that_fit_no_frames_are_left_out(rng):
     frames, counts = jnp.array([3, 2, 3, 6]), jnp.array([3, 3, 3, 0])
     run = jit(jax.value_and_grad(lambda x: ctc_loss(x, frames, letters, counts), has_aux=True))
     (loss, report), gradient = run(logits)
-    assert (float(report["letters"]), float(report["left_out"])) == (3, 2)
+    assert (float(report["letters"]), float(report["skipped"])) == (3, 2)
     assert float(loss) == pytest.approx(by_hand(logits[0, :3], [1, 2, 3]) / 3, rel=1e-5)
     assert np.abs(gradient[0, :3]).max() > 0.01
     assert np.abs(gradient[1:]).max() == 0
@@ -121,13 +121,13 @@ def wider(batch: SoundBatch, samples: int, rows: int = 0) -> SoundBatch:
 def test_what_is_drawn_for_a_clip_is_its_own(rng):
     """Neither longer clips nor further rows beside it change how a clip is disturbed."""
     batch, key = clips(rng), jax.random.key(3)
-    config = Disturbance(noise=1.0, snr=(0, 0))
-    run = jax.jit(lambda batch: disturbed(batch, key, config))
+    config = Augmentation(noise_prob=1.0, snr_db=(0, 0))
+    run = jax.jit(lambda batch: augment_waveform(batch, key, config))
     wide = run(wider(batch, 1000, rows=2))
     np.testing.assert_allclose(wide[:2, :SECOND], run(batch), rtol=1e-4, atol=1e-6)
     assert np.abs(wide[:, SECOND:]).max() == np.abs(wide[1, SECOND // 2 :]).max() == 0
     mels, frames = rng.normal(size=(2, 20, 100)).astype(np.float32), np.array([100, 50])
-    run = jax.jit(lambda mels, frames: masked(mels, frames, key, config))
+    run = jax.jit(lambda mels, frames: spec_augment(mels, frames, key, config))
     mels[1, :, 50:] = 0
     wide = run(np.pad(mels, ((0, 1), (0, 0), (0, 30))), np.array([100, 50, 0]))
     np.testing.assert_allclose(wide[:2, :, :100], run(mels, frames), rtol=1e-4, atol=1e-6)
@@ -135,35 +135,35 @@ def test_what_is_drawn_for_a_clip_is_its_own(rng):
 
 
 def test_a_key_is_a_disturbance_and_none_is_none(rng):
-    batch, config = clips(rng), Disturbance(noise=1.0)
-    draw = lambda seed: np.asarray(disturbed(batch, jax.random.key(seed), config))
+    batch, config = clips(rng), Augmentation(noise_prob=1.0)
+    draw = lambda seed: np.asarray(augment_waveform(batch, jax.random.key(seed), config))
     assert (draw(0) == draw(0)).all()
     assert np.abs(draw(0) - draw(1)).max() > 0.01
     assert np.abs(draw(0)[0] - draw(0)[1])[: SECOND // 2].max() > 0.01
-    nothing = Disturbance(gain=0, noise=0, time_masks=0, band_masks=0)
+    nothing = Augmentation(gain_db=0, noise_prob=0, time_masks=0, freq_masks=0)
     for key, how in ((None, config), (jax.random.key(0), None), (jax.random.key(0), nothing)):
-        assert (np.asarray(disturbed(batch, key, how)) == batch.sound).all()
+        assert (np.asarray(augment_waveform(batch, key, how)) == batch.sound).all()
         mels = batch.sound[:, None, :100]
-        assert (np.asarray(masked(mels, np.array([100, 100]), key, how)) == mels).all()
+        assert (np.asarray(spec_augment(mels, np.array([100, 100]), key, how)) == mels).all()
 
 
 def test_noise_is_as_loud_and_gain_as_large_as_asked(rng):
     batch = clips(rng, (1.0,) * 24)
     power = lambda x: np.square(np.asarray(x)).mean(1)
-    only = Disturbance(gain=0, noise=1.0, snr=(6, 6))
-    noise = disturbed(batch, jax.random.key(0), only) - batch.sound
+    only = Augmentation(gain_db=0, noise_prob=1.0, snr_db=(6, 6))
+    noise = augment_waveform(batch, jax.random.key(0), only) - batch.sound
     ratio = 10 * np.log10(power(batch.sound) / power(noise))
     np.testing.assert_allclose(ratio, 6, atol=0.7)
     # Of different colours: neighbours of white noise are not alike, those of brown noise are.
     alike = (noise[:, 1:] * noise[:, :-1]).mean(1) / power(noise)
     assert alike.min() < 0.2
     assert alike.max() > 0.7
-    gain = disturbed(batch, jax.random.key(0), Disturbance(gain=6, noise=0))
+    gain = augment_waveform(batch, jax.random.key(0), Augmentation(gain_db=6, noise_prob=0))
     change = 10 * np.log10(power(gain) / power(batch.sound))
     assert np.abs(change).max() <= 6
     assert change.min() < -3
     assert change.max() > 3
-    some = disturbed(batch, jax.random.key(0), Disturbance(gain=0, noise=0.5))
+    some = augment_waveform(batch, jax.random.key(0), Augmentation(gain_db=0, noise_prob=0.5))
     touched = (np.abs(some - batch.sound).max(1) > 0).sum()
     assert 4 < touched < 20
 
@@ -171,8 +171,10 @@ def test_noise_is_as_loud_and_gain_as_large_as_asked(rng):
 def test_masks_are_as_wide_as_allowed_and_hold_the_mean(rng):
     mels = rng.normal(size=(40, 16, 200)).astype(np.float32)
     frames = np.full(40, 200)
-    config = Disturbance(time_masks=1, time_width=30, time_share=0.1, band_masks=1, band_width=4)
-    out = np.asarray(masked(mels, frames, jax.random.key(0), config))
+    config = Augmentation(
+        time_masks=1, time_mask_width=30, time_mask_fraction=0.1, freq_masks=1, freq_mask_width=4
+    )
+    out = np.asarray(spec_augment(mels, frames, jax.random.key(0), config))
     changed = out != mels
     moments, bands = changed.all(1).sum(1), changed.all(2).sum(1)  # [B]
     assert moments.max() in (19, 20)  # a tenth of the clip
@@ -189,16 +191,22 @@ def test_masks_are_as_wide_as_allowed_and_hold_the_mean(rng):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("gain", -1.0), ("noise", 1.5), ("time_share", float("nan")), ("snr", (9.0, 3.0)),
-     ("band_masks", -1), ("noise", -0.5)],
-)  # fmt: skip
+    [
+        ("gain_db", -1.0),
+        ("noise_prob", 1.5),
+        ("time_mask_fraction", float("nan")),
+        ("snr_db", (9.0, 3.0)),
+        ("freq_masks", -1),
+        ("noise_prob", -0.5),
+    ],
+)
 def test_a_disturbance_that_cannot_be_is_refused(field, value):
     with pytest.raises(TrainError, match=f"{field}=.*expected"):
-        Disturbance(**{field: value})
+        Augmentation(**{field: value})
 
 
 def test_a_disturbance_may_come_from_a_file():
-    assert hash(Disturbance(**{"snr": [3.0, 9.0]})) == hash(Disturbance(snr=(3.0, 9.0)))
+    assert hash(Augmentation(**{"snr_db": [3.0, 9.0]})) == hash(Augmentation(snr_db=(3.0, 9.0)))
 
 
 # --- batches ------------------------------------------------------------------------------------
@@ -207,12 +215,12 @@ def test_a_disturbance_may_come_from_a_file():
 def test_an_abstract_batch_is_like_a_placed_one(rng):
     batch = clips(rng, (0.2, 0.1, 0.1))
     like = abstract_sound_batch(None, 3, 3200, 1)
-    found = place_rows(batch, None)
+    found = place_network_batch(batch, None)
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
     assert shapes(found) == shapes(like)
     spoilt = replace(batch, lengths=batch.lengths.astype(np.int64))
-    assert shapes(place_rows(spoilt, None)) == shapes(like)
+    assert shapes(place_network_batch(spoilt, None)) == shapes(like)
 
 
 def test_a_network_goes_without_its_heads():
-    assert network({"model": {"conv": 1}, "heads": {"letters": 2}}) == {"conv": 1}
+    assert network_params({"model": {"conv": 1}, "heads": {"letters": 2}}) == {"conv": 1}

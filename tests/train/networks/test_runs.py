@@ -20,12 +20,12 @@ from sa2jax.convert import hf
 from sa2jax.train.log import read_metrics
 from sa2jax.train.networks.recipes import NetworkRecipe
 from sa2jax.train.networks.speech_data import prepare_speech
-from sa2jax.train.networks.task import SUBJECTS, train_network
-from sa2jax.train.recipe import build
+from sa2jax.train.networks.task import TRAINERS, train_network
+from sa2jax.train.recipe import build_config
 
-ALWAYS = {"step", "loss", "norm", "rate"}
-TIMES = {"seconds_per_step", "tokens_per_second", "audio_hours_per_second", "data_wait"}
-SPELT = {"letters", "left_out"}
+ALWAYS = {"step", "loss", "grad_norm", "learning_rate"}
+TIMES = {"step_seconds", "tokens_per_second", "audio_hours_per_second", "data_wait_fraction"}
+SPELT = {"letters", "skipped"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Kind:
         shown: what is measured on held-out clips.
         rate: of the recordings, in Hz.
         data: how batches are made of them.
-        teaching: what is not taught as usual.
+        loss: of its loss, what is not as usual.
     """
 
     part: str
@@ -48,34 +48,53 @@ class Kind:
     shown: set[str]
     rate: int = 16_000
     data: dict[str, Any]
-    teaching: dict[str, Any]
+    loss: dict[str, Any]
 
 
 CLIPS = {"rows": 2, "buckets": [60]}
-MILD = {"disturbance": {"time_masks": 0, "band_masks": 0}}
+MILD = {"augmentation": {"time_masks": 0, "freq_masks": 0}}
 KINDS = {
     "vocoder": Kind(
-        part="vocoder.", stays="vocoder.f0_predictor.",
-        learning={"convergence", "magnitude", "mel", "pitch", "voicing", "frames"}, shown={"loss"},
-        rate=24_000, data={"rows": 2, "crop": 12}, teaching={"resolutions": [[256, 64]]},
+        part="vocoder.",
+        stays="vocoder.f0_predictor.",
+        learning={"convergence", "magnitude", "mel", "pitch", "voicing", "frames"},
+        shown={"loss"},
+        rate=24_000,
+        data={"rows": 2, "crop": 12},
+        loss={"resolutions": [[256, 64]]},
     ),
-    "tokenizer": Kind(
+    "speech_tokenizer": Kind(
         part="speech_tokenizer.",
-        learning={"ctc", "early_ctc", "mels", "uneven", "overshoot", "used"} | SPELT,
-        shown={"loss", "ctc", "mels", "uneven", "wer", "codes", "perplexity"},
-        data=CLIPS, teaching=MILD,
+        learning={
+            "ctc",
+            "intermediate_ctc",
+            "mel_error",
+            "codebook_balance",
+            "saturation",
+            "codebook_usage",
+        }
+        | SPELT,
+        shown={"loss", "ctc", "mel_error", "codebook_balance", "wer", "codes", "perplexity"},
+        data=CLIPS,
+        loss=MILD,
     ),
-    "speaker": Kind(
+    "speaker_encoder": Kind(
         part="speaker_encoder.",
-        learning={"rows", "accuracy", "same", "other"}, shown={"loss", "accuracy", "same", "other"},
-        data=CLIPS, teaching=MILD | {"seconds": 0.3},
+        learning={"rows", "accuracy", "same_speaker", "other_speaker"},
+        shown={"loss", "accuracy", "same_speaker", "other_speaker"},
+        data=CLIPS,
+        loss=MILD | {"max_seconds": 0.3},
     ),
-    "encoder": Kind(
-        part="audio_encoder.", learning=SPELT, shown={"loss", "wer"}, data=CLIPS, teaching=MILD,
+    "audio_encoder": Kind(
+        part="audio_encoder.",
+        learning=SPELT,
+        shown={"loss", "wer"},
+        data=CLIPS,
+        loss=MILD,
     ),
-}  # fmt: skip
+}
 
-SLOW = {"tokenizer": pytest.mark.slow}  # its draws and heads are many to compile
+SLOW = {"speech_tokenizer": pytest.mark.slow}  # its draws and heads are many to compile
 
 
 @pytest.fixture(scope="module")
@@ -108,12 +127,12 @@ def recipe(kind: str, home: Path, model: Path) -> NetworkRecipe:
     values = {
         "network": {"folder": str(model)},
         "data": {"folder": str(home / f"ready{expected.rate}"), **expected.data},
-        "teaching": expected.teaching,
-        "optimizer": {"rate": 1e-3, "warmup": 0, "steps": 2, "decay": 0.0},
+        "loss": expected.loss,
+        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 0, "steps": 2, "weight_decay": 0.0},
         "evaluate": {"folder": str(home / f"held{expected.rate}"), "batches": 2},
-        "pace": {"log_every": 1},
+        "intervals": {"log_every": 1},
     }
-    return build(SUBJECTS[kind].recipe, values, "small")
+    return build_config(TRAINERS[kind].recipe, values, "small")
 
 
 def leaves(params) -> dict[str, np.ndarray]:
@@ -122,7 +141,7 @@ def leaves(params) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=SLOW.get(k, ())) for k in KINDS])
 def test_a_run(kind, home, model, clips):
-    expected, subject, plan = KINDS[kind], SUBJECTS[kind], recipe(kind, home, model)
+    expected, subject, plan = KINDS[kind], TRAINERS[kind], recipe(kind, home, model)
 
     # --- what it reports
     whole = train_network(plan, home / kind, quiet=True)
@@ -133,7 +152,7 @@ def test_a_run(kind, home, model, clips):
     assert lines[2].keys() == {"step", *(f"evaluate/{name}" for name in expected.shown)}
     assert np.isfinite([value for line in lines for value in line.values()]).all()
     found = {name: lines[2][f"evaluate/{name}"] for name in expected.shown}
-    if kind == "tokenizer":  # of 96 frames of 10 ms
+    if kind == "speech_tokenizer":  # of 96 frames of 10 ms
         assert 1 <= found["perplexity"] <= found["codes"] <= 24
 
     # --- what it leaves

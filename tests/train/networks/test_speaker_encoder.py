@@ -13,24 +13,24 @@ from jax import jit
 from sa2jax.audio.features import fbank
 from sa2jax.errors import TrainError
 from sa2jax.models.speaker_encoder import speaker_encoder
-from sa2jax.train.networks.recognition import Disturbance, SoundBatch, network
+from sa2jax.train.networks.recognition import Augmentation, SoundBatch, network_params
 from sa2jax.train.networks.speaker_encoder import (
-    GIVEN,
-    SpeakerTeaching,
-    init_speaker,
-    likeness,
-    margin_loss,
-    speaker_heard,
-    speaker_loss,
-    speaker_teacher,
+    FROZEN,
+    SpeakerEncoderLossConfig,
+    am_softmax_loss,
+    init_speaker_encoder,
+    speaker_encoder_forward,
+    speaker_encoder_loss,
+    speaker_encoder_with_heads,
+    speaker_similarity,
 )
-from sa2jax.train.networks.step import make_loss_evaluation, place_rows
-from sa2jax.train.optimizer import OptimizerConfig, make_optimizer, name_of
+from sa2jax.train.networks.step import make_loss_evaluation, place_network_batch
+from sa2jax.train.optimizer import OptimizerConfig, make_optimizer, param_name
 
 CFG = SMALL.speaker_encoder
 VOICES = 3
-MODEL = speaker_teacher(CFG, speakers=VOICES)
-PLAIN = SpeakerTeaching(disturbance=None)
+MODEL = speaker_encoder_with_heads(CFG, speakers=VOICES)
+PLAIN = SpeakerEncoderLossConfig(augmentation=None)
 STEPS = 100
 
 
@@ -54,12 +54,12 @@ def voices(seed: int = 0, *, each: int = 3, room: int = 0, rows: int = 0) -> Sou
 
 @pytest.fixture(scope="module")
 def params():
-    return init_speaker(CFG, speakers=VOICES)
+    return init_speaker_encoder(CFG, speakers=VOICES)
 
 
 @pytest.fixture(scope="module")
 def losses():
-    return losses_of(speaker_loss, MODEL)
+    return losses_of(speaker_encoder_loss, MODEL)
 
 
 def test_the_margin_is_taken_from_the_own_voice():
@@ -68,16 +68,16 @@ def test_the_margin_is_taken_from_the_own_voice():
     for margin in (0.0, 0.3):
         logits = 10 * np.array([[0.9 - margin, 0.2, -0.4], [0.1, 0.3, 0.3 - margin]])
         expected = np.log(np.exp(logits).sum(1)) - logits[[0, 1], [0, 2]]
-        np.testing.assert_allclose(margin_loss(cosines, own, margin, 10.0), expected, rtol=1e-3)
+        np.testing.assert_allclose(am_softmax_loss(cosines, own, margin, 10.0), expected, rtol=1e-3)
 
 
 def test_likeness_is_over_pairs_of_different_real_clips():
     vectors = jnp.array([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [1.0, 0.0]])
     speaker, real = jnp.array([0, 0, 1, 1]), jnp.array([True, True, True, False])
-    same, other = likeness(vectors, speaker, real)
+    same, other = speaker_similarity(vectors, speaker, real)
     assert float(same) == pytest.approx(0.6)
     assert float(other) == pytest.approx((0.0 + 0.8) / 2)
-    alone = likeness(vectors, jnp.arange(4), real)
+    alone = speaker_similarity(vectors, jnp.arange(4), real)
     assert float(alone.same) == 0
 
 
@@ -95,7 +95,7 @@ def test_padding_and_empty_rows_change_nothing(params, losses):
 
 def test_a_part_of_a_long_clip_is_heard(params, losses):
     """Without a key its beginning, with one another part for another key."""
-    short = replace(PLAIN, seconds=0.25)
+    short = replace(PLAIN, max_seconds=0.25)
     batch = voices()
     first = replace(batch, sound=batch.sound[:, :4000], lengths=np.minimum(batch.lengths, 4000))
     loss = lambda batch, config, seed=None: float(
@@ -103,37 +103,43 @@ def test_a_part_of_a_long_clip_is_heard(params, losses):
     )
     assert loss(batch, short) == pytest.approx(loss(first, PLAIN), rel=1e-5)
     assert loss(batch, short, 0) == loss(batch, short, 0) != loss(batch, short, 1)
-    assert loss(batch, SpeakerTeaching(), 0) != loss(batch, SpeakerTeaching(), 1)
+    assert loss(batch, SpeakerEncoderLossConfig(), 0) != loss(batch, SpeakerEncoderLossConfig(), 1)
 
 
 def test_vectors_are_those_of_the_encoder_in_use(params):
-    batch = place_rows(voices(), None)
-    heard = make_loss_evaluation(speaker_heard, MODEL, PLAIN)(params, batch)
+    batch = place_network_batch(voices(), None)
+    heard = make_loss_evaluation(speaker_encoder_forward, MODEL, PLAIN)(params, batch)
 
     @jit
     def vectors(params):
         energies = fbank(batch.sound, batch.lengths, n_mels=CFG.mels, subtract_mean=True)
         return speaker_encoder(CFG).bind(params)(energies, 1 + (batch.lengths - 400) // 160)
 
-    expected = np.asarray(vectors(network(params)))
+    expected = np.asarray(vectors(network_params(params)))
     expected = expected / np.linalg.norm(expected, axis=1, keepdims=True)
     np.testing.assert_allclose(heard.vectors, expected, atol=1e-4)
 
 
 def test_an_encoder_learns_voices_and_keeps_given_statistics(params):
-    rates = OptimizerConfig(rate=1e-2, warmup=5, steps=STEPS, decay=0.0, rates=GIVEN)
+    rates = OptimizerConfig(
+        learning_rate=1e-2,
+        warmup_steps=5,
+        steps=STEPS,
+        weight_decay=0.0,
+        learning_rate_overrides=FROZEN,
+    )
     optimizer = make_optimizer(rates)
-    mild = SpeakerTeaching(disturbance=Disturbance(band_masks=0, snr=(30, 40)))
-    batch = place_rows(voices(), None)
-    state, reports = learn(speaker_loss, MODEL, optimizer, mild, params, batch, STEPS)
+    mild = SpeakerEncoderLossConfig(augmentation=Augmentation(freq_masks=0, snr_db=(30, 40)))
+    batch = place_network_batch(voices(), None)
+    state, reports = learn(speaker_encoder_loss, MODEL, optimizer, mild, params, batch, STEPS)
     assert reports[-1]["loss"] < 0.3 * reports[0]["loss"]
-    others = place_rows(voices(5), None)
-    new = make_loss_evaluation(speaker_heard, MODEL, PLAIN)(state.params, others)
+    others = place_network_batch(voices(5), None)
+    new = make_loss_evaluation(speaker_encoder_forward, MODEL, PLAIN)(state.params, others)
     assert float(new.report["accuracy"]) > 0.8
-    assert float(new.report["same"]) > float(new.report["other"]) + 0.25
+    assert float(new.report["same_speaker"]) > float(new.report["other_speaker"]) + 0.25
 
     moved = {
-        name_of(path): bool((np.asarray(new) != np.asarray(old)).any())
+        param_name(path): bool((np.asarray(new) != np.asarray(old)).any())
         for (path, new), old in zip(
             jax.tree.leaves_with_path(state.params), jax.tree.leaves(params), strict=True
         )
@@ -146,7 +152,7 @@ def test_an_encoder_learns_voices_and_keeps_given_statistics(params):
 
 def test_matrices_begin_with_the_gain_that_rectifiers_take(params):
     plain = lambda width: width**-0.5
-    model = network(params)
+    model = network_params(params)
     deviation = lambda x: float(np.std(np.asarray(x)))
     # Stacked, in a head's stage, and not followed by a rectifier.
     layers = model["blocks"]["block1"]["layers"]
@@ -156,8 +162,8 @@ def test_matrices_begin_with_the_gain_that_rectifiers_take(params):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("margin", -0.1), ("margin", 2.0), ("seconds", 0.01), ("scale", 0.5)]
+    ("field", "value"), [("margin", -0.1), ("margin", 2.0), ("max_seconds", 0.01), ("scale", 0.5)]
 )
 def test_settings_that_cannot_be_are_refused(field, value):
     with pytest.raises(TrainError, match=f"{field}=.*expected"):
-        SpeakerTeaching(**{field: value})
+        SpeakerEncoderLossConfig(**{field: value})

@@ -12,15 +12,15 @@ from sa2jax.errors import DataError
 from sa2jax.speech.layout import SPEAKING
 from sa2jax.speech.store import SpeechFolder
 from sa2jax.speech.token2wav import Token2Wav
-from sa2jax.train.networks.flow_data import speaker_in
-from sa2jax.train.networks.recognition import letters_of
+from sa2jax.train.networks.flow_data import speaker_vector
+from sa2jax.train.networks.recognition import letter_ids
 from sa2jax.train.networks.speech_data import (
     ClipConfig,
     ClipData,
     CropConfig,
     CropData,
     prepare_speech,
-    read_speech_about,
+    read_speech_info,
 )
 
 WORDS = ["one", "two three", "four", "five six seven", "eight"]
@@ -59,7 +59,7 @@ def test_what_is_kept(low):
     folder, about = low
     assert (about["samples"], about["rejected"], about["rate"]) == (5, 2, 16_000)
     assert about["speakers"] == ["s0", "s1"]
-    _, lengths = read_speech_about(folder, 16_000)
+    _, lengths = read_speech_info(folder, 16_000)
     np.testing.assert_array_equal(lengths, [40, 50, 60, 70, 80])
     reasons = [json.loads(line)["reason"] for line in (folder / "rejects.jsonl").open()]
     assert reasons == ["silence", 'expected "text" to be text, got 3']
@@ -74,12 +74,12 @@ def test_clips_come_padded(low):
     np.testing.assert_array_equal(first.lengths, [6400, 8000])
     assert np.abs(first.sound[0, :6400]).max() > 0.1
     assert not first.sound[0, 6400:].any()
-    assert list(first.letters[1, : first.letter_counts[1]]) == letters_of("two three")
+    assert list(first.letters[1, : first.letter_counts[1]]) == letter_ids("two three")
     np.testing.assert_array_equal(first.speaker, [0, 1])
     np.testing.assert_array_equal(batches[2].lengths, [9600, 0])
     assert batches[2].speaker[1] == -1
-    assert data.seconds_heard == pytest.approx(3.0)
-    assert not data.empty().lengths.any()
+    assert data.audio_seconds == pytest.approx(3.0)
+    assert not data.empty_batch().lengths.any()
 
 
 def test_speakers_of_another_folder(low):
@@ -161,7 +161,7 @@ def test_mel_frames_that_a_flow_makes(source, golden, tmp_path):
     config = CropConfig(folder=tmp_path / "made", rows=3, crop=60, shuffle=False)
     batch = next(CropData(config, seed=0))
     speech = SpeechFolder(home)
-    speaker = speaker_in(speech.analyzer, str(source.parent / "long.wav"))
+    speaker = speaker_vector(speech.analyzer, str(source.parent / "long.wav"))
     codes = speech.analyzer.codes([source.parent / row["audio"] for row in rows[:3]])
     talker = Token2Wav(speech.cfg, speech.params(SPEAKING))
     own = talker.mels(codes, [speaker] * 3, seed=1)

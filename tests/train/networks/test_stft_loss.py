@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 from jax import jit
 
-from sa2jax.train.networks.stft_loss import FLOOR, power_spectrum, spectral_distance, windows_inside
+from sa2jax.train.networks.stft_loss import (
+    FLOOR,
+    multi_resolution_stft_loss,
+    power_spectrum,
+    windows_inside,
+)
 
 RESOLUTIONS = ((128, 32), (512, 128))
 N = 4000
@@ -19,7 +24,7 @@ def noise() -> np.ndarray:
 
 @jit
 def distance(made, true, first, last):
-    return spectral_distance(made, true, first, last, RESOLUTIONS)
+    return multi_resolution_stft_loss(made, true, first, last, RESOLUTIONS)
 
 
 def whole(made, true):
@@ -83,7 +88,7 @@ def test_only_what_lies_inside_counts(noise):
 def test_rows_without_a_window_are_no_distance(noise):
     none = np.zeros(2, np.int32)
     assert tuple(map(float, distance(noise, -2 * noise, none, none)))[1] == 0
-    short = spectral_distance(noise[:, :100], noise[:, :100], none, none, RESOLUTIONS)
+    short = multi_resolution_stft_loss(noise[:, :100], noise[:, :100], none, none, RESOLUTIONS)
     assert tuple(map(float, short)) == (0, 0)
 
 
@@ -94,7 +99,7 @@ def test_gradients_are_finite(noise, kind):
 
     @jit
     def gradient(made):
-        both = lambda made: spectral_distance(made, noise, 0 * last, last, RESOLUTIONS)
+        both = lambda made: multi_resolution_stft_loss(made, noise, 0 * last, last, RESOLUTIONS)
         return jax.grad(lambda made: sum(both(made)))(made)
 
     found = np.asarray(gradient(made))

@@ -11,7 +11,7 @@ from sa2jax.errors import CheckpointError, TrainError
 from sa2jax.speech.store import SpeechFolder
 from sa2jax.speech.voices import Voice
 from sa2jax.train.networks.flow_data import FlowDataConfig
-from sa2jax.train.networks.model_io import open_network
+from sa2jax.train.networks.model_io import open_detokenizer_network
 from sa2jax.train.networks.recipes import FlowRecipe, NetworkSpec
 from sa2jax.train.networks.task import make_network_task
 
@@ -43,7 +43,7 @@ def leaves(folder):
 
 def test_a_models_voices_and_recordings_come_along(model, tmp_path):
     """Voices that somebody adds to the result stay when it is made again."""
-    flow, out = open_network("flow", model), tmp_path / "run" / "model"
+    flow, out = open_detokenizer_network("flow", model), tmp_path / "run" / "model"
     out.parent.mkdir()
     assert flow.save(halved(flow), out) == []
     made = SpeechFolder(out)
@@ -69,8 +69,8 @@ def test_numbers_keep_their_dtype_on_disk(converted_detokenizer, tmp_path):
         for name, leaf in leaves(folder).items()
     }
     checkpoint.save(folder / checkpoint.PARAMS, checkpoint.unflatten(narrow), overwrite=True)
-    flow = open_network("flow", folder)
-    params = flow.load(None)
+    flow = open_detokenizer_network("flow", folder)
+    params = flow.load_params(None)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
     flow.save(params, tmp_path / "out")
     new = leaves(tmp_path / "out")
@@ -80,14 +80,16 @@ def test_numbers_keep_their_dtype_on_disk(converted_detokenizer, tmp_path):
 
 
 def test_a_fingerprint_is_that_of_the_numbers(converted_detokenizer, model, tmp_path):
-    flow, same = (open_network("flow", folder) for folder in (converted_detokenizer, model))
+    flow, same = (
+        open_detokenizer_network("flow", folder) for folder in (converted_detokenizer, model)
+    )
     assert flow.fingerprint() == same.fingerprint()
     flow.save(halved(flow), tmp_path / "other")
-    assert open_network("flow", tmp_path / "other").fingerprint() != flow.fingerprint()
+    assert open_detokenizer_network("flow", tmp_path / "other").fingerprint() != flow.fingerprint()
     leaf = tmp_path / "other" / "params" / "flow.table"
     next(path for path in leaf.iterdir() if path.name[0] != ".").unlink()
     with pytest.raises(CheckpointError, match="is damaged"):
-        open_network("flow", tmp_path / "other").fingerprint()
+        open_detokenizer_network("flow", tmp_path / "other").fingerprint()
 
 
 def test_several_processes_are_refused(converted_detokenizer, tmp_path, monkeypatch):

@@ -18,13 +18,18 @@ from jax import jit
 from sa2jax import audio
 from sa2jax.errors import TrainError
 from sa2jax.models.vocoder import vocoder
-from sa2jax.train.networks.step import TRACES, make_loss_evaluation, make_loss_step, place_rows
+from sa2jax.train.networks.step import (
+    TRACES,
+    make_loss_evaluation,
+    make_loss_step,
+    place_network_batch,
+)
 from sa2jax.train.networks.vocoder import (
     FIRST_LAYERS,
     VocoderBatch,
-    VocoderTeaching,
+    VocoderLossConfig,
     abstract_vocoder_batch,
-    fresh_vocoder,
+    init_vocoder,
     vocoder_loss,
 )
 from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
@@ -32,14 +37,14 @@ from sa2jax.train.state import abstract_state, init_state
 
 # One stage only: nothing is slower than compiling.
 CFG = SMALL.vocoder
-PLAIN = VocoderTeaching(resolutions=((256, 64), (1024, 256)), forced=1.0)
+PLAIN = VocoderLossConfig(resolutions=((256, 64), (1024, 256)), teacher_forcing_prob=1.0)
 MODEL = vocoder(CFG)
 FRAMES = 10
 
 
 @pytest.fixture(scope="module")
 def params():
-    return fresh_vocoder(CFG)
+    return init_vocoder(CFG)
 
 
 def rows(frames=(FRAMES,), room: int | None = None) -> VocoderBatch:
@@ -115,7 +120,9 @@ def test_each_loss_measures_what_it_says():
     assert float(report["pitch"]) == pytest.approx(0.7 * np.log(143 / 130), rel=1e-4)
     parts = ("convergence", "magnitude", "mel", "pitch")
     assert float(loss) == pytest.approx(sum(float(report[name]) for name in parts), rel=1e-5)
-    weights = VocoderTeaching(convergence=0, magnitude=0, mel=0, pitch=3)
+    weights = VocoderLossConfig(
+        convergence_weight=0, magnitude_weight=0, mel_weight=0, pitch_weight=3
+    )
     loss, _ = judge(teacher, batch, weights)
     assert float(loss) == pytest.approx(3 * float(report["pitch"]), rel=1e-5)
 
@@ -161,7 +168,7 @@ def test_other_mel_frames_are_heard_and_the_true_ones_judge(params):
 
 
 def test_the_margin_is_not_judged(params):
-    batch, config = rows(), replace(PLAIN, margin=2)
+    batch, config = rows(), replace(PLAIN, edge_frames=2)
     spoilt = replace(batch, sound=batch.sound.copy())
     spoilt.sound[:, :200] += 0.1 * (-1) ** np.arange(200)  # frame 2 begins with sample 240
     teacher = Teacher(spoilt)
@@ -175,7 +182,7 @@ def test_the_source_is_of_the_true_pitch_as_often_as_asked(params):
     batch = rows((10, 10))
     high = replace(batch, f0=np.where(batch.f0 > 0, 1.5 * batch.f0, 0).astype(np.float32))
     for forced, heard in ((1.0, True), (0.0, False)):
-        config = replace(PLAIN, forced=forced)
+        config = replace(PLAIN, teacher_forcing_prob=forced)
         ours, theirs = (losses(params, x, config=config) for x in (batch, high))
         assert (ours["magnitude"] != theirs["magnitude"]) is heard
         assert ours["pitch"] != theirs["pitch"]
@@ -186,7 +193,7 @@ def test_a_pitch_that_is_not_known_is_predicted_and_not_judged(params):
     unknown = replace(batch, f0=np.full_like(batch.f0, -1))
     found = losses(params, unknown)
     assert (found["pitch"], found["voicing"]) == (0, 0)
-    predicted = losses(params, batch, config=replace(PLAIN, forced=0.0))
+    predicted = losses(params, batch, config=replace(PLAIN, teacher_forcing_prob=0.0))
     assert found["magnitude"] == pytest.approx(predicted["magnitude"], rel=1e-5)
     half = replace(batch, f0=batch.f0.copy())
     half.f0[:, 5:] = -1
@@ -221,13 +228,18 @@ def test_gradients_are_finite(params):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("forced", 1.5), ("forced", float("nan")), ("mel", -1.0), ("margin", -1),
-        ("pitch", float("inf")), ("resolutions", ()), ("resolutions", ((300, 128),)),
+        ("teacher_forcing_prob", 1.5),
+        ("teacher_forcing_prob", float("nan")),
+        ("mel_weight", -1.0),
+        ("edge_frames", -1),
+        ("pitch_weight", float("inf")),
+        ("resolutions", ()),
+        ("resolutions", ((300, 128),)),
     ],
-)  # fmt: skip
+)
 def test_settings_that_mean_nothing_are_errors(field, value):
     with pytest.raises(TrainError, match=f"{field}=.*expected"):
-        VocoderTeaching(**{field: value})
+        VocoderLossConfig(**{field: value})
 
 
 def test_a_vocoder_of_other_frames_is_an_error():
@@ -242,16 +254,22 @@ def test_a_vocoder_of_other_frames_is_an_error():
 
 @pytest.mark.slow
 def test_a_vocoder_learns_a_sound_and_a_run_that_goes_on_is_the_same_run(params):
-    batch = place_rows(rows((FRAMES, FRAMES)), None)
+    batch = place_network_batch(rows((FRAMES, FRAMES)), None)
     optimizer = make_optimizer(
         OptimizerConfig(
-            rate=1e-2, rates=dict.fromkeys(FIRST_LAYERS, 1e-3), warmup=5, steps=150,
-            betas=(0.8, 0.99), decay=0.0,
+            learning_rate=1e-2,
+            learning_rate_overrides=dict.fromkeys(FIRST_LAYERS, 1e-3),
+            warmup_steps=5,
+            steps=150,
+            betas=(0.8, 0.99),
+            weight_decay=0.0,
         )
-    )  # fmt: skip
+    )
     state = init_state(MODEL, optimizer, None, jax.tree.map(jnp.copy, params))
     traces, found = TRACES["step"], []
-    step = make_loss_step(vocoder_loss, MODEL, optimizer, replace(PLAIN, forced=0.8), seed=5)
+    step = make_loss_step(
+        vocoder_loss, MODEL, optimizer, replace(PLAIN, teacher_forcing_prob=0.8), seed=5
+    )
     step = step.lower(
         abstract_state(MODEL, optimizer), abstract_vocoder_batch(None, 2, FRAMES)
     ).compile()
@@ -266,8 +284,16 @@ def test_a_vocoder_learns_a_sound_and_a_run_that_goes_on_is_the_same_run(params)
     assert {name: float(value) for name, value in report.items()} == found[2]
     first, last = found[0], found[-1]
     assert set(last) == {
-        "loss", "norm", "rate", "frames", "convergence", "magnitude", "mel", "pitch", "voicing",
-    }  # fmt: skip
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "frames",
+        "convergence",
+        "magnitude",
+        "mel",
+        "pitch",
+        "voicing",
+    }
     assert last["convergence"] < 0.6, (first, last)
     assert last["magnitude"] < first["magnitude"] / 3, (first, last)
     assert last["mel"] < first["mel"] / 5, (first, last)
@@ -280,9 +306,13 @@ def test_a_vocoder_learns_a_sound_and_a_run_that_goes_on_is_the_same_run(params)
 
 
 def test_frozen_parts_stay(params):
-    optimizer = make_optimizer(OptimizerConfig(rate=1e-3, warmup=0, rates={"f0_predictor": 0.0}))
+    optimizer = make_optimizer(
+        OptimizerConfig(
+            learning_rate=1e-3, warmup_steps=0, learning_rate_overrides={"f0_predictor": 0.0}
+        )
+    )
     state = init_state(MODEL, optimizer, None, jax.tree.map(jnp.copy, params))
-    batch = place_rows(rows(), None)
+    batch = place_network_batch(rows(), None)
     step = make_loss_step(vocoder_loss, MODEL, optimizer, PLAIN).lower(state, batch).compile()
     state, _ = step(state, batch)
     jax.tree.map(
@@ -307,10 +337,10 @@ SHARDED = """
     for spec in ("", "data=2,fsdp=2"):
         mesh = make_mesh(spec) if spec else None
         step = make_loss_step(vocoder_loss, MODEL, optimizer, PLAIN, mesh)
-        state, losses = init_state(MODEL, optimizer, mesh, fresh_vocoder(CFG, mesh=mesh)), []
+        state, losses = init_state(MODEL, optimizer, mesh, init_vocoder(CFG, mesh=mesh)), []
         places = jax.tree.map(lambda x: x.sharding, state)
         for _ in range(2):
-            state, report = step(state, place_rows(batch, mesh))
+            state, report = step(state, place_network_batch(batch, mesh))
             losses.append(float(report["loss"]))
         same = jax.tree.map(lambda x, was: x.sharding == was, state, places)
         found[spec] = {"losses": losses, "kept": all(jax.tree.leaves(same))}
