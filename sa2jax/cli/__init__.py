@@ -67,10 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         sys.stdout.flush()
     except Sa2jaxError as error:
-        common.say_error(error)
+        common.log_error(error)
         sys.exit(2)
     except KeyboardInterrupt:
-        common.say("interrupted")
+        common.log("interrupted")
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has gone, as in `sa2jax ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -88,7 +88,7 @@ def evaluate(
     def load(source: str | Path, kind: ModelDtype | None) -> "StepAudio2":
         from sa2jax.pipeline import StepAudio2
 
-        with common.bar("loading") as tick:
+        with common.progress_bar("loading") as tick:
             return StepAudio2.from_pretrained(
                 source, dtype=kind, batch_size=batch_size, progress=tick
             )
@@ -102,7 +102,7 @@ def evaluate(
             if against is not None:
                 raise DataError(f"{against} holds int8 weights: expected float ones")
             other = None
-    with common.bar("asking", unit="items") as tick:
+    with common.progress_bar("asking", unit="items") as tick:
         scores = evaluate_nano(
             scored, folder, options, other=other, is_int8=is_int8, judges=judges, progress=tick
         )
@@ -111,9 +111,9 @@ def evaluate(
     if json:
         common.print_json(scores.to_dict() | {"model": str(model)})
     else:
-        print_scores(scores, common.wide())
+        print_scores(scores, common.wide_console())
     if strict and scores.below:
-        common.say(f"below the floor: {', '.join(scores.below)}")
+        common.log(f"below the floor: {', '.join(scores.below)}")
         raise SystemExit(1)
 
 

@@ -32,7 +32,7 @@ def begin(
         seed: Of all numbers.
         overwrite: Replace a checkpoint at OUT.
     """
-    common.stay_on_host()
+    common.use_cpu()
     from sa2jax.errors import DataError
     from sa2jax.runtime import enable_compilation_cache
     from sa2jax.train.init_model import begin as make
@@ -65,7 +65,7 @@ def join(
             first is the default voice.
         overwrite: Replace a checkpoint at OUT.
     """
-    common.stay_on_host()
+    common.use_cpu()
     from sa2jax.assets import model_folder
     from sa2jax.convert.join import join as put
     from sa2jax.errors import VoiceError
@@ -81,5 +81,5 @@ def join(
         dtype=dtype, single=single, voices=named, overwrite=overwrite,
     )  # fmt: skip
     for note in notes:
-        common.say(f"note: {note}")
+        common.log(f"note: {note}")
     print(f"model: {out}")

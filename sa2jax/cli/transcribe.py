@@ -83,14 +83,14 @@ def translate(
         files[0] if files else Text(text or ""), to=to, speech=True, voice=voice or "default",
         max_new_tokens=max_new_tokens, seed=seed,
     )  # fmt: skip
-    made = wav_output.made_of(reply, out)
+    made = wav_output.reply_summary(reply, out)
     with wav_output.sink(out, model) as write:
         write(reply.audio)
     if json:
         common.print_json(wav_output.as_json(reply, out))
     else:
         print(reply.text.strip())
-        common.say(made)
+        common.log(made)
 
 
 def caption(
@@ -127,7 +127,7 @@ def _text_task(
     for path in files:
         common.require_file(path)
     model = options.load()
-    with common.bar("listening", unit="recordings") as tick:
+    with common.progress_bar("listening", unit="recordings") as tick:
         texts = run(model, tick)
     if as_json:
         common.print_json([{"file": str(f), "text": t} for f, t in zip(files, texts, strict=True)])

@@ -30,7 +30,7 @@ from sa2jax.evaluate.nano_rows import (
 from sa2jax.evaluate.scores import Answer, Row, Scores
 from sa2jax.evaluate.voice_judge import VoiceJudge, voice_judge
 from sa2jax.evaluate.words import SUMS, normalized, word_errors
-from sa2jax.pipeline.tasks import options_of
+from sa2jax.pipeline.tasks import task_options
 
 if TYPE_CHECKING:
     from sa2jax.pipeline import StepAudio2
@@ -331,7 +331,7 @@ class _Exam:
 
     def _options(self) -> Any:
         """How replies are sampled."""
-        options = replace(options_of(TASKS["chat"]), max_new_tokens=self.options.max_new_tokens)
+        options = replace(task_options(TASKS["chat"]), max_new_tokens=self.options.max_new_tokens)
         if self.options.greedy:
             options = replace(options, sampling=replace(options.sampling, temperature=0.0))
         return options

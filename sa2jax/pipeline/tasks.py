@@ -17,12 +17,12 @@ from sa2jax.chat.template import TASKS, Audio, Piece, Task
 from sa2jax.errors import PromptError
 from sa2jax.inference.requests import Options, Request
 from sa2jax.inference.sampling import Sampling
-from sa2jax.pipeline.base import Base, Progress
+from sa2jax.pipeline.base import PipelineBase, Progress
 from sa2jax.pipeline.reply import NO_SOUND, Reply, Timings
 from sa2jax.speech.api import AnyVoice
 
 
-class Tasks(Base):
+class Tasks(PipelineBase):
     """The tasks of `StepAudio2`, in terms of prompts and what continues them."""
 
     # --- tasks -----------------------------------------------------------------------------
@@ -260,7 +260,7 @@ class Tasks(Base):
         pieces = [*as_pieces(content), *([template.Text("<tts_start>")] if speak else [])]
         if not as_pieces(content):
             raise PromptError("an empty prompt: expected text, a recording, or both")
-        options = options_of(TASKS["tts"]) if options is None else options
+        options = task_options(TASKS["tts"]) if options is None else options
         return self._replies([self.request(pieces)], options, voice if speak else None)[0]
 
     # --- parts ----------------------------------------------------------------------------
@@ -280,13 +280,13 @@ class Tasks(Base):
         chosen = self.speech.voice(voice)  # before anything is computed
         requests = [
             self.request(
-                task.raw(*pieces) if self.style == "base"
+                task.raw(*pieces) if self.prompt_style == "raw"
                 else template.render(task.messages(*pieces))
             )
             for pieces in contents
         ]  # fmt: skip
         limit = task.max_new_tokens if max_new_tokens is None else max_new_tokens
-        options = replace(options_of(task), max_new_tokens=limit, seed=seed)
+        options = replace(task_options(task), max_new_tokens=limit, seed=seed)
         return self._replies(requests, options, chosen, progress)
 
     def _replies(
@@ -311,7 +311,7 @@ class Tasks(Base):
             Reply(
                 text=part.text + reader.end(),
                 ids=reply.ids,
-                finish=reply.finish,
+                finish_reason=reply.finish_reason,
                 audio=wave,
                 sample_rate=rate,
                 codes=tuple(reader.codes),
@@ -319,7 +319,7 @@ class Tasks(Base):
                 tool_calls=tuple(reader.calls),
                 timings=Timings(
                     first_text=None, first_audio=None, total=total, speech=len(wave) / rate,
-                    read=len(request.ids), made=len(reply.ids),
+                    prompt_tokens=len(request.ids), generated_tokens=len(reply.ids),
                 ),
             )
             for request, reader, part, (reply,), wave in zip(
@@ -344,7 +344,7 @@ class Tasks(Base):
             for part in self._parts(source, task, extra):
                 chunks = -(-len(part[0]) // audio.CHUNK_SAMPLES)
                 pieces = (Audio(part), *map(template.Text, extra))
-                if self.style == "base":
+                if self.prompt_style == "raw":
                     request = self.request(task.raw(*pieces))
                 else:
                     request = self.request(template.render(task.messages(*pieces)))
@@ -355,7 +355,7 @@ class Tasks(Base):
         if not requests:
             return []
         longest = max(request.max_new_tokens or 0 for request in requests)
-        options = replace(options_of(task), max_new_tokens=longest, seed=seed)
+        options = replace(task_options(task), max_new_tokens=longest, seed=seed)
         replies = self.generate(requests, options, progress=progress)
         texts: list[list[str]] = [[] for _ in (sources if many else [sources])]
         for owner, (reply,) in zip(owners, replies, strict=True):
@@ -379,7 +379,7 @@ class Tasks(Base):
             yield part, audio.SAMPLE_RATE
 
 
-def options_of(task: Task) -> Options:
+def task_options(task: Task) -> Options:
     """How the official examples sample a task."""
     temperature = 0.0 if task.greedy else task.temperature
     return Options(

@@ -70,8 +70,15 @@ class Model:
         if voice and not right:
             value = 3 - value
         wave = np.full(2400, (value if right or voice else 19) / 100, np.float32)
-        times = Timings(first_text=None, first_audio=0.5, total=0.2, speech=0.1, read=1, made=1)
-        return Reply(text="", ids=(), finish="stop", audio=wave, timings=times, **more)
+        times = Timings(
+            first_text=None,
+            first_audio=0.5,
+            total=0.2,
+            speech=0.1,
+            prompt_tokens=1,
+            generated_tokens=1,
+        )
+        return Reply(text="", ids=(), finish_reason="stop", audio=wave, timings=times, **more)
 
 
 class Chat:

@@ -34,7 +34,7 @@ from sa2jax.errors import CheckpointError, PromptError, VoiceError
 from sa2jax.inference.engine import Generator
 from sa2jax.inference.requests import Options
 from sa2jax.pipeline import StepAudio2, conversation
-from sa2jax.pipeline.tasks import options_of
+from sa2jax.pipeline.tasks import task_options
 
 SHORT = Options(max_new_tokens=6)
 HEARD = turn("human", heard(13))
@@ -59,7 +59,7 @@ def base(tiny) -> StepAudio2:
         testing.tiny_params(tiny.cfg),
         tiny.tokenizer,
         speech=lambda: Speech(),
-        style="base",
+        prompt_style="raw",
     )
     model.generator = tiny.generator
     return model
@@ -181,7 +181,7 @@ def closed(message, reply) -> list[int]:
 
 def test_paralinguistic(tiny, prompts):
     task = TASKS["paralinguistic"]
-    options = options_of(task)
+    options = task_options(task)
     assert (options.sampling.temperature, options.max_new_tokens) == (0.7, 2048)
     chat = tiny.chat(task.system, voice="default", options=SHORT)
     check_spoken(chat.say([CLIP]))
