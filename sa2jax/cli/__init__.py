@@ -20,7 +20,7 @@ from sa2jax.cli.chat import chat, tts
 from sa2jax.cli.checkpoints import convert, export, inspect, verify
 from sa2jax.cli.data import data
 from sa2jax.cli.evaluate import evaluate
-from sa2jax.cli.init_join import begin, join
+from sa2jax.cli.init_assemble import assemble, init
 from sa2jax.cli.plan import plan
 from sa2jax.cli.speech import reconstruct, tokenize, vocode, voice
 from sa2jax.cli.train import merge, train
@@ -47,8 +47,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "merge": merge,
     "eval": evaluate,
-    "begin": begin,
-    "join": join,
+    "init": init,
+    "assemble": assemble,
 }
 
 
