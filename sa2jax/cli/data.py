@@ -145,7 +145,7 @@ def _synthesize(
         seed: Of everything that is drawn, in place of the recipe's.
         scale: Times all counts of the recipe: 0.01 makes a small one, to look at.
         workers: Processes; by default one for each core.
-        set: Other values in place of the recipe's, such as talks.counts.asr=100, or
+        set: Other values in place of the recipe's, such as dialogues.counts.asr=100, or
             voices.joe=null for one voice less.
         json: Print JSON.
     """
