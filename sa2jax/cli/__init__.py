@@ -22,6 +22,7 @@ from sa2jax.cli.data import data
 from sa2jax.cli.evaluate import evaluate
 from sa2jax.cli.init_assemble import assemble, init
 from sa2jax.cli.plan import plan
+from sa2jax.cli.run import run
 from sa2jax.cli.speech import reconstruct, tokenize, vocode, voice
 from sa2jax.cli.train import merge, train
 from sa2jax.cli.transcribe import asr, caption, translate
@@ -31,6 +32,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "asr": asr,
     "translate": translate,
     "caption": caption,
+    "run": run,
     "chat": chat,
     "tts": tts,
     "vocode": vocode,

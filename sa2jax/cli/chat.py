@@ -165,7 +165,7 @@ def tts(
     model = options.load()
     if stream:
         from sa2jax.chat.template import TASKS, Text
-        from sa2jax.pipeline.tasks import task_options
+        from sa2jax.pipeline.task_runner import task_options
 
         task = TASKS["tts"]
         limit = task.max_new_tokens if max_new_tokens is None else max_new_tokens

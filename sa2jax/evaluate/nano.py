@@ -30,7 +30,7 @@ from sa2jax.evaluate.nano_metrics import (
 from sa2jax.evaluate.scores import Metric, Prediction, Scores
 from sa2jax.evaluate.voice_judge import VoiceJudge, voice_judge
 from sa2jax.evaluate.words import SUMS, normalized, word_errors
-from sa2jax.pipeline.tasks import task_options
+from sa2jax.pipeline.task_runner import task_options
 
 if TYPE_CHECKING:
     from sa2jax.pipeline import StepAudio2
@@ -240,7 +240,7 @@ class _Run:
             while self.count.done < before + min(done, len(items)):
                 self.count.add()
 
-        texts = self.model.transcribe([str(item.audio) for item in items], progress=tick)
+        texts = self.model.transcribe_batch([str(item.audio) for item in items], progress=tick)
         for item, text in zip(items, texts, strict=True):
             self._note(metric.key, item, item.expected, text)
         expected = [item.expected for item in items]

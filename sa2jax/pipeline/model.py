@@ -24,7 +24,8 @@ from sa2jax.inference.loading import load
 from sa2jax.inference.requests import Options
 from sa2jax.pipeline.base import Progress, PromptStyle
 from sa2jax.pipeline.conversation import Chat, Overflow
-from sa2jax.pipeline.tasks import Tasks, task_options
+from sa2jax.pipeline.task_runner import task_options
+from sa2jax.pipeline.tasks import Tasks
 from sa2jax.runtime import enable_compilation_cache
 from sa2jax.speech import Speech
 from sa2jax.speech.api import AnyVoice

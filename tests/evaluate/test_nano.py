@@ -51,7 +51,7 @@ class Model:
         self.speech = SimpleNamespace(folder=SimpleNamespace(voices={"anna": 0, "bert": 0}))
         self.asked: list[tuple] = []
 
-    def transcribe(self, sources, *, progress):
+    def transcribe_batch(self, sources, *, progress):
         texts = []
         for source in sources:
             n = int(source.split("/")[-1][0])

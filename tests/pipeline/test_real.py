@@ -179,7 +179,7 @@ def test_fifty_turns_compile_nothing_new(model, speech):
 
 
 def test_spoken_tasks(model):
-    replies = model.tts(["one", "two", "three"], max_new_tokens=60)
+    replies = model.tts_batch(["one", "two", "three"], max_new_tokens=60)
     alone = model.tts("one", max_new_tokens=60)
     assert alone.ids == replies[0].ids
     assert len({reply.ids for reply in replies}) == 3
