@@ -105,7 +105,7 @@ def test_text(run, script):
     code, out, err = run(*ask, "--stream")
     assert (code, out) == (0, "Hi\n")
     assert err.startswith("first text 0.")
-    assert err.endswith(" s in all, 61 prompt tokens, 2 tokens\n")
+    assert err.endswith(" s in all, 61 prompt tokens, 2 generated\n")
     assert [options.max_new_tokens for options in script.options] == [1024, 1024]
 
 
