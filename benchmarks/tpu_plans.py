@@ -5,7 +5,7 @@ python benchmarks/tpu_plans.py [decode|prefill|encode|train|lora …] >> plans.m
 
 import sys
 
-from sa2jax.cli.common import stay_on_host
+from sa2jax.cli.common import use_cpu
 from sa2jax.errors import Sa2jaxError
 from sa2jax.plan import Plan, Spec
 from sa2jax.plan import planner as plan
@@ -74,7 +74,7 @@ def rounded(x: float) -> str:
 
 def main(workloads: list[str]) -> None:
     """Print the rows of some workloads as they are made."""
-    stay_on_host()
+    use_cpu()
     for name in workloads or SPECS:
         for spec in SPECS[name]:
             try:

@@ -9,7 +9,7 @@ import numpy as np
 from sa2jax import checkpoint
 from sa2jax.convert import torch_file
 from sa2jax.convert.rules import Op, Rule, Shape, Split, Transpose, expand, rule
-from sa2jax.convert.transfer import Network, Plan, make_plan, pack_dtypes, read
+from sa2jax.convert.transfer import Network, TransferPlan, make_plan, pack_dtypes, read
 from sa2jax.convert.weights import Arrays
 from sa2jax.errors import CheckpointError
 from sa2jax.models.flow.dit import PARTS
@@ -121,7 +121,7 @@ def from_official(tensors: Mapping[str, Any], cfg: FlowConfig, where: str = WEIG
     return read(_plan(tensors, cfg, where))
 
 
-def _plan(tensors: Mapping[str, Any], cfg: FlowConfig, where: str) -> Plan:
+def _plan(tensors: Mapping[str, Any], cfg: FlowConfig, where: str) -> TransferPlan:
     return make_plan(
         flow_rules(cfg), Arrays(tensors, where), leaf_shapes(cfg), where, wording=OF_YAML
     )

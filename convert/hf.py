@@ -1,4 +1,4 @@
-"""Hugging Face folders to ours and back, streaming: memory holds one tensor, not one model.
+"""Convert Hugging Face checkpoints to model folders and back, streaming one tensor at a time.
 
 convert(source, out)    Hugging Face folder → model folder of this library
 export(source, out)     model folder → Hugging Face folder
@@ -22,15 +22,15 @@ from sa2jax.convert import token2wav
 from sa2jax.convert import tokenizer as tokenizers
 from sa2jax.convert.rules import Rule, Split, Transpose, rule
 from sa2jax.convert.transfer import (
-    Plan,
     Report,
-    Stored,
+    StoredTensors,
+    TransferPlan,
     copy_side_files,
     make_plan,
+    make_report,
     pack_dtypes,
+    part_progress,
     read_part,
-    report,
-    share,
     unpack_dtypes,
     usual_dtype,
     with_int8,
@@ -112,7 +112,7 @@ def leaf_shapes(cfg: StepAudio2Config) -> dict[str, tuple[int, ...]]:
 
 
 def int8_kernels(cfg: StepAudio2Config, *, float_head: bool = False) -> list[str]:
-    """The leaves that `dtype="int8"` makes whole numbers of."""
+    """The leaves that `dtype="int8"` quantizes."""
     policy = Policy(kernel=np.int8, head=np.float32 if float_head else None)
     return quantized_leaves(checkpoint.flatten(step_audio2(cfg, policy).abstract))
 
@@ -152,21 +152,21 @@ def convert(
     for folder in (source, source / SPEECH):
         if checkpoint.is_checkpoint(folder):
             raise CheckpointError(f"{folder} is converted already: expected a released folder")
-    whole = dtype == "int8"
-    if float_head and not whole:
+    is_int8 = dtype == "int8"
+    if float_head and not is_int8:
         raise CheckpointError(
             "float_head is for dtype int8: other dtypes are those of the head too"
         )
-    cast = parse_dtype("bfloat16" if whole else dtype)
+    cast = parse_dtype("bfloat16" if is_int8 else dtype)
     if token2wav.stands_alone(source):
         done = token2wav.convert(source, out, overwrite=overwrite, progress=progress)
         return replace(done, notes=(*done.notes, *_kept(cast)))
     cfg = StepAudio2Config.from_hf(source)
-    found = tokenizers.find(source, tokenizer, cfg)
+    found = tokenizers.find_tokenizer(source, tokenizer, cfg)
     speaks = token2wav.is_official(source / SPEECH)
     with SafetensorsFolder(source) as weights:
         plan = _plan(source, weights, cast)
-        if whole:
+        if is_int8:
             plan = with_int8(plan, int8_kernels(cfg, float_head=float_head))
         speech = token2wav.Official(source / SPEECH) if speaks else None
         total = plan.bytes + (speech.bytes if speech else 0)
@@ -174,11 +174,11 @@ def convert(
             atomic_io.need_space(folder, total)
             leaves = {name: (info.shape, info.dtype) for name, info in plan.leaves.items()}
             arrays = checkpoint.create(folder / checkpoint.PARAMS, leaves)
-            write(plan, arrays, share(progress, 0, total))
+            write(plan, arrays, part_progress(progress, 0, total))
             left_out = copy_side_files(source, folder, _own(source, speech))
-            notes = tokenizers.supply(source, found, folder, cfg)
+            notes = tokenizers.copy_tokenizer(source, found, folder, cfg)
             if speech:
-                tick = share(progress, plan.bytes, total)
+                tick = part_progress(progress, plan.bytes, total)
                 left_out += _inside(token2wav.convert_into(speech, folder / SPEECH, tick))
                 notes += token2wav.supply_voices(folder, Path(out))
                 notes += _kept(cast)
@@ -189,11 +189,11 @@ def convert(
                 "dtype": usual_dtype(plan.leaves).name,
                 "source_dtypes": pack_dtypes(weights.tensors),
             }
-            if whole:
+            if is_int8:
                 info |= {"dtype": "int8", "int8": {"head": not float_head}}
             text = json.dumps(info, indent=2) + "\n"
             (folder / checkpoint.INFO).write_text(text, encoding="utf-8")
-    return report(weights.tensors | _prefixed(speech), total, started, left_out, notes)
+    return make_report(weights.tensors | _prefixed(speech), total, started, left_out, notes)
 
 
 def export(
@@ -249,10 +249,10 @@ def export(
     total = size + (speech.bytes if speech else 0)
     with atomic_io.new_folder(out, overwrite=overwrite) as folder:
         atomic_io.need_space(folder, total)
-        write_safetensors(folder, tensors, weights, limit, share(progress, 0, total))
+        write_safetensors(folder, tensors, weights, limit, part_progress(progress, 0, total))
         left_out = copy_side_files(source, folder, own)
         if speech:
-            tick = share(progress, size, total)
+            tick = part_progress(progress, size, total)
             left_out += _inside(token2wav.export_into(speech, folder / SPEECH, tick))
         if cast is not None:
             _write_config_dtype(folder / "config.json", cast.name)
@@ -260,7 +260,7 @@ def export(
         notes = _kept(cast)
     if weights.int8:
         notes = (*notes, "the matrices were int8: their numbers are rounded")
-    return report(tensors | _prefixed(speech), total, started, left_out, notes)
+    return make_report(tensors | _prefixed(speech), total, started, left_out, notes)
 
 
 def load_hf(
@@ -304,7 +304,7 @@ def load_hf(
     return checkpoint.unflatten(params)
 
 
-class ModelFolder(Stored):
+class ModelFolder(StoredTensors):
     """A model folder of this library under Hugging Face names, read one tensor at a time.
 
     Attributes:
@@ -318,17 +318,17 @@ class ModelFolder(Stored):
         cfg = StepAudio2Config.from_hf(folder)
         leaves = checkpoint.open_leaves(folder)
         shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
-        whole = info.get("int8")
+        int8_info = info.get("int8")
         wanted = leaf_shapes(cfg)
-        if whole is not None:
-            kernels = int8_kernels(cfg, float_head=not whole["head"])
+        if int8_info is not None:
+            kernels = int8_kernels(cfg, float_head=not int8_info["head"])
             wanted |= {scale_of(name): wanted[name][:-1] for name in kernels}
         checkpoint.require_fit(folder, shapes, wanted)
         super().__init__(leaves, llm_rules(cfg))
         self.source_dtypes = unpack_dtypes(info.get("source_dtypes"), self.tensors)
 
 
-def _plan(folder: Path, weights: SafetensorsFolder, cast: np.dtype | None) -> Plan:
+def _plan(folder: Path, weights: SafetensorsFolder, cast: np.dtype | None) -> TransferPlan:
     cfg = StepAudio2Config.from_hf(folder)
     return make_plan(llm_rules(cfg), weights, leaf_shapes(cfg), str(folder), cast=cast)
 

@@ -1,4 +1,4 @@
-"""A model as the paper's training began: Qwen2-Audio's encoder, Qwen2.5's decoder, the rest drawn.
+"""Initialise a model from Qwen2-Audio's encoder and Qwen2.5's decoder; the rest is random.
 
 Source: Step-Audio 2 technical report (arXiv 2507.16632), section 3. The vocabulary grows behind the
 tokens that Qwen2.5 has. New rows of the table and of the head are drawn from a normal distribution
@@ -9,7 +9,6 @@ The adapter is drawn as torch draws `nn.Conv1d` and `nn.Linear`: uniform within 
 """
 
 import json
-import shutil
 import time
 import zlib
 from collections.abc import Mapping
@@ -20,29 +19,32 @@ from typing import Any
 import numpy as np
 
 from sa2jax import atomic_io, checkpoint
-from sa2jax.chat.tokenizer import Tokenizer, added_token
-from sa2jax.chat.tokenizer_files import byte_tokenizer
 from sa2jax.checkpoint import Tick
 from sa2jax.config import AudioEncoderConfig, StepAudio2Config
+from sa2jax.convert.extend_tokenizer import (
+    check_tokenizer,
+    copy_files,
+    extend_tokenizer,
+    read_vocab,
+    write_json,
+)
 from sa2jax.convert.hf import leaf_shapes, llm_rules
 from sa2jax.convert.rules import Rule, Split, Transpose, expand, rule
-from sa2jax.convert.tokenizer import FILES
 from sa2jax.convert.transfer import (
-    Plan,
     Report,
+    TransferPlan,
     make_plan,
+    make_report,
     pack_dtypes,
-    report,
-    share,
+    part_progress,
     usual_dtype,
     write,
 )
 from sa2jax.convert.weights import SafetensorsFolder, TensorInfo, Weights, parse_dtype
-from sa2jax.errors import CheckpointError, ConfigError, TokenizerError
+from sa2jax.errors import CheckpointError, ConfigError
 
 VOCAB = 158720  # rows of the released table
 CONTEXT = 16384  # tokens of the released context
-BEFORE_AUDIO = 23  # new text tokens, from <|EOT|> to the one before <audio_start>
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LARGE = ("decoder.table", "decoder.head.kernel")
 _PREFIXES = ("audio_tower.", "model.audio_tower.", "")  # of the encoder, by version of its folder
@@ -109,26 +111,31 @@ def init(
     started = time.perf_counter()
     decoder, encoder, cast = Path(decoder), Path(encoder), parse_dtype(dtype)
     text, audio = _read_config(decoder, "qwen2"), _read_config(encoder, "qwen2_audio")
-    used = _tokens_of(decoder)
+    used = read_vocab(decoder)
     rows = 1 + max(used.values())
     cfg = _config(text, audio, vocab)
-    with SafetensorsFolder(decoder) as words, SafetensorsFolder(encoder) as ears:
-        cfg = cfg.with_dtype((cast or usual_dtype(words.tensors)).name)
-        grown = _Grown(words, rows, vocab, bool(text.get("tie_word_embeddings")), seed)
-        plans = _plans(cfg, grown, _Part(ears), seed, cast)
+    with (
+        SafetensorsFolder(decoder) as decoder_weights,
+        SafetensorsFolder(encoder) as encoder_weights,
+    ):
+        cfg = cfg.with_dtype((cast or usual_dtype(decoder_weights.tensors)).name)
+        grown = _ExtendedVocab(
+            decoder_weights, rows, vocab, bool(text.get("tie_word_embeddings")), seed
+        )
+        plans = _plans(cfg, grown, _EncoderWeights(encoder_weights), seed, cast)
         leaves = {name: info for plan in plans for name, info in plan.leaves.items()}
         total = sum(plan.bytes for plan in plans)
         with atomic_io.new_folder(out, overwrite=overwrite) as folder:
             atomic_io.need_space(folder, total)
             if tokenizer is None:
-                _grow_tokenizer(decoder, used, folder, vocab)
+                extend_tokenizer(decoder, used, folder, vocab)
             else:
-                _copy_tokenizer(Path(tokenizer), folder)
-            special = _check_tokenizer(folder, tokenizer or decoder, used, vocab).special
+                copy_files(Path(tokenizer), folder)
+            special = check_tokenizer(folder, tokenizer or decoder, used, vocab).special
             forms = {name: (info.shape, info.dtype) for name, info in leaves.items()}
             arrays, done = checkpoint.create(folder / checkpoint.PARAMS, forms), 0
             for plan in plans:
-                write(plan, arrays, share(progress, done, total))
+                write(plan, arrays, part_progress(progress, done, total))
                 done += plan.bytes
             tensors = _released(cfg, leaves)
             info = {
@@ -139,15 +146,15 @@ def init(
             config = cfg.to_hf()
             ends = dict.fromkeys(("eos_token_id", "pad_token_id"), special.end_of_text)
             config["text_config"] |= ends | {"max_seq_len": cfg.decoder.max_positions}
-            _write_json(folder / checkpoint.INFO, info, indent=2)
-            _write_json(folder / "config.json", config, indent=2)
+            write_json(folder / checkpoint.INFO, info, indent=2)
+            write_json(folder / "config.json", config, indent=2)
     notes = [
         f"drawn with seed {seed}: the adapter, and rows {rows} to {vocab - 1} of table and head",
         f"{out} has no detokenizer: it hears and writes; for speech, put a token2wav/ inside",
     ]
     if tokenizer is None:
         notes.insert(0, f"the tokenizer is that of {decoder} with the released tokens behind it")
-    return report(tensors, total, started, (), notes)
+    return make_report(tensors, total, started, (), notes)
 
 
 # --- configs ----------------------------------------------------------------------------------
@@ -220,7 +227,7 @@ def _config(text: Mapping[str, Any], audio: Mapping[str, Any], vocab: int) -> St
 # --- weights ----------------------------------------------------------------------------------
 
 
-class _Part:
+class _EncoderWeights:
     """The audio encoder in a folder of Qwen2-Audio, under its own names."""
 
     def __init__(self, weights: SafetensorsFolder):
@@ -245,7 +252,7 @@ class _Part:
         self._weights.drop(self._prefix + name)
 
 
-class _Grown:
+class _ExtendedVocab:
     """A Qwen2.5 whose table and head have `vocab` rows, all from `rows` on drawn.
 
     A tied head is a copy of the table.
@@ -291,7 +298,7 @@ class _Grown:
             self._weights.drop(name)
 
 
-class _Drawn:
+class _RandomWeights:
     """Weights and biases of convolutions and linear layers as torch draws them."""
 
     def __init__(self, tensors: Mapping[str, TensorInfo], seed: int):
@@ -311,16 +318,18 @@ def _rng(seed: int, name: str) -> np.random.Generator:
     return np.random.default_rng([seed, zlib.crc32(name.encode())])
 
 
-def _plans(cfg: StepAudio2Config, words: _Grown, ears: _Part, seed: int, cast: Any) -> list[Plan]:
+def _plans(
+    cfg: StepAudio2Config, decoder: _ExtendedVocab, encoder: _EncoderWeights, seed: int, cast: Any
+) -> list[TransferPlan]:
     """What goes where from which source; all that is wrong with any is said at once."""
     plans, problems = [], []
     shapes, rules = leaf_shapes(cfg), llm_rules(cfg)
     drawn = expand(rules, {n: s for n, s in shapes.items() if n.startswith("adapter.")})
     dtype = np.dtype(cfg.dtype)
-    fresh = _Drawn({p.sources[0]: TensorInfo(p.shapes[0], dtype) for p in drawn}, seed)
+    fresh = _RandomWeights({p.sources[0]: TensorInfo(p.shapes[0], dtype) for p in drawn}, seed)
     sources: list[tuple[str, list[Rule], Weights, str]] = [
-        ("decoder.", rules, words, "the Qwen2.5 folder"),
-        ("audio_encoder.", encoder_rules(cfg.audio_encoder), ears, "the Qwen2-Audio folder"),
+        ("decoder.", rules, decoder, "the Qwen2.5 folder"),
+        ("audio_encoder.", encoder_rules(cfg.audio_encoder), encoder, "the Qwen2-Audio folder"),
         ("adapter.", rules, fresh, "the adapter"),
     ]
     for start, table, weights, where in sources:
@@ -337,7 +346,7 @@ def _plans(cfg: StepAudio2Config, words: _Grown, ears: _Part, seed: int, cast: A
     return [*large, _only(plans[0], set(plans[0].leaves) - set(LARGE)), *plans[1:]]
 
 
-def _only(plan: Plan, names: set[str]) -> Plan:
+def _only(plan: TransferPlan, names: set[str]) -> TransferPlan:
     """The part of a plan that fills these leaves."""
     leaves = {name: info for name, info in plan.leaves.items() if name in names}
     return replace(plan, placements=[p for p in plan.placements if p.leaf in names], leaves=leaves)
@@ -351,100 +360,3 @@ def _released(cfg: StepAudio2Config, leaves: Mapping[str, TensorInfo]) -> dict[s
         for p in places
         for name, shape in zip(p.sources, p.shapes, strict=True)
     }
-
-
-# --- tokenizer --------------------------------------------------------------------------------
-
-
-def _tokens_of(folder: Path) -> dict[str, int]:
-    """Every token of a Hugging Face folder's tokenizer by its text."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise TokenizerError(
-            f"no tokenizer in {folder}: expected tokenizer.json, or vocab.json with merges.txt; it "
-            "tells which rows of the table are in use"
-        )
-    tokens: dict[str, int] = {}
-    try:
-        tokens |= _read_json(folder / "vocab.json") or {}
-        if (raw := _read_json(folder / "tokenizer.json")) is not None:
-            tokens |= raw["model"]["vocab"]
-            tokens |= {token["content"]: token["id"] for token in raw["added_tokens"]}
-        declared = (_read_json(folder / "tokenizer_config.json") or {}).get("added_tokens_decoder")
-        tokens |= {token["content"]: int(i) for i, token in (declared or {}).items()}
-        tokens |= _read_json(folder / "added_tokens.json") or {}
-        if not all(isinstance(i, int) and i >= 0 for i in tokens.values()):
-            raise ValueError("ids that are no numbers")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TokenizerError(f"the tokenizer in {folder} is damaged ({error!r})") from None
-    return tokens
-
-
-def _grow_tokenizer(source: Path, used: Mapping[str, int], out: Path, vocab: int) -> None:
-    """Write a Qwen2.5 tokenizer with the released tokens behind its last."""
-    first = 1 + max(used.values())
-    try:
-        released = byte_tokenizer(first + BEFORE_AUDIO, vocab).get_added_tokens_decoder()
-    except ValueError as error:
-        raise TokenizerError(f"a vocabulary of {vocab} behind {first} tokens: {error}") from None
-    odd = [t.content for i, t in released.items() if i < first and used.get(t.content) != i]
-    odd += [t.content for i, t in released.items() if i >= first and t.content in used]
-    if odd:
-        raise TokenizerError(
-            f"the tokenizer in {source} is not that of Qwen2.5 ({', '.join(odd[:4])} are not where "
-            "it has them): give a Step-Audio 2 tokenizer with --tokenizer"
-        )
-    _copy_tokenizer(source, out)
-    new = [
-        added_token(token.content, i, special=token.special)
-        for i, token in sorted(released.items()) if i >= first
-    ]  # fmt: skip
-    if (whole := _read_json(out / "tokenizer.json")) is not None:
-        whole["added_tokens"] += new
-        _write_json(out / "tokenizer.json", whole)
-    config = _read_json(out / "tokenizer_config.json") or {}
-    entries = config.setdefault("added_tokens_decoder", {})
-    entries |= {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in new}
-    _write_json(out / "tokenizer_config.json", config, indent=2)
-    added = _read_json(out / "added_tokens.json") or {}
-    _write_json(out / "added_tokens.json", added | {t["content"]: t["id"] for t in new}, indent=2)
-
-
-def _check_tokenizer(folder: Path, source: Path | str, used: Mapping[str, int], vocab: int):
-    """The new tokenizer, if every token of the decoder has its id in it and all have a row."""
-    tokenizer = Tokenizer.from_folder(folder)
-    theirs = tokenizer.backend.get_vocab(with_added_tokens=True)
-    moved = [token for token, i in used.items() if theirs.get(token) != i]
-    if moved:
-        raise TokenizerError(
-            f"the tokenizer in {source} does not continue the decoder's: {len(moved)} tokens have "
-            f"other ids or none, such as {moved[0]!r}; use one made from the same Qwen2.5"
-        )
-    if tokenizer.size > vocab:
-        raise TokenizerError(
-            f"the tokenizer in {source} has ids up to {tokenizer.size - 1}: expected fewer than "
-            f"the {vocab} rows of the table"
-        )
-    return tokenizer
-
-
-def _copy_tokenizer(source: Path, out: Path) -> None:
-    if not source.is_dir():
-        raise TokenizerError(f"no folder at {source}: expected tokenizer files")
-    for name in FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, out / name)
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object, None if there is no such file."""
-    if not path.is_file():
-        return None
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
-        raise ValueError(f"{path.name} holds no object")
-    return found
-
-
-def _write_json(path: Path, content: Any, indent: int | None = None) -> None:
-    text = json.dumps(content, ensure_ascii=False, indent=indent) + "\n"
-    path.write_text(text, encoding="utf-8")

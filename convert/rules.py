@@ -1,4 +1,4 @@
-"""Conversion as a table: each rule says where a source tensor goes and how it changes on the way.
+"""Conversion tables: a rule maps a source tensor to a parameter, with an invertible transform.
 
 A rule is read in both directions, so the way back is derived, never written:
 
@@ -22,7 +22,7 @@ from sa2jax.errors import CheckpointError
 Shape = tuple[int, ...]
 
 # What `match` says of weights that came with a config.json.
-OF_CONFIG = (
+CONFIG_MISMATCH = (
     "{where} does not fit its config.json: {problems}. "
     "Use the config.json and the weights of one and the same model"
 )
@@ -259,7 +259,7 @@ def match(
     leaves: Mapping[str, Shape],
     where: str,
     *,
-    wording: str = OF_CONFIG,
+    wording: str = CONFIG_MISMATCH,
     problems: Sequence[str] = (),
 ) -> list[Placement]:
     """Hold a table against a checkpoint and a model.

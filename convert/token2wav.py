@@ -22,7 +22,7 @@ from sa2jax import atomic_io, checkpoint
 from sa2jax.checkpoint import Tick
 from sa2jax.convert import torch_file, transfer
 from sa2jax.convert.official import FILES, PARTS, Official
-from sa2jax.convert.transfer import Report, Stored, share
+from sa2jax.convert.transfer import Report, StoredTensors, part_progress
 from sa2jax.convert.voice_analysis import Converted
 from sa2jax.convert.weights import TensorInfo
 from sa2jax.errors import CheckpointError, VoiceError
@@ -67,7 +67,7 @@ class Ours:
         if info.get("kind") != KIND:
             raise CheckpointError(f"{folder} is no detokenizer: expected a converted token2wav")
         self._leaves = checkpoint.open_leaves(folder)
-        self._stored: dict[str, Stored] = {}
+        self._stored: dict[str, StoredTensors] = {}
         self.sources: dict[str, TensorInfo] = {}
         try:
             self.config = Token2WavConfig.from_dict(info["config"])
@@ -99,7 +99,7 @@ class Ours:
     def drop(self, name: str) -> None:
         """Nothing is kept."""
 
-    def released(self, name: str) -> tuple[dict[str, TensorInfo], Stored]:
+    def released(self, name: str) -> tuple[dict[str, TensorInfo], StoredTensors]:
         """The tensors of one network as they were released: what they were, and where to read."""
         stored, prefix = self._stored[name], f"{name}."
         return {n: self.sources[prefix + n] for n in stored.tensors}, stored
@@ -124,7 +124,7 @@ class Ours:
         """Show one network as it was released."""
         leaves = {leaf: self._leaves[f"{name}.{leaf}"] for leaf in self._shapes(name)}
         form = self.form[name]
-        stored = Stored(leaves, PARTS[name].rules(getattr(self.config, name), form))
+        stored = StoredTensors(leaves, PARTS[name].rules(getattr(self.config, name), form))
         tensors = stored.tensors
         if "dtypes" in form:
             dtypes = transfer.unpack_dtypes(form["dtypes"], tensors)
@@ -155,7 +155,7 @@ def convert_into(source: Official, out: Path, tick: Tick) -> list[str]:
     done = 0
     for name, network in source.networks():
         own = {leaf: arrays[f"{name}.{leaf}"] for leaf in network.plan.leaves}
-        transfer.write(network.plan, own, share(tick, done, source.bytes))
+        transfer.write(network.plan, own, part_progress(tick, done, source.bytes))
         done += network.plan.bytes
         if network.strip:
             _graph(out, name).write_bytes(network.strip())
@@ -232,9 +232,9 @@ def convert(
     started, official = time.perf_counter(), Official(source)
     with atomic_io.new_folder(out, overwrite=overwrite) as folder:
         atomic_io.need_space(folder, official.bytes)
-        left_out = convert_into(official, folder, share(progress, 0, official.bytes))
+        left_out = convert_into(official, folder, part_progress(progress, 0, official.bytes))
         notes = supply_voices(folder, Path(out))
-    return transfer.report(official.sources, official.bytes, started, left_out, notes)
+    return transfer.make_report(official.sources, official.bytes, started, left_out, notes)
 
 
 def export(
@@ -246,8 +246,8 @@ def export(
         raise CheckpointError(f"{source} {NO_RELEASED_FORM}")
     with atomic_io.new_folder(out, overwrite=overwrite) as folder:
         atomic_io.need_space(folder, ours.bytes)
-        left_out = export_into(ours, folder, share(progress, 0, ours.bytes))
-    return transfer.report(ours.sources, ours.bytes, started, left_out)
+        left_out = export_into(ours, folder, part_progress(progress, 0, ours.bytes))
+    return transfer.make_report(ours.sources, ours.bytes, started, left_out)
 
 
 def _graph(folder: Path, name: str) -> Path:

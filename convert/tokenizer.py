@@ -1,4 +1,4 @@
-"""The tokenizer's part of a conversion: checked before the weights, taken along, or supplied."""
+"""Tokenizer files in a conversion: checked before the weights, copied, or made for tests."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ FILES = (
 SPECIAL_IDS = "special_ids.json"  # names the special ids of a test checkpoint without a tokenizer
 
 
-def find(source: Path, given: str | Path | None, cfg: StepAudio2Config) -> Path | None:
+def find_tokenizer(source: Path, given: str | Path | None, cfg: StepAudio2Config) -> Path | None:
     """The folder to take the tokenizer from, after a check that it fits the model.
 
     Args:
@@ -42,12 +42,12 @@ def find(source: Path, given: str | Path | None, cfg: StepAudio2Config) -> Path 
     return folder
 
 
-def supply(source: Path, found: Path | None, out: Path, cfg: StepAudio2Config) -> list[str]:
+def copy_tokenizer(source: Path, found: Path | None, out: Path, cfg: StepAudio2Config) -> list[str]:
     """Put the tokenizer's files into a converted folder.
 
     Args:
         source: the checkpoint that was converted; its own files are in `out` already.
-        found: what `find` returned.
+        found: what `find_tokenizer` returned.
         out: the converted folder.
         cfg: the model's config.
 

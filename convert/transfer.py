@@ -1,8 +1,8 @@
-"""What every conversion does, whatever the model: plan, move in blocks, take side files along.
+"""Shared by all conversions: the transfer plan, streaming in blocks, and copying side files.
 
-A plan says which tensors of a source fill which leaves. `write` streams them into a checkpoint,
-`read` gives arrays, and `Stored` shows the leaves of a checkpoint as tensors again. Memory holds
-one block, not one model.
+A `TransferPlan` says which tensors of a source fill which leaves. `write` streams them into a
+checkpoint, `read` gives arrays, and `StoredTensors` presents the leaves of a checkpoint as tensors
+again. Memory holds one block, not one model.
 """
 
 import shutil
@@ -20,7 +20,7 @@ import tensorstore as ts
 
 from sa2jax import checkpoint
 from sa2jax.checkpoint import Tick
-from sa2jax.convert.rules import OF_CONFIG, Placement, Rule, Shape, expand, match
+from sa2jax.convert.rules import CONFIG_MISMATCH, Placement, Rule, Shape, expand, match
 from sa2jax.convert.weights import DTYPES, TensorInfo, Weights, blocks, peak_memory
 from sa2jax.errors import CheckpointError
 from sa2jax.quantize import dequantize_block, quantize_block, quantized_leaves, scale_of
@@ -33,7 +33,7 @@ C = TypeVar("C")
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion did.
+    """Summary of a conversion.
 
     Attributes:
         tensors: tensors in the source's form.
@@ -54,7 +54,7 @@ class Report:
     notes: tuple[str, ...] = ()
 
 
-def report(
+def make_report(
     tensors: Mapping[str, TensorInfo],
     total: int,
     started: float,
@@ -74,7 +74,7 @@ def report(
 
 
 @dataclass(frozen=True)
-class Plan:
+class TransferPlan:
     """Which tensors of a source fill which leaves.
 
     Attributes:
@@ -119,7 +119,7 @@ class Network(Generic[C]):
     """
 
     config: C
-    plan: Plan
+    plan: TransferPlan
     folded: frozenset[str] = frozenset()
     form: Mapping[str, Any] = field(default_factory=dict)
     strip: Callable[[], bytes] | None = None
@@ -132,9 +132,9 @@ def make_plan(
     where: str,
     *,
     cast: np.dtype | None = None,
-    wording: str = OF_CONFIG,
+    wording: str = CONFIG_MISMATCH,
     problems: Sequence[str] = (),
-) -> Plan:
+) -> TransferPlan:
     """Hold a table against a source and a model.
 
     Args:
@@ -149,9 +149,12 @@ def make_plan(
     Raises:
         CheckpointError: naming everything that does not fit.
     """
-    odd = [f"{n} ({t.dtype})" for n, t in weights.tensors.items() if t.dtype not in _KNOWN]
+    odd = [f"{n} ({t.dtype})" for n, t in weights.tensors.items() if t.dtype not in _DTYPE_NAMES]
     if odd:
-        problems = [*problems, f"expected {', '.join(_KNOWN.values())}, got {', '.join(odd[:8])}"]
+        problems = [
+            *problems,
+            f"expected {', '.join(_DTYPE_NAMES.values())}, got {', '.join(odd[:8])}",
+        ]
     tensors = {name: info.shape for name, info in weights.tensors.items()}
     placements = match(rules, tensors, shapes, where, wording=wording, problems=problems)
     order = {name: i for i, name in enumerate(weights.tensors)}
@@ -162,10 +165,10 @@ def make_plan(
             own = weights.tensors[name].dtype
             dtypes[p.leaf] = np.dtype(jnp.promote_types(dtypes.get(p.leaf, own), own))
     leaves = {name: TensorInfo(shapes[name], cast or dtypes[name]) for name in shapes}
-    return Plan(weights, placements, leaves)
+    return TransferPlan(weights, placements, leaves)
 
 
-def write(plan: Plan, arrays: Mapping[str, ts.TensorStore], tick: Tick) -> None:
+def write(plan: TransferPlan, arrays: Mapping[str, ts.TensorStore], tick: Tick) -> None:
     """Stream all leaves of a plan into a checkpoint.
 
     Args:
@@ -196,7 +199,7 @@ def write(plan: Plan, arrays: Mapping[str, ts.TensorStore], tick: Tick) -> None:
             tick(done, total)
 
 
-def with_int8(plan: Plan, kernels: Iterable[str]) -> Plan:
+def with_int8(plan: TransferPlan, kernels: Iterable[str]) -> TransferPlan:
     """The plan with these leaves as int8 numbers and float32 scales."""
     leaves = dict(plan.leaves)
     for name in kernels:
@@ -211,7 +214,7 @@ def layer_of(leaf: ts.TensorStore, layer: int | None) -> ts.TensorStore:
     return leaf if layer is None else leaf[layer]
 
 
-def read_part(plan: Plan, leaf: str, index: tuple[slice, ...], out: np.ndarray) -> None:
+def read_part(plan: TransferPlan, leaf: str, index: tuple[slice, ...], out: np.ndarray) -> None:
     """Fill an array with some of a leaf; of a stacked one `index` begins with the layers."""
     placements = plan.by_leaf[leaf]
     if None in placements:
@@ -225,7 +228,7 @@ def read_part(plan: Plan, leaf: str, index: tuple[slice, ...], out: np.ndarray) 
             plan.weights.drop(name)
 
 
-def read_leaf(plan: Plan, leaf: str) -> np.ndarray:
+def read_leaf(plan: TransferPlan, leaf: str) -> np.ndarray:
     """One leaf as an array of its own."""
     info = plan.leaves[leaf]
     out = np.empty(info.shape, info.dtype)
@@ -233,12 +236,12 @@ def read_leaf(plan: Plan, leaf: str) -> np.ndarray:
     return out
 
 
-def read(plan: Plan) -> checkpoint.Params:
+def read(plan: TransferPlan) -> checkpoint.Params:
     """All leaves as a plain nested dict of NumPy arrays."""
     return checkpoint.unflatten({leaf: read_leaf(plan, leaf) for leaf in plan.leaves})
 
 
-class Stored:
+class StoredTensors:
     """Leaves on disk under the names of the form they came from, read one tensor at a time.
 
     Args:
@@ -300,8 +303,8 @@ def chunk_of(array: ts.TensorStore) -> tuple[int, ...]:
     return tuple(n or size for n, size in zip(chunks, array.shape, strict=True))
 
 
-def share(progress: Tick | None, before: int, total: int) -> Tick:
-    """The tick of one part of some work of which `before` bytes of `total` are done then."""
+def part_progress(progress: Tick | None, before: int, total: int) -> Tick:
+    """Progress callback for one part of a job: `before` of `total` bytes are done before it."""
     if progress is None:
         return lambda done, total: None
     return lambda done, _: progress(before + done, total)
@@ -348,7 +351,7 @@ def unpack_dtypes(packed: Any, names: Iterable[str]) -> dict[str, np.dtype]:
     Raises:
         CheckpointError: if it is damaged.
     """
-    known = {name: dtype for dtype, name in _KNOWN.items()}
+    known = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
     try:
         return {name: known[packed["but"].get(name, packed["all"])] for name in names}
     except (KeyError, TypeError, AttributeError):
@@ -365,4 +368,4 @@ def _natural(name: str) -> list[Any]:
     return [(int(s), "") if s.isdigit() else (-1, s) for s in name.split(".")]
 
 
-_KNOWN = {dtype: dtype.name for dtype in DTYPES.values()}
+_DTYPE_NAMES = {dtype: dtype.name for dtype in DTYPES.values()}

@@ -1,4 +1,4 @@
-"""Are two checkpoints the same, and what is in one?
+"""Compare two checkpoints, tensor by tensor or by their logits; inspect one from its metadata.
 
 verify(a, b)             tensor by tensor, streaming, whichever form each folder has
 compare_logits(a, b)     how far apart two models' answers are
@@ -21,7 +21,7 @@ from sa2jax.config import StepAudio2Config
 from sa2jax.convert import token2wav
 from sa2jax.convert.hf import ModelFolder
 from sa2jax.convert.rules import fold
-from sa2jax.convert.tokenizer import find
+from sa2jax.convert.tokenizer import find_tokenizer
 from sa2jax.convert.weights import SafetensorsFolder, TensorInfo, Weights, blocks
 from sa2jax.errors import CheckpointError
 from sa2jax.pipeline import StepAudio2
@@ -105,7 +105,7 @@ def verify(a: str | Path, b: str | Path, *, progress: Tick | None = None) -> Com
         CheckpointError: if a folder cannot be read.
         ConfigError: if a config in it is not understood.
     """
-    first, second = _Whole(a), _Whole(b)
+    first, second = _Checkpoint(a), _Checkpoint(b)
     both = [name for name in first.tensors if name in second.tensors]
     shapes = [name for name in both if first.tensors[name].shape != second.tensors[name].shape]
     compared = [name for name in both if name not in set(shapes)]
@@ -139,7 +139,7 @@ def verify(a: str | Path, b: str | Path, *, progress: Tick | None = None) -> Com
     )
 
 
-class _Whole:
+class _Checkpoint:
     """All that a folder of any kind holds, by name.
 
     Attributes:
@@ -274,7 +274,7 @@ def compare_prompt(
     content = [*([Audio(wav)] if wav is not None else []), *([Text(text)] if text else [])]
     turns = [Message("human", content), reply_turn()]
     a, b = Path(a), Path(b)
-    speaker = a if find(a, None, StepAudio2Config.from_hf(a)) else b
+    speaker = a if find_tokenizer(a, None, StepAudio2Config.from_hf(a)) else b
     logits = []
     for folder in (a, b):
         model = StepAudio2.from_pretrained(folder, dtype="float32", tokenizer=speaker)
@@ -288,7 +288,7 @@ def _log_softmax(x: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Part:
+class PartSummary:
     """One part of a model, such as the decoder."""
 
     name: str
@@ -298,7 +298,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Row:
+class TensorGroup:
     """Tensors that differ only in their layer."""
 
     name: str
@@ -317,15 +317,15 @@ class Inspection:
         folder: where it is.
         kind: `sa2jax`, `huggingface`, or `token2wav` for a released detokenizer alone.
         parts: the model's parts, then `total`.
-        rows: every tensor, layers folded together.
+        groups: every tensor, layers folded together.
         memory: bytes that the parameters take when loaded in each dtype; a detokenizer keeps its
             own, and so do int8 matrices.
     """
 
     folder: str
     kind: str
-    parts: tuple[Part, ...]
-    rows: tuple[Row, ...]
+    parts: tuple[PartSummary, ...]
+    groups: tuple[TensorGroup, ...]
     memory: Mapping[str, int]
 
 
@@ -355,8 +355,10 @@ def inspect(folder: str | Path) -> Inspection:
     for name, info in tensors.items():
         parts.setdefault(_part(name), []).append(info)
         alike.setdefault((info.shape, info.dtype.name), []).append(name)
-    rows = [
-        Row(pattern, _part(names[0]), len(names), shape, dtype, sum(tensors[n].size for n in names))
+    groups = [
+        TensorGroup(
+            pattern, _part(names[0]), len(names), shape, dtype, sum(tensors[n].size for n in names)
+        )
         for (shape, dtype), group in alike.items()
         for pattern, names in fold(group).items()
     ]
@@ -372,7 +374,7 @@ def inspect(folder: str | Path) -> Inspection:
         folder=str(folder),
         kind=kind,
         parts=(*described, total),
-        rows=tuple(sorted(rows, key=lambda row: (row.part, row.name))),
+        groups=tuple(sorted(groups, key=lambda row: (row.part, row.name))),
         memory=memory,
     )
 
@@ -380,7 +382,7 @@ def inspect(folder: str | Path) -> Inspection:
 def print_inspection(found: Inspection, console: Console) -> None:
     """Show an inspection as two tables."""
     rows = Table("part", "name", "count", "shape", "dtype", "parameters")
-    for row in found.rows:
+    for row in found.groups:
         shape = " × ".join(str(n) for n in row.shape)
         rows.add_row(row.part, row.name, str(row.count), shape, row.dtype, f"{row.parameters:,}")
     parts = Table(
@@ -404,6 +406,6 @@ def _part(name: str) -> str:
     return first if name.startswith(SPEECH) else PARTS.get(first, first)
 
 
-def _describe(name: str, infos: Sequence[TensorInfo]) -> Part:
+def _describe(name: str, infos: Sequence[TensorInfo]) -> PartSummary:
     sizes = sum(info.size for info in infos), sum(info.nbytes for info in infos)
-    return Part(name, len(infos), *sizes)
+    return PartSummary(name, len(infos), *sizes)

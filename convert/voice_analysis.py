@@ -21,7 +21,7 @@ import numpy as np
 from sa2jax import atomic_io, checkpoint
 from sa2jax.convert.onnx_graph import OnnxGraph
 from sa2jax.convert.rules import Join, Op, Rule, Shape, Split, Transpose, rule
-from sa2jax.convert.transfer import Network, Plan, make_plan, read
+from sa2jax.convert.transfer import Network, TransferPlan, make_plan, read
 from sa2jax.convert.voice_structure import (
     NORM_PARTS,
     SEGMENT,
@@ -401,14 +401,16 @@ def write_speaker_encoder(path: str | os.PathLike, model: Converted[SpeakerEncod
     _write(Path(path), named.fill(folded.unfold(_tensors(plan, model.params))))
 
 
-def _plan(named: NamedTensors, rules: Sequence[Rule], weights: Weights, model: Functional) -> Plan:
+def _plan(
+    named: NamedTensors, rules: Sequence[Rule], weights: Weights, model: Functional
+) -> TransferPlan:
     """Hold a table against a graph; everything that is wrong comes in one error."""
     shapes = {n: tuple(leaf.shape) for n, leaf in checkpoint.flatten(model.abstract).items()}
     where, problems = named.graph.where, named.problems
     return make_plan(rules, weights, shapes, where, wording=NOT_IT, problems=problems)
 
 
-def _tensors(plan: Plan, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _tensors(plan: TransferPlan, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The way back: tensors under their official names."""
     leaves, tensors = checkpoint.flatten(params), {}
     missing = sorted(set(plan.leaves) - set(leaves))

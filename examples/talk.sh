@@ -4,4 +4,4 @@ set -euo pipefail
 question=$(realpath "${1:-$(dirname "$0")/question.flac}")
 cd "$(dirname "$0")/.."
 examples/setup.sh train
-.venv/bin/sa2jax chat "$question" -o reply.wav --picture reply.png
+.venv/bin/sa2jax chat "$question" -o reply.wav --plot reply.png

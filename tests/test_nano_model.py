@@ -13,7 +13,7 @@ from sa2jax import StepAudio2
 from sa2jax.assets import model_folder
 from sa2jax.evaluate.heldout import HeldOut
 from sa2jax.evaluate.nano import evaluate_nano
-from sa2jax.evaluate.nano_rows import NanoOptions
+from sa2jax.evaluate.nano_metrics import NanoOptions
 from sa2jax.inference.requests import Options
 from sa2jax.inference.sampling import Sampling
 
@@ -40,8 +40,8 @@ def nano() -> StepAudio2:
 
 @pytest.fixture(scope="module")
 def scores(nano, held_out) -> dict:
-    options = NanoOptions(rows=tuple(BOUNDS), greedy=True)
-    return {row.key: row for row in evaluate_nano(nano, held_out.folder, options).rows}
+    options = NanoOptions(metrics=tuple(BOUNDS), greedy=True)
+    return {metric.key: metric for metric in evaluate_nano(nano, held_out.folder, options).metrics}
 
 
 def test_it_is_small_and_complete():
@@ -65,15 +65,15 @@ def test_a_folder_of_its_name_is_never_passed_over(run, refused, held_out, tmp_p
 
 @pytest.mark.parametrize("key", BOUNDS)
 def test_rows_of_the_table(scores, key):
-    row, bound = scores[key], BOUNDS[key]
-    assert row.value <= bound if row.lower else row.value >= bound
+    metric, bound = scores[key], BOUNDS[key]
+    assert metric.value <= bound if metric.lower_is_better else metric.value >= bound
 
 
 def test_int8_matrices_hear_as_well(nano, held_out):
     """Of thirty recordings, not more than one is written down in other words than by floats."""
     items = [str(item.audio) for item in held_out.items("asr_seen")]
     small = StepAudio2.from_pretrained("nano", dtype="int8")
-    texts, others = nano.transcribe(items), small.transcribe(items)
+    texts, others = nano.transcribe_batch(items), small.transcribe_batch(items)
     assert sum(a != b for a, b in zip(texts, others, strict=True)) <= 1
 
 

@@ -61,3 +61,15 @@ class Heard:
                 mel.flags.writeable = False
             self._mels[n_mels] = mels
         return [*self._mels[n_mels]]
+
+    def split(self, max_samples: int) -> list[Self]:
+        """Parts of at most so many samples, in order: views that are not checked again."""
+        if len(self.samples) <= max_samples:
+            return [self]
+        parts = []
+        for samples in io.split(self.samples, max_samples):
+            part = object.__new__(type(self))
+            object.__setattr__(part, "samples", samples)
+            object.__setattr__(part, "_mels", {})
+            parts.append(part)
+        return parts

@@ -20,8 +20,9 @@ from sa2jax.cli.chat import chat, tts
 from sa2jax.cli.checkpoints import convert, export, inspect, verify
 from sa2jax.cli.data import data
 from sa2jax.cli.evaluate import evaluate
-from sa2jax.cli.init_join import begin, join
+from sa2jax.cli.init_assemble import assemble, init
 from sa2jax.cli.plan import plan
+from sa2jax.cli.run import run
 from sa2jax.cli.speech import reconstruct, tokenize, vocode, voice
 from sa2jax.cli.train import merge, train
 from sa2jax.cli.transcribe import asr, caption, translate
@@ -31,6 +32,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "asr": asr,
     "translate": translate,
     "caption": caption,
+    "run": run,
     "chat": chat,
     "tts": tts,
     "vocode": vocode,
@@ -47,8 +49,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "merge": merge,
     "eval": evaluate,
-    "begin": begin,
-    "join": join,
+    "init": init,
+    "assemble": assemble,
 }
 
 
@@ -67,10 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         sys.stdout.flush()
     except Sa2jaxError as error:
-        common.say_error(error)
+        common.log_error(error)
         sys.exit(2)
     except KeyboardInterrupt:
-        common.say("interrupted")
+        common.log("interrupted")
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has gone, as in `sa2jax ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

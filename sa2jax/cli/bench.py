@@ -44,7 +44,7 @@ def bench(
     """
     from sa2jax import bench
 
-    with common.bar("timing", unit="rounds") as tick:
+    with common.progress_bar("timing", unit="rounds") as tick:
         if size == "token2wav":
             result = bench.bench_speech(
                 seconds=seconds or 12.0, streams=streams, chunk=chunk, repeats=repeats,
@@ -58,4 +58,4 @@ def bench(
     if json:
         common.print_json(asdict(result))
     else:
-        bench.print_bench(result, common.wide())
+        bench.print_bench(result, common.wide_console())

@@ -27,7 +27,7 @@ def chat(
     system: str = "You are a helpful assistant.",
     out: MaybeWavOut = None,
     voice: str | None = None,
-    picture: Path | None = None,
+    plot: Path | None = None,
     stream: bool = False,
     first: int | None = None,
     tools: Path | None = None,
@@ -55,7 +55,7 @@ def chat(
             samples (16 bit, mono, 24 kHz) to standard output, and text to stderr. The answers of a
             conversation are numbered: reply-1.wav, reply-2.wav.
         voice: Who speaks: name of a voice, a voice file, or a recording of the speaker.
-        picture: Draw question and spoken answer, waves and mel spectra, into this file (.png).
+        plot: Draw question and spoken answer, waves and mel spectra, into this file (.png).
         stream: Print and write the answer as it comes.
         first: Codes of the first chunk of sound (25 are a second); fewer begin sooner.
         tools: JSON file with a list of the schemas of what the model may call.
@@ -70,7 +70,7 @@ def chat(
         json: Print JSON.
     """
     from sa2jax.chat.template import Text
-    from sa2jax.cli.plot import artist
+    from sa2jax.cli.plot import make_plotter
     from sa2jax.errors import PromptError
     from sa2jax.inference.requests import Options
     from sa2jax.inference.sampling import Sampling
@@ -80,9 +80,9 @@ def chat(
         raise PromptError("--json is for one answer: give a recording or --text, and no -o -")
     if voice is not None and out is None and not interactive:
         raise PromptError("a voice, but no file for what it says: give -o")
-    if picture is not None and (out is None or interactive):
-        raise PromptError("--picture is of one spoken answer: give a question, and -o")
-    draw = None if picture is None else artist(picture)
+    if plot is not None and (out is None or interactive):
+        raise PromptError("--plot is of one spoken answer: give a question, and -o")
+    plotter = None if plot is None else make_plotter(plot)
     if first is not None and first < 1:
         raise PromptError(f"expected a first chunk of at least 1 code, got {first}")
     if history is not None and history.suffix != ".json":
@@ -100,18 +100,18 @@ def chat(
     model = options.load()
     held = model.chat(system, voice=voice, tools=schemas, think=think, options=generation)
     screen = sys.stderr if out == PIPE else sys.stdout
-    live = chat_session.Talk(
+    live = chat_session.LiveChat(
         held, text=screen if (stream or interactive) and not json else None, first=first,
         limit=max_new_tokens, history=history, interactive=interactive,
     )  # fmt: skip
     if history is not None and os.path.exists(history):
         line = live.resume(history)
         if interactive:
-            common.say(line)
+            common.log(line)
     if out is not None and held.voice is None:
         held.voice = "default"
     if interactive:
-        chat_session.Session(live, out or Path("reply.wav")).run()
+        chat_session.Repl(live, out or Path("reply.wav")).run()
         return
     # As a piece: a text that ends in ".wav" is a text here.
     reply = live.ask([*files, *([Text(text)] if text is not None else [])], out)
@@ -121,13 +121,13 @@ def chat(
         if not stream:
             _print(reply)
         if calls := chat_session.unanswered(reply):
-            print(*map(chat_session.as_written, calls), sep="\n", file=screen)
-            common.say("nobody ran these calls; in a conversation you are asked for the results")
-        chat_session.tell(reply, out, times=stream or out is not None)
-    if draw is not None:
-        draw(reply, files)
-        common.say(f"picture: {picture}")
-    live.keep()
+            print(*map(chat_session.call_text, calls), sep="\n", file=screen)
+            common.log("nobody ran these calls; in a conversation you are asked for the results")
+        chat_session.print_summary(reply, out, times=stream or out is not None)
+    if plotter is not None:
+        plotter(reply, files)
+        common.log(f"plot: {plot}")
+    live.save()
 
 
 def tts(
@@ -158,30 +158,30 @@ def tts(
 
     if (file is None) == (text is None):
         raise PromptError("expected one text: give a file or --text")
-    if stream and options.style == "base":
+    if stream and options.prompt_style == "raw":
         raise PromptError("a base model cannot read aloud with --stream: leave it out")
     wav_output.check_out_or_pipe(out, stream=stream)
     words = _read_text(file) if file is not None else text or ""
     model = options.load()
     if stream:
         from sa2jax.chat.template import TASKS, Text
-        from sa2jax.pipeline.tasks import options_of
+        from sa2jax.pipeline.task_runner import task_options
 
         task = TASKS["tts"]
         limit = task.max_new_tokens if max_new_tokens is None else max_new_tokens
-        generation = replace(options_of(task), seed=seed)
+        generation = replace(task_options(task), seed=seed)
         held = model.chat(task.system, voice=voice, options=generation)
-        reply = chat_session.Talk(held, text=None, limit=limit).ask([Text(words)], out)
+        reply = chat_session.LiveChat(held, text=None, limit=limit).ask([Text(words)], out)
     else:
         reply = model.tts(words, voice, max_new_tokens=max_new_tokens, seed=seed)
         with wav_output.sink(out, model) as write:
             write(reply.audio)
-    print(wav_output.made_of(reply, out), file=sys.stderr if out == PIPE else sys.stdout)
+    print(wav_output.reply_summary(reply, out), file=sys.stderr if out == PIPE else sys.stdout)
 
 
 def _print(reply: "Reply") -> None:
     if reply.thinking:
-        common.say(reply.thinking.strip())
+        common.log(reply.thinking.strip())
     if reply.text or not reply.tool_calls:
         print(reply.text.strip())
 

@@ -29,7 +29,7 @@ a line is a question, or names recordings: question.wav "another one.wav"
 
 
 @dataclass
-class Talk:
+class LiveChat:
     """A conversation and how its answers are given out.
 
     Attributes:
@@ -37,7 +37,7 @@ class Talk:
         text: where text goes as it comes; None to print nothing.
         first: codes of the first chunk of sound.
         limit: of each answer's tokens; by default 4096 if it is spoken and 1024 if not.
-        history: where `keep` saves the conversation.
+        history: where `save` saves the conversation.
         interactive: whether Ctrl-C ends an answer instead of the command.
     """
 
@@ -53,7 +53,7 @@ class Talk:
 
         Args:
             content: see `Chat.stream`.
-            out: where its sound goes, see `sound.sink`; None for a written answer.
+            out: where its sound goes, see `wav_output.sink`; None for a written answer.
         """
         chat, usual = self.chat, 1024 if out is None else 4096
         limit = usual if self.limit is None else self.limit
@@ -61,18 +61,18 @@ class Talk:
         stream = chat.stream(content, speak=out is not None, first=self.first)
         with wav_output.sink(out, chat.model) as write:
             try:
-                self._give_out(stream, write)
+                self._print_stream(stream, write)
             except KeyboardInterrupt:
                 if not self.interactive:
                     raise
                 stream.cancel()
-                common.say("interrupted")
+                common.log("interrupted")
             except Sa2jaxError:
                 stream.abandon()
                 raise
         return stream.reply
 
-    def _give_out(self, stream: "Stream", write: wav_output.Write) -> None:
+    def _print_stream(self, stream: "Stream", write: wav_output.Write) -> None:
         said = thinking = False
         try:
             for piece in stream:
@@ -81,18 +81,18 @@ class Talk:
                 if self.text is None:
                     continue
                 if thinking and not piece.thinking:
-                    common.say("")
+                    common.log("")
                 text = piece.text if said else piece.text.lstrip()  # speech begins with a space
                 thinking, said = bool(piece.thinking), said or bool(text)
                 print(piece.thinking, end="", file=sys.stderr, flush=True)
                 print(text, end="", file=self.text, flush=True)
                 for result in piece.tool_results:
-                    common.say(f"[{getattr(result.call, 'name', 'call')}] {result.text}")
+                    common.log(f"[{getattr(result.call, 'name', 'call')}] {result.text}")
         finally:
             if said:
                 print(file=self.text, flush=True)
 
-    def keep(self) -> None:
+    def save(self) -> None:
         """Save the conversation, if it is to be."""
         if self.history is not None:
             self.chat.save(self.history)
@@ -104,18 +104,18 @@ class Talk:
         return f"{path}: {len(self.chat.rounds)} questions so far{voice}"
 
 
-def tell(reply: "Reply", out: Path | None, *, times: bool = True) -> None:
+def print_summary(reply: "Reply", out: Path | None, *, times: bool = True) -> None:
     """Print to stderr what else there is to know of an answer: notes and times."""
     for note in reply.notes:
-        common.say(note)
+        common.log(note)
     if times and reply.timings is not None:
         name = f"{out}: " if out not in (None, wav_output.PIPE) and len(reply.audio) else ""
-        common.say(f"{name}{summary(reply.timings)}")
+        common.log(f"{name}{timings_text(reply.timings)}")
     if out is not None and not len(reply.audio):
-        common.say("this answer has no sound")
+        common.log("this answer has no sound")
 
 
-def summary(timings: "Timings") -> str:
+def timings_text(timings: "Timings") -> str:
     """One line of figures."""
     first, kind = timings.first_audio, "sound"
     if first is None:
@@ -126,7 +126,9 @@ def summary(timings: "Timings") -> str:
     else:
         speed = f"({timings.real_time_factor:.2f} x real time)"
         parts.append(f"{timings.speech:.2f} s of speech in {timings.total:.2f} s {speed}")
-    return ", ".join([*parts, f"{timings.read} positions read", f"{timings.made} tokens"])
+    return ", ".join(
+        [*parts, f"{timings.prompt_tokens} prompt tokens", f"{timings.generated_tokens} generated"]
+    )
 
 
 def unanswered(reply: "Reply") -> Sequence["ToolCall | MalformedToolCall"]:
@@ -134,28 +136,28 @@ def unanswered(reply: "Reply") -> Sequence["ToolCall | MalformedToolCall"]:
     return reply.tool_calls[len(reply.tool_results) :]
 
 
-def as_written(call: "ToolCall | MalformedToolCall") -> str:
+def call_text(call: "ToolCall | MalformedToolCall") -> str:
     """A call as the model writes it."""
     from sa2jax.chat.tools import ToolCall
 
     return call.to_text() if isinstance(call, ToolCall) else call.text
 
 
-class Session:
+class Repl:
     """An interactive session: reads lines from stdin until there are no more.
 
     Args:
-        talk: the conversation.
+        live: the conversation.
         out: where spoken answers go: `PIPE`, or the wav file to whose name they are counted.
     """
 
-    def __init__(self, talk: Talk, out: Path):
-        self._talk, self._chat, self._out = talk, talk.chat, out
+    def __init__(self, live: LiveChat, out: Path):
+        self._live, self._chat, self._out = live, live.chat, out
 
     def run(self) -> None:
         """Hold the conversation; a mistake costs a line, not the conversation."""
         if sys.stdin.isatty():
-            common.say("Ask something, or name a recording; /help for more.")
+            common.log("Ask something, or name a recording; /help for more.")
         while True:
             try:
                 line = _line("> " if sys.stdin.isatty() else "")
@@ -163,9 +165,9 @@ class Session:
                     return
                 self._take(line)
             except Sa2jaxError as error:
-                common.say_error(error)
+                common.log_error(error)
             except KeyboardInterrupt:
-                common.say("interrupted")
+                common.log("interrupted")
 
     def _take(self, line: str) -> None:
         if recordings := _recordings(line):
@@ -183,17 +185,17 @@ class Session:
         from sa2jax.chat.toolbox import ToolAnswer
 
         while content is not None:
-            out = None if self._chat.voice is None else self._free()
-            reply = self._talk.ask(content, out)
-            tell(reply, out)
-            self._talk.keep()
+            out = None if self._chat.voice is None else self._next_path()
+            reply = self._live.ask(content, out)
+            print_summary(reply, out)
+            self._live.save()
             content = None
-            if reply.finish == "tool_calls":
+            if reply.finish_reason == "tool_calls":
                 text = self._results(unanswered(reply))
                 content = None if text is None else ToolAnswer(text)
             else:
                 for call in unanswered(reply):
-                    print(as_written(call), file=self._talk.text, flush=True)
+                    print(call_text(call), file=self._live.text, flush=True)
 
     def _results(self, calls: Sequence["ToolCall | MalformedToolCall"]) -> str | None:
         """What the tools answer: of those nobody runs, what is typed; None if nothing is."""
@@ -221,28 +223,28 @@ class Session:
                 self._voice(rest)
             case "save":
                 chat.save(path)
-                common.say(f"saved as {path}")
+                common.log(f"saved as {path}")
             case "load":
-                common.say(self._talk.resume(path))
-                self._talk.keep()
+                common.log(self._live.resume(path))
+                self._live.save()
             case "undo":
                 chat.undo()
-                common.say("the last question and its answer are taken back")
-                self._talk.keep()
+                common.log("the last question and its answer are taken back")
+                self._live.save()
             case "help":
-                common.say(HELP)
+                common.log(HELP)
             case _:
                 raise PromptError(f"there is no /{name}: /help lists what there is")
 
     def _voice(self, name: str) -> None:
         if not name:
             known = ", ".join(self._chat.model.speech.folder.voices) or "none yet"
-            common.say(f"/voice NAME: off, a recording, or one of: {known}")
+            common.log(f"/voice NAME: off, a recording, or one of: {known}")
             return
         self._chat.voice = None if name == "off" else os.path.expanduser(name)
-        common.say(f"voice: {'off' if self._chat.voice is None else self._chat.voice.name}")
+        common.log(f"voice: {'off' if self._chat.voice is None else self._chat.voice.name}")
 
-    def _free(self) -> Path:
+    def _next_path(self) -> Path:
         """The file of the next spoken answer: none of those that exist."""
         if self._out == wav_output.PIPE:
             return self._out
@@ -264,7 +266,7 @@ def _line(prompt: str) -> str | None:
     except UnicodeDecodeError as error:
         raise PromptError(f"expected a line of text in UTF-8 ({error.reason})") from None
     if not line and sys.stdin.isatty():
-        common.say("")
+        common.log("")
     return line.strip() if line else None
 
 

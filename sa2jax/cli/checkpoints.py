@@ -41,14 +41,14 @@ def convert(
         overwrite: Replace a checkpoint at OUT.
         json: Print JSON.
     """
-    common.stay_on_host()
+    common.use_cpu()
     if init or encoder is not None:
         report = _init(source, out, dtype, tokenizer, init, encoder, seed, overwrite, float_head)
         _report(report, out, json)
         return
     from sa2jax.convert.hf import convert
 
-    with common.bar("converting") as tick:
+    with common.progress_bar("converting") as tick:
         report = convert(
             source, out, dtype=dtype, float_head=float_head, tokenizer=tokenizer,
             overwrite=overwrite, progress=tick,
@@ -71,7 +71,7 @@ def _init(
         )
     if dtype == "int8" or float_head:
         raise CheckpointError("--init makes a model to train: int8 comes after that")
-    with common.bar("making") as tick:
+    with common.progress_bar("making") as tick:
         return make(
             source, out, encoder=encoder, tokenizer=tokenizer, seed=seed, dtype=dtype,
             overwrite=overwrite, progress=tick,
@@ -99,11 +99,11 @@ def export(
         overwrite: Replace a checkpoint at OUT.
         json: Print JSON.
     """
-    common.stay_on_host()
+    common.use_cpu()
     from sa2jax.assets import model_folder
     from sa2jax.convert.hf import export
 
-    with common.bar("exporting") as tick:
+    with common.progress_bar("exporting") as tick:
         report = export(
             model_folder(source), out, dtype=dtype, dequantize=dequantize,
             max_shard_size=max_shard_size, overwrite=overwrite, progress=tick,
@@ -134,7 +134,7 @@ def verify(
     from sa2jax.convert.verify import compare_prompt, verify
 
     a, b = model_folder(a), model_folder(b)
-    with common.bar("comparing") as tick:
+    with common.progress_bar("comparing") as tick:
         result = verify(a, b, progress=tick)
     logits = None if text is None and wav is None else compare_prompt(a, b, text or "", wav)
     if json:
@@ -154,7 +154,7 @@ def inspect(folder: Annotated[Source, tyro.conf.arg(metavar="FOLDER")], *, json:
         folder: Model folder of this library, a Hugging Face folder, or nano.
         json: Print JSON.
     """
-    common.stay_on_host()
+    common.use_cpu()
     from sa2jax.assets import model_folder
     from sa2jax.convert.verify import inspect, print_inspection
 
@@ -162,7 +162,7 @@ def inspect(folder: Annotated[Source, tyro.conf.arg(metavar="FOLDER")], *, json:
     if json:
         common.print_json(asdict(found))
     else:
-        print_inspection(found, common.wide())
+        print_inspection(found, common.wide_console())
 
 
 def _report(report: Any, out: Path, as_json: bool) -> None:
@@ -171,7 +171,7 @@ def _report(report: Any, out: Path, as_json: bool) -> None:
         common.print_json(asdict(report))
         return
     for note in report.notes:
-        common.say(f"note: {note}")
+        common.log(f"note: {note}")
     print(
         f"{out}: {report.tensors} tensors, {report.parameters / 1e6:.1f} M parameters, "
         f"{report.bytes / 1e9:.2f} GB in {report.seconds:.1f} s, "

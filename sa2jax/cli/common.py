@@ -42,7 +42,7 @@ class Devices:
         sys.stdout = open(results if first else os.devnull, "w")  # noqa: SIM115
 
 
-def model_or_demonstration(model: Path | None) -> Path:
+def model_or_default(model: Path | None) -> Path:
     """The model that the user named, or the one that comes along, with a note."""
     if model is not None:
         return model
@@ -51,11 +51,11 @@ def model_or_demonstration(model: Path | None) -> Path:
 
     if not SHIPPED.is_dir():
         raise ConfigError("expected --model FOLDER: no model comes with this installation")
-    say("note: no --model is given: this is nano, a demonstration model of a few hundred words")
+    log("note: no --model is given: this is nano, a demonstration model of a few hundred words")
     return SHIPPED
 
 
-def stay_on_host() -> None:
+def use_cpu() -> None:
     """Do not start an accelerator for work that does not compute; to be called before jax is."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -78,24 +78,24 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, ensure_ascii=False, indent=2, default=str))
 
 
-def wide() -> Console:
+def wide_console() -> Console:
     """Standard output for tables: a file or a pipe has no width that names must be cut to."""
     console = Console()
     return console if console.is_terminal else Console(width=200)
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """Print to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
-def say_error(error: Exception) -> None:
+def log_error(error: Exception) -> None:
     """Print an error to stderr, as one line."""
-    say(f"error: {' '.join(str(error).split())}")
+    log(f"error: {' '.join(str(error).split())}")
 
 
 @contextmanager
-def bar(title: str, unit: str = "bytes") -> Iterator[Callable[[int, int], None]]:
+def progress_bar(title: str, unit: str = "bytes") -> Iterator[Callable[[int, int], None]]:
     """A progress bar on stderr that disappears when its work is done."""
     from rich.progress import DownloadColumn
 

@@ -49,7 +49,7 @@ def _prepare(
         model=model, reader=reader, tfio_python=tfio_python, shard_size=shard_size,
         workers=workers, max_rejects=max_rejects,
     )  # fmt: skip
-    with common.bar("preparing", unit="records") as tick:
+    with common.progress_bar("preparing", unit="records") as tick:
         about = prepare_dataset(sources, out, config, overwrite=overwrite, progress=tick)
     _print(about, Path(out), json)
 
@@ -80,7 +80,7 @@ def _prepare_flow(
 
     *sources, out = _sources_and_out(paths)
     enable_compilation_cache()
-    with common.bar("hearing", unit="recordings") as tick:
+    with common.progress_bar("hearing", unit="recordings") as tick:
         about = prepare_flow(
             sources,
             out,
@@ -122,7 +122,7 @@ def _prepare_speech(
     from sa2jax.train.networks.speech_data import prepare_speech
 
     *sources, out = _sources_and_out(paths)
-    with common.bar("reading", unit="recordings") as tick:
+    with common.progress_bar("reading", unit="recordings") as tick:
         about = prepare_speech(
             sources, out, rate=rate, pitch=pitch, model=model, max_seconds=max_seconds,
             max_rejects=max_rejects, overwrite=overwrite, progress=tick,
@@ -150,11 +150,11 @@ def _synthesize(
         seed: Of everything that is drawn, in place of the recipe's.
         scale: Times all counts of the recipe: 0.01 makes a small one, to look at.
         workers: Processes; by default one for each core.
-        set: Other values in place of the recipe's, such as talks.counts.asr=100, or
+        set: Other values in place of the recipe's, such as dialogues.counts.asr=100, or
             voices.joe=null for one voice less.
         json: Print JSON.
     """
-    common.stay_on_host()
+    common.use_cpu()
     import os
 
     from sa2jax.train.corpus.plan import read_corpus
@@ -163,14 +163,14 @@ def _synthesize(
 
     changes = parse_overrides(set) | ({} if seed is None else {"seed": seed})
     recipe = read_corpus(config, changes)
-    with common.bar("speaking", unit="recordings") as tick:
+    with common.progress_bar("speaking", unit="recordings") as tick:
         about = synthesize(
             out, recipe, scale=scale, workers=workers or os.cpu_count() or 1, progress=tick
         )
     if json:
         common.print_json(about)
     else:
-        common.wide().print(_corpus_table(about, out))
+        common.wide_console().print(_corpus_table(about, out))
 
 
 def _show(folder: Folder, *, json: bool = False):
@@ -180,7 +180,7 @@ def _show(folder: Folder, *, json: bool = False):
         folder: Made by `sa2jax data prepare`, `prepare-flow` or `prepare-speech`.
         json: Print JSON.
     """
-    common.stay_on_host()
+    common.use_cpu()
     from sa2jax.train.data.samples import DATASET_JSON, read_dataset_info
     from sa2jax.train.networks import flow_data, speech_data
 
@@ -227,7 +227,7 @@ def _print(about: Mapping[str, Any], folder: Path, json: bool) -> None:
     if json:
         common.print_json(about)
     else:
-        common.wide().print(_table(about, folder))
+        common.wide_console().print(_table(about, folder))
 
 
 def _table(about: Mapping[str, Any], folder: Path) -> Table:

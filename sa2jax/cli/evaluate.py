@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sa2jax.pipeline import StepAudio2
 
 Table = tyro.conf.Positional[Annotated[Literal["nano"], tyro.conf.arg(metavar="TABLE")]]
-Rows = tyro.conf.UseAppendAction[tuple[str, ...]]
+Metrics = tyro.conf.UseAppendAction[tuple[str, ...]]
 
 
 def evaluate(
@@ -23,22 +23,22 @@ def evaluate(
     *,
     model: str = "nano",
     corpus: Path | None = None,
-    real: Path | None = None,
-    row: Rows = (),
-    quick: int | None = None,
+    real_recordings: Path | None = None,
+    metric: Metrics = (),
+    limit: int | None = None,
     dtype: ModelDtype | None = None,
-    against: Path | None = None,
+    compare_with: Path | None = None,
     greedy: bool = False,
     first: int = 5,
     chunk: int = 10,
     max_new_tokens: int = 256,
     batch_size: int = 8,
     seed: int = 0,
-    answers: Path | None = None,
+    predictions: Path | None = None,
     strict: bool = False,
     json: bool = False,
 ):
-    """Score a trained model by judges that hear what it says: a table with floors and aims.
+    """Score a trained model by judges that hear what it says: a table with thresholds and targets.
 
     The judges come with pip install "sa2jax[judges]" and pip install --no-deps resemblyzer==0.1.4.
 
@@ -47,22 +47,22 @@ def evaluate(
         model: Model folder, or nano.
         corpus: Folder of the held-out set, made by `sa2jax data synthesize`; by default the small
             one in the model's folder heldout/.
-        real: Folder of real recordings, made by examples/fetch_real.sh.
-        row: A row to measure, instead of all: seen, unseen, digits, sums, sums_open, tool_asked,
-            tool_unasked, voice, streamed, int8, first_sound or real_time; the option may be given
-            several times.
-        quick: Items of each row at most.
+        real_recordings: Folder of real recordings, made by examples/fetch_real.sh.
+        metric: A metric to measure, instead of all: seen, unseen, digits, sums, sums_open,
+            tool_asked, tool_unasked, voice, streamed, int8, first_sound or real_time; the option
+            may be given several times.
+        limit: Items of each metric at most.
         dtype: Dtype of weights and computation, as for other commands.
-        against: Model folder with float weights that int8 weights are compared with, for a model
-            whose own are int8.
+        compare_with: Model folder with float weights that int8 weights are compared with, for a
+            model whose own are int8.
         greedy: Take the most likely token, instead of drawing as conversations do.
         first: Codes of the first chunk of streamed replies (25 are a second).
         chunk: Codes of their other chunks.
         max_new_tokens: Limit of a reply; a second of speech takes 31.
         batch_size: Recordings that are transcribed at once.
         seed: Of what is drawn.
-        answers: File (.jsonl) for every single answer.
-        strict: Exit code 1 if a row does not hold its floor.
+        predictions: File (.jsonl) for every single answer.
+        strict: Exit code 1 if a metric does not hold its threshold.
         json: Print JSON.
     """
     from sa2jax.assets import model_folder
@@ -72,8 +72,8 @@ def evaluate(
     from sa2jax.evaluate.scores import print_scores
 
     options = NanoOptions(
-        rows=tuple(row), quick=quick, real=real, first=first, chunk=chunk, greedy=greedy,
-        max_new_tokens=max_new_tokens, seed=seed,
+        metrics=tuple(metric), limit=limit, real_recordings=real_recordings, first=first,
+        chunk=chunk, greedy=greedy, max_new_tokens=max_new_tokens, seed=seed,
     )  # fmt: skip
     home = Path(model_folder(model))
     if corpus is None and not (home / FOLDER).is_dir():
@@ -88,7 +88,7 @@ def evaluate(
     def load(source: str | Path, kind: ModelDtype | None) -> "StepAudio2":
         from sa2jax.pipeline import StepAudio2
 
-        with common.bar("loading") as tick:
+        with common.progress_bar("loading") as tick:
             return StepAudio2.from_pretrained(
                 source, dtype=kind, batch_size=batch_size, progress=tick
             )
@@ -97,23 +97,23 @@ def evaluate(
     is_int8 = _has_int8(scored)
     other: StepAudio2 | None = None
     if options.compares:
-        other = load(home if against is None else against, None if is_int8 else "int8")
+        other = load(home if compare_with is None else compare_with, None if is_int8 else "int8")
         if _has_int8(other) == is_int8:  # both are int8
-            if against is not None:
-                raise DataError(f"{against} holds int8 weights: expected float ones")
+            if compare_with is not None:
+                raise DataError(f"{compare_with} holds int8 weights: expected float ones")
             other = None
-    with common.bar("asking", unit="items") as tick:
+    with common.progress_bar("asking", unit="items") as tick:
         scores = evaluate_nano(
             scored, folder, options, other=other, is_int8=is_int8, judges=judges, progress=tick
         )
-    if answers is not None:
-        _write(answers, scores)
+    if predictions is not None:
+        _write(predictions, scores)
     if json:
         common.print_json(scores.to_dict() | {"model": str(model)})
     else:
-        print_scores(scores, common.wide())
-    if strict and scores.below:
-        common.say(f"below the floor: {', '.join(scores.below)}")
+        print_scores(scores, common.wide_console())
+    if strict and scores.below_threshold:
+        common.log(f"below the threshold: {', '.join(scores.below_threshold)}")
         raise SystemExit(1)
 
 
@@ -129,6 +129,6 @@ def _write(path: Path, scores: "Scores") -> None:
     """Write every answer as a line of jsonl."""
     from sa2jax.atomic_io import disk_errors
 
-    lines = (json_.dumps(asdict(answer), ensure_ascii=False) for answer in scores.answers)
+    lines = (json_.dumps(asdict(answer), ensure_ascii=False) for answer in scores.predictions)
     with disk_errors(path):
         path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -29,8 +29,8 @@ class ModelOptions(Devices):
     """Folder of the tokenizer files, if not the model's own."""
     detokenizer: Path | None = None
     """Folder of the detokenizer and its voices, if not the model's own."""
-    style: Literal["chat", "base"] = "chat"
-    """`base` for a pre-trained model that knows no turns."""
+    prompt_style: Literal["chat", "raw"] = "chat"
+    """`raw` for a pre-trained model that knows no turns."""
     batch_size: int = 8
     """Prompts that are answered at once."""
 
@@ -39,11 +39,11 @@ class ModelOptions(Devices):
         self.join_hosts()
         from sa2jax.pipeline import StepAudio2
 
-        model = common.model_or_demonstration(self.model)
-        with common.bar("loading") as tick:
+        model = common.model_or_default(self.model)
+        with common.progress_bar("loading") as tick:
             return StepAudio2.from_pretrained(
                 model, dtype=self.dtype, mesh=self.mesh, int8_cache=self.int8_cache,
-                tokenizer=self.tokenizer, speech=self.detokenizer, style=self.style,
+                tokenizer=self.tokenizer, speech=self.detokenizer, prompt_style=self.prompt_style,
                 batch_size=self.batch_size, progress=tick,
             )  # fmt: skip
 

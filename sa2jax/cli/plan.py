@@ -48,7 +48,7 @@ def plan(
         search: Find the fewest chips that hold it, and the fastest mesh of them.
         json: Print JSON.
     """
-    common.stay_on_host()
+    common.use_cpu()
     from sa2jax import plan as planning
     from sa2jax.errors import PlanError
 
@@ -62,11 +62,11 @@ def plan(
     if not search:
         plans = [planning.plan(spec)]
     else:
-        plans = planning.search(spec, lambda made: common.say(_line(made)))
+        plans = planning.search(spec, lambda made: common.log(_line(made)))
     if json:
         common.print_json(asdict(plans[0]))
     else:
-        common.wide().print(_table(plans[0]))
+        common.wide_console().print(_table(plans[0]))
 
 
 def _line(made: "Plan") -> str:

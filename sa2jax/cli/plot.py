@@ -1,4 +1,4 @@
-"""A question and its answer as a picture: waves and mel spectra."""
+"""A question and its answer as a plot: waves and mel spectra."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from sa2jax.pipeline.reply import Reply
 
 SHORTEST = 720  # samples that have no spectrum
-FLOOR, TOP = -11.5, 2.0  # of the mel spectra shown, natural logarithm of magnitudes
-Draw = Callable[["Reply", Sequence[Path]], None]
+LOWEST, HIGHEST = -11.5, 2.0  # of the mel spectra shown, natural logarithm of magnitudes
+Plotter = Callable[["Reply", Sequence[Path]], None]
 
 
-def artist(path: Path) -> Draw:
+def make_plotter(path: Path) -> Plotter:
     """What draws an answer into a PNG file; all that could prevent it is refused at once.
 
     Args:
-        path: the picture.
+        path: the plot.
 
     Raises:
         AudioError: for another suffix or a missing folder, or if matplotlib is not installed.
@@ -30,14 +30,14 @@ def artist(path: Path) -> Draw:
     from sa2jax.errors import AudioError
 
     if path.suffix.lower() != ".png":
-        raise AudioError(f"expected a picture's name to end in .png, got {path}")
+        raise AudioError(f"expected a plot's name to end in .png, got {path}")
     if not os.path.isdir(path.absolute().parent):
         raise AudioError(f"no folder {path.parent}: make it first")
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise AudioError("--picture needs matplotlib: pip install 'sa2jax[train]'") from None
+        raise AudioError("--plot needs matplotlib: pip install 'sa2jax[train]'") from None
 
     def draw(reply: "Reply", questions: Sequence[Path]) -> None:
         from sa2jax import audio
@@ -77,6 +77,6 @@ def _draw_sound(column: Sequence[Any], title: str, wave: Float[np.ndarray, " N"]
     if len(wave) > SHORTEST:
         mel = mel_24k(wave)
         below.imshow(
-            mel, origin="lower", aspect="auto", vmin=FLOOR, vmax=TOP, cmap="magma",
+            mel, origin="lower", aspect="auto", vmin=LOWEST, vmax=HIGHEST, cmap="magma",
             extent=(0, len(wave) / SPEECH_SAMPLE_RATE, 0, len(mel)),
         )  # fmt: skip

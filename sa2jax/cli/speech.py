@@ -22,7 +22,7 @@ CodesFile = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="CODES")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Home:
+class ModelFolderOptions:
     """Where the detokenizer and its voices are."""
 
     model: Path | None = None
@@ -30,13 +30,13 @@ class Home:
     by default the latter, a small model for demonstrations, where the installation has it."""
 
     @property
-    def home(self) -> Path:
+    def folder(self) -> Path:
         """The folder."""
-        return common.model_or_demonstration(self.model)
+        return common.model_or_default(self.model)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeechOptions(Home, Devices):
+class SpeechOptions(ModelFolderOptions, Devices):
     """Which detokenizer to use, and how."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -60,11 +60,11 @@ class SpeechOptions(Home, Devices):
         from sa2jax.speech import Speech
 
         return Speech.from_pretrained(
-            self.home, dtype=self.dtype, steps=self.steps, guidance=self.guidance, mesh=self.mesh
+            self.folder, dtype=self.dtype, steps=self.steps, guidance=self.guidance, mesh=self.mesh
         )
 
 
-Where = Annotated[Home, tyro.conf.arg(name="")]
+Folder = Annotated[ModelFolderOptions, tyro.conf.arg(name="")]
 Options = Annotated[SpeechOptions, tyro.conf.arg(name="")]
 
 
@@ -83,7 +83,7 @@ def vocode(codes: CodesFile, options: Options, *, out: WavOut, voice: str = "def
     _speak(speech, line, speech.voice(voice), options, out)
 
 
-def tokenize(files: Files, options: Where, *, json: bool = False):
+def tokenize(files: Files, options: Folder, *, json: bool = False):
     """Print the audio codes (25 per second) of recordings.
 
     Args:
@@ -98,7 +98,7 @@ def tokenize(files: Files, options: Where, *, json: bool = False):
         raise AudioError("no recordings: expected at least one wav, flac, mp3 or ogg file")
     for path in files:
         common.require_file(path)
-    codes = [c.tolist() for c in Speech.from_pretrained(options.home).tokenize(list(files))]
+    codes = [c.tolist() for c in Speech.from_pretrained(options.folder).tokenize(list(files))]
     if len(files) == 1 and not json:
         print(json_module.dumps(codes[0]))
     else:
@@ -121,7 +121,7 @@ def reconstruct(wav: Recording, options: Options, *, out: WavOut):
     _speak(speech, codes, voice, options, out)
 
 
-def _add(name: Name, wav: Recording, options: Where, *, overwrite: bool = False):
+def _add(name: Name, wav: Recording, options: Folder, *, overwrite: bool = False):
     """Make a voice of a recording of 1 to 30 s.
 
     Args:
@@ -131,18 +131,18 @@ def _add(name: Name, wav: Recording, options: Where, *, overwrite: bool = False)
         overwrite: Replace a voice of this name.
     """
     common.require_file(wav)
-    made = _folder(options).add(name, wav, overwrite=overwrite)
+    made = _speech_folder(options).add(name, wav, overwrite=overwrite)
     print(f"{made.name}: {made.seconds:.1f} s, {len(made.codes)} codes")
 
 
-def _list(options: Where, *, json: bool = False):
+def _list(options: Folder, *, json: bool = False):
     """List the voices of a model.
 
     Args:
         options: Model.
         json: Print JSON.
     """
-    known = _folder(options).voices
+    known = _speech_folder(options).voices
     if json:
         common.print_json({name: str(path) for name, path in known.items()})
     else:
@@ -150,7 +150,7 @@ def _list(options: Where, *, json: bool = False):
             print(f"{name}\t{path}")
 
 
-def _show(name: Name, options: Where, *, json: bool = False):
+def _show(name: Name, options: Folder, *, json: bool = False):
     """Show what is known of a voice.
 
     Args:
@@ -160,7 +160,7 @@ def _show(name: Name, options: Where, *, json: bool = False):
     """
     from sa2jax.speech.voices import describe
 
-    facts = describe(_folder(options).voice(name))
+    facts = describe(_speech_folder(options).voice(name))
     if json:
         common.print_json(facts)
     else:
@@ -184,12 +184,12 @@ def voice(
     """
 
 
-def _folder(options: Home) -> Any:
+def _speech_folder(options: ModelFolderOptions) -> Any:
     from sa2jax.runtime import enable_compilation_cache
     from sa2jax.speech.store import SpeechFolder
 
     enable_compilation_cache()
-    return SpeechFolder(options.home)
+    return SpeechFolder(options.folder)
 
 
 def _speak(speech: "Speech", codes: Any, voice: Any, options: SpeechOptions, out: Path) -> None:
@@ -203,7 +203,7 @@ def _speak(speech: "Speech", codes: Any, voice: Any, options: SpeechOptions, out
     started = time.perf_counter()
     wave: np.ndarray
     if options.stream or options.parity:
-        with common.bar("speaking", unit="chunks") as tick:
+        with common.progress_bar("speaking", unit="chunks") as tick:
             pieces: Iterable[np.ndarray] = speech.stream(
                 codes, voice, chunk=options.chunk, seed=options.seed, parity=options.parity
             )
@@ -216,7 +216,7 @@ def _speak(speech: "Speech", codes: Any, voice: Any, options: SpeechOptions, out
         wave = speech.vocode(codes, voice, seed=options.seed)
     audio.write(out, wave, speech.sample_rate, subtype="PCM_16")
     length, took = len(wave) / speech.sample_rate, time.perf_counter() - started
-    print(wav_output.made(out, length, voice.name, took))
+    print(wav_output.speech_summary(out, length, voice.name, took))
 
 
 def _read_codes(path: Path) -> list[int]:

@@ -102,7 +102,7 @@ def train(
         from sa2jax.train.dry_run import dry_run_language, dry_run_network
 
         found = (dry_run_language if whole else dry_run_network)(recipe)
-        common.print_json(asdict(found)) if json else found.print(common.wide())
+        common.print_json(asdict(found)) if json else found.print(common.wide_console())
         return
     outcome = start(folder, fresh=fresh, profile=profile)
     if json:
@@ -111,7 +111,7 @@ def train(
         for name, path in outcome.results.items():
             print(f"{name}: {path}")
     if not outcome.finished:
-        common.say(f"stopped after step {outcome.step}: the same command goes on")
+        common.log(f"stopped after step {outcome.step}: the same command goes on")
         sys.exit(130)
 
 
@@ -130,7 +130,7 @@ def merge(
         out: Folder to make; it appears only when it is complete.
         overwrite: Replace a checkpoint at OUT.
     """
-    common.stay_on_host()
+    common.use_cpu()
     from sa2jax.train.language.model_io import open_base_model, stored_dtype
     from sa2jax.train.language.recipe import ModelSpec
     from sa2jax.train.recipe import build_config
@@ -156,11 +156,11 @@ def _run_stages(
             f"{config} is a recipe of stages, it takes no {', '.join(others)}: run a stage's own "
             "command with it"
         )
-    outcome = run_stages(build_stages_recipe(values, config), out, fresh=fresh, say=common.say)
+    outcome = run_stages(build_stages_recipe(values, config), out, fresh=fresh, say=common.log)
     if json:
         common.print_json(asdict(outcome))
     if not outcome.finished:
-        common.say("stopped: the same command goes on")
+        common.log("stopped: the same command goes on")
         sys.exit(130)
 
 

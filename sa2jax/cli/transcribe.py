@@ -1,16 +1,12 @@
-"""Commands that hear: `asr`, `translate`, `caption`."""
+"""Commands of speech understanding: `asr`, `translate`, `caption`."""
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from sa2jax.cli import common, wav_output
+from sa2jax.cli import common
 from sa2jax.cli.common import Files
-from sa2jax.cli.options import Model, ModelOptions
+from sa2jax.cli.options import Model
+from sa2jax.cli.run import run_spoken, run_written
 from sa2jax.cli.wav_output import MaybeWavOut
-
-if TYPE_CHECKING:
-    from sa2jax.pipeline import StepAudio2
 
 
 def asr(files: Files, options: Model, *, max_new_tokens: int | None = None, json: bool = False):
@@ -22,9 +18,9 @@ def asr(files: Files, options: Model, *, max_new_tokens: int | None = None, json
         max_new_tokens: Limit of each text; by default 256 for each 25 s.
         json: Print JSON.
     """
-    _text_task(
+    run_written(
         files, options, json,
-        lambda model, tick: model.transcribe(
+        lambda model, tick: model.transcribe_batch(
             common.paths(files), max_new_tokens=max_new_tokens, progress=tick
         ),
     )  # fmt: skip
@@ -62,35 +58,19 @@ def translate(
     if not speech:
         if not (out is text is voice is None):
             raise PromptError("-o, --text and --voice are for a spoken translation: add --speech")
-        _text_task(
+        run_written(
             files, options, json,
-            lambda model, tick: model.translate(
+            lambda model, tick: model.translate_batch(
                 common.paths(files), to=to, max_new_tokens=max_new_tokens, seed=seed, progress=tick
             ),
         )  # fmt: skip
         return
-    if len(files) + (text is not None) != 1:
-        raise PromptError("expected one recording, or --text, for a spoken translation")
-    if out is None:
-        raise PromptError("no file for the spoken translation: give -o")
-    from sa2jax.chat.template import Text
-
-    wav_output.check_out(out)
-    for path in files:
-        common.require_file(path)
-    model = options.load()
-    reply = model.translate(
-        files[0] if files else Text(text or ""), to=to, speech=True, voice=voice or "default",
-        max_new_tokens=max_new_tokens, seed=seed,
+    run_spoken(
+        files, options, text, out, json,
+        lambda model, source: model.translate_speech(
+            source, to=to, voice=voice or "default", max_new_tokens=max_new_tokens, seed=seed
+        ),
     )  # fmt: skip
-    made = wav_output.made_of(reply, out)
-    with wav_output.sink(out, model) as write:
-        write(reply.audio)
-    if json:
-        common.print_json(wav_output.as_json(reply, out))
-    else:
-        print(reply.text.strip())
-        common.say(made)
 
 
 def caption(
@@ -105,32 +85,9 @@ def caption(
         seed: Same seed, same description.
         json: Print JSON.
     """
-    _text_task(
+    run_written(
         files, options, json,
-        lambda model, tick: model.caption(
+        lambda model, tick: model.caption_batch(
             common.paths(files), max_new_tokens=max_new_tokens, seed=seed, progress=tick
         ),
     )  # fmt: skip
-
-
-def _text_task(
-    files: Sequence[Path],
-    options: ModelOptions,
-    as_json: bool,
-    run: Callable[["StepAudio2", Callable[[int, int], None]], list[str]],
-) -> None:
-    """Run a task with one text per recording and print the texts."""
-    from sa2jax.errors import AudioError
-
-    if not files:
-        raise AudioError("no recordings: expected at least one wav, flac, mp3 or ogg file")
-    for path in files:
-        common.require_file(path)
-    model = options.load()
-    with common.bar("listening", unit="recordings") as tick:
-        texts = run(model, tick)
-    if as_json:
-        common.print_json([{"file": str(f), "text": t} for f, t in zip(files, texts, strict=True)])
-        return
-    for path, text in zip(files, texts, strict=True):
-        print(text if len(files) == 1 else f"{path}\t{text}")

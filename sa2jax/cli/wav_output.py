@@ -13,7 +13,7 @@ import tyro
 if TYPE_CHECKING:
     import numpy as np
 
-    from sa2jax.pipeline.base import Base
+    from sa2jax.pipeline.base import PipelineBase
     from sa2jax.pipeline.reply import Reply
 
 PIPE = Path("-")  # standard output
@@ -54,7 +54,7 @@ def check_out_or_pipe(out: Path, *, stream: bool) -> None:
 
 
 @contextmanager
-def sink(out: Path | None, model: "Base") -> Iterator[Write]:
+def sink(out: Path | None, model: "PipelineBase") -> Iterator[Write]:
     """Takes samples [-1, 1] as they come and writes them with 16 bit, mono.
 
     A wav file is there when it is complete; never if there was no sound, or an error came.
@@ -98,13 +98,13 @@ def sink(out: Path | None, model: "Base") -> Iterator[Write]:
             temporary.unlink(missing_ok=True)
 
 
-def made(out: Path, seconds: float, voice: str | None, took: float) -> str:
+def speech_summary(out: Path, seconds: float, voice: str | None, took: float) -> str:
     """What a user is told of speech that was made."""
     name = "" if out == PIPE else f"{out}: "
     return f"{name}{seconds:.2f} s in the voice {voice}, made in {took:.1f} s"
 
 
-def made_of(reply: "Reply", out: Path) -> str:
+def reply_summary(reply: "Reply", out: Path) -> str:
     """The same of an answer.
 
     Raises:
@@ -114,12 +114,12 @@ def made_of(reply: "Reply", out: Path) -> str:
 
     if not len(reply.audio) or reply.timings is None:
         raise AudioError("the model spoke no words, so there is no recording: try another --seed")
-    return made(out, reply.timings.speech, reply.voice, reply.timings.total)
+    return speech_summary(out, reply.timings.speech, reply.voice, reply.timings.total)
 
 
 def as_json(reply: "Reply", out: Path | None) -> dict[str, Any]:
     """An answer without its sound, but with the name of its file."""
-    keys = ("text", "ids", "finish", "thinking", "codes", "notes")
+    keys = ("text", "ids", "finish_reason", "thinking", "codes", "notes")
     return {key: getattr(reply, key) for key in keys} | {
         "tool_calls": [asdict(call) for call in reply.tool_calls],
         "timings": None if reply.timings is None else asdict(reply.timings),

@@ -81,7 +81,7 @@ class HeldOut:
     def items(self, name: str, limit: int | None = None) -> list[Item]:
         """The items of a file, or some that are spread over it; none if there is no such file."""
         path = self.folder / f"{name}.jsonl"
-        return spread(read_items(path), limit) if path.is_file() else []
+        return evenly_spaced(read_items(path), limit) if path.is_file() else []
 
 
 def read_items(path: str | Path) -> list[Item]:
@@ -112,7 +112,7 @@ def read_items(path: str | Path) -> list[Item]:
     return items
 
 
-def spread(items: Sequence[T], limit: int | None) -> list[T]:
+def evenly_spaced(items: Sequence[T], limit: int | None) -> list[T]:
     """At most this many items, evenly spread."""
     if limit is None or limit >= len(items):
         return list(items)

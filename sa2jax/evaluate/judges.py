@@ -61,7 +61,7 @@ def require(module: str) -> Path:
     return Path(next(iter(places)) if places else found.origin or "")
 
 
-def heard(wave: Float[np.ndarray, " T"], rate: int) -> Float[np.ndarray, " T2"]:
+def to_16khz(wave: Float[np.ndarray, " T"], rate: int) -> Float[np.ndarray, " T2"]:
     """Samples at the rate that judges hear (16 kHz), float32; no samples stay none."""
     wave = np.asarray(wave, np.float32).reshape(-1)
     return wave if rate == SAMPLE_RATE or not wave.size else audio.resample(wave, rate, SAMPLE_RATE)
@@ -100,7 +100,7 @@ class GrammarJudge:
             wave: samples, of any level.
             rate: their rate in Hz.
         """
-        wave = heard(wave, rate)
+        wave = to_16khz(wave, rate)
         peak = float(np.abs(wave).max(initial=0))
         if not np.isfinite(peak) or peak == 0:
             return ""
@@ -142,7 +142,7 @@ class OpenJudge:
             wave: samples.
             rate: their rate in Hz.
         """
-        wave = heard(wave, rate)
+        wave = to_16khz(wave, rate)
         if not np.isfinite(wave).all() or not wave.any():
             return ""
         found, _ = self._model.transcribe(

@@ -1,6 +1,6 @@
 """The table of the nano model: does it hear, answer, call tools and keep its voice?
 
-    scores = evaluate_nano(StepAudio2.from_pretrained("nano"), "corpus", NanoOptions(quick=20))
+    scores = evaluate_nano(StepAudio2.from_pretrained("nano"), "corpus", NanoOptions(limit=20))
 
 Answers come from the model alone: it is asked as a user asks it (`transcribe`, `tts`, `chat`), and
 judges hear the sound that came back, not its text.
@@ -16,21 +16,21 @@ import numpy as np
 import soundfile
 
 from sa2jax.chat.template import TASKS
-from sa2jax.evaluate.heldout import HeldOut, Item, read_items, spread
+from sa2jax.evaluate.heldout import HeldOut, Item, evenly_spaced, read_items
 from sa2jax.evaluate.judges import Judge, grammar_judge, open_judge, require, shuffled
-from sa2jax.evaluate.nano_rows import (
+from sa2jax.evaluate.nano_metrics import (
     HEARD,
     KEYS,
+    METRICS,
     NOT_COMPARED,
-    ROWS,
     SPOKEN,
     TOOLS,
     NanoOptions,
 )  # fmt: skip
-from sa2jax.evaluate.scores import Answer, Row, Scores
+from sa2jax.evaluate.scores import Metric, Prediction, Scores
 from sa2jax.evaluate.voice_judge import VoiceJudge, voice_judge
 from sa2jax.evaluate.words import SUMS, normalized, word_errors
-from sa2jax.pipeline.tasks import options_of
+from sa2jax.pipeline.task_runner import task_options
 
 if TYPE_CHECKING:
     from sa2jax.pipeline import StepAudio2
@@ -40,26 +40,26 @@ NOTHING_RIGHT = "there is nothing to lose: no answer was right"
 _BOTH = ("grammar", "sums", "s"), ("Whisper", "sums_open", "s_open")  # offline, streamed
 _FILES = {"seen": "asr_seen", "unseen": "asr_unseen", "digits": "digits"}
 _NO_FILE = {
-    "digits": "no recordings: examples/fetch_real.sh makes a folder of them, see --real",
+    "digits": "no recordings: examples/fetch_real.sh makes a folder of them, see --real-recordings",
 }  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judges:
-    """Who judges; None for whom no row needs."""
+    """The judges; None for one that no metric needs."""
 
     grammar: Judge | None = None
     open: Judge | None = None
     voice: VoiceJudge | None = None
 
     @classmethod
-    def load(cls, rows: Sequence[str]) -> "Judges":
-        """Those that some rows need.
+    def load(cls, metrics: Sequence[str]) -> "Judges":
+        """Those that some metrics need.
 
         Raises:
             DataError: if one is not installed.
         """
-        wants = set(rows)
+        wants = set(metrics)
         if wants & {"seen", "unseen"}:
             require("jiwer")
         return cls(
@@ -82,10 +82,10 @@ def evaluate_nano(
     """Score a model on held-out recordings.
 
     Args:
-        model: whom.
+        model: the model to score.
         corpus: folder of the held-out set, see `heldout`.
-        options: which rows, and how.
-        other: the same model with int8 weights; without it that row is not measured.
+        options: which metrics, and how.
+        other: the same model with int8 weights; without it that metric is not measured.
         is_int8: whether `model` itself has int8 weights, and `other` float ones.
         judges: who judges; by default those of the extra `judges`.
         progress: told about recordings and replies done and in all.
@@ -96,35 +96,37 @@ def evaluate_nano(
     options = options or NanoOptions()
     held_out = HeldOut.find(corpus)
     judges = judges or Judges.load(options.measured)
-    steps = _Steps(progress)
-    one = _Exam(model, held_out, options, judges, steps)
-    exams = [one]
+    steps = _Progress(progress)
+    one = _Run(model, held_out, options, judges, steps)
+    runs = [one]
     comparable = tuple(key for key in options.measured if key not in NOT_COMPARED)
     if other is not None and options.compares and comparable:
-        again = replace(options, rows=comparable)
-        exams.append(_Exam(other, held_out, again, judges, steps, name="other"))
-    steps.total = sum(exam.steps for exam in exams)
-    found = [exam.run() for exam in exams]
-    rows, answers = found[0], [answer for exam in exams for answer in exam.answers]
+        again = replace(options, metrics=comparable)
+        runs.append(_Run(other, held_out, again, judges, steps, name="other"))
+    steps.total = sum(run.steps for run in runs)
+    found = [run.run() for run in runs]
+    metrics, predictions = found[0], [p for run in runs for p in run.predictions]
     if options.compares:
-        row = next(row for row in ROWS if row.key == "int8")
-        rows["int8"] = (
-            _compared(row, *(reversed(found) if is_int8 else found))
+        metric = next(metric for metric in METRICS if metric.key == "int8")
+        metrics["int8"] = (
+            _compared(metric, *(reversed(found) if is_int8 else found))
             if len(found) == 2
-            else row.missing("there is nothing to compare with, see --against")
+            else metric.not_measured("there is nothing to compare with, see --compare-with")
         )
-    facts = {"held-out set": str(held_out.folder), "sampling": "greedy" if options.greedy else
+    metadata = {"held-out set": str(held_out.folder), "sampling": "greedy" if options.greedy else
              "as in conversations", "seed": options.seed, "first chunk": options.first}  # fmt: skip
-    wanted = [rows[key] for key in KEYS if key in rows and key in (options.rows or KEYS)]
-    return Scores(title="nano", rows=tuple(wanted), facts=facts, answers=tuple(answers))
+    wanted = [metrics[key] for key in KEYS if key in metrics and key in (options.metrics or KEYS)]
+    return Scores(
+        title="nano", metrics=tuple(wanted), metadata=metadata, predictions=tuple(predictions)
+    )
 
 
-def _compared(row: Row, full: dict[str, Row], int8: dict[str, Row]) -> Row:
-    """How many points int8 weights are better than float ones, in the row where they are worst.
+def _compared(metric: Metric, full: dict[str, Metric], int8: dict[str, Metric]) -> Metric:
+    """How many points int8 weights are better than float ones, in the metric where they are worst.
 
     Args:
-        row: the one to fill.
-        full: rows of float weights, by key.
+        metric: the one to fill.
+        full: metrics of float weights, by key.
         int8: those of int8 weights.
     """
     points, is_measured = {}, False
@@ -134,20 +136,20 @@ def _compared(row: Row, full: dict[str, Row], int8: dict[str, Row]) -> Row:
             continue
         is_measured = True
         # Where float weights have nothing right, int8 ones can lose nothing.
-        if found.lower and before < 100:
+        if found.lower_is_better and before < 100:
             points[key] = before - after
-        elif not found.lower and before > 0:
+        elif not found.lower_is_better and before > 0:
             points[key] = after - before
     if not is_measured:
-        return row.missing("no row to compare was measured")
+        return metric.not_measured("no metric to compare was measured")
     if not points:
-        return row.missing(f"{NOTHING_RIGHT} with float weights")
+        return metric.not_measured(f"{NOTHING_RIGHT} with float weights")
     note = ", ".join(f"{key} {value:+.1f}" for key, value in points.items())
-    return row.measured(min(points.values()), sum(full[key].n for key in points), note)
+    return metric.measured(min(points.values()), sum(full[key].n for key in points), note)
 
 
-class _Steps:
-    """Counts what is done."""
+class _Progress:
+    """Counts recordings and replies done."""
 
     def __init__(self, progress: Callable[[int, int], None]):
         self.progress, self.done, self.total = progress, 0, 0
@@ -157,22 +159,22 @@ class _Steps:
         self.progress(self.done, self.total)
 
 
-class _Exam:
-    """One model before its judges."""
+class _Run:
+    """Evaluation of one model."""
 
     def __init__(
         self, model: "StepAudio2", held_out: HeldOut, options: NanoOptions, judges: Judges,
-        steps: _Steps, *, name: str = "",
+        steps: _Progress, *, name: str = "",
     ):  # fmt: skip
         self.model, self.held_out, self.options, self.judges = model, held_out, options, judges
         self.count, self.name = steps, name
-        self.answers: list[Answer] = []
+        self.predictions: list[Prediction] = []
         self.wants = options.measured
         self.files = {key: self._items(key) for key in HEARD if key in self.wants}
         self.sums = self._file("sums") if set(SPOKEN) & set(self.wants) else []
         asked = held_out.items("tools") if set(TOOLS) & set(self.wants) else []
         self.tools = {
-            key: spread([i for i in asked if (i.tool is not None) == want], options.quick)
+            key: evenly_spaced([i for i in asked if (i.tool is not None) == want], options.limit)
             for key, want in zip(TOOLS, (True, False), strict=True) if key in self.wants
         }  # fmt: skip
         self.said = self._said() if "voice" in self.wants else []
@@ -184,37 +186,39 @@ class _Exam:
         lists = [*self.files.values(), *self.tools.values(), self.said]
         return sum(map(len, lists)) + modes * len(self.sums)
 
-    def run(self) -> dict[str, Row]:
-        """All rows that are wanted, by key."""
-        rows = {row.key: row for row in ROWS if row.key in self.wants}
-        found: dict[str, Row] = {}
+    def run(self) -> dict[str, Metric]:
+        """All metrics that are wanted, by key."""
+        metrics = {metric.key: metric for metric in METRICS if metric.key in self.wants}
+        found: dict[str, Metric] = {}
         for key, items in self.files.items():
-            found[key] = self._transcribed(rows[key], items)
+            found[key] = self._transcribed(metrics[key], items)
         if set(SPOKEN) & set(self.wants):
-            found |= self._summed(rows)
+            found |= self._summed(metrics)
         for key, items in self.tools.items():
-            found[key] = self._called(rows[key], items)
-        if "voice" in rows:
-            found["voice"] = self._voiced(rows["voice"])
+            found[key] = self._called(metrics[key], items)
+        if "voice" in metrics:
+            found["voice"] = self._voiced(metrics["voice"])
         return found
 
     # --- items ------------------------------------------------------------------------------
 
     def _file(self, name: str) -> list[Item]:
-        return self.held_out.items(name, self.options.quick)
+        return self.held_out.items(name, self.options.limit)
 
     def _items(self, key: str) -> list[Item]:
-        if key == "digits" and self.options.real is not None:
-            return spread(read_items(self.options.real / "digits.jsonl"), self.options.quick)
+        if key == "digits" and self.options.real_recordings is not None:
+            return evenly_spaced(
+                read_items(self.options.real_recordings / "digits.jsonl"), self.options.limit
+            )
         return self._file(_FILES[key])
 
     def _said(self) -> list[tuple[Item, str]]:
         """What is to be said, by texts and questions in turn, in each voice in turn."""
         voices = self._voices()
-        texts, talks = self.held_out.items("tts"), self.held_out.items("chat")
-        count = self.options.quick or max(len(texts), len(talks))
-        pool = [pick for pair in zip(spread(texts, count), spread(talks, count), strict=False)
-                for pick in pair] or texts or talks  # fmt: skip
+        texts, questions = self.held_out.items("tts"), self.held_out.items("chat")
+        count = self.options.limit or max(len(texts), len(questions))
+        pairs = zip(evenly_spaced(texts, count), evenly_spaced(questions, count), strict=False)
+        pool = [pick for pair in pairs for pick in pair] or texts or questions
         turns = len(voices) if len(voices) > 1 else 0
         return [(item, voices[(n // 2) % turns]) for n, item in enumerate(pool[:count])] if turns \
             else []  # fmt: skip
@@ -223,41 +227,46 @@ class _Exam:
         """Voices that the model has and of which there are recordings."""
         return sorted(set(self.model.speech.folder.voices) & set(self.held_out.voices))
 
-    # --- rows -------------------------------------------------------------------------------
+    # --- metrics -------------------------------------------------------------------------------
 
-    def _transcribed(self, row: Row, items: list[Item]) -> Row:
+    def _transcribed(self, metric: Metric, items: list[Item]) -> Metric:
         if not items:
-            return row.missing(_NO_FILE.get(row.key, f"the set has no {_FILES[row.key]}.jsonl"))
+            return metric.not_measured(
+                _NO_FILE.get(metric.key, f"the set has no {_FILES[metric.key]}.jsonl")
+            )
         before = self.count.done
 
         def tick(done: int, total: int) -> None:
             while self.count.done < before + min(done, len(items)):
                 self.count.add()
 
-        texts = self.model.transcribe([str(item.audio) for item in items], progress=tick)
+        texts = self.model.transcribe_batch([str(item.audio) for item in items], progress=tick)
         for item, text in zip(items, texts, strict=True):
-            self._note(row.key, item, item.expected, text)
+            self._note(metric.key, item, item.expected, text)
         expected = [item.expected for item in items]
-        if row.unit == "%" and not row.lower:
+        if metric.unit == "%" and not metric.lower_is_better:
             pairs = zip(expected, texts, strict=True)
-            return row.rate([normalized(a) == normalized(b) for a, b in pairs])
-        return row.errors(*word_errors(expected, texts))
+            return metric.accuracy([normalized(a) == normalized(b) for a, b in pairs])
+        return metric.word_error_rate(*word_errors(expected, texts))
 
-    def _summed(self, rows: dict[str, Row]) -> dict[str, Row]:
-        """All rows of spoken sums: each question is asked offline and, if need be, streamed."""
-        rows = {key: rows[key] for key in SPOKEN if key in rows}
+    def _summed(self, metrics: dict[str, Metric]) -> dict[str, Metric]:
+        """All metrics of spoken sums: each question is asked offline and, if need be, streamed."""
+        metrics = {key: metrics[key] for key in SPOKEN if key in metrics}
         if not self.sums:
-            return {key: row.missing("the set has no sums.jsonl") for key, row in rows.items()}
-        streams = bool({"streamed", "first_sound"} & rows.keys())
+            return {
+                key: metric.not_measured("the set has no sums.jsonl")
+                for key, metric in metrics.items()
+            }
+        streams = bool({"streamed", "first_sound"} & metrics.keys())
         judges: dict[str, Judge] = {}
-        if self.judges.grammar is not None and {"sums", "streamed"} & rows.keys():
+        if self.judges.grammar is not None and {"sums", "streamed"} & metrics.keys():
             judges["sums"] = self.judges.grammar
-        if self.judges.open is not None and "sums_open" in rows:
+        if self.judges.open is not None and "sums_open" in metrics:
             judges["sums_open"] = self.judges.open
         rights: dict[str, list[bool]] = {name: [] for name in ("sums", "sums_open", "s", "s_open")}
         factors, firsts = [], []
         for streamed in (False, True)[: 1 + streams]:
-            if {"first_sound", "real_time"} & rows.keys():
+            if {"first_sound", "real_time"} & metrics.keys():
                 self._answer(self.sums[0], 0, streamed)  # compiles
             for number, item in enumerate(self.sums):
                 reply = self._answer(item, number, streamed)
@@ -270,22 +279,22 @@ class _Exam:
                     name = "s" + kind[4:] if streamed else kind
                     heard = judge(reply.audio, reply.sample_rate)
                     rights[name].append(heard == normalized(item.expected))
-                    row = f"streamed {kind}" if streamed else kind
-                    self._note(row, item, item.expected, heard, rights[name][-1])
+                    metric = f"streamed {kind}" if streamed else kind
+                    self._note(metric, item, item.expected, heard, rights[name][-1])
                 self.count.add()
         found = {}
         for key, judge in judges.items():
-            if key in rows:
-                found[key] = rows[key].rate(rights[key], self._about(judge))
-        if "streamed" in rows:
-            found["streamed"] = _streamed(rows["streamed"], rights)
-        if "first_sound" in rows:
-            found["first_sound"] = _median(rows["first_sound"], firsts)
-        if "real_time" in rows:
-            found["real_time"] = _median(rows["real_time"], factors)
+            if key in metrics:
+                found[key] = metrics[key].accuracy(rights[key], self._about(judge))
+        if "streamed" in metrics:
+            found["streamed"] = _streamed(metrics["streamed"], rights)
+        if "first_sound" in metrics:
+            found["first_sound"] = _median(metrics["first_sound"], firsts)
+        if "real_time" in metrics:
+            found["real_time"] = _median(metrics["real_time"], factors)
         return found
 
-    def _called(self, row: Row, items: list[Item]) -> Row:
+    def _called(self, metric: Metric, items: list[Item]) -> Metric:
         rights = []
         for number, item in enumerate(items):
             chat = self.model.chat(
@@ -295,14 +304,16 @@ class _Exam:
             names = [getattr(call, "name", "(malformed)") for call in reply.tool_calls]
             rights.append(item.tool in names if item.tool else not names)
             found = ", ".join(names) or f"(none) {reply.text}"
-            self._note(row.key, item, item.tool or "(none)", found, rights[-1])
+            self._note(metric.key, item, item.tool or "(none)", found, rights[-1])
             self.count.add()
-        return row.rate(rights)
+        return metric.accuracy(rights)
 
-    def _voiced(self, row: Row) -> Row:
+    def _voiced(self, metric: Metric) -> Metric:
         judge, names = self.judges.voice, self._voices()
         if judge is None or len(names) < 2:
-            return row.missing(f"expected two voices of the model with recordings, got {names}")
+            return metric.not_measured(
+                f"expected two voices of the model with recordings, got {names}"
+            )
         known = {
             name: judge.embed(*soundfile.read(path, dtype="float32"))
             for name, path in self.held_out.voices.items()
@@ -325,13 +336,13 @@ class _Exam:
             self.count.add()
         shares = [f"{name} {sum(r)} of {len(r)}" for name, r in rights.items()]
         note = f"{', '.join(shares)}; by chance {100 / len(known):.0f} %"
-        return row.rate([right for found in rights.values() for right in found], note)
+        return metric.accuracy([right for found in rights.values() for right in found], note)
 
     # --- parts ------------------------------------------------------------------------------
 
     def _options(self) -> Any:
         """How replies are sampled."""
-        options = replace(options_of(TASKS["chat"]), max_new_tokens=self.options.max_new_tokens)
+        options = replace(task_options(TASKS["chat"]), max_new_tokens=self.options.max_new_tokens)
         if self.options.greedy:
             options = replace(options, sampling=replace(options.sampling, temperature=0.0))
         return options
@@ -366,35 +377,41 @@ class _Exam:
         )
 
     def _note(
-        self, row: str, item: Item, expected: str, found: str, right: bool | None = None
+        self, metric: str, item: Item, expected: str, predicted: str, correct: bool | None = None
     ) -> None:
-        self.answers.append(
-            Answer(row=row, item=item.name, expected=expected, found=found, right=right,
-                   model=self.name)
-        )  # fmt: skip
+        self.predictions.append(
+            Prediction(
+                metric=metric,
+                item=item.name,
+                expected=expected,
+                predicted=predicted,
+                correct=correct,
+                model=self.name,
+            )
+        )
 
 
-def _streamed(row: Row, rights: dict[str, list[bool]]) -> Row:
+def _streamed(metric: Metric, rights: dict[str, list[bool]]) -> Metric:
     """The difference in points, of the judge that finds the larger one."""
     heard = [names for names in _BOTH if rights[names[2]]]
     if not heard:
-        return row.missing("no judge has heard them")
+        return metric.not_measured("no judge has heard them")
     points = {
         judge: 100 * (sum(rights[streamed]) - sum(rights[offline])) / len(rights[offline])
         for judge, offline, streamed in heard
         if any(rights[offline])  # otherwise a stream can lose nothing
     }
     if not points:
-        return row.missing(f"{NOTHING_RIGHT} offline")
+        return metric.not_measured(f"{NOTHING_RIGHT} offline")
     note = ", ".join(f"{judge} {value:+.1f}" for judge, value in points.items())
-    return row.measured(min(points.values()), len(rights["s"] or rights["s_open"]), note)
+    return metric.measured(min(points.values()), len(rights["s"] or rights["s_open"]), note)
 
 
-def _median(row: Row, values: Sequence[float | None]) -> Row:
+def _median(metric: Metric, values: Sequence[float | None]) -> Metric:
     known = [value for value in values if value is not None]
     if not known:
-        return row.missing("no reply had a sound")
-    return row.measured(median(known), len(known), f"slowest {max(known):.2f}")
+        return metric.not_measured("no reply had a sound")
+    return metric.measured(median(known), len(known), f"slowest {max(known):.2f}")
 
 
 def _content(item: Item) -> Any:

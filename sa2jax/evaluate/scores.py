@@ -1,4 +1,4 @@
-"""Tables of scores: rows with their goals, how sure they are, JSON and print."""
+"""Scores: metrics with thresholds and targets, confidence intervals, JSON and printed tables."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,25 +9,25 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-Mark = Literal["met", "floor", "below", "not measured"]
+Verdict = Literal["target", "threshold", "below", "not measured"]
 _CONFIDENCE = 1.959964  # standard deviations around which 95 % of a normal distribution lies
 _DRAWS = 1000  # of the bootstrap
-_COLORS: Mapping[Mark, str] = {
-    "met": "green", "floor": "yellow", "below": "red", "not measured": "dim",
+_COLORS: Mapping[Verdict, str] = {
+    "target": "green", "threshold": "yellow", "below": "red", "not measured": "dim",
 }  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One figure of a table.
+class Metric:
+    """One metric of a suite, before or after it was measured.
 
     Attributes:
         key: what selects it.
-        figure: what it says.
+        title: what it measures.
         unit: of the figures: `%`, `points` (differences of %), `s`, or "" for a plain ratio.
-        floor: the least that is good enough.
-        aim: what it should be; None where the floor is the aim.
-        lower: whether less is better.
+        threshold: the least value that is good enough.
+        target: the value aimed at; None where the threshold is the target.
+        lower_is_better: as for error rates and latencies.
         value: what was measured; None if it was not, and `note` says why.
         n: items (recordings, replies) that it was measured on.
         interval: 95 % confidence; None where it has none.
@@ -35,55 +35,55 @@ class Row:
     """
 
     key: str
-    figure: str
+    title: str
     unit: Literal["%", "points", "s", ""]
-    floor: float
-    aim: float | None = None
-    lower: bool = False
+    threshold: float
+    target: float | None = None
+    lower_is_better: bool = False
     value: float | None = None
     n: int = 0
     interval: tuple[float, float] | None = None
     note: str = ""
 
     @property
-    def mark(self) -> Mark:
-        """Whether the aim is met, the floor is held, or neither."""
+    def verdict(self) -> Verdict:
+        """Whether the target is met, the threshold is held, or neither."""
         if self.value is None:
             return "not measured"
-        if self._reaches(self.floor if self.aim is None else self.aim):
-            return "met"
-        return "floor" if self._reaches(self.floor) else "below"
+        if self._reaches(self.threshold if self.target is None else self.target):
+            return "target"
+        return "threshold" if self._reaches(self.threshold) else "below"
 
     def _reaches(self, goal: float) -> bool:
         value = self.value or 0.0
-        return value <= goal + 1e-9 if self.lower else value >= goal - 1e-9
+        return value <= goal + 1e-9 if self.lower_is_better else value >= goal - 1e-9
 
-    def missing(self, why: str) -> Self:
-        """The row without a figure."""
+    def not_measured(self, why: str) -> Self:
+        """The metric without a figure."""
         return replace(self, value=None, n=0, interval=None, note=f"not measured: {why}")
 
-    def rate(self, rights: Sequence[bool], note: str = "") -> Self:
-        """The row as a share of right items in %, with its Wilson interval."""
+    def accuracy(self, rights: Sequence[bool], note: str = "") -> Self:
+        """The metric as a share of right items in %, with its Wilson interval."""
         if not rights:
-            return self.missing("there are no items")
+            return self.not_measured("there are no items")
         right, n = sum(map(bool, rights)), len(rights)
         low, high = wilson(right, n)
         interval = 100 * low, 100 * high
         return replace(self, value=100 * right / n, n=n, interval=interval, note=note)
 
-    def errors(self, errors: Sequence[int], words: Sequence[int], note: str = "") -> Self:
-        """The row as a word error rate in %, with a bootstrap interval over the recordings."""
+    def word_error_rate(self, errors: Sequence[int], words: Sequence[int], note: str = "") -> Self:
+        """The metric as a word error rate in %, with a bootstrap interval over the recordings."""
         if not sum(words):
-            return self.missing("there are no words")
+            return self.not_measured("there are no words")
         low, high = bootstrap(errors, words)
         value, interval = 100 * sum(errors) / sum(words), (100 * low, 100 * high)
         return replace(self, value=value, n=len(errors), interval=interval, note=note)
 
     def measured(self, value: float, n: int, note: str = "") -> Self:
-        """The row with a figure that has no interval."""
+        """The metric with a figure that has no interval."""
         return replace(self, value=value, n=n, interval=None, note=note)
 
-    def shown(self, value: float | None) -> str:
+    def format(self, value: float | None) -> str:
         """A figure with its unit."""
         if value is None:
             return "–"
@@ -94,77 +94,81 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
-    """One item of a row and what the model made of it.
+class Prediction:
+    """One item of a metric and what the model made of it.
 
     Attributes:
-        row: key of the row.
+        metric: key of the metric.
         item: which item of the held-out set.
         expected: what would be right.
-        found: what the model wrote, or what a judge heard.
-        right: whether that is right; None where words are counted.
+        predicted: what the model wrote, or what a judge heard.
+        correct: whether that is right; None where words are counted.
         model: which of two models answered: "" for the one that is scored.
     """
 
-    row: str
+    metric: str
     item: str
     expected: str
-    found: str
-    right: bool | None = None
+    predicted: str
+    correct: bool | None = None
     model: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """A table.
+    """The results of a suite.
 
     Attributes:
         title: what was scored.
-        rows: in order.
-        facts: what it was measured on and how.
-        answers: every single answer, for whoever wants to know what went wrong.
+        metrics: in order.
+        metadata: what it was measured on and how.
+        predictions: every single answer, for whoever wants to know what went wrong.
     """
 
     title: str
-    rows: tuple[Row, ...]
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    answers: tuple[Answer, ...] = ()
+    metrics: tuple[Metric, ...]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    predictions: tuple[Prediction, ...] = ()
 
-    def __getitem__(self, key: str) -> Row:
-        """The row of a key."""
-        return next(row for row in self.rows if row.key == key)
+    def __getitem__(self, key: str) -> Metric:
+        """The metric of a key."""
+        return next(metric for metric in self.metrics if metric.key == key)
 
     @property
-    def below(self) -> tuple[str, ...]:
-        """Keys of the rows that do not hold their floor."""
-        return tuple(row.key for row in self.rows if row.mark == "below")
+    def below_threshold(self) -> tuple[str, ...]:
+        """Keys of the metrics that do not hold their threshold."""
+        return tuple(metric.key for metric in self.metrics if metric.verdict == "below")
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; without the answers."""
-        rows = [asdict(row) | {"mark": row.mark} for row in self.rows]
-        return {"title": self.title, "facts": dict(self.facts), "rows": rows}
+        """For JSON; without the predictions."""
+        metrics = [asdict(metric) | {"verdict": metric.verdict} for metric in self.metrics]
+        return {"title": self.title, "metadata": dict(self.metadata), "metrics": metrics}
 
 
 def print_scores(scores: Scores, console: Console) -> None:
     """Print the table, then the notes."""
     table = Table(title=scores.title, title_justify="left")
     table.add_column("figure")
-    for name in ("value", "95 %", "n", "floor", "aim"):
+    for name in ("value", "95 %", "n", "threshold", "target"):
         table.add_column(name, justify="right")
     table.add_column("")
-    for row in scores.rows:
-        between = "–".join(f"{x:.1f}" for x in row.interval) if row.interval else ""
+    for metric in scores.metrics:
+        between = "–".join(f"{x:.1f}" for x in metric.interval) if metric.interval else ""
         table.add_row(
-            row.figure, row.shown(row.value), between, str(row.n or ""), row.shown(row.floor),
-            "" if row.aim is None else row.shown(row.aim),
-            f"[{_COLORS[row.mark]}]{row.mark}[/]",
-        )  # fmt: skip
+            metric.title,
+            metric.format(metric.value),
+            between,
+            str(metric.n or ""),
+            metric.format(metric.threshold),
+            "" if metric.target is None else metric.format(metric.target),
+            f"[{_COLORS[metric.verdict]}]{metric.verdict}[/]",
+        )
     console.print(table)
-    for row in scores.rows:
-        if row.note:
-            console.print(f"{row.key}: {row.note}", markup=False, highlight=False)
-    facts = ", ".join(f"{name} {value}" for name, value in scores.facts.items())
-    console.print(facts, markup=False, highlight=False)
+    for metric in scores.metrics:
+        if metric.note:
+            console.print(f"{metric.key}: {metric.note}", markup=False, highlight=False)
+    metadata = ", ".join(f"{name} {value}" for name, value in scores.metadata.items())
+    console.print(metadata, markup=False, highlight=False)
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from sa2jax.audio import features
 from sa2jax.audio.rates import SAMPLE_RATE
 from sa2jax.errors import AudioError, DataError
-from sa2jax.evaluate.judges import heard, require
+from sa2jax.evaluate.judges import require, to_16khz
 
 WINDOW, HOP, MELS = 400, 160, 40  # samples, samples, bands
 PART, STEP = 160, 77  # frames that are heard at once, and frames between two such parts
@@ -58,7 +58,7 @@ class VoiceJudge:
         Raises:
             AudioError: if there is no sound.
         """
-        wave = _loud(heard(wave, rate))
+        wave = _loud(to_16khz(wave, rate))
         frames = -(-(len(wave) + 1) // HOP)
         starts = list(range(0, max(1, frames - PART + STEP + 1), STEP))
         if len(starts) > 1 and len(wave) - starts[-1] * HOP < _COVERED * PART * HOP:

@@ -23,7 +23,7 @@ from sa2jax.errors import PromptError
 from sa2jax.inference import programs
 from sa2jax.inference.programs import Batch, State
 from sa2jax.inference.repetition import LoopWatch
-from sa2jax.inference.requests import Finish, Generation, Options, Request, check
+from sa2jax.inference.requests import FinishReason, Generation, Options, Request, check
 from sa2jax.models.decoder import KVCache
 from sa2jax.models.step_audio import StepAudio2Model
 from sa2jax.nn import Functional, Params
@@ -113,7 +113,9 @@ class Generator:
         replies = [[token] for token in np.asarray(state.token).tolist()]
         made, done = np.asarray(state.made), np.asarray(state.done)
         watches = [LoopWatch(options.max_repeat) for _ in replies]
-        cut: dict[int, tuple[int, Finish]] = {}  # row -> where and why a reply ends before its time
+        cut: dict[
+            int, tuple[int, FinishReason]
+        ] = {}  # row -> where and why a reply ends before its time
         before = np.zeros_like(made)
         while True:
             for row in np.flatnonzero(made > before).tolist():
@@ -342,7 +344,7 @@ def _find_stop(
     return bisect_left(range(len(ids)), True, key=holds) if holds(len(ids)) else None
 
 
-def _finish(ids: list[int], cut: tuple[int, Finish] | None, options: Options) -> Generation:
+def _finish(ids: list[int], cut: tuple[int, FinishReason] | None, options: Options) -> Generation:
     if cut is not None:
         return Generation(tuple(ids[: cut[0]]), cut[1])
     if ids and ids[-1] in options.stop_ids:

@@ -11,7 +11,7 @@ from sa2jax.errors import PromptError
 from sa2jax.inference.sampling import Sampling
 from sa2jax.models.audio_encoder import adapter_length, encoder_length
 
-Finish = Literal["stop", "string", "length", "repeat"]
+FinishReason = Literal["stop", "string", "length", "repeat"]
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,12 @@ class Generation:
 
     Attributes:
         ids: the generated ids without the stop id.
-        finish: `stop` (a stop id), `string` (a stop string), `length`, or `repeat`: it went round
-            in circles.
+        finish_reason: `stop` (a stop id), `string` (a stop string), `length`, or `repeat`: it went
+            round in circles.
     """
 
     ids: tuple[int, ...]
-    finish: Finish
+    finish_reason: FinishReason
 
 
 def check(number: int, request: Request, cfg: StepAudio2Config) -> None:

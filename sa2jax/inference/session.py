@@ -36,12 +36,12 @@ class Session:
 
     Attributes:
         prefilled: positions that the newest reply's prompt had to read.
-        finish: why the newest reply ended: `stop`, `length`, or `left` by the caller.
+        finish_reason: why the newest reply ended: `stop`, `length`, or `abandoned` by the caller.
     """
 
     def __init__(self, generator: Generator):
         self.prefilled = 0
-        self.finish: Literal["stop", "length", "left"] = "left"
+        self.finish_reason: Literal["stop", "length", "abandoned"] = "abandoned"
         self._generator = generator
         self._cache: KVCache | None = None
         self._marks = _nothing()  # of the positions in the cache
@@ -77,7 +77,7 @@ class Session:
         known = min(_shared(self._marks, marks), length - 1)
         cache, self._cache, self._marks = self._cache, None, _nothing()  # if this fails, start anew
         cache = generator.rewind(generator.room(max(length + limit, SLOTS), cache), known)
-        self.prefilled, self.finish = length - known, "left"
+        self.prefilled, self.finish_reason = length - known, "abandoned"
         cache, hidden = generator.read(cache, request, known)
         state = generator.begin(cache, hidden, request.ids, options, number, limit)
         made, fresh = 1, np.asarray(state.token).tolist()
@@ -91,7 +91,7 @@ class Session:
                 if words := fresh[: len(fresh) - stopped]:
                     yield words
                 if ahead is None:
-                    self.finish = "stop" if stopped else "length"
+                    self.finish_reason = "stop" if stopped else "length"
                     return
                 made, before = int(np.asarray(state.made)[0]), made
                 fresh = np.asarray(ahead)[0, : made - before].tolist()

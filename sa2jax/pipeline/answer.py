@@ -1,4 +1,4 @@
-"""How one answer comes about: ids to text, sound and calls, and what is thought before."""
+"""One answer step of a conversation: generated ids to text, audio and tool calls; thinking."""
 
 import time
 from collections.abc import Generator
@@ -11,30 +11,30 @@ from sa2jax.chat.tokenizer import Tokenizer, Utf8Stream
 from sa2jax.inference.repetition import LoopWatch
 from sa2jax.inference.requests import Options, Request
 from sa2jax.inference.session import Session
-from sa2jax.pipeline.reply import Finish, ReplyPiece, Timings
+from sa2jax.pipeline.reply import FinishReason, ReplyPiece, Timings
 from sa2jax.speech.worker import Speaker
 
 
-class Step:
-    """One generation of an answer, under way or done.
+class AnswerStep:
+    """One generation of an answer (an answer with tool calls takes several), under way or done.
 
     Args:
         tokenizer: the checkpoint's tokenizer.
 
     Attributes:
-        reader: the ids so far, taken apart.
-        finish: why it ended; `cancelled` until it has.
-        audio: what was spoken so far and handed out.
+        reader: parser of the ids so far.
+        finish_reason: why it ended; `cancelled` until it has.
+        audio: the audio handed out so far, 24 kHz.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         self.reader = ReplyReader(tokenizer)
-        self.finish: Finish = "cancelled"
+        self.finish_reason: FinishReason = "cancelled"
         self.audio: list[np.ndarray] = []
 
     @property
     def samples(self) -> int:
-        """Samples that were handed out."""
+        """Audio samples handed out so far."""
         return sum(map(len, self.audio))
 
     def run(
@@ -46,36 +46,36 @@ class Step:
         number: int,
         speaker: Speaker | None = None,
     ) -> Generator[ReplyPiece]:
-        """Generate, and speak at the same time.
+        """Generate tokens, and synthesise speech at the same time.
 
         Args:
-            session: the conversation's cache.
-            request: the conversation up to here.
-            options: how to continue it.
+            session: the conversation's prefix cache.
+            request: the prompt: the conversation up to here.
+            options: sampling and limits.
             number: see `Session.reply`.
-            speaker: who speaks the codes; None for nobody.
+            speaker: synthesises the audio codes; None for a written answer.
         """
         watch = LoopWatch(options.max_repeat)
         made = session.reply(request, options, number=number)
         try:
-            finish: Finish | None = None
+            finish_reason: FinishReason | None = None
             for ids in made:
-                text, codes, finish = self._read(ids, watch, options)
+                text, codes, finish_reason = self._read(ids, watch, options)
                 if text:
                     yield ReplyPiece(text=text)
                 if speaker is not None:
                     speaker.say(codes)
-                    yield from map(self._heard, speaker.ready())
-                if finish is not None:
+                    yield from map(self._emit_audio, speaker.ready())
+                if finish_reason is not None:
                     made.close()
                     break
-            if finish is None:
-                finish = "stop" if session.finish == "stop" else "length"
+            if finish_reason is None:
+                finish_reason = "stop" if session.finish_reason == "stop" else "length"
             if text := self.reader.end():
                 yield ReplyPiece(text=text)
             if speaker is not None:
-                yield from map(self._heard, speaker.finish())
-            self.finish = finish
+                yield from map(self._emit_audio, speaker.finish())
+            self.finish_reason = finish_reason
         finally:
             made.close()
             if speaker is not None:
@@ -83,37 +83,37 @@ class Step:
 
     def _read(
         self, ids: list[int], watch: LoopWatch, options: Options
-    ) -> tuple[str, list[int], Finish | None]:
+    ) -> tuple[str, list[int], FinishReason | None]:
         """Text and codes of the next ids, and why the reply ends with them, if it does."""
         looped = watch.push(ids)
-        finish: Finish | None = None if looped is None else "repeat"
+        finish_reason: FinishReason | None = None if looped is None else "repeat"
         ids = ids[:looped]
         if not options.stop_strings:
             part = self.reader.push(ids)
-            return part.text, part.codes, finish
+            return part.text, part.codes, finish_reason
         text, codes = "", []
         for i in ids:
             more, spoken = self.reader.push([i])
             text, codes = text + more, codes + spoken
             if more and any(stop in self.reader.text for stop in options.stop_strings):
                 return text, codes, "string"
-        return text, codes, finish
+        return text, codes, finish_reason
 
-    def _heard(self, piece: np.ndarray) -> ReplyPiece:
+    def _emit_audio(self, piece: np.ndarray) -> ReplyPiece:
         self.audio.append(piece)
         return ReplyPiece(audio=piece)
 
 
-class Thoughts:
-    """What a Think model thinks before it answers.
+class ThinkingStep:
+    """The thinking of a Think model before an answer.
 
     Attributes:
-        text: the thoughts so far.
-        made: tokens that were generated.
+        text: the thinking so far.
+        generated_tokens: tokens that were generated.
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        self.text, self.made = "", 0
+        self.text, self.generated_tokens = "", 0
         self._utf8, self._before = Utf8Stream(tokenizer), Before(THINK_END)
 
     def run(
@@ -125,7 +125,7 @@ class Thoughts:
         try:
             for ids in made:
                 looped = watch.push(ids)
-                self.made += len(ids)
+                self.generated_tokens += len(ids)
                 text = self._before.push("".join(map(self._utf8.push, ids[:looped])))
                 self.text += text
                 if text:
@@ -139,27 +139,33 @@ class Thoughts:
             made.close()
 
 
-class Clock:
-    """Takes the times of an answer."""
+class Stopwatch:
+    """Measures the latencies of an answer: first text, first audio, total."""
 
     def __init__(self):
         self._start = time.perf_counter()
         self._first_text: float | None = None
         self._first_audio: float | None = None
 
-    def see(self, piece: ReplyPiece) -> None:
-        """A piece is about to be handed out."""
+    def observe(self, piece: ReplyPiece) -> None:
+        """Note a piece that is about to be handed out."""
         if piece.text and self._first_text is None:
             self._first_text = self._now()
         if len(piece.audio) and self._first_audio is None:
             self._first_audio = self._now()
 
-    def stop(self, *, samples: int, sample_rate: int, read: int, made: int) -> Timings:
+    def stop(
+        self, *, samples: int, sample_rate: int, prompt_tokens: int, generated_tokens: int
+    ) -> Timings:
         """The times so far."""
         return Timings(
-            first_text=self._first_text, first_audio=self._first_audio, total=self._now(),
-            speech=samples / sample_rate, read=read, made=made,
-        )  # fmt: skip
+            first_text=self._first_text,
+            first_audio=self._first_audio,
+            total=self._now(),
+            speech=samples / sample_rate,
+            prompt_tokens=prompt_tokens,
+            generated_tokens=generated_tokens,
+        )
 
     def _now(self) -> float:
         return time.perf_counter() - self._start

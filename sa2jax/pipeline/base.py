@@ -1,4 +1,4 @@
-"""A model's parts and what they do together: prompts to ids, and ids that continue them."""
+"""Base class of `StepAudio2`: its parts, prompts to requests, and batched generation."""
 
 import hashlib
 import itertools
@@ -31,11 +31,11 @@ from sa2jax.runtime import scans_layers
 from sa2jax.speech import Speech
 from sa2jax.speech.token2wav import Token2Wav
 
-Style = Literal["chat", "base"]
+PromptStyle = Literal["chat", "raw"]
 Progress = Callable[[int, int], None]  # done, in all
 
 
-class Base:
+class PipelineBase:
     """A model with its tokenizer and its voices.
 
     Args:
@@ -45,8 +45,8 @@ class Base:
         speech: its detokenizer and voices, or a function that opens them when first needed.
         policy: its dtypes; by default those of the platform, see `loading.policy_of`.
         mesh: the device mesh the parameters are sharded over, heads spread as it needs them.
-        style: `chat` for models with turns, `base` for the pre-trained model without.
-        batch_size: prompts that are answered at once.
+        prompt_style: `chat` for models with turns, `raw` for the pre-trained model without.
+        batch_size: prompts in a batch.
     """
 
     def __init__(
@@ -58,11 +58,11 @@ class Base:
         speech: Speech | Callable[[], Speech] | None = None,
         policy: Policy | None = None,
         mesh: Mesh | None = None,
-        style: Style = "chat",
+        prompt_style: PromptStyle = "chat",
         batch_size: int = 8,
     ):
-        self.cfg, self.style, self.batch_size = cfg, style, batch_size
-        self._tokenizer, self._speech, self._turns = tokenizer, speech, itertools.count()
+        self.cfg, self.prompt_style, self.batch_size = cfg, prompt_style, batch_size
+        self._tokenizer, self._speech, self._conversations = tokenizer, speech, itertools.count()
         stacked = scans_layers(mesh)
         params = params if stacked else unstack_decoder(params)
         policy = policy_of(None) if policy is None else policy
@@ -92,15 +92,15 @@ class Base:
 
     @cached_property
     def replicas(self) -> list[Generator]:
-        """Generators that work apart: one for each index of the mesh's data axis."""
+        """Data-parallel replicas of the generator: one for each index of the mesh's data axis."""
         return self.generator.replicas()
 
     def next_replica(self) -> int:
-        """The replica of the next conversation: each in turn."""
-        return next(self._turns) % len(self.replicas)
+        """Index of the replica that the next conversation runs on, round-robin."""
+        return next(self._conversations) % len(self.replicas)
 
     def token2wav(self, replica: int) -> Token2Wav:
-        """What speaks where a replica thinks."""
+        """The detokenizer on the devices of a replica."""
         if len(self.replicas) == 1:
             return self.speech.token2wav
         voices = self.speech.replicas  # one, if it was opened without the mesh
@@ -108,7 +108,7 @@ class Base:
 
     @property
     def sample_rate(self) -> int:
-        """Of what the model speaks, in Hz."""
+        """Sample rate of synthesised speech, in Hz."""
         return self.speech.sample_rate
 
     @cached_property
@@ -121,7 +121,7 @@ class Base:
     def request(self, pieces: Sequence[Piece]) -> Request:
         """Turn the pieces of a prompt (see `chat.template`) into ids and log-mel frames."""
         clips = [
-            as_heard(piece.source).mels(self.cfg.audio_encoder.mels)
+            as_recording(piece.source).mels(self.cfg.audio_encoder.mels)
             for piece in pieces
             if isinstance(piece, Audio)
         ]
@@ -162,9 +162,9 @@ class Base:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """The id that ends a reply of this style of model."""
+        """The id that ends a reply of this prompt style."""
         special = self.tokenizer.special
-        return (special.end_of_text if self.style == "base" else special.eot,)
+        return (special.end_of_text if self.prompt_style == "raw" else special.eot,)
 
     def text_of(self, ids: Sequence[int]) -> str:
         """The text in generated ids: without audio codes and pads, with everything else."""
@@ -173,8 +173,8 @@ class Base:
         return self.tokenizer.decode([*reply.text_ids, *reply.trailing_text_ids])
 
 
-def as_heard(source: Any) -> Heard:
-    """A recording, read if it was not yet."""
+def as_recording(source: Any) -> Heard:
+    """A recording, opened if it is not one yet."""
     return source if isinstance(source, Heard) else Heard.of(source)
 
 

@@ -1,4 +1,4 @@
-"""What a conversation holds: its turns, its voice, its tools and the cache of what was read."""
+"""State of a conversation: its turns, voice, tools and prefix cache."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from sa2jax.chat.toolbox import Toolbox
 from sa2jax.errors import PromptError
 from sa2jax.inference.requests import Options
 from sa2jax.inference.session import Session
-from sa2jax.pipeline.base import Base
+from sa2jax.pipeline.base import PipelineBase
 from sa2jax.speech.api import AnyVoice
 from sa2jax.speech.voices import Voice
 
@@ -18,24 +18,24 @@ Overflow = Literal["drop", "refuse"]
 
 
 class ChatState:
-    """A conversation as it stands; `Chat` is what changes it, a `Stream` adds an answer.
+    """State of a conversation; `Chat` changes it, a `Stream` appends an answer.
 
     Attributes:
-        model: who answers.
+        model: the model that answers.
         head: the turns before the first question: system prompt and tools.
-        rounds: questions with all that belongs to their answers, oldest first.
-        tools: what the model may call.
+        rounds: questions with all turns of their answers, oldest first.
+        tools: the tools that the model may call.
         think: whether a Think model thinks before each answer.
         options: sampling and limits.
         overflow: what happens when the context is full: `drop` the oldest turns, or `refuse`.
         max_tool_rounds: how often the model may call tools before an answer must stand.
-        replica: the part of the mesh that it runs on.
-        session: the cache of what the model has read.
+        replica: index of the data-parallel replica that it runs on.
+        session: its prefix cache.
     """
 
     def __init__(
         self,
-        model: Base,
+        model: PipelineBase,
         head: Sequence[Message],
         *,
         replica: int,
@@ -76,8 +76,8 @@ class ChatState:
         is_file = isinstance(voice, str | Path) and Path(voice).is_file()
         self._voice_name = str(Path(str(voice)).absolute()) if is_file else name
 
-    def read(self, turn: Message) -> tuple[str, ReplyReader]:
-        """Text of an answer in the history, and the answer taken apart."""
+    def parse_answer(self, turn: Message) -> tuple[str, ReplyReader]:
+        """Text of an answer in the history, and its parser."""
         reader = ReplyReader(self.model.tokenizer)
         ids = [i for piece in turn.content or () if isinstance(piece, Ids) for i in piece.ids]
         return reader.push(ids).text + reader.end(), reader

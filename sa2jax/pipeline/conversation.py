@@ -6,7 +6,7 @@ for piece in chat.stream("And tomorrow?"): ...    # piece.text, piece.audio as t
 chat.undo(); other = chat.fork(); chat.save("talk.json")
 
 The history holds what the model was trained on: spoken replies as their own ids, thinking left
-out. What the model has read stays in its cache, see `inference.session`.
+out. What was prefilled stays in the prefix cache, see `inference.session`.
 """
 
 import logging
@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
-from sa2jax.audio.recording import Heard
 from sa2jax.chat import history as files
 from sa2jax.chat import template
 from sa2jax.chat.content import Content, as_pieces
@@ -24,7 +23,7 @@ from sa2jax.chat.toolbox import ToolAnswer, Toolbox, read_answer
 from sa2jax.errors import PromptError, Sa2jaxError
 from sa2jax.inference.requests import Options
 from sa2jax.inference.session import Session
-from sa2jax.pipeline.base import Base
+from sa2jax.pipeline.base import PipelineBase, as_recording
 from sa2jax.pipeline.chat_state import ChatState, Overflow
 from sa2jax.pipeline.reply import Reply
 from sa2jax.pipeline.stream import Stream
@@ -40,7 +39,7 @@ class Chat(ChatState):
 
     def __init__(
         self,
-        model: Base,
+        model: PipelineBase,
         head: Sequence[Message],
         *,
         voice: AnyVoice | None = None,
@@ -198,7 +197,7 @@ class Chat(ChatState):
 
     def _turns_of(self, content: Any) -> list[Message]:
         if isinstance(content, ToolAnswer):
-            if not (self.rounds and self.read(self.rounds[-1][-1])[1].calls):
+            if not (self.rounds and self.parse_answer(self.rounds[-1][-1])[1].calls):
                 raise PromptError("no call of a tool waits for an answer")
             try:
                 text, _ = read_answer(content)
@@ -209,7 +208,7 @@ class Chat(ChatState):
             return [template.tool_result_turn(self.model.tokenizer.harmless(text))]
         pieces = as_pieces(content)
         if any(not isinstance(piece, Text) or piece.text.strip() for piece in pieces):
-            return [template.human_turn([_heard(piece) for piece in pieces])]
+            return [template.human_turn([_opened(piece) for piece in pieces])]
         raise PromptError("nothing was said: expected text, a recording, or both")
 
     def _end_stream(self) -> None:
@@ -218,8 +217,6 @@ class Chat(ChatState):
             self._stream = None
 
 
-def _heard(piece: Piece) -> Piece:
-    """A recording is read once, whatever becomes of its file."""
-    if isinstance(piece, Audio) and not isinstance(piece.source, Heard):
-        return Audio(Heard.of(piece.source))
-    return piece
+def _opened(piece: Piece) -> Piece:
+    """A recording is opened once, when it is said, whatever becomes of its file."""
+    return Audio(as_recording(piece.source)) if isinstance(piece, Audio) else piece

@@ -22,16 +22,17 @@ from sa2jax.chat.toolbox import Toolbox
 from sa2jax.errors import PromptError
 from sa2jax.inference.loading import load
 from sa2jax.inference.requests import Options
-from sa2jax.pipeline.base import Progress, Style
+from sa2jax.pipeline.base import Progress, PromptStyle
 from sa2jax.pipeline.conversation import Chat, Overflow
-from sa2jax.pipeline.tasks import Tasks, options_of
+from sa2jax.pipeline.task_runner import task_options
+from sa2jax.pipeline.tasks import Tasks
 from sa2jax.runtime import enable_compilation_cache
 from sa2jax.speech import Speech
 from sa2jax.speech.api import AnyVoice
 
 
 class StepAudio2(Tasks):
-    """A Step-Audio 2 model ready for use; see `Base` for what it is made of."""
+    """A Step-Audio 2 model ready for use; see `PipelineBase` for what it is made of."""
 
     @classmethod
     def from_pretrained(
@@ -43,7 +44,7 @@ class StepAudio2(Tasks):
         int8_cache: bool = False,
         tokenizer: str | Path | None = None,
         speech: str | Path | Speech | None = None,
-        style: Style = "chat",
+        prompt_style: PromptStyle = "chat",
         batch_size: int = 8,
         progress: Progress | None = None,
     ) -> Self:
@@ -61,7 +62,7 @@ class StepAudio2(Tasks):
             int8_cache: keep what was read (keys and values) as int8: half the memory.
             tokenizer: folder of the tokenizer files, if not the model's own.
             speech: the detokenizer and its voices, or their folder, if not the model's own.
-            style: `chat`, or `base` for a pre-trained model that knows no turns.
+            prompt_style: `chat`, or `raw` for a pre-trained model that knows no turns.
             batch_size: prompts that are answered at once.
             progress: told about bytes done and bytes in all while loading.
 
@@ -78,7 +79,7 @@ class StepAudio2(Tasks):
             found.cfg, found.params, lambda: Tokenizer.from_folder(tokenizer or folder),
             speech=home if isinstance(home, Speech)
             else lambda: Speech.from_pretrained(home, mesh=found.mesh),
-            policy=found.policy, mesh=found.mesh, style=style, batch_size=batch_size,
+            policy=found.policy, mesh=found.mesh, prompt_style=prompt_style, batch_size=batch_size,
         )  # fmt: skip
 
     # --- conversations ---------------------------------------------------------------------
@@ -117,13 +118,15 @@ class StepAudio2(Tasks):
             PromptError: for tools that cannot be understood, or a base model.
             VoiceError: if there is no such voice.
         """
-        if self.style == "base":
-            raise PromptError("a base model knows no turns: expected style='chat', or `complete`")
+        if self.prompt_style == "raw":
+            raise PromptError(
+                "a base model knows no turns: expected prompt_style='chat', or `complete`"
+            )
         box = Toolbox(tools or (), functions, timeout=tool_timeout)
         head = [] if system is None else [Message("system", system)]
         if box:
             head.append(template.tools_turn(box.text))
         return Chat(
             self, head, voice=voice, tools=box, think=think, overflow=overflow,
-            options=options or options_of(TASKS["chat"]), max_tool_rounds=max_tool_rounds,
+            options=options or task_options(TASKS["chat"]), max_tool_rounds=max_tool_rounds,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the model answers, and how one answer comes about: ids to text, sound and calls."""
+"""Result types: `Reply`, the pieces of a streamed one, and its timings."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,29 +10,31 @@ from sa2jax.audio.rates import SPEECH_SAMPLE_RATE
 from sa2jax.chat.toolbox import ToolResult
 from sa2jax.chat.tools import MalformedToolCall, ToolCall
 
-Finish = Literal["stop", "string", "length", "repeat", "cancelled", "tool_calls", "tool_limit"]
+FinishReason = Literal[
+    "stop", "string", "length", "repeat", "cancelled", "tool_calls", "tool_limit"
+]
 NO_SOUND = np.zeros(0, np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timings:
-    """How long an answer took, in seconds from the moment it was asked for.
+    """Latency of an answer, in seconds from the request, and its token counts.
 
     Attributes:
-        first_text: until the first characters, None if there were none.
-        first_audio: until the first sound, None if there was none.
-        total: until the end.
-        speech: length of what was spoken.
-        read: positions of the prompts that had to be read; the cache held the others.
-        made: tokens that were generated.
+        first_text: time to the first characters, None if there were none.
+        first_audio: time to the first audio, None if there was none.
+        total: time to the end.
+        speech: duration of the spoken answer, s.
+        prompt_tokens: prompt positions that were prefilled; the prefix cache held the others.
+        generated_tokens: tokens that were generated, thinking included.
     """
 
     first_text: float | None
     first_audio: float | None
     total: float
     speech: float
-    read: int
-    made: int
+    prompt_tokens: int
+    generated_tokens: int
 
     @property
     def real_time_factor(self) -> float | None:
@@ -47,10 +49,11 @@ class Reply:
     Attributes:
         text: the answer's text, without calls of tools.
         ids: all generated ids, without stop tokens and thinking.
-        finish: why it ended: `stop`, `string` (a stop string), `length` (the limit, or the end of
-            the context), `repeat` (it went round in circles), `cancelled`, `tool_calls` (calls
-            that the caller has to answer) or `tool_limit` (it called tools once too often).
-        thinking: what a Think model thought before.
+        finish_reason: why it ended: `stop`, `string` (a stop string), `length` (the limit, or the
+            end of the context), `repeat` (stopped by the repetition guard), `cancelled`,
+            `tool_calls` (calls that the caller has to answer) or `tool_limit` (it called tools
+            once too often).
+        thinking: a Think model's thinking.
         audio: the spoken answer, [-1, 1] at `sample_rate`; empty if nothing was to be spoken.
         sample_rate: of `audio`, in Hz.
         codes: the speech codes, 25 per second, without pads.
@@ -63,7 +66,7 @@ class Reply:
 
     text: str
     ids: tuple[int, ...]
-    finish: Finish
+    finish_reason: FinishReason
     thinking: str = ""
     audio: Float[np.ndarray, "N"] = field(default_factory=lambda: NO_SOUND, compare=False)
     sample_rate: int = SPEECH_SAMPLE_RATE

@@ -1,4 +1,4 @@
-"""An answer as it comes: thoughts, text and sound in pieces, cancelled at any time."""
+"""Streaming answers: thinking, text and audio in pieces; can be cancelled at any time."""
 
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -13,9 +13,9 @@ from sa2jax.chat.template import Ids, Message
 from sa2jax.chat.toolbox import ToolResult, results_text
 from sa2jax.errors import AudioError, PromptError, VoiceError
 from sa2jax.inference.requests import Options, Request
-from sa2jax.pipeline.answer import Clock, Step, Thoughts
+from sa2jax.pipeline.answer import AnswerStep, Stopwatch, ThinkingStep
 from sa2jax.pipeline.chat_state import ChatState
-from sa2jax.pipeline.reply import NO_SOUND, Finish, Reply, ReplyPiece
+from sa2jax.pipeline.reply import NO_SOUND, FinishReason, Reply, ReplyPiece
 from sa2jax.speech.voices import Voice
 from sa2jax.speech.worker import Speaker
 
@@ -45,18 +45,18 @@ class Stream(Iterator[ReplyPiece]):
         self._turns = list(turns)  # of this one, complete
         self._chunk, self._first = chunk, first
         self._options = replace(options, stop_ids=options.stop_ids or chat.model.stop_ids)
-        self._steps: list[tuple[int, Step]] = []  # with how many turns there were before
+        self._steps: list[tuple[int, AnswerStep]] = []  # with how many turns there were before
         self._results: list[ToolResult] = []
         self._notes: list[str] = []
         self._thoughts: list[str] = []
-        self._read = self._made = 0
-        self._finish: Finish = "cancelled"
-        self._clock = Clock()
+        self._prompt_tokens = self._generated_tokens = 0
+        self._finish_reason: FinishReason = "cancelled"
+        self._stopwatch = Stopwatch()
         self._reply: Reply | None = None
         self._state: Literal["open", "done", "failed"] = "open"
         self._lock, self._stopped = threading.RLock(), threading.Event()
-        self._whole = False  # whether it has ended by itself
-        self._heard: int | None = None  # samples, if it was cut
+        self._completed = False  # whether it has ended by itself
+        self._heard_samples: int | None = None  # samples, if it was cut
         self._pieces = self._run()
 
     def __next__(self) -> ReplyPiece:
@@ -72,12 +72,12 @@ class Stream(Iterator[ReplyPiece]):
                 piece = next(self._pieces)
             except StopIteration:
                 if self._state == "open":
-                    self._settle() if self._whole else self.cancel()
+                    self._finalize() if self._completed else self.cancel()
                 raise
             except Exception:
                 self._state = "failed"  # the history stays as it was
                 raise
-            self._clock.see(piece)
+            self._stopwatch.observe(piece)
             return piece
 
     def __enter__(self) -> Self:
@@ -134,15 +134,15 @@ class Stream(Iterator[ReplyPiece]):
                 raise PromptError("the conversation has gone on: only its newest answer can be cut")
             rate = self._chat.model.sample_rate if self._spoken else CODE_RATE
             heard = sum(step.samples for _, step in self._steps)
-            if self._heard is not None:
-                heard = min(heard, self._heard)
+            if self._heard_samples is not None:
+                heard = min(heard, self._heard_samples)
             if played is not None:
                 heard = min(heard, round(max(played, 0) * rate))
             kept = self._cut(heard, rate // CODE_RATE)
             if self._state == "open" or kept is not self._turns:
-                self._finish, self._heard = "cancelled", heard
+                self._finish_reason, self._heard_samples = "cancelled", heard
             self._turns = kept
-            self._settle()
+            self._finalize()
             return self.reply
 
     def abandon(self) -> None:
@@ -156,17 +156,17 @@ class Stream(Iterator[ReplyPiece]):
     # --- how an answer comes about ----------------------------------------------------------
 
     def _run(self) -> Generator[ReplyPiece]:
-        yield from self._steps_of_it()
-        self._whole = True
+        yield from self._answer_steps()
+        self._completed = True
 
-    def _steps_of_it(self) -> Generator[ReplyPiece]:
+    def _answer_steps(self) -> Generator[ReplyPiece]:
         chat, spoken, said = self._chat, self._spoken, False
         for count in range(chat.max_tool_rounds + 1):
             last = template.reply_turn(spoken=spoken)
             if chat.think:
                 yield from self._think()
                 last = template.answer_turn(self._thoughts[-1], spoken=spoken)
-            step = Step(chat.model.tokenizer)
+            step = AnswerStep(chat.model.tokenizer)
             request = self._request(last)
             self._steps.append((len(self._turns), step))
             speaker = None
@@ -187,37 +187,37 @@ class Stream(Iterator[ReplyPiece]):
                     yield piece
             finally:
                 pieces.close()
-                self._read += chat.session.prefilled
-                self._made += len(step.reader.ids)
-            self._finish = step.finish
-            closed = spoken and step.finish != "stop"  # cut by a limit: speech ends here
+                self._prompt_tokens += chat.session.prefilled
+                self._generated_tokens += len(step.reader.ids)
+            self._finish_reason = step.finish_reason
+            closed = spoken and step.finish_reason != "stop"  # cut by a limit: speech ends here
             ids = step.reader.closed() if closed else step.reader.ids
             self._turns.append(_answer(ids, spoken))
             calls = step.reader.calls
             if not (calls and chat.tools):
                 return
             if not all(map(chat.tools.can_run, calls)):
-                self._finish = "tool_calls"
+                self._finish_reason = "tool_calls"
                 return
             if count == chat.max_tool_rounds:
-                self._finish = "tool_limit"
+                self._finish_reason = "tool_limit"
                 self._notes.append(f"the model called tools more than {count} times: not run again")
                 return
-            results = [self._revoiced(result) for result in chat.tools.run(calls)]
+            results = [self._with_tool_voice(result) for result in chat.tools.run(calls)]
             self._results += results
             text = chat.model.tokenizer.harmless(results_text(results))
             self._turns.append(template.tool_result_turn(text))
             yield ReplyPiece(tool_results=tuple(results))
 
     def _think(self) -> Iterator[ReplyPiece]:
-        thoughts = Thoughts(self._chat.model.tokenizer)
+        thinking = ThinkingStep(self._chat.model.tokenizer)
         request = self._request(template.think_turn())
         try:
-            yield from thoughts.run(self._chat.session, request, self._options, number=self._number)
+            yield from thinking.run(self._chat.session, request, self._options, number=self._number)
         finally:
-            self._thoughts.append(thoughts.text)
-            self._read += self._chat.session.prefilled
-            self._made += thoughts.made
+            self._thoughts.append(thinking.text)
+            self._prompt_tokens += self._chat.session.prefilled
+            self._generated_tokens += thinking.generated_tokens
 
     @property
     def _number(self) -> int:
@@ -251,7 +251,7 @@ class Stream(Iterator[ReplyPiece]):
             )
         return request
 
-    def _revoiced(self, result: ToolResult) -> ToolResult:
+    def _with_tool_voice(self, result: ToolResult) -> ToolResult:
         """Take the voice that a tool gives, if there is such a voice."""
         if result.voice is None or self._voice is None:
             return result
@@ -270,7 +270,7 @@ class Stream(Iterator[ReplyPiece]):
             samples: samples of a code.
         """
         for before, step in self._steps:
-            complete = step.finish != "cancelled"
+            complete = step.finish_reason != "cancelled"
             if complete and heard >= step.samples:
                 heard -= step.samples
                 continue
@@ -283,13 +283,13 @@ class Stream(Iterator[ReplyPiece]):
         nothing = [self._chat.model.tokenizer.special.tts_end] if self._spoken else []
         return [*self._turns, _answer(nothing, self._spoken)]
 
-    def _settle(self) -> None:
+    def _finalize(self) -> None:
         """The answer is over: make it part of the history, and sum it up."""
         chat, turns = self._chat, self._turns
         self._state = "done"
         chat.rounds = [*self._rounds, turns]
         begun = self._steps[0][0] if self._steps else len(turns)
-        answers = [chat.read(turn) for turn in turns[begun:] if turn.role == "assistant"]
+        answers = [chat.parse_answer(turn) for turn in turns[begun:] if turn.role == "assistant"]
         ids: list[int] = []
         for n, (_, reader) in enumerate(answers):
             raw = self._steps[n][1].reader.ids if n < len(self._steps) else reader.ids
@@ -297,18 +297,21 @@ class Stream(Iterator[ReplyPiece]):
             ids += raw if reader.ids[: len(raw)] == raw else reader.ids
         calls = [call for _, reader in answers for call in reader.calls]
         pieces = [piece for _, step in self._steps for piece in step.audio]
-        audio = np.concatenate([NO_SOUND, *pieces])[: self._heard]
+        audio = np.concatenate([NO_SOUND, *pieces])[: self._heard_samples]
         rate = chat.model.sample_rate if self._spoken else Reply.sample_rate
         if self._reply is not None and self._reply.timings is not None:  # cut after its end
             timings = replace(self._reply.timings, speech=len(audio) / rate)
         else:
-            timings = self._clock.stop(
-                samples=len(audio), sample_rate=rate, read=self._read, made=self._made
+            timings = self._stopwatch.stop(
+                samples=len(audio),
+                sample_rate=rate,
+                prompt_tokens=self._prompt_tokens,
+                generated_tokens=self._generated_tokens,
             )
         self._reply = Reply(
             text="\n".join(text for text, _ in answers if text),
             ids=tuple(ids),
-            finish=self._finish,
+            finish_reason=self._finish_reason,
             thinking="\n".join(self._thoughts),
             audio=audio,
             sample_rate=rate,

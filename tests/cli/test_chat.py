@@ -50,9 +50,10 @@ def test_spoken_answer(run, speaks, pcm):
     reply = json.loads(out)
     assert (code, err) == (0, "")
     assert list(reply) == [
-        "text", "ids", "finish", "thinking", "codes", "notes", "tool_calls", "timings", "file"
+        "text", "ids", "finish_reason", "thinking", "codes", "notes", "tool_calls", "timings",
+        "file",
     ]  # fmt: skip
-    assert (len(reply["ids"]), reply["finish"], reply["file"]) == (30, "length", "x.wav")
+    assert (len(reply["ids"]), reply["finish_reason"], reply["file"]) == (30, "length", "x.wav")
     samples = pcm("x.wav")
     assert len(samples) == SAMPLES * len(reply["codes"]) > 0
     assert reply["timings"]["speech"] == len(samples) / 24_000
@@ -108,7 +109,7 @@ def test_text(run, script):
     code, out, err = run(*ask, "--stream")
     assert (code, out) == (0, "Hi\n")
     assert err.startswith("first text 0.")
-    assert err.endswith(" s in all, 61 positions read, 2 tokens\n")
+    assert err.endswith(" s in all, 61 prompt tokens, 2 generated\n")
     assert [options.max_new_tokens for options in script.options] == [1024, 1024]
 
 
@@ -178,7 +179,7 @@ def test_tools(run, script):
     script.will_say(call("search", '{"query": "x"}'))
     reply = json.loads(run(*ask, "--json")[1])
     assert reply["tool_calls"] == [{"name": "search", "arguments": {"query": "x"}}]
-    assert reply["finish"] == "tool_calls"
+    assert reply["finish_reason"] == "tool_calls"
 
 
 def test_history(run, refused, script, recording):
@@ -232,10 +233,10 @@ def test_bad_tools(refused, script, text, message):
         ("chat --text hi -o no/x.wav", "no folder no"),
         ("chat --text hi -o x.wav --voice nobody", "no voice 'nobody': expected one of anna, bert"),
         ("chat --text hi -o x.wav --first 0", "at least 1 code, got 0"),
-        ("chat --text hi --picture x.png", "is of one spoken answer"),
-        ("chat -o x.wav --picture x.png", "is of one spoken answer"),
-        ("chat --text hi -o x.wav --picture x.jpg", "to end in .png, got x.jpg"),
-        ("chat --text hi -o x.wav --picture no/x.png", "no folder no"),
+        ("chat --text hi --plot x.png", "is of one spoken answer"),
+        ("chat -o x.wav --plot x.png", "is of one spoken answer"),
+        ("chat --text hi -o x.wav --plot x.jpg", "to end in .png, got x.jpg"),
+        ("chat --text hi -o x.wav --plot no/x.png", "no folder no"),
         ("chat --text hi --history talk.txt", "to end in .json, got talk.txt"),
         ("chat --text hi --max-new-tokens 0", "max_new_tokens=0"),
         ("tts -o x.wav", "expected one text"),
@@ -243,7 +244,10 @@ def test_bad_tools(refused, script, text, message):
         ("tts a.txt -o x.wav", "a.txt cannot be read (No such file"),
         ("tts --text hi -o x.mp3", "ending in .wav"),
         ("tts --text hi -o -", "add --stream"),
-        ("tts --text hi -o x.wav --stream --style base", "a base model cannot read aloud with"),
+        (
+            "tts --text hi -o x.wav --stream --prompt-style raw",
+            "a base model cannot read aloud with",
+        ),
         ("tts --text hi -o x.wav --voice nobody", "expected one of anna, bert"),
         ("translate a.wav -o x.wav", "add --speech"),
         ("translate --text hi", "add --speech"),
@@ -266,18 +270,18 @@ def test_raw_samples_are_not_for_a_terminal(script, monkeypatch, capsys):
     assert "pipe them into a player" in capsys.readouterr().err
 
 
-def test_picture(run, refused, script, recording, monkeypatch):
+def test_plot(run, refused, script, recording, monkeypatch):
     script.will_say(HELLO)
-    code, _, err = run("chat", recording, "-o", "x.wav", "--picture", "x.png", *WHERE)
+    code, _, err = run("chat", recording, "-o", "x.wav", "--plot", "x.png", *WHERE)
     assert code == 0
-    assert err.endswith("picture: x.png\n")
+    assert err.endswith("plot: x.png\n")
     panels = image.imread("x.png")
     height, width, _ = panels.shape
     for half in (panels[:, : width // 2], panels[:, width // 2 :]):  # both have a spectrum
         assert len(np.unique(half[height // 2 :].reshape(-1, 4), axis=0)) > 50
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "pip install 'sa2jax[train]'" in refused(
-        "chat", recording, "-o", "y.wav", "--picture", "y.png", *WHERE
+        "chat", recording, "-o", "y.wav", "--plot", "y.png", *WHERE
     )
 
 

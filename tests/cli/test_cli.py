@@ -56,7 +56,7 @@ def test_process_interrupted(run, source, tmp_path):
         def bar(title, unit="bytes"):
             yield lambda done, total: done > total / 2 and os.kill(os.getpid(), signal.SIGINT)
 
-        common.bar = bar
+        common.progress_bar = bar
         cli.main(sys.argv[1:])
     """
     stopped = process("convert", source, tmp_path / "out", script=script)

@@ -25,7 +25,7 @@ def recipe(tmp_path):
     for name, voice in values["voices"].items():
         voice.update(engine="tones", voice=name)
         voice.pop("tones", None)
-    values["talks"]["held_out"]["counts"] = {"asr_seen": 2, "asr_unseen": 2}
+    values["dialogues"]["held_out"]["counts"] = {"asr_seen": 2, "asr_unseen": 2}
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
     return path
@@ -48,7 +48,7 @@ def test_a_small_corpus_is_made_and_prepared(run, recipe, tmp_path):
 
 
 def test_changes(run, recipe, tmp_path):
-    changes = "--set", "talks.counts={asr: 3}", "--set", "voices.joe=null", "--seed", 5
+    changes = "--set", "dialogues.counts={asr: 3}", "--set", "voices.joe=null", "--seed", 5
     words = "--config", recipe, *changes, "--workers", 1, "--json"
     code, text, _ = run("data", "synthesize", tmp_path / "out", *words)
     about = json.loads(text)
@@ -67,6 +67,6 @@ def test_changes(run, recipe, tmp_path):
 )
 def test_mistakes(refused, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sa2jax.train.corpus.synthesize.Mouth", lambda voices: None)
+    monkeypatch.setattr("sa2jax.train.corpus.synthesize.Synthesizer", lambda voices: None)
     assert message in refused("data", "synthesize", "out", *arguments)
     assert not (tmp_path / "out").exists()

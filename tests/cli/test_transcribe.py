@@ -83,9 +83,31 @@ def test_options_reach_the_model(run, scripted, ours, recordings):
     assert (options.max_new_tokens, options.seed, options.sampling.temperature) == (7, 3, 0.1)
 
 
+def test_any_task_by_name(run, refused, scripted, ours, recordings):
+    """As the command of its own, and tasks that have none."""
+    scripted("eins", "zwei", "drei")
+    assert run("run", "asr", *recordings, "--model", ours) == run(
+        "asr", *recordings, "--model", ours
+    )
+    script = scripted("ja")
+    code, out, err = run("run", "mmau", recordings[0], "--question", "Who?", "--model", ours)
+    assert (code, out, err) == (0, "ja\n", "")
+    ((request,), _), *_ = script.asked
+    assert b"Who?" in bytes(i for i in request.ids.tolist() if i < 245)
+    assert run("run", "caption", "--text", "hi", "--model", ours) == (0, "ja\n", "")
+    for arguments, message in (
+        (("sing", recordings[0]), "there is no task 'sing': expected one of asr, "),
+        (("asr", recordings[0], "--text", "x"), "expected recordings or --text, not both"),
+        (("asr", recordings[0], "--voice", "anna"), "the task asr is written"),
+        (("tts", "--text", "x"), "no file for the spoken answer: give -o"),
+        (("tts", *recordings[:2], "-o", "x.wav"), "expected one recording, or --text"),
+    ):
+        assert message in refused("run", *arguments, "--model", ours)
+
+
 def test_base_style(run, scripted, source, recordings):
     script = scripted("ja")
-    assert run("asr", recordings[0], "--model", source, "--style", "base")[0] == 0
+    assert run("asr", recordings[0], "--model", source, "--prompt-style", "raw")[0] == 0
     ((request,), _), *_ = script.asked
     assert request.ids.tolist()[:3] == list("请".encode())
 
@@ -104,7 +126,7 @@ def test_hugging_face_folder_is_taken_as_it_is(run, scripted, source, recordings
         (("--text", "x" * 2000), "expected 1 to 1023, since the model's context of 1024 must also"),
         (("--text", "x", "--temperature", "-1"), "temperature=-1.0: expected at least 0"),
         (("--text", "x", "--max-new-tokens", "0"), "max_new_tokens=0, samples=1: expected at lea"),
-        (("--text", "x", "--style", "base"), "a base model knows no turns"),
+        (("--text", "x", "--prompt-style", "raw"), "a base model knows no turns"),
         (("--text", "x", "--mesh", "tensor=999"), "needs 999 devices"),
         (("nowhere.wav",), "no such file: nowhere.wav"),
     ],

@@ -299,10 +299,10 @@ def test_inspect_shows_the_four_networks(model, whole):
     for folder, found in described.items():
         parts = {part.name: part for part in found.parts}
         assert [*parts][3:] == [*NETWORKS, "total"]
-        spoken = [row for row in found.rows if row.name.startswith("token2wav.")]
+        spoken = [row for row in found.groups if row.name.startswith("token2wav.")]
         assert {row.part for row in spoken} == set(NETWORKS)
         assert {row.name.split(".")[1] for row in spoken} == set(NETWORKS)
-        assert sum(row.parameters for row in found.rows) == parts["total"].parameters
+        assert sum(row.parameters for row in found.groups) == parts["total"].parameters
         own = sum(parts[name].parameters for name in NETWORKS)
         rest = parts["total"].parameters - own
         assert found.memory == {"float32": 4 * (rest + own), "bfloat16": 2 * rest + 4 * own}
@@ -310,11 +310,11 @@ def test_inspect_shows_the_four_networks(model, whole):
         assert alone.parts[:-1] == tuple(parts[name] for name in NETWORKS)
         assert alone.kind == ("sa2jax" if found.kind == "sa2jax" else "token2wav")
     tensors = torch_file.read(model / "token2wav" / "flow.pt")
-    rows = {row.name: row for row in described[model].rows}
+    rows = {row.name: row for row in described[model].groups}
     assert (
         rows["token2wav.flow.input_embedding.weight"].shape
         == tensors["input_embedding.weight"].shape
     )
     assert described[model].parts[3].parameters == sum(a.size for a in tensors.values())
-    ours = {row.name: row for row in described[whole].rows}
+    ours = {row.name: row for row in described[whole].groups}
     assert ours["token2wav.flow.table"].shape == tensors["input_embedding.weight"].shape

@@ -159,7 +159,7 @@ def test_inspect_counts_without_reading(source, tmp_path, kind):
     assert [part.name for part in found.parts] == ["adapter", "audio_encoder", "decoder", "total"]
     assert found.parts[-1].parameters == total
     assert found.parts[-1].bytes == 2 * total
-    assert sum(row.parameters for row in found.rows) == total
+    assert sum(row.parameters for row in found.groups) == total
     assert found.memory == {"float32": 4 * total, "bfloat16": 2 * total}
     decoder = sum(a.size for n, a in arrays.items() if n.startswith(("model.", "lm_head.")))
     assert found.parts[2].parameters == decoder
@@ -168,7 +168,7 @@ def test_inspect_counts_without_reading(source, tmp_path, kind):
 
 def test_inspect_folds_layers_and_prints(source):
     found = inspect(source)
-    names = {row.name: row for row in found.rows}
+    names = {row.name: row for row in found.groups}
     assert names["model.layers.{0-1}.self_attn.q_proj.weight"].count == 2
     console = Console(width=200, record=True, file=io.StringIO())
     print_inspection(found, console)

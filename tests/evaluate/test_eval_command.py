@@ -18,7 +18,7 @@ from sa2jax.pipeline import StepAudio2, conversation
 def judges(monkeypatch):
     """Its judges hear nothing."""
     silent = nano.Judges(grammar=lambda w, r: "", open=lambda w, r: "")
-    monkeypatch.setattr(nano.Judges, "load", lambda rows: silent)
+    monkeypatch.setattr(nano.Judges, "load", lambda metrics: silent)
 
 
 @pytest.fixture
@@ -45,33 +45,33 @@ def loads(monkeypatch):
     return asked
 
 
-QUICK = ("--quick", 1, "--row", "tool_unasked", "--row", "sums")
+QUICK = ("--limit", 1, "--metric", "tool_unasked", "--metric", "sums")
 
 
 @pytest.mark.both_pairs
 def test_a_table_and_its_answers(run, loads, corpus, tmp_path):
     code, out, err = run("eval", "nano", "--corpus", corpus, "--model", tmp_path, *QUICK,
-                         "--answers", tmp_path / "answers.jsonl")  # fmt: skip
+                         "--predictions", tmp_path / "predictions.jsonl")  # fmt: skip
     assert (code, err) == (0, "")
     assert "no tool called when not asked" in out
     assert "below" in out
     assert loads == [(str(tmp_path), None)]
-    lines = (tmp_path / "answers.jsonl").read_text().splitlines()
-    assert [json.loads(line)["row"] for line in lines] == ["sums", "tool_unasked"]
+    lines = (tmp_path / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["metric"] for line in lines] == ["sums", "tool_unasked"]
     code, out, err = run("eval", "nano", "--corpus", corpus, "--model", tmp_path, *QUICK,
-                         "--row", "int8", "--json", "--strict")  # fmt: skip
+                         "--metric", "int8", "--json", "--strict")  # fmt: skip
     assert code == 1
-    assert err == "below the floor: sums\n"
-    rows = {row["key"]: row for row in json.loads(out)["rows"]}
-    assert rows["sums"]["mark"] == "below"
-    assert rows["int8"]["value"] == 0
+    assert err == "below the threshold: sums\n"
+    metrics = {metric["key"]: metric for metric in json.loads(out)["metrics"]}
+    assert metrics["sums"]["verdict"] == "below"
+    assert metrics["int8"]["value"] == 0
     assert loads[1:] == [(str(tmp_path), None), (str(tmp_path), "int8")]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--row", "nothing"), "there is no row 'nothing'"),
+        (("--metric", "nothing"), "there is no metric 'nothing'"),
         (("--corpus", "/nowhere"), "has no held-out set"),
         ((), "has no folder heldout/"),
     ],

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from sa2jax.errors import DataError
-from sa2jax.evaluate.heldout import HeldOut, read_items, spread
+from sa2jax.evaluate.heldout import HeldOut, evenly_spaced, read_items
 
 
 def test_a_corpus_and_its_held_out_folder_are_the_same_set(corpus):
@@ -23,8 +23,8 @@ def test_a_corpus_and_its_held_out_folder_are_the_same_set(corpus):
 
 
 def test_few_items_are_spread_over_all():
-    assert spread(range(100), 4) == [0, 25, 50, 75]
-    assert spread(range(3), 10) == spread(range(3), None) == [0, 1, 2]
+    assert evenly_spaced(range(100), 4) == [0, 25, 50, 75]
+    assert evenly_spaced(range(3), 10) == evenly_spaced(range(3), None) == [0, 1, 2]
 
 
 def test_lines_of_recordings_and_texts(tmp_path, corpus):

@@ -1,4 +1,4 @@
-"""Scores of models whose answers are known."""
+"""Scores of models whose predictions are known."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from sa2jax import testing
 from sa2jax.chat import tokenizer_files
 from sa2jax.chat.tools import MalformedToolCall, ToolCall
 from sa2jax.errors import DataError
-from sa2jax.evaluate.nano import KEYS, ROWS, Judges, NanoOptions, evaluate_nano
+from sa2jax.evaluate.nano import KEYS, METRICS, Judges, NanoOptions, evaluate_nano
 from sa2jax.evaluate.words import DIGITS, SUMS
 from sa2jax.pipeline.reply import Reply, ReplyPiece, Timings
 
@@ -48,7 +48,7 @@ class Model:
         self.speech = SimpleNamespace(folder=SimpleNamespace(voices={"anna": 0, "bert": 0}))
         self.asked: list[tuple] = []
 
-    def transcribe(self, sources, *, progress):
+    def transcribe_batch(self, sources, *, progress):
         texts = []
         for source in sources:
             n = int(source.split("/")[-1][0])
@@ -67,8 +67,15 @@ class Model:
         if voice and not right:
             value = 3 - value
         wave = np.full(2400, (value if right or voice else 19) / 100, np.float32)
-        times = Timings(first_text=None, first_audio=0.5, total=0.2, speech=0.1, read=1, made=1)
-        return Reply(text="", ids=(), finish="stop", audio=wave, timings=times, **more)
+        times = Timings(
+            first_text=None,
+            first_audio=0.5,
+            total=0.2,
+            speech=0.1,
+            prompt_tokens=1,
+            generated_tokens=1,
+        )
+        return Reply(text="", ids=(), finish_reason="stop", audio=wave, timings=times, **more)
 
 
 class Chat:
@@ -100,8 +107,8 @@ class Stream:
         return iter(self.pieces)
 
 
-def score(model, corpus, *rows, other=None, is_int8=False, **options):
-    options = NanoOptions(rows=rows, **options)
+def score(model, corpus, *metrics, other=None, is_int8=False, **options):
+    options = NanoOptions(metrics=metrics, **options)
     return evaluate_nano(model, corpus, options, other=other, is_int8=is_int8, judges=JUDGES)
 
 
@@ -110,13 +117,13 @@ SPOKEN = tuple(key for key in KEYS if key not in ("seen", "unseen", "digits", "i
 
 def test_a_perfect_model(corpus):
     scores = score(Model(), corpus, *SPOKEN)
-    assert [row.key for row in scores.rows] == list(SPOKEN)
-    for row in scores.rows[:5]:
-        assert (row.value, row.mark) == (100, "met")
-    assert [row.n for row in scores.rows[:5]] == [8, 8, 4, 4, 8]
-    assert (scores["streamed"].value, scores["streamed"].mark) == (0, "met")
+    assert [metric.key for metric in scores.metrics] == list(SPOKEN)
+    for metric in scores.metrics[:5]:
+        assert (metric.value, metric.verdict) == (100, "target")
+    assert [metric.n for metric in scores.metrics[:5]] == [8, 8, 4, 4, 8]
+    assert (scores["streamed"].value, scores["streamed"].verdict) == (0, "target")
     assert scores["first_sound"].value == 0.5
-    assert (scores["real_time"].value, scores["real_time"].mark) == (2, "below")
+    assert (scores["real_time"].value, scores["real_time"].verdict) == (2, "below")
     assert scores["sums"].interval[0] == pytest.approx(67.6, abs=0.1)
     assert "anna 4 of 4, bert 4 of 4; by chance 50 %" in scores["voice"].note
     assert "right on 8 of 8 recordings" in scores["sums"].note
@@ -133,9 +140,9 @@ def test_three_of_four_are_75_percent(corpus):
     assert scores["tool_asked"].value == 50
     assert scores["tool_unasked"].value == 75
     assert scores["voice"].value == 50
-    assert {"sums", "streamed", "voice"} < set(scores.below)
-    wrong = [a for a in scores.answers if a.row == "sums" and not a.right]
-    assert [(a.item, a.expected, a.found) for a in wrong] == [
+    assert {"sums", "streamed", "voice"} < set(scores.below_threshold)
+    wrong = [a for a in scores.predictions if a.metric == "sums" and not a.correct]
+    assert [(a.item, a.expected, a.predicted) for a in wrong] == [
         ("sums:1", "zero", "eighteen"), ("sums:6", "five", "eighteen"),
     ]  # fmt: skip
 
@@ -146,74 +153,74 @@ def test_words_are_counted(corpus):
     assert scores["seen"].value == pytest.approx(100 * 2 / 40)
     assert scores["unseen"].value == pytest.approx(100 * 10 / 40)  # dog for cat, too
     assert scores["seen"].interval[0] < 5 < scores["seen"].interval[1]
-    assert (scores["seen"].mark, scores["unseen"].mark) == ("floor", "floor")
+    assert (scores["seen"].verdict, scores["unseen"].verdict) == ("threshold", "threshold")
 
 
 def test_real_digits_are_a_folder_of_their_own(corpus):
-    (row,) = score(Model(), corpus, "digits").rows
-    assert row.note.startswith("not measured: no recordings: examples/fetch_real.sh")
+    (metric,) = score(Model(), corpus, "digits").metrics
+    assert metric.note.startswith("not measured: no recordings: examples/fetch_real.sh")
     text = "".join(f'{{"audio": "{n}.wav", "text": "the dog has {n} keys"}}\n' for n in range(8))
     (corpus / "heldout" / "digits.jsonl").write_text(text)
-    (row,) = score(Model(deaf=(7,)), corpus, "digits").rows
-    assert row.value == 87.5
+    (metric,) = score(Model(deaf=(7,)), corpus, "digits").metrics
+    assert metric.value == 87.5
     (corpus / "heldout" / "digits.jsonl").rename(corpus / "digits.jsonl")
     (corpus / "digits.jsonl").write_text(text.replace('"audio": "', '"audio": "heldout/'))
-    assert score(Model(), corpus, "digits", real=corpus)["digits"].value == 100
+    assert score(Model(), corpus, "digits", real_recordings=corpus)["digits"].value == 100
 
 
 def test_two_models_are_compared_where_the_second_is_worst(corpus):
-    rows = ("sums", "tool_unasked", "voice", "first_sound", "int8")
+    metrics = ("sums", "tool_unasked", "voice", "first_sound", "int8")
     worse = Model(wrong=(3,), calls={2: (CALL,), 4: (CALL,)})
-    scores = score(Model(), corpus, *rows, other=worse)
+    scores = score(Model(), corpus, *metrics, other=worse)
     assert scores["int8"].value == -50
     assert scores["int8"].note == "sums -12.5, tool_unasked -50.0, voice +0.0"
     assert scores["sums"].value == 100
-    assert {a.model for a in scores.answers} == {"", "other"}
-    better = score(worse, corpus, *rows, other=Model(), is_int8=True)
+    assert {a.model for a in scores.predictions} == {"", "other"}
+    better = score(worse, corpus, *metrics, other=Model(), is_int8=True)
     assert better["int8"].value == -50
-    alone = score(worse, corpus, *rows)["int8"]
+    alone = score(worse, corpus, *metrics)["int8"]
     assert "nothing to compare" in alone.note
     only = score(Model(), corpus, "int8", other=Model(deaf=(0,)))
-    assert [row.key for row in only.rows] == ["int8"]
+    assert [metric.key for metric in only.metrics] == ["int8"]
     if len(only["int8"].note) and "seen" in only["int8"].note:
         assert only["int8"].value == pytest.approx(-100 / 40)
 
 
 def test_where_nothing_is_right_nothing_can_be_lost(corpus):
     """A model that says nothing right must not pass for one that streams without loss."""
-    rows = ("sums", "sums_open", "streamed", "int8")
+    metrics = ("sums", "sums_open", "streamed", "int8")
     senseless, good = Model(wrong=range(8)), Model()
-    scores = score(senseless, corpus, *rows, other=good)
+    scores = score(senseless, corpus, *metrics, other=good)
     assert scores["sums"].value == 0
     for key, how in (("streamed", "offline"), ("int8", "with float weights")):
-        assert scores[key].mark == "not measured"
+        assert scores[key].verdict == "not measured"
         assert scores[key].note.endswith(f"nothing to lose: no answer was right {how}")
-    assert scores.below == ("sums", "sums_open")
+    assert scores.below_threshold == ("sums", "sums_open")
     # Its float weights are those of the second model now.
-    assert score(good, corpus, *rows, other=senseless, is_int8=True)["int8"].value is None
-    assert score(good, corpus, *rows, other=senseless)["int8"].value == -100
+    assert score(good, corpus, *metrics, other=senseless, is_int8=True)["int8"].value is None
+    assert score(good, corpus, *metrics, other=senseless)["int8"].value == -100
 
 
 def test_rows_and_judges_without_anything_right_are_left_out(corpus):
-    rows = ("sums", "tool_asked", "streamed", "int8")
+    metrics = ("sums", "tool_asked", "streamed", "int8")
     one_tool = Model(wrong=range(8), calls={3: (ToolCall("other", {}),)})
-    scores = score(one_tool, corpus, *rows, other=Model(calls={1: ()}))
+    scores = score(one_tool, corpus, *metrics, other=Model(calls={1: ()}))
     assert scores["tool_asked"].value == 75
     assert scores["int8"].note == "tool_asked +0.0"
     assert scores["int8"].n == 4
     deaf = replace(JUDGES, open=lambda wave, rate: "")
-    options = NanoOptions(rows=("sums", "sums_open", "streamed"))
+    options = NanoOptions(metrics=("sums", "sums_open", "streamed"))
     scores = evaluate_nano(Model(cracked=(1,)), corpus, options, judges=deaf)
     assert (scores["streamed"].value, scores["streamed"].note) == (-12.5, "grammar -12.5")
 
 
-def test_quick_asks_few_questions_and_counts_them(corpus):
+def test_a_limit_asks_few_questions_and_counts_them(corpus):
     model, ticks = Model(), []
-    options = NanoOptions(rows=("sums", "tool_asked", "voice", "streamed"), quick=3, seed=5)
+    options = NanoOptions(metrics=("sums", "tool_asked", "voice", "streamed"), limit=3, seed=5)
     scores = evaluate_nano(
         model, corpus, options, judges=JUDGES, progress=lambda *at: ticks.append(at)
     )
-    assert [row.n for row in scores.rows] == [3] * 4
+    assert [metric.n for metric in scores.metrics] == [3] * 4
     assert ticks == [(n, 12) for n in range(1, 13)]
     sums = [(n, seed) for n, voice, tools, seed in model.asked if not voice and not tools]
     assert sums == [(0, 5), (2, 6), (5, 7)]
@@ -224,19 +231,19 @@ def test_missing_parts_of_the_set_are_said(corpus):
         (corpus / "heldout" / f"{name}.jsonl").unlink()
     (corpus / "voices" / "bert.wav").unlink()
     scores = score(Model(), corpus, "seen", *SPOKEN)
-    assert {row.mark for row in scores.rows} == {"not measured"}
-    assert scores.below == ()
+    assert {metric.verdict for metric in scores.metrics} == {"not measured"}
+    assert scores.below_threshold == ()
 
 
 def test_options_are_checked():
-    with pytest.raises(DataError, match="no row 'summs'"):
-        NanoOptions(rows=("summs",))
+    with pytest.raises(DataError, match="no metric 'summs'"):
+        NanoOptions(metrics=("summs",))
     with pytest.raises(DataError, match="at least 1"):
-        NanoOptions(quick=0)
+        NanoOptions(limit=0)
 
 
-def test_floors_and_aims_are_those_of_the_goal():
-    goals = {row.key: (row.floor, row.aim) for row in ROWS}
+def test_thresholds_and_targets_are_those_of_the_goal():
+    goals = {metric.key: (metric.threshold, metric.target) for metric in METRICS}
     assert goals["seen"] == (8, 3)
     assert goals["unseen"] == (25, 12)
     assert goals["digits"] == (55, 85)
@@ -258,11 +265,11 @@ def test_a_real_if_senseless_model_is_asked_as_a_user_asks(corpus, monkeypatch):
     tokenizer = Tokenizer(tokenizer_files.byte_tokenizer(testing.AUDIO_START, 512))
     model = StepAudio2(cfg, testing.tiny_params(cfg), tokenizer, speech=lambda: Speech())
     judges = Judges(grammar=lambda w, r: "", open=lambda w, r: "", voice=Voices())
-    options = NanoOptions(quick=1, max_new_tokens=12)
+    options = NanoOptions(limit=1, max_new_tokens=12)
     scores = evaluate_nano(model, corpus, options, other=model, judges=judges)
-    assert [row.key for row in scores.rows] == list(KEYS)
+    assert [metric.key for metric in scores.metrics] == list(KEYS)
     assert scores["sums"].value == 0
     assert scores["tool_unasked"].value == 100
     assert scores["seen"].value > 50
     assert scores["int8"].value == 0
-    assert scores["streamed"].mark == "not measured"
+    assert scores["streamed"].verdict == "not measured"

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from sa2jax.evaluate.scores import Row, Scores, bootstrap, print_scores, wilson
+from sa2jax.evaluate.scores import Metric, Scores, bootstrap, print_scores, wilson
 
-RATE = Row(key="sums", figure="sums", unit="%", floor=85, aim=97)
-WER = Row(key="seen", figure="WER", unit="%", floor=8, aim=3, lower=True)
+RATE = Metric(key="sums", title="sums", unit="%", threshold=85, target=97)
+WER = Metric(key="seen", title="WER", unit="%", threshold=8, target=3, lower_is_better=True)
 
 
 @pytest.mark.parametrize(
@@ -42,29 +42,30 @@ def test_words_of_one_recording_go_wrong_together():
 
 
 @pytest.mark.parametrize(
-    ("row", "value", "mark"),
+    ("metric", "value", "verdict"),
     [
-        (RATE, 97, "met"), (RATE, 96.9, "floor"), (RATE, 85, "floor"), (RATE, 84.9, "below"),
-        (WER, 3, "met"), (WER, 3.1, "floor"), (WER, 8, "floor"), (WER, 8.1, "below"),
-        (RATE, None, "not measured"), (RATE, 0, "below"), (WER, 0, "met"),
+        (RATE, 97, "target"), (RATE, 96.9, "threshold"), (RATE, 85, "threshold"),
+        (RATE, 84.9, "below"),
+        (WER, 3, "target"), (WER, 3.1, "threshold"), (WER, 8, "threshold"), (WER, 8.1, "below"),
+        (RATE, None, "not measured"), (RATE, 0, "below"), (WER, 0, "target"),
     ],
 )  # fmt: skip
-def test_marks(row, value, mark):
-    assert row.missing("why").mark == "not measured"
-    found = row if value is None else row.measured(value, 1)
-    assert found.mark == mark
+def test_verdicts(metric, value, verdict):
+    assert metric.not_measured("why").verdict == "not measured"
+    found = metric if value is None else metric.measured(value, 1)
+    assert found.verdict == verdict
 
 
 def test_a_row_without_items_is_no_figure():
-    assert RATE.rate([]).value is None
-    assert WER.errors([], []).mark == "not measured"
-    assert RATE.rate([True, True, True, False]).value == 75
+    assert RATE.accuracy([]).value is None
+    assert WER.word_error_rate([], []).verdict == "not measured"
+    assert RATE.accuracy([True, True, True, False]).value == 75
 
 
 def test_the_table_shows_every_row_and_note():
-    below = RATE.rate([True, False], "by a judge [not markup]")
-    missing = WER.missing("no recordings")
-    scores = Scores(title="nano", rows=(below, missing), facts={"seed": 0})
+    below = RATE.accuracy([True, False], "by a judge [not markup]")
+    missing = WER.not_measured("no recordings")
+    scores = Scores(title="nano", metrics=(below, missing), metadata={"seed": 0})
     out = StringIO()
     print_scores(scores, Console(file=out, width=150))
     text = out.getvalue()
@@ -73,8 +74,8 @@ def test_the_table_shows_every_row_and_note():
     assert "below" in text
     assert "sums: by a judge [not markup]" in text
     assert "seen: not measured: no recordings" in text
-    assert scores.below == ("sums",)
+    assert scores.below_threshold == ("sums",)
     assert scores["seen"] is missing
-    row = scores.to_dict()["rows"][0]
-    assert (row["value"], row["mark"]) == (50, "below")
-    assert np.allclose(row["interval"], (9.453, 90.547), atol=1e-3)
+    metric = scores.to_dict()["metrics"][0]
+    assert (metric["value"], metric["verdict"]) == (50, "below")
+    assert np.allclose(metric["interval"], (9.453, 90.547), atol=1e-3)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import soundfile
 
-from sa2jax.evaluate.heldout import HeldOut, spread
+from sa2jax.evaluate.heldout import HeldOut, evenly_spaced
 
 OUT = Path(__file__).parent / "nano"
 COUNTS = {"asr_seen": 30, "asr_unseen": 15, "sums": 19, "tools": 20, "tts": 6, "chat": 6}
@@ -25,7 +25,7 @@ def main(corpus: str) -> None:
     held_out = HeldOut.find(corpus)
     for name, count in COUNTS.items():
         lines = (held_out.folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-        chosen = [json.loads(line) for line in spread(lines, count)]
+        chosen = [json.loads(line) for line in evenly_spaced(lines, count)]
         for record in chosen:
             for file in record["audios"]:
                 _copy(held_out.folder / file, OUT / file)

@@ -51,10 +51,10 @@ class Script:
         self.left = 0  # replies that were not taken to their end
         self.pace = 0.0  # seconds for a block of ids: by default no voice can follow
 
-    def will_say(self, *replies: bytes | str | list[int], finish: str = "stop") -> "Script":
+    def will_say(self, *replies: bytes | str | list[int], finish_reason: str = "stop") -> "Script":
         for reply in replies:
             ids = reply.encode() if isinstance(reply, str) else reply
-            self.replies.append((list(ids), finish))
+            self.replies.append((list(ids), finish_reason))
         return self
 
     def session(self, generator):
@@ -62,22 +62,22 @@ class Script:
         script = self
 
         class Session:
-            prefilled, finish = 0, "left"
+            prefilled, finish_reason = 0, "abandoned"
 
             def reply(self, request, options, *, number=0, block=5):
                 script.prompts.append(request.ids.tolist())
                 script.requests.append(request)
                 script.options.append(options)
                 script.numbers.append(number)
-                ids, finish = script.replies.pop(0)
+                ids, finish_reason = script.replies.pop(0)
                 if len(ids) > options.max_new_tokens:
-                    ids, finish = ids[: options.max_new_tokens], "length"
-                self.prefilled, self.finish = len(request.ids), "left"
+                    ids, finish_reason = ids[: options.max_new_tokens], "length"
+                self.prefilled, self.finish_reason = len(request.ids), "abandoned"
                 script.left += 1
                 for start in range(0, len(ids), block):
                     time.sleep(script.pace)
                     yield ids[start : start + block]
-                self.finish = finish
+                self.finish_reason = finish_reason
                 script.left -= 1
 
             def fork(self):

@@ -300,7 +300,7 @@ def test_limit(generator, prompts, greedy):
     for limit in (1, BLOCK, BLOCK + 1, BLOCK + 2):
         replies = generator.generate(prompts, replace(GREEDY, max_new_tokens=limit))
         assert ids_of(replies) == [ids[:limit] for ids in greedy]
-        assert {reply.finish for (reply,) in replies} == {"length"}
+        assert {reply.finish_reason for (reply,) in replies} == {"length"}
 
 
 @pytest.mark.parametrize("place", [0, 1, 5, 13])
@@ -313,7 +313,7 @@ def test_stop_id(generator, prompts, greedy, place):
     ):
         end = ids.index(stop) if stop in ids else None
         assert list(reply.ids) == ids[:end]
-        assert reply.finish == ("length" if end is None else "stop")
+        assert reply.finish_reason == ("length" if end is None else "stop")
 
 
 @pytest.mark.parametrize("place", [0, 3, BLOCK - 1, BLOCK, 2 * BLOCK])  # tokens 8 | 9, 16 | 17
@@ -327,7 +327,7 @@ def test_stop_string(generator, prompts, greedy, place, length):
     ):
         ends = [n for n in range(1, NEW + 1) if string in spoken(ids[:n])]
         assert list(reply.ids) == (ids[: ends[0]] if ends else ids)
-        assert reply.finish == ("string" if ends else "length")
+        assert reply.finish_reason == ("string" if ends else "length")
 
 
 def test_stop_id_before_and_after_a_stop_string(generator, prompts, greedy):
@@ -335,7 +335,7 @@ def test_stop_id_before_and_after_a_stop_string(generator, prompts, greedy):
     for stop, finish, end in ((ids[4], "stop", 4), (ids[9], "string", 7)):
         options = replace(GREEDY, stop_ids=(stop,), stop_strings=(spoken([ids[6]]),))
         reply = generator.generate(prompts, options, decode_text=spoken)[3][0]
-        assert (list(reply.ids), reply.finish) == (ids[:end], finish)
+        assert (list(reply.ids), reply.finish_reason) == (ids[:end], finish)
 
 
 def test_stop_strings_end_the_work(generator, prompts):
@@ -354,7 +354,7 @@ def test_end_of_the_context(generator):
     requests = [text_request(rng, CONTEXT - n) for n in (3, 1, 40, 2)]
     replies = generator.generate(requests, GREEDY)
     assert [len(reply.ids) for (reply,) in replies] == [3, 1, NEW, 2]
-    assert {reply.finish for (reply,) in replies} == {"length"}
+    assert {reply.finish_reason for (reply,) in replies} == {"length"}
     for request, (reply,) in zip(requests, replies, strict=True):
         whole = np.concatenate([request.ids, reply.ids])[: CONTEXT - 1].astype(np.int32)
         best = generator.logits(Request(whole)).argmax(-1)[len(request.ids) - 1 :]

@@ -68,7 +68,7 @@ def test_a_reply_is_that_of_a_batch(generator, session, block, options):
     request = heard(text(0, 60), (5, 120))
     expected = alone(generator, request, options, number=4)
     assert said(session, request, options, number=4, block=block) == expected
-    assert (session.prefilled, session.finish) == (60, "length")
+    assert (session.prefilled, session.finish_reason) == (60, "length")
 
 
 @pytest.mark.parametrize("place", [0, 1, 4, 5, 6])
@@ -77,7 +77,7 @@ def test_stop_ids(generator, session, place):
     ids = alone(generator, request)
     stop = replace(GREEDY, stop_ids=(ids[place],))
     assert said(session, request, stop) == ids[: ids.index(ids[place])]
-    assert session.finish == "stop"
+    assert session.finish_reason == "stop"
 
 
 @pytest.mark.parametrize("limit", [1, 5, 6, 7])
@@ -86,13 +86,13 @@ def test_limits(generator, session, limit):
     ids = alone(generator, request)[:limit]
     assert said(session, request, replace(GREEDY, max_new_tokens=limit)) == ids
     assert said(session, replace(request, max_new_tokens=limit), GREEDY) == ids
-    assert session.finish == "length"
+    assert session.finish_reason == "length"
 
 
 def test_the_context_ends_a_reply(session):
     request = Request(text(0, CFG.decoder.max_positions - 4))
     assert len(said(session, request)) == 4
-    assert session.finish == "length"
+    assert session.finish_reason == "length"
 
 
 def test_a_prompt_is_read_in_pieces(generator, session):
@@ -168,7 +168,7 @@ def test_a_reply_may_be_left_at_any_time(generator, session):
         stream = session.reply(request, GREEDY, block=3)
         got = [i for _ in range(taken) for i in next(stream)]
         stream.close()
-        assert session.finish == "left"
+        assert session.finish_reason == "abandoned"
         assert got == ids[: len(got)]
         other = longer(request, got, text(5, 10))
         assert said(session, other) == alone(generator, other)

@@ -4,6 +4,7 @@ Every prompt is compared with ids written by hand from the templates, one id per
 """
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -27,14 +28,14 @@ from helpers.scripted import (
 )
 
 from sa2jax import testing
-from sa2jax.chat import tokenizer_files
-from sa2jax.chat.template import TASKS, Text
+from sa2jax.chat import template, tokenizer_files
+from sa2jax.chat.template import TASKS, Task, Text
 from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.errors import CheckpointError, PromptError, VoiceError
 from sa2jax.inference.engine import Generator
 from sa2jax.inference.requests import Options
 from sa2jax.pipeline import StepAudio2, conversation
-from sa2jax.pipeline.tasks import options_of
+from sa2jax.pipeline.task_runner import task_options
 
 SHORT = Options(max_new_tokens=6)
 HEARD = turn("human", heard(13))
@@ -59,7 +60,7 @@ def base(tiny) -> StepAudio2:
         testing.tiny_params(tiny.cfg),
         tiny.tokenizer,
         speech=lambda: Speech(),
-        style="base",
+        prompt_style="raw",
     )
     model.generator = tiny.generator
     return model
@@ -117,6 +118,27 @@ def test_audio_question(tiny, prompts):
     assert prompts == [turn("system", system) + turn("human", heard(13), question) + OPEN]
 
 
+def test_a_task_of_ones_own(tiny, prompts, monkeypatch):
+    """A new prompt is one entry in the table; it runs by its name, and as an object."""
+    task = Task(system="Whistle?", greedy=True, max_new_tokens=4)
+    monkeypatch.setitem(template.TASKS, "whistle", task)
+    by_name = tiny.run("whistle", [CLIP, Text("hm")], question="Yes?")
+    assert by_name == tiny.run(task, [CLIP, Text("hm")], question="Yes?")
+    assert prompts[: len(prompts) // 2] == [
+        turn("system", "Whistle?") + turn("human", heard(13), "Yes?") + OPEN,
+        turn("system", "Whistle?") + turn("human", "hm", "Yes?") + OPEN,
+    ]
+    assert [len(reply.ids) for reply in by_name] == [4, 4]
+    assert by_name[0].finish_reason == "length"
+    spoken = replace(task, spoken=True, max_new_tokens=30)
+    (reply,) = tiny.run(spoken, [CLIP], voice="bert")
+    assert reply.voice == "bert"
+    with pytest.raises(PromptError, match="there is no task 'sing': expected one of asr, "):
+        tiny.run("sing", [CLIP])
+    with pytest.raises(PromptError, match=r"expected a list of recordings or texts, got 'a\.wav'"):
+        tiny.run("asr", "a.wav")
+
+
 # --- tasks with a spoken answer ---
 
 
@@ -133,38 +155,40 @@ def test_text_to_speech(tiny, prompts):
 
 
 def test_text_to_speech_translation(tiny, prompts):
-    check_spoken(tiny.translate(Text("你好呀"), to="en", speech=True, max_new_tokens=30))
+    check_spoken(tiny.translate_speech(Text("你好呀"), to="en", max_new_tokens=30))
     system = turn("system", "将下面的文本翻译成英文，并用语音播报。\n")
     assert prompts == [system + turn("human", "你好呀") + SPOKEN]
 
 
 @pytest.mark.parametrize(("to", "name"), [("zh", "中文"), ("en", "英文")])
 def test_speech_to_speech_translation(tiny, prompts, to, name):
-    check_spoken(tiny.translate(CLIP, to=to, speech=True, max_new_tokens=30))
+    check_spoken(tiny.translate_speech(CLIP, to=to, max_new_tokens=30))
     system = turn("system", f"请仔细聆听这段语音，然后将其内容翻译成{name}并用语音播报。")
     assert prompts == [system + HEARD + SPOKEN]
 
 
 def test_recordings_and_texts_in_one_list(tiny):
-    replies = tiny.translate([CLIP, Text("你好"), CLIP], to="en", speech=True, max_new_tokens=30)
-    assert replies[1].ids == tiny.translate(
-        Text("你好"), to="en", speech=True, max_new_tokens=30
+    replies = tiny.translate_speech_batch([CLIP, Text("你好"), CLIP], to="en", max_new_tokens=30)
+    assert replies[1].ids == tiny.translate_speech(
+        Text("你好"), to="en", max_new_tokens=30
     ).ids  # fmt: skip
     assert replies[0].ids != replies[1].ids
-    assert tiny.translate([], speech=True) == []
+    assert tiny.translate_speech_batch([]) == []
 
 
 def test_spoken_tasks_refused(tiny):
-    for nothing in ("", " ", ["a", ""], 5):
+    for nothing in ("", " ", 5):
         with pytest.raises(PromptError, match="nothing to read"):
             tiny.tts(nothing)
+    with pytest.raises(PromptError, match="nothing to read"):
+        tiny.tts_batch(["a", ""])
     with pytest.raises(PromptError, match="text is translated into speech only"):
         tiny.translate(Text("你好"))
     with pytest.raises(VoiceError, match="expected one of anna, bert"):
         tiny.tts("a", voice="dora")
     mute = StepAudio2(tiny.cfg, testing.tiny_params(tiny.cfg), tiny.tokenizer)
     with pytest.raises(CheckpointError, match="cannot speak"):
-        mute.translate(CLIP, speech=True)
+        mute.translate_speech(CLIP)
 
 
 # --- conversations ---
@@ -181,7 +205,7 @@ def closed(message, reply) -> list[int]:
 
 def test_paralinguistic(tiny, prompts):
     task = TASKS["paralinguistic"]
-    options = options_of(task)
+    options = task_options(task)
     assert (options.sampling.temperature, options.max_new_tokens) == (0.7, 2048)
     chat = tiny.chat(task.system, voice="default", options=SHORT)
     check_spoken(chat.say([CLIP]))
@@ -253,8 +277,8 @@ def test_think(tiny, prompts):
 def test_base_tasks(base, prompts):
     base.transcribe(CLIP, max_new_tokens=6)
     check_spoken(base.tts("你好", max_new_tokens=6))
-    check_spoken(base.translate(Text("你好"), to="en", speech=True, max_new_tokens=6))
-    check_spoken(base.translate(CLIP, speech=True, max_new_tokens=6))
+    check_spoken(base.translate_speech(Text("你好"), to="en", max_new_tokens=6))
+    check_spoken(base.translate_speech(CLIP, max_new_tokens=6))
     text = lambda s: list(s.encode())
     assert prompts == [
         [*text("请记录下你所听到的语音内容。"), *heard(13)],

@@ -111,7 +111,7 @@ def recordings() -> list[tuple[np.ndarray, int]]:
 
 @pytest.fixture(scope="module")
 def texts(model, recordings) -> list[str]:
-    return model.transcribe(recordings, max_new_tokens=8)
+    return model.transcribe_batch(recordings, max_new_tokens=8)
 
 
 def test_transcribe_recordings_of_any_length(texts):
@@ -145,7 +145,7 @@ def test_every_form_of_a_recording_is_heard_alike(scripted, model, tmp_path):
         (stereo, RATE),
     ]  # fmt: skip
     script = scripted()
-    model.transcribe(forms)
+    model.transcribe_batch(forms)
     for request in script.requests:
         np.testing.assert_array_equal(request.ids, script.requests[0].ids)
         np.testing.assert_array_equal(request.mels[0], script.requests[0].mels[0])
@@ -156,7 +156,7 @@ def test_other_rates(scripted, model, rate):
     time = np.arange(rate) / rate
     tone = np.sin(2 * np.pi * 440 * time).astype(np.float32)
     script = scripted()
-    model.transcribe([(np.stack([tone, -tone]), rate), (tone, rate)])
+    model.transcribe_batch([(np.stack([tone, -tone]), rate), (tone, rate)])
     first, second = script.requests
     assert first.counts == (int(audio.num_tokens(audio.num_frames(RATE))),)
     np.testing.assert_array_equal(first.mels[0], second.mels[0])
@@ -226,7 +226,7 @@ def test_a_context_too_short_for_a_chunk(model):
 def test_bad_audio(scripted, model, source, message):
     script = scripted()
     with pytest.raises(AudioError, match=message):
-        model.transcribe([(noise(1), RATE), source])
+        model.transcribe_batch([(noise(1), RATE), source])
     assert script.requests == []  # noticed before anything is computed
 
 
@@ -298,12 +298,14 @@ def test_translate_to_an_unknown_language(model):
 def test_limits_seeds_and_progress(scripted, model):
     script, told = scripted(), []
     sources = [(noise(1), RATE)] * 3
-    model.translate(sources, max_new_tokens=7, seed=5, progress=lambda *done: told.append(done))
+    model.translate_batch(
+        sources, max_new_tokens=7, seed=5, progress=lambda *done: told.append(done)
+    )
     assert (script.options[0].max_new_tokens, script.options[0].seed) == (7, 5)
     assert told == [(3, 3)]
     with pytest.raises(PromptError, match="max_new_tokens=0"):
-        model.transcribe(sources, max_new_tokens=0)
-    assert model.transcribe([]) == []
+        model.transcribe_batch(sources, max_new_tokens=0)
+    assert model.transcribe_batch([]) == []
 
 
 def test_answers_return_to_their_recordings(scripted, model, monkeypatch):
@@ -318,7 +320,7 @@ def test_answers_return_to_their_recordings(scripted, model, monkeypatch):
 
     script.generate = by_length
     sources = [(noise(seconds), RATE) for seconds in lengths]
-    texts = model.transcribe(sources, progress=lambda *done: told.append(done))
+    texts = model.transcribe_batch(sources, progress=lambda *done: told.append(done))
     counts = [audio.num_tokens(audio.num_frames(seconds * RATE)) for seconds in lengths]
     assert texts == [str(int(count)) for count in counts]
     assert script.numbers == [[2, 3], [0, 4], [1]]  # what a prompt draws hangs on its own number
@@ -334,7 +336,7 @@ def test_text_is_without_audio_and_stops_at_the_end(model):
 
 
 def test_base_model(folder, scripted):
-    base = StepAudio2.from_pretrained(folder, style="base")
+    base = StepAudio2.from_pretrained(folder, prompt_style="raw")
     script = scripted(b"hello", model=base)
     assert base.transcribe((noise(1), RATE)) == "hello"
     assert script.prompts == [[*"请记录下你所听到的语音内容。".encode(), *heard(13)]]
@@ -445,5 +447,5 @@ def test_a_long_neighbour_does_not_lengthen_an_answer(model):
     """The default limit follows each recording's own length."""
     rng = np.random.default_rng(5)
     short, long = ((rng.standard_normal(16_000 * n) / 10, 16_000) for n in (1, 30))
-    assert model.transcribe([short, long])[0] == model.transcribe(short)
+    assert model.transcribe_batch([short, long])[0] == model.transcribe(short)
     assert len(model.transcribe(long)) != len(model.transcribe(long, max_new_tokens=5))

@@ -52,7 +52,7 @@ def test_the_second_answer_depends_on_the_first(model):
     greedy = Options(max_new_tokens=8)
     chat = model.chat(system, options=greedy)
     first, second = chat.say("hello"), chat.say("and now?")
-    assert (len(first.ids), first.finish) == (8, "length")
+    assert (len(first.ids), first.finish_reason) == (8, "length")
     assert model.chat(system, options=greedy).say("hello") == first
     assert model.chat(system, options=greedy).say("and now?").ids != second.ids
     turns = [turn("system", system), turn("human", "hello"), turn("assistant", list(first.ids)),
@@ -77,17 +77,17 @@ def test_a_turn_reads_only_its_own_positions(model):
     )
     reply = chat.say(noise(1))
     head = len(turn("system", "S"))
-    assert reply.timings.read == head + len(turn("human", heard(13))) + open_spoken
+    assert reply.timings.prompt_tokens == head + len(turn("human", heard(13))) + open_spoken
     expected = end() + len(turn("human", "more")) + open_written
     reply = chat.say("more", speak=False)
-    assert reply.timings.read == expected
+    assert reply.timings.prompt_tokens == expected
     expected = end() + len(turn("human", heard(25), "third")) + open_spoken
     reply = chat.say([noise(2, 1), "third"])
-    assert reply.timings.read == expected
+    assert reply.timings.prompt_tokens == expected
     other, expected = chat.fork(), end() + len(turn("human", "x")) + open_written
-    assert other.say("x", speak=False).timings.read == expected
+    assert other.say("x", speak=False).timings.prompt_tokens == expected
     chat.undo()
-    assert chat.say("y", speak=False).timings.read < 40
+    assert chat.say("y", speak=False).timings.prompt_tokens < 40
 
 
 def test_a_streamed_reply_is_the_whole_one(model, speech):
@@ -135,7 +135,7 @@ def test_cancel_and_go_on(model):
     fresh = model.chat("S", options=options)
     fresh.rounds = [chat.rounds[0]]
     assert fresh.say("go on", speak=False).ids == following.ids
-    assert following.timings.read < 40
+    assert following.timings.prompt_tokens < 40
 
 
 def warm_up(model, speech, options) -> None:
@@ -174,7 +174,7 @@ def test_fifty_turns_compile_nothing_new(model, speech):
 
 
 def test_spoken_tasks(model):
-    replies = model.tts(["one", "two", "three"], max_new_tokens=60)
+    replies = model.tts_batch(["one", "two", "three"], max_new_tokens=60)
     alone = model.tts("one", max_new_tokens=60)
     assert alone.ids == replies[0].ids
     assert len({reply.ids for reply in replies}) == 3

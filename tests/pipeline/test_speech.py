@@ -31,7 +31,7 @@ def test_a_spoken_answer(script, model):
     script.will_say(reply_ids, b"ok")
     chat = model.chat(system=None)
     reply = chat.say("hello", speak=True)
-    assert (reply.text, reply.codes, reply.finish, reply.voice) == (
+    assert (reply.text, reply.codes, reply.finish_reason, reply.voice) == (
         "Hello!", tuple(codes), "stop", "anna",
     )  # fmt: skip
     assert reply.ids == tuple(reply_ids)
@@ -40,7 +40,10 @@ def test_a_spoken_answer(script, model):
     assert reply.timings.speech == pytest.approx(2.8)
     assert 0 < reply.timings.first_text <= reply.timings.first_audio <= reply.timings.total
     assert reply.timings.real_time_factor == reply.timings.total / reply.timings.speech
-    assert (reply.timings.read, reply.timings.made) == (len(script.prompts[0]), len(reply_ids))
+    assert (reply.timings.prompt_tokens, reply.timings.generated_tokens) == (
+        len(script.prompts[0]),
+        len(reply_ids),
+    )
     assert script.prompts[0] == turn("human", "hello") + SPOKEN
     chat.say("more", speak=False)
     assert script.prompts[1] == (
@@ -124,7 +127,7 @@ def test_a_stop_string_ends_a_reply(script, model, speak):
     script.will_say(ids)
     chat = model.chat(options=Options(stop_strings=("nothing", "two")))
     reply = chat.say("a", speak=speak)
-    assert (reply.text, reply.finish) == ("one, two", "string")
+    assert (reply.text, reply.finish_reason) == ("one, two", "string")
     assert reply.ids == tuple(ids[:36] if speak else ids[:8])
 
 
@@ -133,7 +136,7 @@ def test_the_length_limit_ends_with_what_was_spoken(script, model):
     script.will_say(ids)
     chat = model.chat(options=Options(max_new_tokens=23))
     reply = chat.say("a", speak=True)
-    assert (reply.finish, reply.ids) == ("length", tuple(ids[:23]))
+    assert (reply.finish_reason, reply.ids) == ("length", tuple(ids[:23]))
     assert reply.codes == tuple(range(18))
     np.testing.assert_array_equal(reply.audio, sound(range(18)))
     # The history gets a whole group and the end of speech, as in training.
@@ -145,11 +148,11 @@ def test_the_length_limit_ends_with_what_was_spoken(script, model):
 def test_a_reply_in_circles_is_ended(script, model, loop):
     script.will_say([*b"So: ", *loop * 500])
     reply = model.chat(options=Options(max_new_tokens=2000, max_repeat=100)).say("a", speak=True)
-    assert reply.finish == "repeat"
+    assert reply.finish_reason == "repeat"
     assert len(reply.ids) == 4 + len(loop) + 100
     script.will_say([*b"So: ", *loop * 100])
     free = model.chat(options=Options(max_new_tokens=2000, max_repeat=0)).say("a", speak=True)
-    assert (free.finish, len(free.ids)) == ("stop", 4 + 100 * len(loop))
+    assert (free.finish_reason, len(free.ids)) == ("stop", 4 + 100 * len(loop))
 
 
 # --- thinking ---
@@ -196,5 +199,5 @@ def test_cancelled_while_thinking(script, model):
     stream = chat.stream("2+2?", speak=True)
     assert next(stream).thinking == "two a"
     reply = stream.cancel()
-    assert (reply.thinking, reply.text, reply.finish) == ("two a", "", "cancelled")
+    assert (reply.thinking, reply.text, reply.finish_reason) == ("two a", "", "cancelled")
     assert chat.history[1:] == (template.spoken_turn([TTS_END]),)

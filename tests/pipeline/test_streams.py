@@ -123,13 +123,13 @@ def test_cancelled_after_the_first_chunk(slow, model):
     (wave,) = until_sound(stream)
     reply = stream.cancel()
     np.testing.assert_array_equal(reply.audio, wave)
-    assert (reply.finish, reply.codes) == ("cancelled", tuple(range(25)))
+    assert (reply.finish_reason, reply.codes) == ("cancelled", tuple(range(25)))
     kept = [*ids[:32], *[TTS_PAD] * 3, TTS_END]  # 25 codes are six groups and one code more
     assert ids[31] == CODE_0 + 24
     assert reply.ids == tuple(kept)
     assert slow.left == 1  # the decoder was stopped
-    assert reply.timings.read == len(slow.prompts[0])
-    assert 32 <= reply.timings.made < len(ids)
+    assert reply.timings.prompt_tokens == len(slow.prompts[0])
+    assert 32 <= reply.timings.generated_tokens < len(ids)
     assert chat.say("b", speak=True).text == "Yes"
     assert slow.prompts[1] == (
         turn("human", "a") + turn("assistant", [TTS_START, *kept]) + turn("human", "b") + SPOKEN
@@ -160,9 +160,9 @@ def test_cancelled_after_its_end_while_it_still_plays(script, model):
     chat = model.chat(system=None)
     stream = chat.stream("a", speak=True)
     list(stream)
-    assert stream.cancel(played=100).finish == "stop"  # all of it was heard
+    assert stream.cancel(played=100).finish_reason == "stop"  # all of it was heard
     assert stream.cancel(played=1.0).codes == tuple(range(25))
-    assert (stream.reply.finish, len(chat.rounds)) == ("cancelled", 1)
+    assert (stream.reply.finish_reason, len(chat.rounds)) == ("cancelled", 1)
     chat.say("b")
     with pytest.raises(PromptError, match="only its newest answer can be cut"):
         stream.cancel(played=0.5)
@@ -204,7 +204,7 @@ def test_a_stream_that_is_left_is_cancelled(slow, model, leave):
         stream = chat.stream("a", speak=True)
         until_sound(stream)
         {"say": lambda: chat.say("b"), "undo": chat.undo, "fork": chat.fork}[leave]()
-    assert stream.reply.finish == "cancelled"
+    assert stream.reply.finish_reason == "cancelled"
     assert slow.left == 1
     assert len(chat.rounds) == {"with": 1, "say": 2, "undo": 0, "fork": 1}[leave]
 
@@ -217,7 +217,7 @@ def test_an_interrupt_while_listening_to_a_whole_answer_takes_it_back(script, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("sa2jax.pipeline.answer.Step._heard", interrupt)
+        patch.setattr("sa2jax.pipeline.answer.AnswerStep._emit_audio", interrupt)
         with pytest.raises(KeyboardInterrupt):
             chat.say("a", speak=True)
     assert chat.rounds == []
@@ -254,7 +254,7 @@ def test_cancelled_from_another_thread(slow, model):
     reply = stream.cancel()
     listener.join(10)
     assert not listener.is_alive()
-    assert reply.finish == "cancelled"
+    assert reply.finish_reason == "cancelled"
     assert 25 <= len(reply.codes) < 100
     assert chat.say("b").text == "ok"
 
@@ -292,7 +292,7 @@ def test_later_cuts_only_shorten(script, model):
     stream = chat.stream("a", speak=True)
     list(stream)
     whole = stream.reply
-    assert whole.finish == "tool_calls"
+    assert whole.finish_reason == "tool_calls"
     cut = stream.cancel(played=0.4)
     assert (cut.codes, cut.tool_calls, len(cut.audio)) == (tuple(range(10)), (), 10 * SAMPLES)
     again = stream.cancel(played=9)

@@ -43,7 +43,10 @@ def test_a_tool_call_inside_a_spoken_reply(script, model):
     assert reply.tool_calls == (ToolCall("search", {"query": "x"}),)
     assert [result.text for result in reply.tool_results] == ["wet"]
     assert [r.text for piece in pieces for r in piece.tool_results] == ["wet"]
-    assert (reply.finish, reply.ids) == ("stop", (*filler, *asked, *groups("Rain.", range(20, 30))))
+    assert (reply.finish_reason, reply.ids) == (
+        "stop",
+        (*filler, *asked, *groups("Rain.", range(20, 30))),
+    )
     head = turn("tool_json_schemas", json.dumps([SEARCH])) + turn("human", heard(13))
     assert script.prompts[0] == head + SPOKEN
     assert script.prompts[1] == (
@@ -103,7 +106,11 @@ def test_endless_tool_loops_end(script, model):
     script.will_say(*[call("get_date_time")] * 3, b"fine")
     chat = model.chat(tools=["get_date_time"], max_tool_rounds=2)
     reply = chat.say("a")
-    assert (reply.finish, len(reply.tool_calls), len(reply.tool_results)) == ("tool_limit", 3, 2)
+    assert (reply.finish_reason, len(reply.tool_calls), len(reply.tool_results)) == (
+        "tool_limit",
+        3,
+        2,
+    )
     assert reply.notes == ("the model called tools more than 2 times: not run again",)
     assert chat.say("b").text == "fine"
 
@@ -113,7 +120,7 @@ def test_calls_that_the_caller_answers(script, model):
     script.will_say(asked, b"Rain.", b"x")
     chat = model.chat(system=None, tools=json.dumps([SEARCH]))
     reply = chat.say("a")
-    assert (reply.finish, reply.text) == ("tool_calls", "")
+    assert (reply.finish_reason, reply.text) == ("tool_calls", "")
     assert reply.tool_calls == (ToolCall("search", {"query": "x"}),)
     reply = chat.say(ToolAnswer({"sky": "wet"}))
     assert (reply.text, reply.ids) == ("Rain.", (*b"Rain.",))
@@ -143,14 +150,14 @@ def test_a_callers_answer_is_treated_as_a_functions(script, model):
 def test_a_call_without_tools_is_not_run(script, model):
     script.will_say([*b"Hm ", *call("search")])
     reply = model.chat().say("a")
-    assert (reply.text, reply.finish) == ("Hm ", "stop")
+    assert (reply.text, reply.finish_reason) == ("Hm ", "stop")
     assert reply.tool_calls == (ToolCall("search", {}),)
 
 
 def test_a_cut_call(script, model):
-    script.will_say([*b"Hm ", *call("search")[:-4]], finish="length")
+    script.will_say([*b"Hm ", *call("search")[:-4]], finish_reason="length")
     reply = model.chat().say("a")
-    assert (reply.text, reply.finish) == ("Hm ", "length")
+    assert (reply.text, reply.finish_reason) == ("Hm ", "length")
     assert isinstance(reply.tool_calls[0], MalformedToolCall)
 
 

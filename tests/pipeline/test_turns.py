@@ -174,7 +174,7 @@ def test_dropped_turns_come_back_if_the_answer_fails(script, model, monkeypatch)
     chat = model.chat("S")
     chat.say("a" * 300)
     chat.say("b" * 300)
-    monkeypatch.setattr("sa2jax.pipeline.answer.Step.run", interrupt)
+    monkeypatch.setattr("sa2jax.pipeline.answer.AnswerStep.run", interrupt)
     with pytest.raises(KeyboardInterrupt):
         chat.say("c" * 300)
     assert len(chat.rounds) == 2

@@ -10,7 +10,7 @@ import soundfile
 from helpers.sound import tone
 
 from sa2jax import StepAudio2, checkpoint
-from sa2jax.convert.join import join
+from sa2jax.convert.assemble import assemble
 from sa2jax.errors import CheckpointError, ConfigError, DataError, TokenizerError
 from sa2jax.speech.store import SpeechFolder
 from sa2jax.speech_config import Token2WavConfig
@@ -49,7 +49,7 @@ def recording(tmp_path_factory):
 def joined(begun, recording, tmp_path_factory):
     out = tmp_path_factory.mktemp("joined") / "model"
     voices = {"sue": recording, "anna": recording}
-    notes = join(begun, begun, out, dtype="bfloat16", single=True, voices=voices)
+    notes = assemble(begun, begun, out, dtype="bfloat16", single=True, voices=voices)
     assert notes == []
     return out
 
@@ -156,9 +156,9 @@ def test_what_cannot_be_joined(begun, golden, tmp_path):
     ]
     for model, speech, said in mistakes:
         with pytest.raises(CheckpointError, match=said):
-            join(model, speech, tmp_path / "out")
+            assemble(model, speech, tmp_path / "out")
     broken = tmp_path / "broken"
-    join(begun, begun, broken, single=True)
+    assemble(begun, begun, broken, single=True)
     (broken / "params.safetensors").write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match=r"params\.safetensors"):
         StepAudio2.from_pretrained(broken)

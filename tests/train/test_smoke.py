@@ -24,7 +24,7 @@ def test_smoke(tmp_path, monkeypatch):
     assert not (tmp_path / "smoke" / "rejects.jsonl").exists()
     model = StepAudio2.from_pretrained(outcome.results["model"])
     heard = ["examples/audio/01_harbour.flac", "examples/audio/02_bread.flac"]
-    assert model.transcribe(heard) == [
+    assert model.transcribe_batch(heard) == [
         "The boats come back at noon.", "She baked two loaves of bread."
     ]  # fmt: skip
     chat = model.chat(options=Options(max_new_tokens=64))

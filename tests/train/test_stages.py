@@ -11,7 +11,7 @@ from sa2jax.train.stages import build_stages_recipe, run_stages
 THREE = {
     "first": "data show {out}/one --json",
     "second": "train --set 'seed={seed}'",
-    "third": "join {out}/a {out}/b {out}/c",
+    "third": "assemble {out}/a {out}/b {out}/c",
 }
 
 
@@ -37,7 +37,7 @@ def test_stages_are_run_in_order_once(ran, tmp_path):
     assert set(outcome.done) == set(THREE)
     assert lines == [
         f"data show {tmp_path}/one --json", "train --set seed=4",
-        f"join {tmp_path}/a {tmp_path}/b {tmp_path}/c",
+        f"assemble {tmp_path}/a {tmp_path}/b {tmp_path}/c",
     ]  # fmt: skip
     assert said[0].startswith("stage 1 of 3, first: sa2jax data show")
     assert run_stages(recipe, tmp_path).finished
@@ -58,7 +58,7 @@ def test_a_stage_that_fails_is_tried_again(ran, tmp_path):
     assert set(outcome.done) == {"first"}
     codes.clear()
     assert run_stages(recipe, tmp_path).finished
-    assert [line.split()[0] for line in lines] == ["data", "train", "train", "train", "join"]
+    assert [line.split()[0] for line in lines] == ["data", "train", "train", "train", "assemble"]
 
 
 def test_what_was_done_otherwise_is_told(ran, tmp_path):
@@ -92,6 +92,6 @@ def test_a_command_is_really_run(tmp_path, capfd):
         run_stages(recipe, tmp_path)
     assert "dataset.json" in capfd.readouterr().err
     assert not (tmp_path / stages.DONE).exists()
-    recipe = build_stages_recipe({"stages": {"help": "begin --help"}}, "x")
+    recipe = build_stages_recipe({"stages": {"help": "init --help"}}, "x")
     assert run_stages(recipe, tmp_path).finished
     assert list(json.loads((tmp_path / stages.DONE).read_text())) == ["help"]

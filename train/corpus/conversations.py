@@ -1,10 +1,10 @@
-"""Conversations of a synthetic corpus: who says what in which turn, for each task; no sound yet.
+"""Dialogues of a synthetic corpus as text: the turns of each task; no audio yet.
 
-    talks = plan_talks(config, seed=0)
+    dialogues = plan_dialogues(config, seed=0)
 
-Everything is drawn from a seed and the talk's own key, so that no talk depends on others. Open
-texts (transcribing, reading aloud, repeating) are split by a hash of the text: a held-out one is in
-no training file.
+Everything is drawn from a seed and the dialogue's own key, so that no dialogue depends on others.
+Open texts (transcribing, reading aloud, repeating) are split by a hash of the text: a held-out one
+is in no training file.
 """
 
 import json
@@ -34,12 +34,12 @@ REPEAT = "Please repeat what you hear."
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clip:
-    """Something that a user says.
+class Utterance:
+    """An utterance of the user, heard as audio.
 
     Attributes:
         text: its words.
-        voice: who says it, as this voice is; None for any voice, which may be bent.
+        voice: the voice, unmodified; None for a random one, which may be warped.
         loud: whether it is loud or soft; None for any level.
     """
 
@@ -49,36 +49,36 @@ class Clip:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
+class Turn:
     """One turn of a conversation.
 
     Attributes:
         role: as in `records.ROLES`.
-        text: what is written, or an assistant's words.
-        clip: what is heard in its place.
-        speak: whether an assistant says its words.
+        text: written text, or the words of a spoken reply.
+        utterance: audio of the user in its place.
+        spoken: whether the assistant's reply is spoken.
     """
 
     role: str
     text: str = ""
-    clip: Clip | None = None
-    speak: bool = False
+    utterance: Utterance | None = None
+    spoken: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class Talk:
+class Dialogue:
     """A conversation.
 
     Attributes:
         file: the jsonl file it belongs to, such as "talks/asr".
         index: its number there.
-        lines: its turns.
+        turns: its turns.
         tools: whether the model is offered the clock.
     """
 
     file: str
     index: int
-    lines: tuple[Line, ...]
+    turns: tuple[Turn, ...]
     tools: bool = False
 
     @property
@@ -88,26 +88,26 @@ class Talk:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldOut:
+class HeldOutConfig:
     """What is kept for evaluation.
 
     Attributes:
-        share: of open texts of at least three words that no training file holds.
+        fraction: of open texts of at least three words that no training file holds.
         counts: conversations by file of heldout/.
-        unseen: the voice that is heard there only.
+        unseen_voice: the voice that is heard there only.
     """
 
-    share: float
+    fraction: float
     counts: Mapping[str, int]
-    unseen: str
+    unseen_voice: str
 
     def __post_init__(self):
-        if not 0 < self.share < 0.5:
-            raise ConfigError(f"held_out.share: expected between 0 and 0.5, got {self.share}")
+        if not 0 < self.fraction < 0.5:
+            raise ConfigError(f"held_out.fraction: expected between 0 and 0.5, got {self.fraction}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Talks:
+class DialogueConfig:
     """What conversations a corpus holds.
 
     Attributes:
@@ -119,12 +119,12 @@ class Talks:
         tools: parts: time, day, other (nothing that the clock could answer).
         voices: parts: who, loud.
         text: parts: written, spoken (answered so), heard (answered in text), mixed, clock.
-        read_in_english: part of the tts prompts that are the English ones.
+        english_prompt_fraction: part of the tts prompts that are the English ones.
         held_out: what is kept for evaluation.
-        known: the voices that are to be known by name.
-        forms: sentences in place of the grammar's, with its slots and those of `words`, such as
-            "bring the {color} {instrument}"; none for the grammar's own.
-        words: more slots, or other words of the grammar's: "piano guitar drum" for each.
+        known_voices: the voices that are to be known by name.
+        templates: sentences in place of the grammar's, with its slots and those of `slot_values`,
+            such as "bring the {color} {instrument}"; none for the grammar's own.
+        slot_values: words for more slots, or other words for the grammar's: "piano guitar drum".
     """
 
     counts: Mapping[str, int]
@@ -133,54 +133,56 @@ class Talks:
     tools: Mapping[str, float]
     voices: Mapping[str, float]
     text: Mapping[str, float]
-    read_in_english: float
-    held_out: HeldOut
-    known: tuple[str, ...] = field(default=())
-    forms: tuple[str, ...] = ()
-    words: Mapping[str, str] = field(default_factory=dict)
+    english_prompt_fraction: float
+    held_out: HeldOutConfig
+    known_voices: tuple[str, ...] = field(default=())
+    templates: tuple[str, ...] = ()
+    slot_values: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def grammar(self) -> Sequence[str]:
         """Forms of sentences."""
-        return self.forms or grammar.SENTENCES
+        return self.templates or grammar.SENTENCES
 
     @cached_property
     def slots(self) -> Mapping[str, Sequence[str]]:
         """What each slot of a form may hold."""
         return {**grammar.WORDS} | {
-            name: tuple(words.split()) for name, words in self.words.items()
+            name: tuple(words.split()) for name, words in self.slot_values.items()
         }
 
     def __post_init__(self):
-        if empty := [name for name, words in self.words.items() if not words.split()]:
-            raise ConfigError(f"talks.words.{empty[0]}: expected words")
-        for form in self.forms:
+        if empty := [name for name, words in self.slot_values.items() if not words.split()]:
+            raise ConfigError(f"dialogues.slot_values.{empty[0]}: expected words")
+        for form in self.templates:
             if not form or re.sub(r"\{\w+\}|[a-z']+", "a", form).strip("a ") or "  " in form:
-                raise ConfigError(f"talks.forms: expected words and {{slots}}, got {form!r}")
+                raise ConfigError(
+                    f"dialogues.templates: expected words and {{slots}}, got {form!r}"
+                )
             if strange := [name for name in grammar.slots(form) if name not in self.slots]:
                 raise ConfigError(
-                    f"talks.forms: {form!r} has a slot {strange[0]}; there are "
+                    f"dialogues.templates: {form!r} has a slot {strange[0]}; there are "
                     + ", ".join(sorted(self.slots))
                 )
         for name, known in _PARTS.items():
             given = getattr(self, name)
             if strange := [key for key in given if key not in known]:
                 raise ConfigError(
-                    f"talks.{name}: there is no {strange[0]}; expected {', '.join(known)}"
+                    f"dialogues.{name}: there is no {strange[0]}; expected {', '.join(known)}"
                 )
             if min(given.values(), default=0) < 0 or sum(given.values()) <= 0:
-                raise ConfigError(f"talks.{name}: expected parts of 0 or more, not all 0")
+                raise ConfigError(f"dialogues.{name}: expected parts of 0 or more, not all 0")
         for name, counts, makers in (
             ("counts", self.counts, _TASKS),
             ("held_out.counts", self.held_out.counts, _HELD_OUT),
         ):
             if strange := [key for key in counts if key not in makers]:
                 raise ConfigError(
-                    f"talks.{name}: there is no {strange[0]}; expected {', '.join(makers)}"
+                    f"dialogues.{name}: there is no {strange[0]}; expected {', '.join(makers)}"
                 )
 
 
-def plan_talks(config: Talks, seed: int, scale: float = 1.0) -> list[Talk]:
+def plan_dialogues(config: DialogueConfig, seed: int, scale: float = 1.0) -> list[Dialogue]:
     """All conversations of a corpus, first those for training.
 
     Args:
@@ -198,21 +200,28 @@ def plan_talks(config: Talks, seed: int, scale: float = 1.0) -> list[Talk]:
             for index in range(max(2, round(count * scale)) if count else 0):
                 # Heard by other voices, the held-out texts are the same.
                 key = f"{folder}/{name.split('_')[0]}/{index:05d}"
-                draw = _Draw(grammar.random(seed, key), config, index, folder == "heldout", name)
-                lines = task(draw)
-                offered = task is _tools or any(line.role == "tool_call" for line in lines)
-                found.append(Talk(file=f"{folder}/{name}", index=index, lines=lines, tools=offered))
+                draw = _Sampler(grammar.random(seed, key), config, index, folder == "heldout", name)
+                turns = task(draw)
+                offered = task is _tools or any(turn.role == "tool_call" for turn in turns)
+                found.append(
+                    Dialogue(file=f"{folder}/{name}", index=index, turns=turns, tools=offered)
+                )
     return found
 
 
 # --- tasks --------------------------------------------------------------------------------------
 
 
-class _Draw:
+class _Sampler:
     """What one conversation is made from: chance, and which one it is."""
 
     def __init__(
-        self, rng: np.random.Generator, config: Talks, index: int, held_out: bool, name: str
+        self,
+        rng: np.random.Generator,
+        config: DialogueConfig,
+        index: int,
+        held_out: bool,
+        name: str,
     ):
         self.rng, self.config, self.index = rng, config, index
         self.held_out, self.name = held_out, name
@@ -233,7 +242,7 @@ class _Draw:
             kind = self.part(parts)
             text = self._open(kind)
             if kind == "question" or (
-                grammar.is_held_out(text, self.config.held_out.share) == self.held_out
+                grammar.is_held_out(text, self.config.held_out.fraction) == self.held_out
             ):
                 return text
 
@@ -254,51 +263,51 @@ class _Draw:
         return self.one(exchanges(self.one(kinds or tuple(grammar.EXCHANGES))))
 
 
-def _system(task: str) -> Line:
-    return Line(role="system", text=TASKS[task].system)
+def _system(task: str) -> Turn:
+    return Turn(role="system", text=TASKS[task].system)
 
 
-def _heard(text: str, **how: str | bool | None) -> Line:
-    return Line(role="user", clip=Clip(text=text, **how))  # type: ignore
+def _heard(text: str, **how: str | bool | None) -> Turn:
+    return Turn(role="user", utterance=Utterance(text=text, **how))  # type: ignore
 
 
-def _typed(text: str) -> Line:
-    return Line(role="user", text=text)
+def _typed(text: str) -> Turn:
+    return Turn(role="user", text=text)
 
 
-def _said(text: str) -> Line:
-    return Line(role="assistant", text=text, speak=True)
+def _said(text: str) -> Turn:
+    return Turn(role="assistant", text=text, spoken=True)
 
 
-def _written(text: str) -> Line:
-    return Line(role="assistant", text=text)
+def _written(text: str) -> Turn:
+    return Turn(role="assistant", text=text)
 
 
-def _asr(draw: _Draw) -> tuple[Line, ...]:
+def _asr(draw: _Sampler) -> tuple[Turn, ...]:
     text = draw.text(transcribed=True)
-    voice = draw.config.held_out.unseen if draw.name.endswith("_unseen") else None
+    voice = draw.config.held_out.unseen_voice if draw.name.endswith("_unseen") else None
     return _system("asr"), _heard(text, voice=voice), _written(text)
 
 
-def _short(draw: _Draw) -> tuple[Line, ...]:
+def _short(draw: _Sampler) -> tuple[Turn, ...]:
     text = draw.one(grammar.DIGITS if draw.rng.integers(2) else grammar.single_words())
     return _system("asr"), _heard(text), _written(text)
 
 
-def _tts(draw: _Draw) -> tuple[Line, ...]:
+def _tts(draw: _Sampler) -> tuple[Turn, ...]:
     task = TASKS["tts"]
-    english = draw.rng.random() < draw.config.read_in_english
+    english = draw.rng.random() < draw.config.english_prompt_fraction
     text = draw.text()
     prompt = task.system_en or "" if english else task.system
-    return Line(role="system", text=prompt), _typed(text), _said(text)
+    return Turn(role="system", text=prompt), _typed(text), _said(text)
 
 
-def _repeat(draw: _Draw) -> tuple[Line, ...]:
+def _repeat(draw: _Sampler) -> tuple[Turn, ...]:
     text = draw.text()
-    return Line(role="system", text=REPEAT), _heard(text), _said(text)
+    return Turn(role="system", text=REPEAT), _heard(text), _said(text)
 
 
-def _sum(draw: _Draw) -> tuple[Line, ...]:
+def _sum(draw: _Sampler) -> tuple[Turn, ...]:
     """All pairs in turn, so that none is missing."""
     pairs = exchanges("sum")
     wording = int(draw.rng.integers(len(pairs) // 100))
@@ -306,7 +315,7 @@ def _sum(draw: _Draw) -> tuple[Line, ...]:
     return _system("chat"), _heard(question), _said(answer)
 
 
-def _chat(draw: _Draw) -> tuple[Line, ...]:
+def _chat(draw: _Sampler) -> tuple[Turn, ...]:
     kind, system = draw.part(draw.config.chat), _system("chat")
     if kind == "name":
         name = draw.one(grammar.WORDS["name"])
@@ -324,7 +333,7 @@ def _chat(draw: _Draw) -> tuple[Line, ...]:
     return lines
 
 
-def _clock(draw: _Draw, kind: str, *, spoken: bool) -> tuple[Line, ...]:
+def _clock(draw: _Sampler, kind: str, *, spoken: bool) -> tuple[Turn, ...]:
     """A question that the clock answers."""
     now = datetime(2024, 1, 1) + timedelta(seconds=int(draw.rng.integers(3 * 366 * 86400)))
     zone = int(draw.rng.integers(-11, 13))
@@ -335,14 +344,14 @@ def _clock(draw: _Draw, kind: str, *, spoken: bool) -> tuple[Line, ...]:
         question, answer = draw.one(grammar.ASK_TIME), f"it is {clock}"
     else:
         question, answer = draw.one(grammar.ASK_DAY), f"today is {day}"
-    call = Line(role="tool_call", text=json.dumps({"name": CLOCK, "arguments": {}}))
-    told = Line(role="tool_response", text=result)
+    call = Turn(role="tool_call", text=json.dumps({"name": CLOCK, "arguments": {}}))
+    told = Turn(role="tool_response", text=result)
     if spoken:
         return _heard(question), _said(grammar.LOOKING), call, told, _said(answer)
     return _typed(question), call, told, _written(answer)
 
 
-def _tools(draw: _Draw) -> tuple[Line, ...]:
+def _tools(draw: _Sampler) -> tuple[Turn, ...]:
     kind = draw.part(draw.config.tools)
     if kind != "other":
         return _system("chat"), *_clock(draw, kind, spoken=True)
@@ -350,9 +359,9 @@ def _tools(draw: _Draw) -> tuple[Line, ...]:
     return _system("chat"), _heard(question), _said(answer)
 
 
-def _voices(draw: _Draw) -> tuple[Line, ...]:
+def _voices(draw: _Sampler) -> tuple[Turn, ...]:
     if draw.part(draw.config.voices) == "who":
-        voice = draw.one(draw.config.known)
+        voice = draw.one(draw.config.known_voices)
         return _system("paralinguistic"), _heard(draw.one(grammar.ASK_WHO), voice=voice), _said(
             f"this is {voice}"
         )  # fmt: skip
@@ -361,13 +370,13 @@ def _voices(draw: _Draw) -> tuple[Line, ...]:
     return _system("paralinguistic"), _heard(draw.one(grammar.ASK_LOUD), loud=loud), _said(answer)
 
 
-def _clock_in_text(draw: _Draw) -> tuple[Line, ...]:
+def _clock_in_text(draw: _Sampler) -> tuple[Turn, ...]:
     """What the clock says is learnt here, a thousand times of day: no sound, few tokens."""
     kind = "time" if draw.rng.random() < 0.8 else "day"
     return _system("chat"), *_clock(draw, kind, spoken=False)
 
 
-def _text(draw: _Draw) -> tuple[Line, ...]:
+def _text(draw: _Sampler) -> tuple[Turn, ...]:
     kind, system = draw.part(draw.config.text), _system("chat")
     if kind == "clock":
         return system, *_clock(draw, draw.one(("time", "day")), spoken=False)
@@ -379,7 +388,7 @@ def _text(draw: _Draw) -> tuple[Line, ...]:
     return system, ask(question), (_said if kind == "spoken" else _written)(answer)
 
 
-_TASKS: Mapping[str, Callable[[_Draw], tuple[Line, ...]]] = {
+_TASKS: Mapping[str, Callable[[_Sampler], tuple[Turn, ...]]] = {
     "asr": _asr, "short": _short, "tts": _tts, "repeat": _repeat, "sums": _sum, "chat": _chat,
     "tools": _tools, "voices": _voices, "text": _text, "clock": _clock_in_text,
 }  # fmt: skip

@@ -1,7 +1,7 @@
 """The recipe of a synthetic corpus, and the recordings that it asks for.
 
 config = read_corpus("nano/corpus", {"seed": 1})
-plan = Plan.of(config, scale=0.01)  # conversations and jobs; nothing is made yet
+plan = CorpusPlan.of(config, scale=0.01)  # conversations and jobs; nothing is made yet
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,9 +11,9 @@ from typing import Any, Self
 
 from sa2jax.errors import ConfigError, DataError
 from sa2jax.train.corpus import grammar
-from sa2jax.train.corpus.acoustics import Effects, Range
-from sa2jax.train.corpus.conversations import Clip, Talk, Talks, plan_talks
-from sa2jax.train.corpus.tts_engines import Manner, VoiceSpec
+from sa2jax.train.corpus.acoustics import AcousticAugmentation, Range
+from sa2jax.train.corpus.conversations import Dialogue, DialogueConfig, Utterance, plan_dialogues
+from sa2jax.train.corpus.tts_engines import VoiceSpec, VoiceStyle
 from sa2jax.train.recipe import apply_overrides, build_config, read_recipe_values
 
 KIND = "corpus"  # of recipes
@@ -21,49 +21,50 @@ OPEN = ("asr", "tts", "repeat")  # tasks whose texts are split
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class CorpusSettings:
     """All of a recipe but its voices.
 
     Attributes:
         seed: of everything.
-        talks: what is said.
-        effects: what happens to what is heard.
-        held_out_effects: the same for evaluation.
-        loud: peak of loud voices, dB of full scale.
-        soft: peak of soft ones.
-        level: RMS level of replies and clean speech, dB.
-        silence: before and after replies, s.
-        answers: replies of at most so many words are said by all of `conversations.known`, for
-            `speech.jsonl`: who speaks in one of these voices has heard short answers in it.
-        clean: part of the clips to transcribe that `speech.jsonl` has without effects.
-        prompt: what voices/NAME.wav says; {name} is the voice's.
+        dialogues: what is said.
+        augmentation: acoustic data augmentation of the user's utterances.
+        held_out_augmentation: the same for evaluation.
+        loud_peak_db: peak of loud voices, dB of full scale.
+        soft_peak_db: peak of soft voices, dB of full scale.
+        speech_rms_db: RMS level of replies and clean speech, dB.
+        silence_seconds: before and after replies, s.
+        short_reply_words: replies of at most so many words are synthesised in all of
+            `dialogues.known_voices` for `speech.jsonl`, so that each voice has short replies.
+        clean_fraction: share of the utterances to transcribe that `speech.jsonl` has without
+            augmentation.
+        voice_prompt_text: text of voices/NAME.wav; {name} is the voice's.
     """
 
     seed: int = 0
-    talks: Talks
-    effects: Effects
-    held_out_effects: Effects
-    loud: Range
-    soft: Range
-    level: float
-    silence: Range
-    clean: float
-    prompt: str
-    answers: int = 0
+    dialogues: DialogueConfig
+    augmentation: AcousticAugmentation
+    held_out_augmentation: AcousticAugmentation
+    loud_peak_db: Range
+    soft_peak_db: Range
+    speech_rms_db: float
+    silence_seconds: Range
+    clean_fraction: float
+    voice_prompt_text: str
+    short_reply_words: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class CorpusConfig(Settings):
+class CorpusConfig(CorpusSettings):
     """A recipe.
 
     Attributes:
-        voices: by name; the first of `conversations.known` is the assistant's own.
+        voices: by name; the first of `dialogues.known_voices` is the assistant's own.
     """
 
     voices: Mapping[str, VoiceSpec]
 
     def __post_init__(self):
-        known, unseen = self.talks.known, self.talks.held_out.unseen
+        known, unseen = self.dialogues.known_voices, self.dialogues.held_out.unseen_voice
         for name in (*known, unseen):
             if name not in self.voices:
                 raise ConfigError(f"there is no voice {name!r}: the recipe has {list(self.voices)}")
@@ -96,7 +97,7 @@ def read_corpus(source: str | Path, changes: Mapping[str, Any] | None = None) ->
         if not isinstance(spec, dict):
             raise ConfigError(f"{source}: voices.{name}: expected values by name, got {spec!r}")
         voices[name] = build_config(VoiceSpec, spec, f"{source}: voices.{name}")
-    settings = build_config(Settings, values, str(source))
+    settings = build_config(CorpusSettings, values, str(source))
     own = {item.name: getattr(settings, item.name) for item in fields(settings)}
     return CorpusConfig(voices=voices, **own)
 
@@ -106,21 +107,21 @@ def read_corpus(source: str | Path, changes: Mapping[str, Any] | None = None) ->
 
 @dataclass(frozen=True)
 class Job:
-    """A recording to make.
+    """A recording to synthesise.
 
     Attributes:
         path: where, as seen from OUT.
         text: what is said.
-        manner: by whom.
-        key: what chance is drawn from; None for a clean one.
+        style: voice and style.
+        key: key of its random numbers; None for a clean one.
         peak: its level, if that is asked for, dB.
-        clean: where it goes without effects, too.
-        held_out: which effects it has.
+        clean: path of the same without augmentation, too.
+        held_out: whether its augmentation is that of evaluation.
     """
 
     path: str
     text: str
-    manner: Manner
+    style: VoiceStyle
     key: str | None = None
     peak: Range | None = None
     clean: str | None = None
@@ -128,81 +129,87 @@ class Job:
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class CorpusPlan:
     """All conversations and recordings of a corpus, by the recordings' paths."""
 
-    talks: list[Talk]
+    dialogues: list[Dialogue]
     jobs: dict[str, Job]
 
     @classmethod
     def of(cls, config: CorpusConfig, scale: float) -> Self:
         """All that a recipe asks for, its counts times `scale`."""
-        talks = plan_talks(config.talks, config.seed, scale)
-        _check_split(talks)
+        dialogues = plan_dialogues(config.dialogues, config.seed, scale)
+        _check_split(dialogues)
         jobs = [
-            Job(f"voices/{name}.wav", config.prompt.format(name=name), _own(config, name))
-            for name in config.talks.known
+            Job(
+                f"voices/{name}.wav", config.voice_prompt_text.format(name=name), _own(config, name)
+            )
+            for name in config.dialogues.known_voices
         ]
-        own = _own(config, config.talks.known[0])
-        for talk in talks:
-            for turn, line in enumerate(talk.lines):
-                if line.clip is not None:
-                    jobs.append(_heard(config, talk, turn, line.clip))
-                elif line.speak:
-                    held_out = talk.file.startswith("heldout/")
-                    path = reply_path(talk, line.text)
-                    jobs.append(Job(path, line.text, own, held_out=held_out))
-                    if not held_out and len(line.text.split()) <= config.answers:
+        own = _own(config, config.dialogues.known_voices[0])
+        for dialogue in dialogues:
+            for number, turn in enumerate(dialogue.turns):
+                if turn.utterance is not None:
+                    jobs.append(_heard(config, dialogue, number, turn.utterance))
+                elif turn.spoken:
+                    held_out = dialogue.file.startswith("heldout/")
+                    path = reply_path(dialogue, turn.text)
+                    jobs.append(Job(path, turn.text, own, held_out=held_out))
+                    if not held_out and len(turn.text.split()) <= config.short_reply_words:
                         folder, name = path.rsplit("/", 1)
                         jobs += [
-                            Job(f"{folder}/{voice}/{name}", line.text, _own(config, voice))
-                            for voice in config.talks.known[1:]
+                            Job(f"{folder}/{voice}/{name}", turn.text, _own(config, voice))
+                            for voice in config.dialogues.known_voices[1:]
                         ]
-        return cls(talks, {job.path: job for job in jobs})
+        return cls(dialogues, {job.path: job for job in jobs})
 
 
-def _own(config: CorpusConfig, name: str) -> Manner:
+def _own(config: CorpusConfig, name: str) -> VoiceStyle:
     """A voice as it is."""
-    return Manner(voice=name, speed=config.voices[name].speed)
+    return VoiceStyle(voice=name, speed=config.voices[name].speed)
 
 
-def _heard(config: CorpusConfig, talk: Talk, turn: int, clip: Clip) -> Job:
-    """What a user says: a voice, a manner and effects by chance."""
-    path = clip_path(talk, turn)
-    rng, held_out = grammar.random(config.seed, f"{path} voice"), talk.file.startswith("heldout/")
+def _heard(config: CorpusConfig, dialogue: Dialogue, turn: int, utterance: Utterance) -> Job:
+    """The recording of a user's utterance: random voice, style and level."""
+    path = utterance_path(dialogue, turn)
+    rng = grammar.random(config.seed, f"{path} voice")
+    held_out = dialogue.file.startswith("heldout/")
     drawn = grammar.weighted(rng, {name: spec.weight for name, spec in config.voices.items()})
-    name, bent = clip.voice or drawn, clip.voice is None and not held_out
-    manner = Manner.draw(rng, name, config.voices[name], bent=bent)
-    level = {None: None, True: config.loud, False: config.soft}[clip.loud]
-    transcribed = talk.file.split("/")[1].startswith("asr")
-    keep = transcribed and (held_out or rng.random() < config.clean)
+    name, warped = utterance.voice or drawn, utterance.voice is None and not held_out
+    style = VoiceStyle.draw(rng, name, config.voices[name], warped=warped)
+    level = {None: None, True: config.loud_peak_db, False: config.soft_peak_db}[utterance.loud]
+    transcribed = dialogue.file.split("/")[1].startswith("asr")
+    keep = transcribed and (held_out or rng.random() < config.clean_fraction)
     clean = path.replace("/heard/", "/clean/") if keep else None
-    return Job(path, clip.text, manner, path, level, clean, held_out)
+    return Job(path, utterance.text, style, path, level, clean, held_out)
 
 
-def clip_path(talk: Talk, turn: int) -> str:
+def utterance_path(dialogue: Dialogue, turn: int) -> str:
     """Where what a user says in a turn is, as seen from OUT."""
-    folder, name = talk.file.split("/")
-    return f"{folder}/heard/{name}/{talk.index:05d}_{turn}.flac"
+    folder, name = dialogue.file.split("/")
+    return f"{folder}/heard/{name}/{dialogue.index:05d}_{turn}.flac"
 
 
-def reply_path(talk: Talk, text: str) -> str:
+def reply_path(dialogue: Dialogue, text: str) -> str:
     """Where a reply is, as seen from OUT; those of the same words are one recording."""
-    return f"{talk.file.split('/')[0]}/said/{text.replace(' ', '_')}.flac"
+    return f"{dialogue.file.split('/')[0]}/said/{text.replace(' ', '_')}.flac"
 
 
-def _check_split(talks: Iterable[Talk]) -> None:
+def _check_split(dialogues: Iterable[Dialogue]) -> None:
     """No open text of heldout/ may be in what is learnt.
 
     Raises:
         DataError: if one is, which is a fault of the grammar.
     """
     texts: dict[bool, set[str]] = {True: set(), False: set()}
-    for talk in talks:
-        held_out, task = talk.file.startswith("heldout/"), talk.file.split("/")[1].split("_")[0]
+    for dialogue in dialogues:
+        held_out, task = (
+            dialogue.file.startswith("heldout/"),
+            dialogue.file.split("/")[1].split("_")[0],
+        )
         if task in OPEN or not held_out:
             texts[held_out] |= {
-                line.clip.text if line.clip else line.text for line in talk.lines[1:]
+                turn.utterance.text if turn.utterance else turn.text for turn in dialogue.turns[1:]
             }
     if both := sorted(texts[True] & texts[False]):
         raise DataError(f"held-out texts are in the training data: {', '.join(both[:3])}")

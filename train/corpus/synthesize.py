@@ -35,9 +35,9 @@ from sa2jax.audio.rates import CODE_RATE, SAMPLE_RATE, SPEECH_SAMPLE_RATE
 from sa2jax.errors import DataError
 from sa2jax.speech.voices import MIN_SECONDS
 from sa2jax.train.corpus import grammar
-from sa2jax.train.corpus.conversations import TOOLS, Talk
-from sa2jax.train.corpus.plan import CorpusConfig, Job, Plan, clip_path, reply_path
-from sa2jax.train.corpus.tts_engines import Manner, Mouth, version_of
+from sa2jax.train.corpus.conversations import TOOLS, Dialogue
+from sa2jax.train.corpus.plan import CorpusConfig, CorpusPlan, Job, reply_path, utterance_path
+from sa2jax.train.corpus.tts_engines import Synthesizer, VoiceStyle, version_of
 from sa2jax.train.data.records import AUDIO_MARK
 
 ABOUT, RECIPE, BABBLE = "corpus.json", "recipe.json", "noise/babble.flac"
@@ -76,12 +76,12 @@ def synthesize(
     out = Path(os.path.abspath(out))
     if scale <= 0 or workers < 1:
         raise DataError(f"expected scale above 0 and workers >= 1, got {scale} and {workers}")
-    mouth = Mouth(config.voices)
+    synthesizer = Synthesizer(config.voices)
     with disk_errors(out):
         _begin(out, {"recipe": asdict(config), "scale": scale})
-        plan = Plan.of(config, scale)
+        plan = CorpusPlan.of(config, scale)
         if not (out / BABBLE).exists():
-            _write(out / BABBLE, _make_babble(mouth, config), SAMPLE_RATE)
+            _write(out / BABBLE, _make_babble(synthesizer, config), SAMPLE_RATE)
         lengths: dict[str, float] = {}
         total = len(plan.jobs) + sum(job.clean is not None for job in plan.jobs.values())
         for number, (name, seconds) in enumerate(_made(plan, out, config, workers), 1):
@@ -100,7 +100,7 @@ class _Maker:
 
     def __init__(self, out: Path, config: CorpusConfig):
         self.out, self.config = out, config
-        self.mouth = Mouth(config.voices)
+        self.synthesizer = Synthesizer(config.voices)
         self.babble = soundfile.read(out / BABBLE, dtype="float32")[0]
 
     def make(self, job: Job) -> list[tuple[str, float]]:
@@ -116,14 +116,14 @@ class _Maker:
     def _make(self, job: Job) -> None:
         import soxr
 
-        wave = self.mouth.say(job.text, job.manner)
+        wave = self.synthesizer.say(job.text, job.style)
         clean = _settled(wave, self.config)
         if job.key is None:
             _write(self.out / job.path, clean, SPEECH_SAMPLE_RATE)
             return
         if job.clean:
             _write(self.out / job.clean, clean, SPEECH_SAMPLE_RATE)
-        chosen = self.config.held_out_effects if job.held_out else self.config.effects
+        chosen = self.config.held_out_augmentation if job.held_out else self.config.augmentation
         rng = grammar.random(self.config.seed, f"{job.key} sound")
         wave = soxr.resample(wave, SPEECH_SAMPLE_RATE, SAMPLE_RATE)
         heard = chosen.apply(wave, rng, self.babble, job.peak)
@@ -133,14 +133,14 @@ class _Maker:
 def _settled(wave: Float[np.ndarray, " T"], config: CorpusConfig) -> Float[np.ndarray, " T2"]:
     """Clean speech (24 kHz) at its level, with silence around, of whole codes."""
     rms = float(np.sqrt(np.mean(wave.astype(np.float64) ** 2)))
-    gain = min(10 ** (config.level / 20) / rms, 0.95 / float(np.abs(wave).max()))
-    before, after = (round(seconds * SPEECH_SAMPLE_RATE) for seconds in config.silence)
+    gain = min(10 ** (config.speech_rms_db / 20) / rms, 0.95 / float(np.abs(wave).max()))
+    before, after = (round(seconds * SPEECH_SAMPLE_RATE) for seconds in config.silence_seconds)
     after += -(before + len(wave) + after) % CODE
     return np.pad(wave * np.float32(gain), (before, after))
 
 
-def _make_babble(mouth: Mouth, config: CorpusConfig) -> Float[np.ndarray, " T"]:
-    """Voices that talk at the same time (16 kHz), about ten seconds."""
+def _make_babble(synthesizer: Synthesizer, config: CorpusConfig) -> Float[np.ndarray, " T"]:
+    """Babble noise: several voices at once (16 kHz), about ten seconds."""
     import soxr
 
     rng = grammar.random(config.seed, BABBLE)
@@ -150,15 +150,17 @@ def _make_babble(mouth: Mouth, config: CorpusConfig) -> Float[np.ndarray, " T"]:
         said = []
         for _ in range(8):
             name = names[int(rng.integers(len(names)))]
-            manner = Manner.draw(rng, name, config.voices[name], bent=True)
-            said.append(mouth.say(grammar.sentence(rng), manner))
+            style = VoiceStyle.draw(rng, name, config.voices[name], warped=True)
+            said.append(synthesizer.say(grammar.sentence(rng), style))
         layers.append(np.concatenate(said))
     length = min(map(len, layers))
     mixed = soxr.resample(sum(layer[:length] for layer in layers), SPEECH_SAMPLE_RATE, SAMPLE_RATE)
     return mixed * np.float32(0.5 / np.abs(mixed).max())
 
 
-def _made(plan: Plan, out: Path, config: CorpusConfig, workers: int) -> Iterator[tuple[str, float]]:
+def _made(
+    plan: CorpusPlan, out: Path, config: CorpusConfig, workers: int
+) -> Iterator[tuple[str, float]]:
     """Make all recordings; the first path and seconds of each job, then those of clean ones."""
     jobs = list(plan.jobs.values())
     for folder in {(out / name).parent for job in jobs for name in (job.path, job.clean or BABBLE)}:
@@ -230,29 +232,33 @@ def _write(path: Path, wave: Float[np.ndarray, " T"], rate: int) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _row(talk: Talk, jobs: Mapping[str, Job]) -> dict[str, Any]:
+def _row(dialogue: Dialogue, jobs: Mapping[str, Job]) -> dict[str, Any]:
     """A conversation as a line of jsonl."""
     messages, audios, speakers = [], [], []
-    for turn, line in enumerate(talk.lines):
-        message = {"role": line.role, "content": line.text}
-        if line.clip is not None:
-            path = clip_path(talk, turn)
+    for number, turn in enumerate(dialogue.turns):
+        message = {"role": turn.role, "content": turn.text}
+        if turn.utterance is not None:
+            path = utterance_path(dialogue, number)
             message["content"] = AUDIO_MARK
             audios.append(path.partition("/")[2])
-            speakers.append(jobs[path].manner.speaker)
-        elif line.speak:
-            message["speech"] = reply_path(talk, line.text).partition("/")[2]
+            speakers.append(jobs[path].style.speaker)
+        elif turn.spoken:
+            message["speech"] = reply_path(dialogue, turn.text).partition("/")[2]
         messages.append(message)
-    row = {"id": talk.key.partition("/")[2], "messages": messages, "audios": audios}
-    return row | {"speakers": speakers} | ({"tools": TOOLS} if talk.tools else {})
+    row = {"id": dialogue.key.partition("/")[2], "messages": messages, "audios": audios}
+    return row | {"speakers": speakers} | ({"tools": TOOLS} if dialogue.tools else {})
 
 
-def _write_rows(out: Path, plan: Plan, seconds: Mapping[str, float]) -> dict[str, list[str]]:
+def _write_rows(out: Path, plan: CorpusPlan, seconds: Mapping[str, float]) -> dict[str, list[str]]:
     """Write all jsonl files; the recordings that each of them has, as seen from OUT."""
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
     used: dict[str, list[str]] = defaultdict(list)
-    for talk in plan.talks:
-        row, file, folder = _row(talk, plan.jobs), f"{talk.file}.jsonl", talk.file.split("/")[0]
+    for dialogue in plan.dialogues:
+        row, file, folder = (
+            _row(dialogue, plan.jobs),
+            f"{dialogue.file}.jsonl",
+            dialogue.file.split("/")[0],
+        )
         rows[file].append(row)
         used[file] += [f"{folder}/{name}" for name in row["audios"]]
         used[file] += [f"{folder}/{m['speech']}" for m in row["messages"] if "speech" in m]
@@ -265,7 +271,7 @@ def _write_rows(out: Path, plan: Plan, seconds: Mapping[str, float]) -> dict[str
             if name is None or name.endswith(".wav") or known:
                 continue
             file, start = (f"{HELD_OUT}{file}", len(HELD_OUT)) if job.held_out else (file, 0)
-            row = {"audio": name[start:], "text": job.text, "speaker": job.manner.speaker}
+            row = {"audio": name[start:], "text": job.text, "speaker": job.style.speaker}
             rows[file].append(row)
             used[file].append(name)
     for file in (SPEECH, f"{HELD_OUT}{SPEECH}"):
@@ -288,7 +294,7 @@ def _name_voices(rows: list[dict[str, Any]], seconds: list[float]) -> None:
 
 
 def _about(
-    config: CorpusConfig, scale: float, plan: Plan, used: Mapping[str, list[str]],
+    config: CorpusConfig, scale: float, plan: CorpusPlan, used: Mapping[str, list[str]],
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:  # fmt: skip
     """What corpus.json says."""
@@ -296,10 +302,10 @@ def _about(
     hours: dict[str, float] = defaultdict(float)
     for job in jobs:
         kind = "heard" if job.key else "said"
-        hours[f"{job.manner.voice} {kind}"] += seconds[job.path] / 3600
+        hours[f"{job.style.voice} {kind}"] += seconds[job.path] / 3600
         if job.clean:
-            hours[f"{job.manner.voice} clean"] += seconds[job.clean] / 3600
-    records = Counter(f"{talk.file}.jsonl" for talk in plan.talks)
+            hours[f"{job.style.voice} clean"] += seconds[job.clean] / 3600
+    records = Counter(f"{dialogue.file}.jsonl" for dialogue in plan.dialogues)
     records |= {file: len(names) for file, names in used.items() if file not in records}
     engines = sorted({spec.engine for spec in config.voices.values()})
     return {
@@ -313,7 +319,7 @@ def _about(
         "recordings": len(seconds),
         "hours": round(sum(seconds.values()) / 3600, 3),
         "hours_by_voice": {name: round(value, 3) for name, value in sorted(hours.items())},
-        "speakers": len({job.manner.speaker for job in jobs}),
+        "speakers": len({job.style.speaker for job in jobs}),
         "texts": len({job.text for job in jobs}),
         "sentences_in_grammar": grammar.count_sentences(),
         "vocabulary": sorted({word for job in jobs for word in job.text.split()}),

@@ -1,7 +1,7 @@
-"""Who speaks in a synthetic corpus: engines that turn text into sound, and voices made of them.
+"""Text-to-speech engines of a synthetic corpus, and the voices made of them.
 
-    mouth = Mouth({"anna": VoiceSpec(engine="hibari")})
-    wave = mouth.say("seven", Manner(voice="anna"))  # 24 kHz, without silence around
+    synthesizer = Synthesizer({"anna": VoiceSpec(engine="hibari")})
+    wave = synthesizer.say("seven", VoiceStyle(voice="anna"))  # 24 kHz, without silence around
 
 | engine | needs | voices |
 |---|---|---|
@@ -59,77 +59,79 @@ Engine: TypeAlias = Callable[[str, str, float, float | None, int], Sound]
 
 @dataclass(frozen=True, kw_only=True)
 class VoiceSpec:
-    """A voice, and how it may be varied where it is only heard.
+    """A voice, and how it may be varied in the user's utterances.
 
     Attributes:
         engine: who speaks, one of `ENGINES`.
         voice: the engine's name of the voice.
-        weight: how often it is heard, beside the others; 0 for only where it is asked for.
-        speed: of its own manner.
-        speeds: range of speeds, times its own.
-        warps: factors on pitch and formants together; 1 is the voice itself, all others are
+        weight: sampling weight among the voices; 0 for only where it is asked for.
+        speed: its usual speed; 1 is that of the engine.
+        speed_range: range of speeds, times its own.
+        warp_factors: factors on pitch and formants together; 1 is the voice itself, all others are
             speakers of their own.
-        tones: range of the mean pitch in Hz (flite only).
+        pitch_range_hz: range of the mean pitch in Hz (flite only).
     """
 
     engine: str
     voice: str = ""
     weight: float = 1.0
     speed: float = 1.0
-    speeds: tuple[float, float] = (1.0, 1.0)
-    warps: tuple[float, ...] = (1.0,)
-    tones: tuple[float, float] | None = None
+    speed_range: tuple[float, float] = (1.0, 1.0)
+    warp_factors: tuple[float, ...] = (1.0,)
+    pitch_range_hz: tuple[float, float] | None = None
 
     def __post_init__(self):
         if self.engine not in ENGINES:
             raise ConfigError(f"no engine {self.engine!r}: expected one of {', '.join(ENGINES)}")
-        ranges = (self.speeds, self.tones or (1.0, 1.0))
+        ranges = (self.speed_range, self.pitch_range_hz or (1.0, 1.0))
         good = all(len(r) == 2 and 0 < r[0] <= r[1] for r in ranges)
-        if not good or not self.warps or min(self.warps) <= 0 or self.weight < 0:
+        if not good or not self.warp_factors or min(self.warp_factors) <= 0 or self.weight < 0:
             raise ConfigError(
-                "a voice: expected speeds and tones as [low, high] above 0, warps above 0 and "
-                f"a weight of 0 or more, got {self}"
+                "a voice: expected speed_range and pitch_range_hz as [low, high] above 0, "
+                f"warp_factors above 0 and a weight of 0 or more, got {self}"
             )
-        if self.tones is not None and self.engine != "flite":
-            raise ConfigError(f"tones are for flite only, not for {self.engine}")
+        if self.pitch_range_hz is not None and self.engine != "flite":
+            raise ConfigError(f"pitch_range_hz is for flite only, not for {self.engine}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Manner:
-    """Who says something, and how.
+class VoiceStyle:
+    """Voice and prosody of one recording.
 
     Attributes:
         voice: the voice's name.
         speed: 1 is the engine's own.
         warp: factor on pitch and formants.
-        tone: mean pitch in Hz; None for the voice's own.
+        pitch_hz: mean pitch in Hz; None for the voice's own.
         seed: of the engine's noise.
     """
 
     voice: str
     speed: float = 1.0
     warp: float = 1.0
-    tone: float | None = None
+    pitch_hz: float | None = None
     seed: int = 0
 
     @property
     def speaker(self) -> str:
-        """Who it sounds like: "kal", or "kal@0.90" for one that is bent."""
+        """Who it sounds like: "kal", or "kal@0.90" for one that is warped."""
         return self.voice if self.warp == 1 else f"{self.voice}@{self.warp:.2f}"
 
     @classmethod
-    def draw(cls, rng: np.random.Generator, voice: str, spec: VoiceSpec, *, bent: bool) -> "Manner":
-        """A manner of a voice: its own (with other speeds), or any that it is allowed."""
-        warp = spec.warps[int(rng.integers(len(spec.warps)))]
-        speed, seed = spec.speed * rng.uniform(*spec.speeds), int(rng.integers(2**31))
-        tone = rng.uniform(*spec.tones) if spec.tones else None
-        if not bent:
+    def draw(
+        cls, rng: np.random.Generator, voice: str, spec: VoiceSpec, *, warped: bool
+    ) -> "VoiceStyle":
+        """A style of a voice: its own (with other speeds), or any that it is allowed."""
+        warp = spec.warp_factors[int(rng.integers(len(spec.warp_factors)))]
+        speed, seed = spec.speed * rng.uniform(*spec.speed_range), int(rng.integers(2**31))
+        pitch_hz = rng.uniform(*spec.pitch_range_hz) if spec.pitch_range_hz else None
+        if not warped:
             return cls(voice=voice, speed=speed, seed=seed)
-        return cls(voice=voice, speed=speed, warp=warp, tone=tone, seed=seed)
+        return cls(voice=voice, speed=speed, warp=warp, pitch_hz=pitch_hz, seed=seed)
 
 
-class Mouth:
-    """All voices of a corpus.
+class Synthesizer:
+    """Speech synthesiser with all voices of a corpus.
 
     Args:
         voices: by name.
@@ -143,7 +145,7 @@ class Mouth:
         for spec in voices.values():
             require(spec.engine)
 
-    def say(self, text: str, manner: Manner) -> Float[np.ndarray, " T"]:
+    def say(self, text: str, style: VoiceStyle) -> Float[np.ndarray, " T"]:
         """Speech at 24 kHz with a peak of 1, from its first sound to its last.
 
         A warp plays the recording faster or slower, after it was spoken at the inverse speed.
@@ -153,13 +155,13 @@ class Mouth:
         """
         import soxr
 
-        spec = self.voices[manner.voice]
+        spec = self.voices[style.voice]
         engine = _MAKERS[spec.engine]()
-        wave, rate = engine(text, spec.voice, manner.speed / manner.warp, manner.tone, manner.seed)
-        wave = soxr.resample(wave.astype(np.float32), rate * manner.warp, SPEECH_SAMPLE_RATE)
+        wave, rate = engine(text, spec.voice, style.speed / style.warp, style.pitch_hz, style.seed)
+        wave = soxr.resample(wave.astype(np.float32), rate * style.warp, SPEECH_SAMPLE_RATE)
         peak = float(np.abs(wave).max(initial=0))
         if not np.isfinite(peak) or peak < 1e-4:
-            raise DataError(f"the voice {manner.voice} said nothing for {text!r}")
+            raise DataError(f"the voice {style.voice} said nothing for {text!r}")
         heard = np.flatnonzero(np.abs(wave) > _QUIET * peak)
         first, last = max(int(heard[0]) - _MARGIN, 0), int(heard[-1]) + _MARGIN
         return wave[first:last] / np.float32(peak)
@@ -203,7 +205,7 @@ def _hibari() -> Engine:
 
     known: dict[str, Any] = {}
 
-    def say(text: str, voice: str, speed: float, tone: float | None, seed: int) -> Sound:
+    def say(text: str, voice: str, speed: float, pitch_hz: float | None, seed: int) -> Sound:
         name = voice or "heart"
         if name not in known:
             known[name] = Hibari(voice=name)
@@ -229,7 +231,7 @@ def _piper() -> Engine:
     )
     known, rate = about["phoneme_id_map"], about["audio"]["sample_rate"]
 
-    def say(text: str, voice: str, speed: float, tone: float | None, seed: int) -> Sound:
+    def say(text: str, voice: str, speed: float, pitch_hz: float | None, seed: int) -> Sound:
         found = _run(["espeak-ng", "-q", "--ipa", "-v", about["espeak"]["voice"], text])
         phonemes = unicodedata.normalize("NFD", " ".join(found.decode().split()))
         ids = [known["^"][0], known["_"][0]]
@@ -248,17 +250,17 @@ def _piper() -> Engine:
 
 
 def _flite() -> Engine:
-    def say(text: str, voice: str, speed: float, tone: float | None, seed: int) -> Sound:
+    def say(text: str, voice: str, speed: float, pitch_hz: float | None, seed: int) -> Sound:
         options = ["--setf", f"duration_stretch={1 / speed:.4f}"]
-        if tone is not None:
-            options += ["--setf", f"int_f0_target_mean={tone:.2f}"]
+        if pitch_hz is not None:
+            options += ["--setf", f"int_f0_target_mean={pitch_hz:.2f}"]
         return _read(_run(["flite", "-voice", voice, *options, "-t", text, "-o", "/dev/stdout"]))
 
     return say
 
 
 def _espeak() -> Engine:
-    def say(text: str, voice: str, speed: float, tone: float | None, seed: int) -> Sound:
+    def say(text: str, voice: str, speed: float, pitch_hz: float | None, seed: int) -> Sound:
         return _read(
             _run(["espeak-ng", "-v", voice, "-s", str(round(160 * speed)), "--stdout", text])
         )
@@ -267,7 +269,7 @@ def _espeak() -> Engine:
 
 
 def _tones() -> Engine:
-    def say(text: str, voice: str, speed: float, tone: float | None, seed: int) -> Sound:
+    def say(text: str, voice: str, speed: float, pitch_hz: float | None, seed: int) -> Sound:
         rate, length = SAMPLE_RATE, round(1_000 / speed)  # samples of a letter
         time = np.arange(length) / rate
         base = 100 + sum(map(ord, voice)) % 100

@@ -209,7 +209,7 @@ class BaseModel:
                 tokenizer_files.save_tokenizer_files(folder, audio_start=start, vocab=vocab)
         tokenizer = self.spec.tokenizer
         if tokenizer not in (None, BYTES):
-            tokenizers.supply(folder, Path(str(tokenizer)), folder, self.cfg)
+            tokenizers.copy_tokenizer(folder, Path(str(tokenizer)), folder, self.cfg)
         text = json.dumps(info, indent=2) + "\n"
         (folder / checkpoint.INFO).write_text(text, encoding="utf-8")
 

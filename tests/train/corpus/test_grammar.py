@@ -12,27 +12,27 @@ from sa2jax.chat.toolbox import Toolbox, get_date_time
 from sa2jax.errors import ConfigError, DataError
 from sa2jax.evaluate.words import number_words
 from sa2jax.train.corpus import conversations, grammar
-from sa2jax.train.corpus.conversations import Line, Talks, plan_talks
-from sa2jax.train.corpus.plan import Plan, read_corpus
+from sa2jax.train.corpus.conversations import DialogueConfig, Turn, plan_dialogues
+from sa2jax.train.corpus.plan import CorpusPlan, read_corpus
 
 
 @pytest.fixture(scope="module")
-def config() -> Talks:
-    return read_corpus("nano/corpus").talks
+def config() -> DialogueConfig:
+    return read_corpus("nano/corpus").dialogues
 
 
 @pytest.fixture(scope="module")
 def planned(config):
-    return plan_talks(config, 0, 0.1)
+    return plan_dialogues(config, 0, 0.1)
 
 
 def of(planned, file):
-    return [talk for talk in planned if talk.file == file]
+    return [dialogue for dialogue in planned if dialogue.file == file]
 
 
-def heard(line: Line) -> str:
-    assert line.clip is not None
-    return line.clip.text
+def heard(line: Turn) -> str:
+    assert line.utterance is not None
+    return line.utterance.text
 
 
 # --- words --------------------------------------------------------------------------------------
@@ -116,47 +116,47 @@ def test_chance_is_of_seed_and_key():
 
 
 def test_same_seed_same_talks(config, planned):
-    assert plan_talks(config, 0, 0.1) == planned
-    assert plan_talks(config, 1, 0.1) != planned
+    assert plan_dialogues(config, 0, 0.1) == planned
+    assert plan_dialogues(config, 1, 0.1) != planned
 
 
 def test_talks_do_not_depend_on_how_many(config, planned):
-    some = {talk.key: talk for talk in plan_talks(config, 0, 0.02)}
-    every = {talk.key: talk for talk in planned}
-    assert all(every[key] == talk for key, talk in some.items())
+    some = {dialogue.key: dialogue for dialogue in plan_dialogues(config, 0, 0.02)}
+    every = {dialogue.key: dialogue for dialogue in planned}
+    assert all(every[key] == dialogue for key, dialogue in some.items())
 
 
 def test_counts(config, planned):
-    found = Counter(talk.file for talk in planned)
+    found = Counter(dialogue.file for dialogue in planned)
     assert found["talks/asr"] == 900
     assert found["heldout/asr_seen"] == found["heldout/asr_unseen"] == 40
     assert {name.split("/")[1] for name in found if name.startswith("talks/")} == {*config.counts}
 
 
 def test_shapes_of_tasks(planned):
-    for talk in of(planned, "talks/asr"):
-        system, asked, answer = talk.lines
+    for dialogue in of(planned, "talks/asr"):
+        system, asked, answer = dialogue.turns
         assert system.text == TASKS["asr"].system
         assert heard(asked) == answer.text
-        assert not answer.speak
-    prompts = Counter(talk.lines[0].text for talk in of(planned, "talks/tts"))
+        assert not answer.spoken
+    prompts = Counter(dialogue.turns[0].text for dialogue in of(planned, "talks/tts"))
     assert {*prompts} == {TASKS["tts"].system, TASKS["tts"].system_en}
-    for talk in of(planned, "talks/tts"):
-        assert talk.lines[1].text == talk.lines[2].text
-        assert talk.lines[2].speak
-    for talk in of(planned, "talks/repeat"):
-        assert heard(talk.lines[1]) == talk.lines[2].text
+    for dialogue in of(planned, "talks/tts"):
+        assert dialogue.turns[1].text == dialogue.turns[2].text
+        assert dialogue.turns[2].spoken
+    for dialogue in of(planned, "talks/repeat"):
+        assert heard(dialogue.turns[1]) == dialogue.turns[2].text
 
 
 def test_every_sum_is_asked(planned):
-    asked = {heard(t.lines[1]).split(" is ")[-1] for t in of(planned, "talks/sums")}
+    asked = {heard(t.turns[1]).split(" is ")[-1] for t in of(planned, "talks/sums")}
     assert len(asked) >= 100
     answers = dict(grammar.exchanges("sum"))
-    assert all(answers[heard(t.lines[1])] == t.lines[2].text for t in of(planned, "talks/sums"))
+    assert all(answers[heard(t.turns[1])] == t.turns[2].text for t in of(planned, "talks/sums"))
 
 
 def test_turns_that_need_the_ones_before(planned):
-    chats = [talk.lines for talk in of(planned, "talks/chat")]
+    chats = [dialogue.turns for dialogue in of(planned, "talks/chat")]
     again = [lines for lines in chats if len(lines) == 5 and heard(lines[3]) == grammar.AGAIN]
     assert again
     assert all(lines[2].text == lines[4].text for lines in again)
@@ -167,11 +167,11 @@ def test_turns_that_need_the_ones_before(planned):
 
 def test_tools(planned):
     tools = of(planned, "talks/tools")
-    assert all(talk.tools for talk in tools)
-    called = [t.lines for t in tools if any(line.role == "tool_call" for line in t.lines)]
+    assert all(dialogue.tools for dialogue in tools)
+    called = [t.turns for t in tools if any(line.role == "tool_call" for line in t.turns)]
     assert 0.5 < len(called) / len(tools) < 0.8
     for _, asked, look, call, told, answer in called:
-        assert look == Line(role="assistant", text=grammar.LOOKING, speak=True)
+        assert look == Turn(role="assistant", text=grammar.LOOKING, spoken=True)
         assert json.loads(call.text) == {"name": "get_date_time", "arguments": {}}
         _, clock, name, _ = told.text.split()
         form = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [A-Z][a-z]+day UTC[+-]\d\d:00"
@@ -186,19 +186,23 @@ def test_tools(planned):
 
 def test_short_ones(planned):
     short = of(planned, "talks/short")
-    assert all(heard(talk.lines[1]) == talk.lines[2].text for talk in short)
-    digits = sum(talk.lines[2].text in grammar.DIGITS for talk in short) / len(short)
+    assert all(heard(dialogue.turns[1]) == dialogue.turns[2].text for dialogue in short)
+    digits = sum(dialogue.turns[2].text in grammar.DIGITS for dialogue in short) / len(short)
     assert 0.4 < digits < 0.65
-    assert {talk.lines[2].text for talk in short} <= {*grammar.DIGITS, *grammar.single_words()}
+    assert {dialogue.turns[2].text for dialogue in short} <= {
+        *grammar.DIGITS,
+        *grammar.single_words(),
+    }
 
 
 def test_the_clock_in_writing(planned):
     clocks = of(planned, "talks/clock")
     assert all(
-        talk.tools and not any(line.clip or line.speak for line in talk.lines) for talk in clocks
+        dialogue.tools and not any(line.utterance or line.spoken for line in dialogue.turns)
+        for dialogue in clocks
     )
-    assert len({talk.lines[3].text.split()[1] for talk in clocks}) > 0.95 * len(clocks)
-    for _, asked, _, told, answer in (talk.lines for talk in clocks):
+    assert len({dialogue.turns[3].text.split()[1] for dialogue in clocks}) > 0.95 * len(clocks)
+    for _, asked, _, told, answer in (dialogue.turns for dialogue in clocks):
         _, clock, name, _ = told.text.split()
         hour, minute = map(int, clock.split(":")[:2])
         day = "day" in asked.text
@@ -208,7 +212,7 @@ def test_the_clock_in_writing(planned):
 
 def test_short_answers_in_all_voices():
     config = read_corpus("nano/corpus", {"answers": 2})
-    said = {name: job for name, job in Plan.of(config, 0.02).jobs.items() if "/said/" in name}
+    said = {name: job for name, job in CorpusPlan.of(config, 0.02).jobs.items() if "/said/" in name}
     own = {name: job for name, job in said.items() if name.count("/") == 2}
     short = {
         job.text
@@ -220,21 +224,23 @@ def test_short_answers_in_all_voices():
     for voice in ("sue", "rob"):
         more = {job.text for name, job in said.items() if f"/said/{voice}/" in name}
         assert more == short
-        assert {j.manner.speaker for n, j in said.items() if f"/{voice}/" in n} == {voice}
-    without = Plan.of(read_corpus("nano/corpus", {"answers": 0}), 0.02).jobs
+        assert {j.style.speaker for n, j in said.items() if f"/{voice}/" in n} == {voice}
+    without = CorpusPlan.of(read_corpus("nano/corpus", {"answers": 0}), 0.02).jobs
     assert {name for name in without if "/said/" in name} == {*own}
 
 
 def test_unseen_voice(config, planned):
     unseen, seen = of(planned, "heldout/asr_unseen"), of(planned, "heldout/asr_seen")
-    assert [heard(talk.lines[1]) for talk in unseen] == [heard(talk.lines[1]) for talk in seen]
-    for talk in planned:
-        voices = {line.clip.voice for line in talk.lines if line.clip}
-        assert (config.held_out.unseen in voices) == (talk.file == "heldout/asr_unseen")
+    assert [heard(dialogue.turns[1]) for dialogue in unseen] == [
+        heard(dialogue.turns[1]) for dialogue in seen
+    ]
+    for dialogue in planned:
+        voices = {line.utterance.voice for line in dialogue.turns if line.utterance}
+        assert (config.held_out.unseen_voice in voices) == (dialogue.file == "heldout/asr_unseen")
 
 
 def test_split_of_all_texts():
-    plan = Plan.of(read_corpus("nano/corpus"), 0.1)
+    plan = CorpusPlan.of(read_corpus("nano/corpus"), 0.1)
     opened = [j for path, j in plan.jobs.items() if path.startswith("heldout/clean") or j.clean]
     tested = {job.text for job in opened if job.held_out}
     learnt = {job.text for job in plan.jobs.values() if not job.held_out}
@@ -246,17 +252,17 @@ def test_split_is_checked(monkeypatch):
     recipe = read_corpus("nano/corpus")
     monkeypatch.setattr(conversations._Draw, "text", lambda self, transcribed=False: "a b c")
     with pytest.raises(DataError, match="held-out texts are in the training data: a b c"):
-        Plan.of(recipe, 0.001)
+        CorpusPlan.of(recipe, 0.001)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"talks.counts.asr_unseen": 3}, "talks.counts: there is no asr_unseen"),
-        ({"talks.held_out.counts": {"asr": 3}}, "there is no asr; expected asr_seen"),
-        ({"talks.held_out.share": 2}, "expected between 0 and 0.5"),
-        ({"talks.chat.song": 1}, "talks.chat: there is no song"),
-        ({"talks.voices": {"who": 0}}, "expected parts of 0 or more"),
+        ({"dialogues.counts.asr_unseen": 3}, "dialogues.counts: there is no asr_unseen"),
+        ({"dialogues.held_out.counts": {"asr": 3}}, "there is no asr; expected asr_seen"),
+        ({"dialogues.held_out.fraction": 2}, "expected between 0 and 0.5"),
+        ({"dialogues.chat.song": 1}, "dialogues.chat: there is no song"),
+        ({"dialogues.voices": {"who": 0}}, "expected parts of 0 or more"),
     ],
 )
 def test_wrong_recipes(change, message):
@@ -268,13 +274,16 @@ def test_wrong_recipes(change, message):
 
 
 def test_words_of_ones_own():
-    config = read_corpus("words/corpus").talks
+    config = read_corpus("words/corpus").dialogues
     new = {word for words in config.words.values() for word in words.split()}
     assert len(new) == 50
     assert not new & {*grammar.vocabulary()}
-    planned = plan_talks(config, 0, 0.2)
-    assert Counter(talk.file for talk in planned) == {"talks/asr": 500, "heldout/asr_seen": 60}
-    said = {file: [heard(talk.lines[1]) for talk in of(planned, file)] for file in
+    planned = plan_dialogues(config, 0, 0.2)
+    assert Counter(dialogue.file for dialogue in planned) == {
+        "talks/asr": 500,
+        "heldout/asr_seen": 60,
+    }
+    said = {file: [heard(dialogue.turns[1]) for dialogue in of(planned, file)] for file in
             ("talks/asr", "heldout/asr_seen")}  # fmt: skip
     assert not {*said["talks/asr"]} & {*said["heldout/asr_seen"]}
     assert all(new & {*text.split()} for texts in said.values() for text in texts)
@@ -283,12 +292,12 @@ def test_words_of_ones_own():
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"talks.forms": ["play the {horn}"]}, "has a slot horn; there are animal, "),
-     ({"talks.forms": [""]}, "expected words and {slots}, got ''"),
-     ({"talks.forms": ["Play it!"]}, "expected words and {slots}, got 'Play it!'"),
-     ({"talks.forms": ["play {0}  it"]}, "expected words and {slots}"),
-     ({"talks.forms": ["play {it"]}, "expected words and {slots}"),
-     ({"talks.words": {"beast": " "}}, "talks.words.beast: expected words")],
+    [({"dialogues.templates": ["play the {horn}"]}, "has a slot horn; there are animal, "),
+     ({"dialogues.templates": [""]}, "expected words and {slots}, got ''"),
+     ({"dialogues.templates": ["Play it!"]}, "expected words and {slots}, got 'Play it!'"),
+     ({"dialogues.templates": ["play {0}  it"]}, "expected words and {slots}"),
+     ({"dialogues.templates": ["play {it"]}, "expected words and {slots}"),
+     ({"dialogues.slot_values": {"beast": " "}}, "dialogues.slot_values.beast: expected words")],
 )  # fmt: skip
 def test_bad_words(change, message):
     with pytest.raises(ConfigError, match=re.escape(message)):

@@ -13,22 +13,22 @@ import soundfile
 
 from sa2jax.errors import ConfigError, DataError
 from sa2jax.train.corpus import acoustics, tts_engines
-from sa2jax.train.corpus.acoustics import Effects
-from sa2jax.train.corpus.plan import CorpusConfig, Plan, read_corpus
+from sa2jax.train.corpus.acoustics import AcousticAugmentation
+from sa2jax.train.corpus.plan import CorpusConfig, CorpusPlan, read_corpus
 from sa2jax.train.corpus.synthesize import synthesize
-from sa2jax.train.corpus.tts_engines import Manner, Mouth, VoiceSpec
+from sa2jax.train.corpus.tts_engines import Synthesizer, VoiceSpec, VoiceStyle
 from sa2jax.train.data.records import parse_record
 
 pytest.importorskip("soxr", reason="needs the extra sa2jax[synthesis]")
 COUNTS = {"asr": 4, "tts": 2, "repeat": 2, "sums": 2, "chat": 3, "tools": 4, "voices": 4, "text": 6}
-SMALL = {"talks.counts": COUNTS, "talks.held_out.counts": {"asr_seen": 2, "asr_unseen": 2}}
+SMALL = {"dialogues.counts": COUNTS, "dialogues.held_out.counts": {"asr_seen": 2, "asr_unseen": 2}}
 
 
 def small(**others) -> CorpusConfig:
     """The recipe, with tones for voices."""
     recipe = read_corpus("nano/corpus", SMALL | others)
     voices = {
-        name: replace(spec, engine="tones", voice=name, tones=None)
+        name: replace(spec, engine="tones", voice=name, pitch_range_hz=None)
         for name, spec in recipe.voices.items()
     }
     return replace(recipe, voices=voices)
@@ -149,8 +149,10 @@ def test_going_on(made, tmp_path, monkeypatch):
     for path in missing:
         path.unlink(missing_ok=True)
     spoken = []
-    say = Mouth.say
-    monkeypatch.setattr(Mouth, "say", lambda self, *how: spoken.append(how) or say(self, *how))
+    say = Synthesizer.say
+    monkeypatch.setattr(
+        Synthesizer, "say", lambda self, *how: spoken.append(how) or say(self, *how)
+    )
     steps = []
     synthesize(out, small(), progress=lambda done, total: steps.append((done, total)))
     assert 3 <= len(spoken) <= 4
@@ -182,7 +184,7 @@ def test_a_voice_fails(tmp_path, monkeypatch):
 def test_missing_engine(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(DataError, match="flite needs flite: apt-get install flite"):
-        Mouth({"a": VoiceSpec(engine="flite")})
+        Synthesizer({"a": VoiceSpec(engine="flite")})
     monkeypatch.setattr(tts_engines.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r'hibari needs hibari: pip install "sa2jax\[synthesis\]"'):
         synthesize(tmp_path / "out", read_corpus("nano/corpus"))
@@ -195,14 +197,17 @@ def test_missing_engine(monkeypatch, tmp_path):
         ({"kind": "flow"}, "expected one of kind corpus"),
         ({"voices.anna.colour": 1}, r"voices.anna: there is no colour"),
         ({"voices.anna.engine": "siri"}, "no engine 'siri'"),
-        ({"voices.anna.speeds": [2, 1]}, r"expected speeds and tones as \[low, high\]"),
-        ({"voices.anna.tones": [80, 90]}, "tones are for flite only"),
+        (
+            {"voices.anna.speed_range": [2, 1]},
+            r"expected speed_range and pitch_range_hz as \[low, high\]",
+        ),
+        ({"voices.anna.pitch_range_hz": [80, 90]}, "pitch_range_hz is for flite only"),
         ({"voices.sue": None}, "there is no voice 'sue'"),
         ({"voices.ben.weight": 1}, "an unseen one of weight 0"),
-        ({"effects.noise": 2}, "noise: expected 0 to 1"),
-        ({"effects.snr": [9, 2]}, r"snr: expected \[low, high\]"),
-        ({"effects.peak": [-3, 3]}, "expected peak <= 0"),
-        ({"efects": {}}, "there is no efects"),
+        ({"augmentation.noise_probability": 2}, "noise_probability: expected 0 to 1"),
+        ({"augmentation.snr_db": [9, 2]}, r"snr_db: expected \[low, high\]"),
+        ({"augmentation.peak_db": [-3, 3]}, "expected peak_db <= 0"),
+        ({"augmentations": {}}, "there is no augmentations"),
     ],
 )
 def test_wrong_recipes(change, message):
@@ -215,9 +220,11 @@ def test_leaving_a_voice_out():
 
 
 def test_plan_bends_voices_for_training_only():
-    plan = Plan.of(small(**{"talks.counts.asr": 60, "talks.held_out.counts.asr_seen": 20}), 1)
-    learnt = {j.manner.speaker for p, j in plan.jobs.items() if p.startswith("talks/heard/asr")}
-    tested = {j.manner.speaker for p, j in plan.jobs.items() if p.startswith("heldout/heard/asr")}
+    plan = CorpusPlan.of(
+        small(**{"dialogues.counts.asr": 60, "dialogues.held_out.counts.asr_seen": 20}), 1
+    )
+    learnt = {j.style.speaker for p, j in plan.jobs.items() if p.startswith("talks/heard/asr")}
+    tested = {j.style.speaker for p, j in plan.jobs.items() if p.startswith("heldout/heard/asr")}
     assert len(learnt) > 12
     assert any("@" in name for name in learnt)
     assert not any("@" in name for name in tested)
@@ -236,7 +243,7 @@ def tone():
 
 
 def test_no_effects_keep_the_wave(tone):
-    still = Effects(peak=(-6, -6), silence=(0.1, 0.1))
+    still = AcousticAugmentation(peak_db=(-6, -6), silence_seconds=(0.1, 0.1))
     heard = still.apply(tone, np.random.default_rng(0), SILENT)
     assert len(heard) == 16_000 + 3200
     np.testing.assert_allclose(heard[1600:-1600], tone * 10 ** (-6 / 20), atol=1e-3)
@@ -245,7 +252,7 @@ def test_no_effects_keep_the_wave(tone):
 
 @pytest.mark.parametrize("snr", [5, 30])
 def test_noise_has_its_level(tone, snr):
-    noisy = Effects(noise=1, snr=(snr, snr), silence=(0.5, 0.5))
+    noisy = AcousticAugmentation(noise_probability=1, snr_db=(snr, snr), silence_seconds=(0.5, 0.5))
     for seed in range(6):
         babble = np.random.default_rng(9).standard_normal(16_000)
         heard = noisy.apply(tone, np.random.default_rng(seed), babble).astype(float)
@@ -256,12 +263,17 @@ def test_noise_has_its_level(tone, snr):
 
 
 def test_level_that_is_asked_for(tone):
-    heard = Effects().apply(tone, np.random.default_rng(0), SILENT, peak=(-30, -30))
+    heard = AcousticAugmentation().apply(tone, np.random.default_rng(0), SILENT, peak=(-30, -30))
     assert abs(20 * np.log10(np.abs(heard).max()) + 30) < 0.1
 
 
 def test_rooms_ring(tone):
-    room = Effects(room=1, decay=(0.4, 0.4), echo=(-3, -3), silence=(0.3, 0.3))
+    room = AcousticAugmentation(
+        reverb_probability=1,
+        rt60_seconds=(0.4, 0.4),
+        reverb_db=(-3, -3),
+        silence_seconds=(0.3, 0.3),
+    )
     heard = room.apply(tone, np.random.default_rng(0), SILENT)
     assert not heard[: round(0.29 * 16_000)].any() or np.abs(heard[:4000]).max() < 1e-3
     assert np.abs(heard[-4600:-3600]).max() > 0.01
@@ -269,7 +281,12 @@ def test_rooms_ring(tone):
 
 def test_narrow_lines():
     white = np.random.default_rng(0).standard_normal(16_000)
-    line = Effects(band=1, low=(300, 300), high=(3400, 3400), silence=(0, 0))
+    line = AcousticAugmentation(
+        bandpass_probability=1,
+        bandpass_low_hz=(300, 300),
+        bandpass_high_hz=(3400, 3400),
+        silence_seconds=(0, 0),
+    )
     power = np.abs(np.fft.rfft(line.apply(white, np.random.default_rng(0), SILENT))) ** 2
     assert power[:100].mean() < 0.01 * power[500:3000].mean()
     assert power[6000:].mean() < 0.05 * power[500:3000].mean()
@@ -277,14 +294,18 @@ def test_narrow_lines():
 
 def test_tilt():
     white = np.random.default_rng(0).standard_normal(16_000)
-    steep = Effects(tilt=1, slope=(-6, -6), silence=(0, 0))
+    steep = AcousticAugmentation(
+        tilt_probability=1, tilt_db_per_octave=(-6, -6), silence_seconds=(0, 0)
+    )
     power = np.abs(np.fft.rfft(steep.apply(white, np.random.default_rng(0), SILENT))) ** 2
     fall = 10 * np.log10(power[3600:4400].mean() / power[450:550].mean())
     assert abs(fall + 18) < 2  # three octaves
 
 
 def test_effects_are_of_the_generator(tone):
-    every = Effects(noise=1, room=1, tilt=1, band=1)
+    every = AcousticAugmentation(
+        noise_probability=1, reverb_probability=1, tilt_probability=1, bandpass_probability=1
+    )
     first, again, other = (every.apply(tone, np.random.default_rng(s), SILENT) for s in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert len(first) != len(other)
@@ -296,44 +317,44 @@ def test_effects_are_of_the_generator(tone):
 
 
 def test_warp_moves_pitch_not_pace():
-    mouth = Mouth({"a": VoiceSpec(engine="tones", voice="a")})
+    synthesizer = Synthesizer({"a": VoiceSpec(engine="tones", voice="a")})
 
     def pitch(wave):
         return np.abs(np.fft.rfft(wave)).argmax() * 24_000 / len(wave)
 
-    plain = mouth.say("mmmm", Manner(voice="a"))
-    bent = mouth.say("mmmm", Manner(voice="a", warp=1.2))
+    plain = synthesizer.say("mmmm", VoiceStyle(voice="a"))
+    bent = synthesizer.say("mmmm", VoiceStyle(voice="a", warp=1.2))
     assert abs(len(bent) / len(plain) - 1) < 0.05
     assert abs(pitch(bent) / pitch(plain) - 1.2) < 0.05
-    assert len(mouth.say("mmmm", Manner(voice="a", speed=2))) < 0.55 * len(plain)
+    assert len(synthesizer.say("mmmm", VoiceStyle(voice="a", speed=2))) < 0.55 * len(plain)
 
 
 def test_speakers():
-    assert Manner(voice="kal").speaker == "kal"
-    assert Manner(voice="kal", warp=0.9).speaker == "kal@0.90"
-    spec = VoiceSpec(engine="tones", warps=(0.8, 1.2), speeds=(0.9, 1.1))
+    assert VoiceStyle(voice="kal").speaker == "kal"
+    assert VoiceStyle(voice="kal", warp=0.9).speaker == "kal@0.90"
+    spec = VoiceSpec(engine="tones", warp_factors=(0.8, 1.2), speed_range=(0.9, 1.1))
     rng = np.random.default_rng(0)
-    assert Manner.draw(rng, "a", spec, bent=True).warp in spec.warps
-    assert Manner.draw(rng, "a", spec, bent=False).warp == 1
+    assert VoiceStyle.draw(rng, "a", spec, warped=True).warp in spec.warp_factors
+    assert VoiceStyle.draw(rng, "a", spec, warped=False).warp == 1
 
 
 def test_programs_that_fail(monkeypatch):
     monkeypatch.setattr(tts_engines.shutil, "which", lambda name: name)
-    mouth = Mouth({"a": VoiceSpec(engine="flite", voice="slt")})
+    synthesizer = Synthesizer({"a": VoiceSpec(engine="flite", voice="slt")})
 
     def missing(*command, **how):
         raise FileNotFoundError
 
     monkeypatch.setattr(subprocess, "run", missing)
     with pytest.raises(DataError, match="flite is not installed"):
-        mouth.say("seven", Manner(voice="a"))
+        synthesizer.say("seven", VoiceStyle(voice="a"))
 
     def failing(*command, **how):
         raise subprocess.CalledProcessError(3, "flite", stderr=b"no such\nvoice")
 
     monkeypatch.setattr(subprocess, "run", failing)
     with pytest.raises(DataError, match=r"flite failed \(3\): no such voice"):
-        mouth.say("seven", Manner(voice="a"))
+        synthesizer.say("seven", VoiceStyle(voice="a"))
 
 
 @pytest.mark.parametrize("name", ["anna", "joe", "sue", "kal", "ben", "fay"])
@@ -341,12 +362,14 @@ def test_real_voices(name):
     """With the engine itself, where it is installed."""
     spec = read_corpus("nano/corpus").voices[name]
     try:
-        mouth = Mouth({name: spec})
+        synthesizer = Synthesizer({name: spec})
     except DataError as error:
         pytest.skip(str(error))
-    wave = mouth.say("seven", Manner(voice=name))
-    np.testing.assert_array_equal(wave, mouth.say("seven", Manner(voice=name)))
+    wave = synthesizer.say("seven", VoiceStyle(voice=name))
+    np.testing.assert_array_equal(wave, synthesizer.say("seven", VoiceStyle(voice=name)))
     assert 0.25 * 24_000 < len(wave) < 1.2 * 24_000
-    longer = mouth.say("seven three eight one five", Manner(voice=name, speed=0.9, warp=1.1))
+    longer = synthesizer.say(
+        "seven three eight one five", VoiceStyle(voice=name, speed=0.9, warp=1.1)
+    )
     assert len(longer) > 1.8 * len(wave)
     assert tts_engines.version_of(spec.engine) != "unknown"

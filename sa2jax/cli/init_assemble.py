@@ -1,4 +1,4 @@
-"""The commands that make whole models of nothing, and of parts: `begin` and `join`."""
+"""The commands that make whole models of nothing, and of parts: `init` and `assemble`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +14,7 @@ Texts = tyro.conf.UseAppendAction[tuple[Path, ...]]
 Voices = tyro.conf.UseAppendAction[tuple[str, ...]]
 
 
-def begin(
+def init(
     preset: Preset,
     out: Out,
     *,
@@ -32,7 +32,7 @@ def begin(
         seed: Of all numbers.
         overwrite: Replace a checkpoint at OUT.
     """
-    common.stay_on_host()
+    common.use_cpu()
     from sa2jax.errors import DataError
     from sa2jax.runtime import enable_compilation_cache
     from sa2jax.train.init_model import init_model as make
@@ -43,7 +43,7 @@ def begin(
     print(f"model: {make(preset, out, texts=texts, seed=seed, overwrite=overwrite)}")
 
 
-def join(
+def assemble(
     model: Source,
     speech: Speech,
     out: Out,
@@ -65,9 +65,9 @@ def join(
             first is the default voice.
         overwrite: Replace a checkpoint at OUT.
     """
-    common.stay_on_host()
+    common.use_cpu()
     from sa2jax.assets import model_folder
-    from sa2jax.convert.join import join as put
+    from sa2jax.convert.assemble import assemble as run
     from sa2jax.errors import VoiceError
 
     named = {}
@@ -76,10 +76,10 @@ def join(
         if not (name and equals and recording):
             raise VoiceError(f"--voice {word}: expected NAME=RECORDING, such as anna=anna.wav")
         named[name] = Path(recording)
-    notes = put(
+    notes = run(
         model_folder(model), model_folder(speech), out,
         dtype=dtype, single=single, voices=named, overwrite=overwrite,
     )  # fmt: skip
     for note in notes:
-        common.say(f"note: {note}")
+        common.log(f"note: {note}")
     print(f"model: {out}")

@@ -1,4 +1,4 @@
-"""A language model, a detokenizer and voices, trained apart, in one folder."""
+"""Assemble one model folder of a language model, a detokenizer and voices trained separately."""
 
 import json
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from sa2jax.speech.layout import DEFAULT_VOICE, HEARING, KIND, VOICES, is_ours
 from sa2jax.speech.store import SpeechFolder
 
 
-def join(
+def assemble(
     model: str | Path,
     speech: str | Path,
     out: str | Path,
@@ -48,11 +48,11 @@ def join(
         VoiceError: if a recording holds no voice, or a name cannot be a file's.
         AudioError: if a recording cannot be read.
     """
-    cast, model, tongue = parse_dtype(dtype), Path(model), SpeechFolder(speech)
+    cast, model, detokenizer = parse_dtype(dtype), Path(model), SpeechFolder(speech)
     if not checkpoint.is_checkpoint(model) or is_ours(model):
         raise CheckpointError(f"{model} is no model folder of this library: convert it first")
-    if tongue.official:
-        raise CheckpointError(f"{tongue.folder} is not converted: convert it first")
+    if detokenizer.official:
+        raise CheckpointError(f"{detokenizer.folder} is not converted: convert it first")
     info = checkpoint.read_info(model)
     if info.get("int8") is not None and cast is not None:
         raise ConfigError(f"{model} holds int8 matrices: they cannot become {dtype}")
@@ -66,13 +66,15 @@ def join(
             _change(folder / "config.json", lambda config: _with_dtype(config, cast.name))
         _write(folder, _read(model, cast), info, single)
         (folder / KIND).mkdir()
-        params = _read(tongue.folder, cast)
-        heard = {name: params[name] for name in HEARING}
-        own = checkpoint.read_info(tongue.folder) | {"analysis": checkpoint.content_hash(heard)}
+        params = _read(detokenizer.folder, cast)
+        analysis = {name: params[name] for name in HEARING}
+        own = checkpoint.read_info(detokenizer.folder) | {
+            "analysis": checkpoint.content_hash(analysis)
+        }
         if voices:
             own[DEFAULT_VOICE] = next(iter(voices))
         _write(folder / KIND, params, own, single)
-        notes = supply_voices(folder, tongue.home)
+        notes = supply_voices(folder, detokenizer.home)
         made = SpeechFolder(folder)
         for name, recording in (voices or {}).items():
             made.add(name, recording, overwrite=True)

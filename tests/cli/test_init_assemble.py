@@ -28,25 +28,25 @@ def test_no_model_is_named(refused, run, tmp_path, monkeypatch):
 
 def test_begin_and_join_say_what_they_need(refused, tmp_path):
     out = tmp_path / "out"
-    assert "expected --texts FILE" in refused("begin", "nano", out)
+    assert "expected --texts FILE" in refused("init", "nano", out)
     texts = tmp_path / "few.jsonl"
     texts.write_text('{"messages": [{"role": "user", "content": "one"}]}\n')
-    assert "ask for less" in refused("begin", "nano", out, "--texts", texts)
-    assert "no model preset" in refused("begin", "giant", out, "--texts", texts)
-    assert "expected NAME=RECORDING" in refused("join", out, out, out, "--voice", "anna")
-    assert "no folder" in refused("join", out, out, tmp_path / "other")
+    assert "ask for less" in refused("init", "nano", out, "--texts", texts)
+    assert "no model preset" in refused("init", "giant", out, "--texts", texts)
+    assert "expected NAME=RECORDING" in refused("assemble", out, out, out, "--voice", "anna")
+    assert "no folder" in refused("assemble", out, out, tmp_path / "other")
     assert not out.exists()
 
 
 def test_the_model_that_comes_along_has_a_name(run, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run("join", "nano", "nano", "copy", "--single")[0] == 0
+    assert run("assemble", "nano", "nano", "copy", "--single")[0] == 0
     code, said, _ = run("verify", "nano", "copy")
     assert code == 0
     assert "0 differing" in said
     assert "audio_encoder" in run("inspect", "nano")[1]
     assert run("export", "nano", "out")[0] == 0
-    assert "micro is no model folder" in refused("join", "micro", "nano", "other")
+    assert "micro is no model folder" in refused("assemble", "micro", "nano", "other")
 
 
 def test_recordings_are_prepared_and_shown(run, refused, tmp_path):
