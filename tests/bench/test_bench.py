@@ -57,6 +57,7 @@ def result():
     return made
 
 
+@pytest.mark.slow
 def test_every_stage_has_a_row_and_a_time(result):
     names = [r.name for r in result.rows]
     streaming = ["start", "first sound", "chunk, 1 stream", "stream, 1 stream"]
@@ -67,6 +68,7 @@ def test_every_stage_has_a_row_and_a_time(result):
     assert "torch" not in result.machine
 
 
+@pytest.mark.slow
 def test_figures_add_up(result):
     of = {r.name: r.ours for r in result.rows}
     assert of["reconstruct"] == pytest.approx(sum(of[name] for name in STAGES))
@@ -84,6 +86,7 @@ def test_many_streams_are_charged_for_the_sound_of_all():
     assert "4.0 times that of 1 stream" in rows["chunk, 8 streams"].note
 
 
+@pytest.mark.slow
 def test_it_prints_and_survives_json(result):
     page = io.StringIO()
     print_bench(result, Console(file=page, width=200))
