@@ -278,7 +278,7 @@ def compare_prompt(
     logits = []
     for folder in (a, b):
         model = StepAudio2.from_pretrained(folder, dtype="float32", tokenizer=speaker)
-        logits.append(model.generator.logits(model.request(render(turns))))
+        logits.append(model.engine.logits(model.request(render(turns))))
     return compare_logits(*logits)
 
 

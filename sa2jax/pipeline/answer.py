@@ -8,9 +8,9 @@ import numpy as np
 from sa2jax.chat.reply_parser import Before, ReplyReader
 from sa2jax.chat.template import THINK_END
 from sa2jax.chat.tokenizer import Tokenizer, Utf8Stream
-from sa2jax.inference.repetition import LoopWatch
-from sa2jax.inference.requests import Options, Request
-from sa2jax.inference.session import Session
+from sa2jax.inference.prefix_cache import PrefixCache
+from sa2jax.inference.repetition import RepetitionGuard
+from sa2jax.inference.requests import GenerationConfig, Request
 from sa2jax.pipeline.reply import Finish, ReplyPiece, Timings
 from sa2jax.speech.worker import Speaker
 
@@ -39,9 +39,9 @@ class Step:
 
     def run(
         self,
-        session: Session,
+        session: PrefixCache,
         request: Request,
-        options: Options,
+        options: GenerationConfig,
         *,
         number: int,
         speaker: Speaker | None = None,
@@ -52,11 +52,11 @@ class Step:
             session: the conversation's cache.
             request: the conversation up to here.
             options: how to continue it.
-            number: see `Session.reply`.
+            number: see `PrefixCache.reply`.
             speaker: who speaks the codes; None for nobody.
         """
-        watch = LoopWatch(options.max_repeat)
-        made = session.reply(request, options, number=number)
+        watch = RepetitionGuard(options.max_repeat)
+        made = session.reply(request, options, prompt_index=number)
         try:
             finish: Finish | None = None
             for ids in made:
@@ -70,7 +70,7 @@ class Step:
                     made.close()
                     break
             if finish is None:
-                finish = "stop" if session.finish == "stop" else "length"
+                finish = "stop" if session.finish_reason == "stop" else "length"
             if text := self.reader.end():
                 yield ReplyPiece(text=text)
             if speaker is not None:
@@ -82,7 +82,7 @@ class Step:
                 speaker.stop()
 
     def _read(
-        self, ids: list[int], watch: LoopWatch, options: Options
+        self, ids: list[int], watch: RepetitionGuard, options: GenerationConfig
     ) -> tuple[str, list[int], Finish | None]:
         """Text and codes of the next ids, and why the reply ends with them, if it does."""
         looped = watch.push(ids)
@@ -117,11 +117,11 @@ class Thoughts:
         self._utf8, self._before = Utf8Stream(tokenizer), Before(THINK_END)
 
     def run(
-        self, session: Session, request: Request, options: Options, *, number: int
+        self, session: PrefixCache, request: Request, options: GenerationConfig, *, number: int
     ) -> Generator[ReplyPiece]:
         """Generate up to `</think>`, or the limit."""
-        watch = LoopWatch(options.max_repeat)
-        made = session.reply(request, options, number=number)
+        watch = RepetitionGuard(options.max_repeat)
+        made = session.reply(request, options, prompt_index=number)
         try:
             for ids in made:
                 looped = watch.push(ids)

@@ -21,9 +21,9 @@ from sa2jax.chat.template import Audio, Piece
 from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.config import StepAudio2Config
 from sa2jax.errors import CheckpointError
-from sa2jax.inference.engine import Generator
+from sa2jax.inference.engine import Engine
 from sa2jax.inference.loading import policy_of
-from sa2jax.inference.requests import Generation, Options, Request
+from sa2jax.inference.requests import Completion, GenerationConfig, Request
 from sa2jax.models.heads import spread_heads
 from sa2jax.models.step_audio import step_audio2, unstack_decoder
 from sa2jax.nn import Params, Policy
@@ -67,7 +67,7 @@ class Base:
         params = params if stacked else unstack_decoder(params)
         policy = policy_of(None) if policy is None else policy
         model = step_audio2(spread_heads(cfg, mesh), policy, stacked=stacked)
-        self.generator = Generator(model, params, cfg, mesh=mesh)
+        self.engine = Engine(model, params, cfg, mesh=mesh)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -91,9 +91,9 @@ class Base:
         return self._speech if isinstance(self._speech, Speech) else self._speech()
 
     @cached_property
-    def replicas(self) -> list[Generator]:
-        """Generators that work apart: one for each index of the mesh's data axis."""
-        return self.generator.replicas()
+    def replicas(self) -> list[Engine]:
+        """Engines that work apart: one for each index of the mesh's data axis."""
+        return self.engine.replicas()
 
     def next_replica(self) -> int:
         """The replica of the next conversation: each in turn."""
@@ -114,7 +114,7 @@ class Base:
     @cached_property
     def fingerprint(self) -> str:
         """A hash that tells checkpoints apart: of the config and a few numbers of each matrix."""
-        return fingerprint_of(self.cfg, self.generator.params)
+        return fingerprint_of(self.cfg, self.engine.params)
 
     # --- prompts ---------------------------------------------------------------------------
 
@@ -139,20 +139,20 @@ class Base:
     def generate(
         self,
         requests: Sequence[Request],
-        options: Options,
+        options: GenerationConfig,
         *,
         progress: Progress | None = None,
-    ) -> list[list[Generation]]:
-        """Continue prompts in batches of similar length; see `Generator.generate`."""
+    ) -> list[list[Completion]]:
+        """Continue prompts in batches of similar length; see `Engine.generate`."""
         options = replace(options, stop_ids=options.stop_ids or self.stop_ids)
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].ids))
-        replies: list[list[Generation]] = [[] for _ in requests]
+        replies: list[list[Completion]] = [[] for _ in requests]
         for start in range(0, len(order), self.batch_size):
             chosen = order[start : start + self.batch_size]
             batch = [requests[i] for i in chosen]
             # Numbered as given: a sampled reply does not depend on `batch_size`.
-            answers = self.generator.generate(
-                batch, options, numbers=chosen, decode_text=self.text_of
+            answers = self.engine.generate(
+                batch, options, prompt_indices=chosen, decode_text=self.text_of
             )
             for index, answer in zip(chosen, answers, strict=True):
                 replies[index] = answer

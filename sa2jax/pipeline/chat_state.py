@@ -8,8 +8,8 @@ from sa2jax.chat.reply_parser import ReplyReader
 from sa2jax.chat.template import Ids, Message
 from sa2jax.chat.toolbox import Toolbox
 from sa2jax.errors import PromptError
-from sa2jax.inference.requests import Options
-from sa2jax.inference.session import Session
+from sa2jax.inference.prefix_cache import PrefixCache
+from sa2jax.inference.requests import GenerationConfig
 from sa2jax.pipeline.base import Base
 from sa2jax.speech.api import AnyVoice
 from sa2jax.speech.voices import Voice
@@ -39,10 +39,10 @@ class ChatState:
         head: Sequence[Message],
         *,
         replica: int,
-        session: Session,
+        session: PrefixCache,
         tools: Toolbox,
         think: bool,
-        options: Options,
+        options: GenerationConfig,
         overflow: Overflow,
         max_tool_rounds: int,
     ):

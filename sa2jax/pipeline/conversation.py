@@ -6,7 +6,7 @@ for piece in chat.stream("And tomorrow?"): ...    # piece.text, piece.audio as t
 chat.undo(); other = chat.fork(); chat.save("talk.json")
 
 The history holds what the model was trained on: spoken replies as their own ids, thinking left
-out. What the model has read stays in its cache, see `inference.session`.
+out. What the model has read stays in its cache, see `inference.prefix_cache`.
 """
 
 import logging
@@ -22,8 +22,8 @@ from sa2jax.chat.content import Content, as_pieces
 from sa2jax.chat.template import Audio, Message, Piece, Text
 from sa2jax.chat.toolbox import ToolAnswer, Toolbox, read_answer
 from sa2jax.errors import PromptError, Sa2jaxError
-from sa2jax.inference.requests import Options
-from sa2jax.inference.session import Session
+from sa2jax.inference.prefix_cache import PrefixCache
+from sa2jax.inference.requests import GenerationConfig
 from sa2jax.pipeline.base import Base
 from sa2jax.pipeline.chat_state import ChatState, Overflow
 from sa2jax.pipeline.reply import Reply
@@ -46,13 +46,13 @@ class Chat(ChatState):
         voice: AnyVoice | None = None,
         tools: Toolbox,
         think: bool = False,
-        options: Options,
+        options: GenerationConfig,
         overflow: Overflow = "drop",
         max_tool_rounds: int = 4,
     ):
         replica = model.next_replica()
         super().__init__(
-            model, head, replica=replica, session=Session(model.replicas[replica]), tools=tools,
+            model, head, replica=replica, session=PrefixCache(model.replicas[replica]), tools=tools,
             think=think, options=options, overflow=overflow, max_tool_rounds=max_tool_rounds,
         )  # fmt: skip
         self._stream: Stream | None = None

@@ -21,7 +21,7 @@ from sa2jax.chat.tool_schema import TIMEOUT
 from sa2jax.chat.toolbox import Toolbox
 from sa2jax.errors import PromptError
 from sa2jax.inference.loading import load
-from sa2jax.inference.requests import Options
+from sa2jax.inference.requests import GenerationConfig
 from sa2jax.pipeline.base import Progress, Style
 from sa2jax.pipeline.conversation import Chat, Overflow
 from sa2jax.pipeline.tasks import Tasks, options_of
@@ -91,7 +91,7 @@ class StepAudio2(Tasks):
         tools: str | Sequence[Any] | None = None,
         functions: Mapping[str, Callable[..., Any]] | None = None,
         think: bool = False,
-        options: Options | None = None,
+        options: GenerationConfig | None = None,
         overflow: Overflow = "drop",
         max_tool_rounds: int = 4,
         tool_timeout: float = TIMEOUT,

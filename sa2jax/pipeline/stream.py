@@ -12,7 +12,7 @@ from sa2jax.chat import template
 from sa2jax.chat.template import Ids, Message
 from sa2jax.chat.toolbox import ToolResult, results_text
 from sa2jax.errors import AudioError, PromptError, VoiceError
-from sa2jax.inference.requests import Options, Request
+from sa2jax.inference.requests import GenerationConfig, Request
 from sa2jax.pipeline.answer import Clock, Step, Thoughts
 from sa2jax.pipeline.chat_state import ChatState
 from sa2jax.pipeline.reply import NO_SOUND, Finish, Reply, ReplyPiece
@@ -37,7 +37,7 @@ class Stream(Iterator[ReplyPiece]):
         voice: Voice | None,
         chunk: int,
         first: int | None,
-        options: Options,
+        options: GenerationConfig,
     ):
         self._chat, self._voice, self._spoken = chat, voice, voice is not None
         self._is_newest = is_newest  # see `Chat.ends_with`

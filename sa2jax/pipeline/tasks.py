@@ -15,8 +15,8 @@ from sa2jax.chat.content import Content, as_pieces
 from sa2jax.chat.reply_parser import ReplyReader
 from sa2jax.chat.template import TASKS, Audio, Piece, Task
 from sa2jax.errors import PromptError
-from sa2jax.inference.requests import Options, Request
-from sa2jax.inference.sampling import Sampling
+from sa2jax.inference.requests import GenerationConfig, Request
+from sa2jax.inference.sampling import SamplingParams
 from sa2jax.pipeline.base import Base, Progress
 from sa2jax.pipeline.reply import NO_SOUND, Reply, Timings
 from sa2jax.speech.api import AnyVoice
@@ -246,7 +246,7 @@ class Tasks(Base):
         *,
         speak: bool = False,
         voice: AnyVoice = "default",
-        options: Options | None = None,
+        options: GenerationConfig | None = None,
     ) -> Reply:
         """Continue a raw prompt, which is how a base model is used.
 
@@ -292,7 +292,7 @@ class Tasks(Base):
     def _replies(
         self,
         requests: Sequence[Request],
-        options: Options,
+        options: GenerationConfig,
         voice: AnyVoice | None,
         progress: Progress | None = None,
     ) -> list[Reply]:
@@ -311,7 +311,7 @@ class Tasks(Base):
             Reply(
                 text=part.text + reader.end(),
                 ids=reply.ids,
-                finish=reply.finish,
+                finish=reply.finish_reason,
                 audio=wave,
                 sample_rate=rate,
                 codes=tuple(reader.codes),
@@ -379,11 +379,11 @@ class Tasks(Base):
             yield part, audio.SAMPLE_RATE
 
 
-def options_of(task: Task) -> Options:
+def options_of(task: Task) -> GenerationConfig:
     """How the official examples sample a task."""
     temperature = 0.0 if task.greedy else task.temperature
-    return Options(
-        sampling=Sampling(
+    return GenerationConfig(
+        sampling=SamplingParams(
             temperature=temperature,
             top_k=task.top_k,
             top_p=task.top_p,

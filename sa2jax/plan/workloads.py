@@ -20,7 +20,7 @@ from sa2jax.config import StepAudio2Config
 from sa2jax.errors import PlanError
 from sa2jax.inference import programs
 from sa2jax.inference.loading import policy_of
-from sa2jax.inference.sampling import Sampling
+from sa2jax.inference.sampling import SamplingParams
 from sa2jax.models.heads import spread_heads
 from sa2jax.models.step_audio import StepAudio2Model, step_audio2
 from sa2jax.nn import Functional, Policy, functional
@@ -146,8 +146,8 @@ def decode(spec: Spec, mesh: Where) -> Work:
         run = jax.jit(
             partial(programs.decode, model), static_argnames=("block",), donate_argnums=(1,)
         )
-        knobs = Sampling(temperature=0).knobs()
-        return run.lower(weights, state, _everywhere(mesh, 1), knobs, block=BLOCK)
+        sampling = SamplingParams(temperature=0).arrays()
+        return run.lower(weights, state, _everywhere(mesh, 1), sampling, block=BLOCK)
 
     cache = {"k": state.cache.k, "v": state.cache.v, "scales": state.cache.scales}
     return Work(
@@ -167,7 +167,7 @@ def prefill(spec: Spec, mesh: Where) -> Work:
     batch = programs.Batch(
         ids=_everywhere(mesh, rows, length), lengths=_everywhere(mesh, rows),
         features=_everywhere(mesh, rows * length, embed, dtype=compute),
-        slots=_everywhere(mesh, rows, length),
+        feature_index=_everywhere(mesh, rows, length),
     )  # fmt: skip
 
     def lower() -> jax.stages.Lowered:
@@ -177,7 +177,7 @@ def prefill(spec: Spec, mesh: Where) -> Work:
         )
         return run.lower(
             weights, batch, keys, _everywhere(mesh, rows), _everywhere(mesh, 1),
-            Sampling(temperature=0).knobs(), samples=1, size=length,
+            SamplingParams(temperature=0).arrays(), samples=1, size=length,
         )  # fmt: skip
 
     reads = _thinking(weights)
@@ -196,7 +196,7 @@ def encode(spec: Spec, mesh: Where) -> Work:
     mels = _everywhere(mesh, spec.batch, cfg.mels, MEL_RATE * spec.length, dtype=jnp.float32)
 
     def lower() -> jax.stages.Lowered:
-        run = jax.jit(partial(programs.listen, model))
+        run = jax.jit(partial(programs.encode_audio, model))
         return run.lower(weights, mels, _everywhere(mesh, spec.batch))
 
     return Work(

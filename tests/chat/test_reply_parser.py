@@ -9,7 +9,7 @@ from sa2jax.chat.interleave import deinterleave, interleave
 from sa2jax.chat.reply_parser import Before, ReplyReader, is_code
 from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.chat.tools import ToolCall
-from sa2jax.inference.repetition import PERIOD, LoopWatch
+from sa2jax.inference.repetition import PERIOD, RepetitionGuard
 
 CALL = '<tool_call>function\nsearch\n{"query": "a</tool_call>b"}</tool_call>'
 
@@ -148,7 +148,7 @@ def test_loops_are_noticed(period):
     start = list(range(1000, 1100))
     ids = [*start, *[*range(period)] * 200]
     for size in (1, 5, 7):
-        watch, at = LoopWatch(60), None
+        watch, at = RepetitionGuard(60), None
         for first in range(0, len(ids), size):
             count = watch.push(ids[first : first + size])
             if count is not None:
@@ -158,8 +158,8 @@ def test_loops_are_noticed(period):
 
 
 def test_what_only_looks_like_a_loop():
-    watch = LoopWatch(60)
+    watch = RepetitionGuard(60)
     assert watch.push(range(10_000)) is None
     assert watch.push([7] * 60 + [8] + [7] * 60) is None
     assert watch.push([*range(PERIOD + 1)] * 10) is None  # too long a period
-    assert LoopWatch(0).push([7] * 10_000) is None
+    assert RepetitionGuard(0).push([7] * 10_000) is None

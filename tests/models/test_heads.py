@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh
 from sa2jax import testing
 from sa2jax.config import DecoderConfig, StepAudio2Config
 from sa2jax.errors import ShardingError
-from sa2jax.inference.engine import Generator
+from sa2jax.inference.engine import Engine
 from sa2jax.inference.requests import Request
 from sa2jax.models.heads import _spread, spread_heads
 from sa2jax.models.step_audio import step_audio2
@@ -69,5 +69,5 @@ def test_spread_heads_answer_alike(tensor, int8):
     model = step_audio2(wide, policy)
     assert jax.tree.map(jnp.shape, other) == jax.tree.map(lambda leaf: leaf.shape, model.abstract)
     request = Request(np.arange(40, dtype=np.int32))
-    expected = Generator(step_audio2(CFG, policy), params, CFG).logits(request)
-    np.testing.assert_allclose(Generator(model, other, CFG).logits(request), expected, atol=1e-4)
+    expected = Engine(step_audio2(CFG, policy), params, CFG).logits(request)
+    np.testing.assert_allclose(Engine(model, other, CFG).logits(request), expected, atol=1e-4)

@@ -100,7 +100,7 @@ def loss_of(
     net = model.bind(params)
     features = None
     if batch.mels is not None and batch.frames is not None:
-        features = net.listen(batch.mels, batch.frames, batch.starts, remat=remat)
+        features = net.encode_audio(batch.mels, batch.frames, batch.starts, remat=remat)
         # All clips on every device: a row's clips may have been heard anywhere.
         features = shard(features, None, None, None)
     x = net.embed(batch.ids, features, batch.slots)

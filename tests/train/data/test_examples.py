@@ -141,7 +141,7 @@ def model() -> StepAudio2:
 def test_a_record_is_what_a_conversation_asks_and_its_answers(name, model, monkeypatch):
     options, said, answers, messages, clips = TALKS[name]
     script = Script().will_say(*answers)
-    monkeypatch.setattr(conversation, "Session", script.session)
+    monkeypatch.setattr(conversation, "PrefixCache", script.session)
     chat = model.chat(**options)
     for content, speak in said:
         chat.say(content, speak=speak)
