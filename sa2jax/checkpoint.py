@@ -46,8 +46,8 @@ PART_BYTES = 64 << 20  # read from disk at a time
 SMALL_BYTES = 1 << 20  # leaves up to this size are one chunk, layers and all
 
 Params = dict[str, Any]
-Tick = Callable[[int, int], None]  # told about bytes done and bytes in all
-Change = Callable[[str, jax.Array], dict[str, jax.Array]]  # a leaf by name to one or several
+Progress = Callable[[int, int], None]  # called with (done, total), such as bytes
+LeafTransform = Callable[[str, jax.Array], dict[str, jax.Array]]  # one leaf to one or several
 
 
 def is_checkpoint(folder: str | Path) -> bool:
@@ -103,7 +103,7 @@ def load(
     dtype: Any = None,
     *,
     branch: str = "",
-    change: Change | None = None,
+    transform: LeafTransform | None = None,
 ) -> Params:
     """Read parameters straight onto their devices; each host reads only what it holds.
 
@@ -113,7 +113,7 @@ def load(
             used) or of `jax.sharding.Sharding`. By default all leaves on the first device.
         dtype: cast floating leaves to this on the way; by default as `like` says, or as stored.
         branch: read only what lies under this dotted path.
-        change: what becomes of each leaf as soon as it is read.
+        transform: what becomes of each leaf as soon as it is read.
 
     Raises:
         CheckpointError: if it is no checkpoint, is damaged, or does not fit `like`; all
@@ -135,7 +135,7 @@ def load(
             array = assemble(tuple(leaf.shape), kind, place, partial(_read, leaf))
         except (ValueError, OSError) as error:
             raise _damaged(_params_folder(path) / branch / name, error) from None
-        params |= {name: array} if change is None else change(name, array)
+        params |= {name: array} if transform is None else transform(name, array)
     return unflatten(params)
 
 

@@ -8,7 +8,7 @@ import pytest
 from sa2jax import testing
 from sa2jax.attention.base import Mask
 from sa2jax.attention.dispatch import attention
-from sa2jax.attention.xla import all_heads
+from sa2jax.attention.xla import attention_xla
 from sa2jax.inference.engine import Engine
 from sa2jax.inference.requests import GenerationConfig, Request
 from sa2jax.models.step_audio import step_audio2
@@ -35,8 +35,8 @@ def test_cudnn_attends_like_xla(steps, packed):
 
     text = jax.jit(lambda *x: attention(*x, mask)).lower(q, k, v).compile().as_text()
     assert ("cudnn" in text) is not packed  # it knows no segments
-    exact = both(lambda q, k, v, m: all_heads(*(x.astype("f4") for x in (q, k, v)), m))
-    for ours, plain, true in zip(both(attention), both(all_heads), exact, strict=True):
+    exact = both(lambda q, k, v, m: attention_xla(*(x.astype("f4") for x in (q, k, v)), m))
+    for ours, plain, true in zip(both(attention), both(attention_xla), exact, strict=True):
         distance = lambda x, true=true: float(jnp.linalg.norm((x - true).astype("f4")))
         assert distance(ours) < 2 * distance(plain) + 1e-3
 

@@ -16,7 +16,7 @@ from sa2jax.convert import hf
 from sa2jax.convert.verify import compare_logits, inspect, verify
 from sa2jax.errors import CheckpointError, ConfigError
 from sa2jax.inference.engine import Engine
-from sa2jax.inference.loading import policy_of
+from sa2jax.inference.loading import resolve_policy
 from sa2jax.inference.requests import GenerationConfig, Request
 from sa2jax.models.step_audio import StepAudio2Model, step_audio2
 from sa2jax.nn import Policy, init_params
@@ -148,7 +148,7 @@ def test_int8_matrices_stay_int8_in_every_dtype(folders):
     for dtype in (None, "float32", "bfloat16", "int8"):
         params = StepAudio2.from_pretrained(folders[1], dtype=dtype).engine.params
         assert params["decoder"]["head"]["kernel"].dtype == jnp.int8
-    assert policy_of("bfloat16", stored={"head": False}).head == jnp.bfloat16
+    assert resolve_policy("bfloat16", stored={"head": False}).head == jnp.bfloat16
 
 
 def test_an_int8_cache_holds_what_was_said():

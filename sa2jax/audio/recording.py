@@ -1,4 +1,4 @@
-"""A recording in memory: its samples and the mel frames that the model hears of it."""
+"""A recording in memory: its samples and its log-mel frames."""
 
 from dataclasses import dataclass, field
 from typing import Self
@@ -13,8 +13,8 @@ from sa2jax.errors import AudioError
 
 
 @dataclass(frozen=True, eq=False)
-class Heard:
-    """A recording that was said.
+class Recording:
+    """A recording in memory, 16 kHz mono, with its log-mel frames.
 
     Attributes:
         samples: 16 kHz mono, a read-only copy of what is given.
@@ -31,7 +31,7 @@ class Heard:
         if samples.dtype != np.float32 or samples.ndim != 1 or not samples.size:
             raise AudioError(
                 f"expected float32 samples [N], got {samples.dtype} {samples.shape}; read the "
-                "audio with Heard.of"
+                "audio with Recording.from_source"
             )
         if not np.isfinite(samples).all():
             raise AudioError("expected finite samples, got NaN or Inf")
@@ -39,7 +39,7 @@ class Heard:
         object.__setattr__(self, "samples", samples)
 
     @classmethod
-    def of(cls, source: io.Audio) -> Self:
+    def from_source(cls, source: io.Audio) -> Self:
         """Read a recording of any rate and channels, as `audio.load` does.
 
         Raises:

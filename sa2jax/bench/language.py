@@ -28,13 +28,13 @@ from sa2jax.bench.common import (
 from sa2jax.config import StepAudio2Config
 from sa2jax.errors import ConfigError
 from sa2jax.inference.engine import Engine
-from sa2jax.inference.loading import policy_of
+from sa2jax.inference.loading import resolve_policy
 from sa2jax.inference.prefix_cache import PrefixCache
 from sa2jax.inference.requests import GenerationConfig, Request
-from sa2jax.models.heads import spread_heads
+from sa2jax.models.heads import pad_heads_for_mesh
 from sa2jax.models.step_audio import StepAudio2Model, step_audio2, unstack_decoder
 from sa2jax.nn import Policy, init_params
-from sa2jax.runtime import enable_compilation_cache, scans_layers
+from sa2jax.runtime import enable_compilation_cache, uses_scan
 from sa2jax.sharding import make_mesh
 
 
@@ -72,7 +72,7 @@ def bench(
         raise ConfigError("expected repeats >= 1, tokens >= 2, prompt >= 1, seconds in 0.1..25")
     enable_compilation_cache()
     cfg = StepAudio2Config.preset(size)
-    policy = policy_of(dtype)
+    policy = resolve_policy(dtype)
     where = None if mesh is None else make_mesh(mesh)
     ours = Ours(cfg, policy, prompt, seconds, where)
     theirs = _reference(cfg, jnp.dtype(policy.compute).name, prompt, seconds) if reference else None
@@ -118,11 +118,11 @@ class Ours:
         seconds: float,
         mesh: Mesh | None = None,
     ):
-        wide = spread_heads(cfg, mesh)
+        wide = pad_heads_for_mesh(cfg, mesh)
         make = lambda: StepAudio2Model(wide, policy=policy, rngs=nnx.Rngs(0))
         places = None if mesh is None else step_audio2(wide, policy).shardings(mesh)
         params = init_params(make, places)
-        stacked = scans_layers(mesh)
+        stacked = uses_scan(mesh)
         decoder = params["decoder"]
         # Of the embedding table a step reads one row; everything else it reads whole.
         read = [decoder["layers"], decoder["head"]]

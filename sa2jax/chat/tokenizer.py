@@ -214,7 +214,7 @@ class Tokenizer:
             ids += self.encode(piece) if isinstance(piece, str) else (int(i) for i in piece)
         return ids
 
-    def harmless(self, text: str) -> str:
+    def escape_special_tokens(self, text: str) -> str:
         """A text in which no special token is recognised: a space after the `<` of each.
 
         For what comes from elsewhere, such as the results of tools: nobody opens a turn there.

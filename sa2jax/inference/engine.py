@@ -170,7 +170,7 @@ class Engine:
             batch = np.zeros((len(frames), group[0].shape[0], length), np.float32)
             for padded, mel in zip(batch, group, strict=False):
                 padded[:, : mel.shape[1]] = mel
-            with sharding.using(self.mesh):
+            with sharding.use_mesh(self.mesh):
                 groups.append(self._encode_audio(self.params, batch, frames))  # [C, S, D]
         return groups
 
@@ -179,7 +179,7 @@ class Engine:
     def ensure_cache(self, size: int, cache: KVCache | None = None) -> KVCache:
         """A cache for one conversation with at least `size` slots; uses up the one given."""
         size = min(bucket(size, TOKEN_BUCKETS), self.cfg.decoder.max_positions)
-        with sharding.using(self.mesh):
+        with sharding.use_mesh(self.mesh):
             if cache is None:
                 return self._empty_cache(rows=1, size=size)
             return cache if cache.size >= size else self._grow_cache(cache, size=size)
@@ -221,7 +221,7 @@ class Engine:
                 features=self._scatter_features(clips, homes, steps),
                 feature_index=self._put(index),
             )
-            with sharding.using(self.mesh):
+            with sharding.use_mesh(self.mesh):
                 cache, hidden = self._prefill_chunk(self.params, cache, batch)
         assert hidden is not None, "nothing to read"
         return cache, hidden
@@ -238,7 +238,7 @@ class Engine:
         """Choose the first token of the reply to a prompt that was read; uses up the cache."""
         seen = np.zeros((1, self.cfg.decoder.vocab), bool)
         seen[0, ids] = True
-        with sharding.using(self.mesh):
+        with sharding.use_mesh(self.mesh):
             return self._sample_first_token(
                 self.params, cache, hidden, seen, self._keys(options, [prompt_index]),
                 np.array([limit], np.int32), _stop_array(options), options.sampling.arrays(),
@@ -271,7 +271,7 @@ class Engine:
 
     def _rows(self, count: int) -> int:
         """Rows of a batch: a power of two, and a multiple of the parts it is split into."""
-        ways = sharding.batch_ways(self.mesh)
+        ways = sharding.batch_axis_size(self.mesh)
         return -(-_power_of_two(count) // ways) * ways
 
     def decode(
@@ -279,7 +279,7 @@ class Engine:
     ) -> tuple[DecodeState, Array]:
         """Up to `block` further tokens for each row that is not done; uses up the state."""
         sampling = options.sampling.arrays()
-        with sharding.using(self.mesh):
+        with sharding.use_mesh(self.mesh):
             return self._decode(self.params, state, _stop_array(options), sampling, block=block)
 
     def prefill(
@@ -299,7 +299,7 @@ class Engine:
             own = request.max_new_tokens or options.max_new_tokens
             limit[row] = min(own, options.max_new_tokens, context - len(request.ids))
         padded = [*prompt_indices, *[0] * (rows - len(requests))]
-        with sharding.using(self.mesh):
+        with sharding.use_mesh(self.mesh):
             return self._prefill(
                 self.params, batch, self._keys(options, padded), np.repeat(limit, options.samples),
                 _stop_array(options), options.sampling.arrays(), samples=options.samples, size=size,
@@ -308,7 +308,7 @@ class Engine:
     def logits(self, request: Request) -> Float[np.ndarray, "T V"]:
         """Scores of the next token after each position of a prompt."""
         batch = self._pad([request], [0])
-        with sharding.using(self.mesh):
+        with sharding.use_mesh(self.mesh):
             scores = self._logits(self.params, batch)
         if not scores.is_fully_addressable:
             scores = multihost_utils.process_allgather(scores, tiled=True)

@@ -21,7 +21,7 @@ from sa2jax.attention.dispatch import attention, cached_attention
 from sa2jax.config import DecoderConfig
 from sa2jax.nn import Linear, Policy, Remat, RMSNorm, over_layers, param, rotary, stack
 from sa2jax.quantize import quantize_rows
-from sa2jax.sharding import on_each_device, shard
+from sa2jax.sharding import per_device, shard
 
 CACHE_AXES = (None, "batch", "kv_heads", None, None)  # layers, rows, heads, slots, head_dim
 NEW_AXES = ("batch", None, "kv_heads", None)  # rows, new tokens, heads, head_dim
@@ -81,7 +81,7 @@ class KVCache:
 
         def put(cache: Array, new: Array) -> Array:
             axes, new_axes = CACHE_AXES[: cache.ndim], NEW_AXES[: new.ndim]
-            write = on_each_device(_write, (axes, new_axes, (), ("batch",), ("batch",)), axes)
+            write = per_device(_write, (axes, new_axes, (), ("batch",), ("batch",)), axes)
             return write(cache, new.astype(cache.dtype), layer, start, lengths)
 
         if self.scales is None:

@@ -5,7 +5,7 @@ from collections.abc import Generator
 
 import numpy as np
 
-from sa2jax.chat.reply_parser import Before, ReplyReader
+from sa2jax.chat.reply_parser import MarkerFilter, ReplyParser
 from sa2jax.chat.template import THINK_END
 from sa2jax.chat.tokenizer import Tokenizer, Utf8Stream
 from sa2jax.inference.prefix_cache import PrefixCache
@@ -28,7 +28,7 @@ class Step:
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        self.reader = ReplyReader(tokenizer)
+        self.reader = ReplyParser(tokenizer)
         self.finish: Finish = "cancelled"
         self.audio: list[np.ndarray] = []
 
@@ -114,7 +114,7 @@ class Thoughts:
 
     def __init__(self, tokenizer: Tokenizer):
         self.text, self.made = "", 0
-        self._utf8, self._before = Utf8Stream(tokenizer), Before(THINK_END)
+        self._utf8, self._before = Utf8Stream(tokenizer), MarkerFilter(THINK_END)
 
     def run(
         self, session: PrefixCache, request: Request, options: GenerationConfig, *, number: int

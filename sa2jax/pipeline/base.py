@@ -14,25 +14,25 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sa2jax import audio, checkpoint
-from sa2jax.audio.recording import Heard
+from sa2jax.audio.recording import Recording
 from sa2jax.chat import template
 from sa2jax.chat.interleave import deinterleave
 from sa2jax.chat.template import Audio, Piece
 from sa2jax.chat.tokenizer import Tokenizer
+from sa2jax.checkpoint import Progress
 from sa2jax.config import StepAudio2Config
 from sa2jax.errors import CheckpointError
 from sa2jax.inference.engine import Engine
-from sa2jax.inference.loading import policy_of
+from sa2jax.inference.loading import resolve_policy
 from sa2jax.inference.requests import Completion, GenerationConfig, Request
-from sa2jax.models.heads import spread_heads
+from sa2jax.models.heads import pad_heads_for_mesh
 from sa2jax.models.step_audio import step_audio2, unstack_decoder
 from sa2jax.nn import Params, Policy
-from sa2jax.runtime import scans_layers
+from sa2jax.runtime import uses_scan
 from sa2jax.speech import Speech
 from sa2jax.speech.token2wav import Token2Wav
 
 Style = Literal["chat", "base"]
-Progress = Callable[[int, int], None]  # done, in all
 
 
 class Base:
@@ -43,7 +43,7 @@ class Base:
         params: its parameters, decoder layers stacked, as checkpoints have them.
         tokenizer: its tokenizer, or a function that reads it when it is first needed.
         speech: its detokenizer and voices, or a function that opens them when first needed.
-        policy: its dtypes; by default those of the platform, see `loading.policy_of`.
+        policy: its dtypes; by default those of the platform, see `loading.resolve_policy`.
         mesh: the device mesh the parameters are sharded over, heads spread as it needs them.
         style: `chat` for models with turns, `base` for the pre-trained model without.
         batch_size: prompts that are answered at once.
@@ -63,10 +63,10 @@ class Base:
     ):
         self.cfg, self.style, self.batch_size = cfg, style, batch_size
         self._tokenizer, self._speech, self._turns = tokenizer, speech, itertools.count()
-        stacked = scans_layers(mesh)
+        stacked = uses_scan(mesh)
         params = params if stacked else unstack_decoder(params)
-        policy = policy_of(None) if policy is None else policy
-        model = step_audio2(spread_heads(cfg, mesh), policy, stacked=stacked)
+        policy = resolve_policy(None) if policy is None else policy
+        model = step_audio2(pad_heads_for_mesh(cfg, mesh), policy, stacked=stacked)
         self.engine = Engine(model, params, cfg, mesh=mesh)
 
     @cached_property
@@ -173,9 +173,9 @@ class Base:
         return self.tokenizer.decode([*reply.text_ids, *reply.trailing_text_ids])
 
 
-def as_heard(source: Any) -> Heard:
+def as_heard(source: Any) -> Recording:
     """A recording, read if it was not yet."""
-    return source if isinstance(source, Heard) else Heard.of(source)
+    return source if isinstance(source, Recording) else Recording.from_source(source)
 
 
 def fingerprint_of(cfg: StepAudio2Config, params: Params) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from sa2jax.chat.reply_parser import ReplyReader
+from sa2jax.chat.reply_parser import ReplyParser
 from sa2jax.chat.template import Ids, Message
 from sa2jax.chat.toolbox import Toolbox
 from sa2jax.errors import PromptError
@@ -76,8 +76,8 @@ class ChatState:
         is_file = isinstance(voice, str | Path) and Path(voice).is_file()
         self._voice_name = str(Path(str(voice)).absolute()) if is_file else name
 
-    def read(self, turn: Message) -> tuple[str, ReplyReader]:
+    def read(self, turn: Message) -> tuple[str, ReplyParser]:
         """Text of an answer in the history, and the answer taken apart."""
-        reader = ReplyReader(self.model.tokenizer)
+        reader = ReplyParser(self.model.tokenizer)
         ids = [i for piece in turn.content or () if isinstance(piece, Ids) for i in piece.ids]
         return reader.push(ids).text + reader.end(), reader

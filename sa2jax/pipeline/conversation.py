@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
-from sa2jax.audio.recording import Heard
+from sa2jax.audio.recording import Recording
 from sa2jax.chat import history as files
 from sa2jax.chat import template
 from sa2jax.chat.content import Content, as_pieces
@@ -176,7 +176,7 @@ class Chat(ChatState):
         rounds = [list(saved.turns[a:b]) for a, b in zip(starts, ends, strict=True)]
         head = list(saved.turns[: starts[0] if starts else None])
         schemas = [turn.content for turn in head if turn.role == "tool_json_schemas"]
-        tools = self.tools.shown_as(str(schemas[0])) if schemas else self.tools
+        tools = self.tools.with_schemas(str(schemas[0])) if schemas else self.tools
         if tools and not schemas:  # begun without tools, it goes on with those of this one
             head.append(template.tools_turn(tools.text))
         self._end_stream()
@@ -206,7 +206,7 @@ class Chat(ChatState):
                 raise PromptError(
                     f"expected a tool's answer as text or something for JSON, got {content!r:.80}"
                 ) from None
-            return [template.tool_result_turn(self.model.tokenizer.harmless(text))]
+            return [template.tool_result_turn(self.model.tokenizer.escape_special_tokens(text))]
         pieces = as_pieces(content)
         if any(not isinstance(piece, Text) or piece.text.strip() for piece in pieces):
             return [template.human_turn([_heard(piece) for piece in pieces])]
@@ -220,6 +220,6 @@ class Chat(ChatState):
 
 def _heard(piece: Piece) -> Piece:
     """A recording is read once, whatever becomes of its file."""
-    if isinstance(piece, Audio) and not isinstance(piece.source, Heard):
-        return Audio(Heard.of(piece.source))
+    if isinstance(piece, Audio) and not isinstance(piece.source, Recording):
+        return Audio(Recording.from_source(piece.source))
     return piece

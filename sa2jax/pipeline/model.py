@@ -20,7 +20,7 @@ from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.chat.tool_schema import TIMEOUT
 from sa2jax.chat.toolbox import Toolbox
 from sa2jax.errors import PromptError
-from sa2jax.inference.loading import load
+from sa2jax.inference.loading import load_language_model
 from sa2jax.inference.requests import GenerationConfig
 from sa2jax.pipeline.base import Progress, Style
 from sa2jax.pipeline.conversation import Chat, Overflow
@@ -63,7 +63,7 @@ class StepAudio2(Tasks):
             speech: the detokenizer and its voices, or their folder, if not the model's own.
             style: `chat`, or `base` for a pre-trained model that knows no turns.
             batch_size: prompts that are answered at once.
-            progress: told about bytes done and bytes in all while loading.
+            progress: called with (bytes_done, bytes_total) while loading.
 
         Raises:
             CheckpointError: if the folder is damaged, incomplete or of another model.
@@ -72,7 +72,9 @@ class StepAudio2(Tasks):
         """
         enable_compilation_cache()
         folder = model_folder(folder)
-        found = load(folder, dtype=dtype, mesh=mesh, int8_cache=int8_cache, progress=progress)
+        found = load_language_model(
+            folder, dtype=dtype, mesh=mesh, int8_cache=int8_cache, progress=progress
+        )
         home = folder if speech is None else speech
         return cls(
             found.cfg, found.params, lambda: Tokenizer.from_folder(tokenizer or folder),

@@ -205,7 +205,7 @@ class Stream(Iterator[ReplyPiece]):
                 return
             results = [self._revoiced(result) for result in chat.tools.run(calls)]
             self._results += results
-            text = chat.model.tokenizer.harmless(results_text(results))
+            text = chat.model.tokenizer.escape_special_tokens(results_text(results))
             self._turns.append(template.tool_result_turn(text))
             yield ReplyPiece(tool_results=tuple(results))
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, overload
 from sa2jax import audio
 from sa2jax.chat import template
 from sa2jax.chat.content import Content, as_pieces
-from sa2jax.chat.reply_parser import ReplyReader
+from sa2jax.chat.reply_parser import ReplyParser
 from sa2jax.chat.template import TASKS, Audio, Piece, Task
 from sa2jax.errors import PromptError
 from sa2jax.inference.requests import GenerationConfig, Request
@@ -300,7 +300,7 @@ class Tasks(Base):
         started = time.perf_counter()
         chosen = None if voice is None else self.speech.voice(voice)
         made = self.generate(requests, options, progress=progress)
-        readers = [ReplyReader(self.tokenizer) for _ in made]
+        readers = [ReplyParser(self.tokenizer) for _ in made]
         parts = [r.push(reply.ids) for r, (reply,) in zip(readers, made, strict=True)]
         waves = [NO_SOUND] * len(made)
         if chosen is not None:

@@ -19,12 +19,12 @@ from sa2jax.audio.rates import CODE_RATE, MEL_RATE
 from sa2jax.config import StepAudio2Config
 from sa2jax.errors import PlanError
 from sa2jax.inference import programs
-from sa2jax.inference.loading import policy_of
+from sa2jax.inference.loading import resolve_policy
 from sa2jax.inference.sampling import SamplingParams
-from sa2jax.models.heads import spread_heads
+from sa2jax.models.heads import pad_heads_for_mesh
 from sa2jax.models.step_audio import StepAudio2Model, step_audio2
 from sa2jax.nn import Functional, Policy, functional
-from sa2jax.sharding import ALL, over_rows
+from sa2jax.sharding import ALL, shard_rows
 
 Where = Any  # a Mesh, or an AbstractMesh where nothing is compiled
 
@@ -112,7 +112,7 @@ class Work:
 
 def policy(spec: Spec) -> Policy:
     """The dtypes of a spec."""
-    found = policy_of("bfloat16" if spec.dtype == "int8" else spec.dtype)
+    found = resolve_policy("bfloat16" if spec.dtype == "int8" else spec.dtype)
     if spec.workload in TRAINING:  # float32 parameters are master weights
         found = replace(found, compute=jnp.dtype(jnp.bfloat16))
     if spec.dtype == "int8":
@@ -228,7 +228,7 @@ def token2wav(spec: Spec, mesh: Where) -> Work:
         return vocode.bind(weights["vocoder"])(made, ratio * lengths, key=keys)[0]
 
     def lower() -> jax.stages.Lowered:
-        dealt = over_rows(run, mesh, (ALL, 0, 0, 0, 0, 0), 0)
+        dealt = shard_rows(run, mesh, (ALL, 0, 0, 0, 0, 0), 0)
         return jax.jit(dealt).lower(
             weights, _everywhere(mesh, rows, voice),
             _everywhere(mesh, rows, ratio * voice, cfg.flow.mels, dtype=jnp.float32),
@@ -306,8 +306,8 @@ LENGTHS: dict[str, tuple[str, int]] = {
 
 def _model(spec: Spec, mesh: Where) -> tuple[Functional[StepAudio2Model], dict[str, Any]]:
     """The model on a mesh, and where its parameters are."""
-    model = step_audio2(spread_heads(config(spec), mesh), policy(spec))
-    return model, model.placed(mesh)
+    model = step_audio2(pad_heads_for_mesh(config(spec), mesh), policy(spec))
+    return model, model.with_shardings(mesh)
 
 
 def _everywhere(mesh: Where, *shape: int, dtype: Any = jnp.int32) -> Any:

@@ -36,7 +36,7 @@ from sa2jax.models.speech_tokenizer import (
     unstack_speech_tokenizer,
 )
 from sa2jax.nn import Params
-from sa2jax.runtime import round_up, scans_layers
+from sa2jax.runtime import round_up, uses_scan
 from sa2jax.speech_config import Token2WavConfig
 
 log = logging.getLogger(__name__)
@@ -190,7 +190,7 @@ class VoiceAnalyzer:
 
     def __init__(self, cfg: Token2WavConfig, params: Params, analysis: str):
         self.cfg, self.analysis = cfg, analysis
-        stacked = scans_layers()
+        stacked = uses_scan()
         heard = params["speech_tokenizer"]
         self._params = {
             "speech_tokenizer": heard if stacked else unstack_speech_tokenizer(heard),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sa2jax import audio
-from sa2jax.audio.recording import Heard
+from sa2jax.audio.recording import Recording
 from sa2jax.chat.history import load, save
 from sa2jax.chat.template import Audio, Ids, Message, Text, render
 from sa2jax.errors import AudioError, CheckpointError, PromptError
@@ -17,7 +17,7 @@ FACTS = {"voice": "小跃", "sampling": {"temperature": 0.7, "seed": None}}
 
 
 def heard(rng, samples=1600):
-    return Heard(rng.uniform(-1, 1, samples).astype(np.float32))
+    return Recording(rng.uniform(-1, 1, samples).astype(np.float32))
 
 
 @pytest.fixture
@@ -66,19 +66,19 @@ def same(one, other):
 
 def test_heard_is_16_khz_mono_and_read_only(rng, tmp_path):
     stereo = rng.uniform(-1, 1, (2, 4800)).astype(np.float32)
-    clip = Heard.of((stereo, 48_000))
+    clip = Recording.from_source((stereo, 48_000))
     np.testing.assert_array_equal(clip.samples, audio.load((stereo, 48_000)))
     assert clip.samples.dtype == np.float32
     assert clip.seconds == 0.1
     with pytest.raises(ValueError, match="read-only"):
         clip.samples[0] = 1
     audio.write(tmp_path / "a.wav", clip.samples, 16_000)
-    assert Heard.of(tmp_path / "a.wav").seconds == 0.1
+    assert Recording.from_source(tmp_path / "a.wav").seconds == 0.1
 
 
 def test_heard_does_not_change_with_its_source():
     source = np.ones(400, np.float32)
-    clip = Heard(source)
+    clip = Recording(source)
     source[:] = 0
     assert clip.samples.min() == 1
 
@@ -95,7 +95,7 @@ def test_heard_does_not_change_with_its_source():
 )
 def test_what_is_no_recording(samples):
     with pytest.raises(AudioError, match="expected"):
-        Heard(samples)
+        Recording(samples)
 
 
 def test_mels_are_computed_once_for_each_number_of_bands(rng, monkeypatch):
@@ -125,7 +125,7 @@ def test_everything_comes_back(path, turns):
     saved = load(path, model=MODEL)
     assert saved.facts == FACTS
     assert same(saved.turns, turns)
-    assert isinstance(saved.turns[1].content[1].source, Heard)
+    assert isinstance(saved.turns[1].content[1].source, Recording)
     assert len(render(saved.turns)) == len(render(turns))
 
 

@@ -12,7 +12,7 @@ from sa2jax.config import DecoderConfig
 from sa2jax.inference import programs
 from sa2jax.inference.requests import GenerationConfig, Request
 from sa2jax.pipeline import StepAudio2
-from sa2jax.sharding import batch_ways, make_mesh
+from sa2jax.sharding import batch_axis_size, make_mesh
 from sa2jax.speech import programs as speech_programs
 from sa2jax.speech.token2wav import Token2Wav
 
@@ -91,7 +91,7 @@ def main(folder, golden, meshes):
         sounds = dict(speech_programs.TRACES)
         spoken(speak, voices)
         report = {
-            "mesh": spec, "devices": jax.device_count(), "ways": batch_ways(model.engine.mesh),
+            "mesh": spec, "devices": jax.device_count(), "ways": batch_axis_size(model.engine.mesh),
             "logits": far([got], [logits]), "ids": same == ids == again, "wave": far(sound, waves),
             "length": [len(line) for line in same], "traces": traces, "sound_traces": sounds,
             "new": dict(programs.TRACES) == traces | {"decode": 2}  # blocks of another size

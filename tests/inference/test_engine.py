@@ -321,9 +321,7 @@ def test_stop_id(engine, prompts, greedy, place):
         assert reply.finish_reason == ("length" if end is None else "stop")
 
 
-@pytest.mark.parametrize(
-    "scatter_features", [0, 3, BLOCK - 1, BLOCK, 2 * BLOCK]
-)  # tokens 8 | 9, 16 | 17
+@pytest.mark.parametrize("place", [0, 3, BLOCK - 1, BLOCK, 2 * BLOCK])  # tokens 8 | 9, 16 | 17
 @pytest.mark.parametrize("length", [1, 2])
 def test_stop_string(engine, prompts, greedy, place, length):
     """The reply ends with the token that completes the string, also across blocks."""

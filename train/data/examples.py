@@ -219,7 +219,7 @@ def _write_chat(row: _Row) -> None:
         learn = any(turn.loss for _, turn in turns)
         if first.role in _RESULTS:
             text = _results([turn.content for _, turn in turns], calls)
-            message = template.tool_result_turn(row.tokenizer.harmless(text))
+            message = template.tool_result_turn(row.tokenizer.escape_special_tokens(text))
         else:
             match row.pieces_of(first.content):
                 case [Text(text)]:

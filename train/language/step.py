@@ -26,7 +26,7 @@ from sa2jax.config import StepAudio2Config
 from sa2jax.errors import TrainError
 from sa2jax.models.step_audio import StepAudio2Model
 from sa2jax.nn import ArrayT, Functional, Params, Remat
-from sa2jax.sharding import placed, shard, sharding_of, using
+from sa2jax.sharding import shard, sharding_of, use_mesh, with_shardings
 from sa2jax.train.language.objective import CHUNK, Sums, next_token_loss
 from sa2jax.train.optimizer import Optimizer, join
 from sa2jax.train.state import Step, TrainState, compiled, updated
@@ -200,7 +200,7 @@ def make_evaluation(
     function = jax.jit(evaluate)
 
     def run(params: Params, batch: Batch[Array]) -> dict[str, Sums]:
-        with using(mesh):
+        with use_mesh(mesh):
             return function(params, batch)
 
     return run
@@ -301,4 +301,4 @@ def abstract_batch(
         )
 
     batch = jax.eval_shape(make)
-    return batch if mesh is None else placed(batch, batch_shardings(batch, mesh))
+    return batch if mesh is None else with_shardings(batch, batch_shardings(batch, mesh))

@@ -90,7 +90,9 @@ class OpenNetwork:
         Raises:
             CheckpointError: if the folder is damaged.
         """
-        return checkpoint.load(self.speech.folder, self.model.placed(mesh), branch=self.name)
+        return checkpoint.load(
+            self.speech.folder, self.model.with_shardings(mesh), branch=self.name
+        )
 
     def save(self, params: Params, out: Path) -> list[str]:
         """Write the whole detokenizer with other numbers in this network; `out` is replaced.
