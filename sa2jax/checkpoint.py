@@ -12,8 +12,8 @@ once. Orbax (also its v1 partial save) writes whole leaves. Its format is open, 
 `use_ocdbt=False` a leaf is a plain zarr array beside a metadata file. `create` lets Orbax write
 that metadata and gives back the empty arrays, to be filled slice by slice with tensorstore; any
 Orbax restores the result. Chunks never span layers (unless tiny) and are split further, so that a
-host that needs a part reads little else. `load` reads the same way: Orbax's restore takes twice the
-model's memory on a CPU.
+host that needs a part reads little else. `load_params` reads the same way: Orbax's restore takes
+twice the model's memory on a CPU.
 """
 
 import hashlib
@@ -78,7 +78,7 @@ def read_info(folder: str | Path) -> dict[str, Any]:
     return info
 
 
-def save(path: str | Path, params: Params, *, overwrite: bool = False) -> None:
+def save_params(path: str | Path, params: Params, *, overwrite: bool = False) -> None:
     """Write parameters as an Orbax checkpoint; in a multi-host program all hosts call it.
 
     Args:
@@ -97,7 +97,7 @@ def save(path: str | Path, params: Params, *, overwrite: bool = False) -> None:
         checkpointer.save(path, args=ocp.args.PyTreeSave(params, save_args=args), force=overwrite)
 
 
-def load(
+def load_params(
     path: str | Path,
     like: Params | None = None,
     dtype: Any = None,

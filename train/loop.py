@@ -242,7 +242,8 @@ def rows_at_once(rows: int, parts: int, mesh: Mesh | None) -> int:
     if rows % batch_axis_size(mesh):
         raise TrainError(
             f"{rows} rows at a time do not divide by the {batch_axis_size(mesh)} devices of the "
-            "mesh's data and fsdp axes: change the rows of an update, or of a part of it, or the mesh"
+            "mesh's data and fsdp axes: change the rows of an update, or of a part of it, or the "
+            "mesh"
         )
     return rows
 

@@ -40,12 +40,12 @@ class Recording:
 
     @classmethod
     def from_source(cls, source: io.Audio) -> Self:
-        """Read a recording of any rate and channels, as `audio.load` does.
+        """Read a recording of any rate and channels, as `audio.load_audio` does.
 
         Raises:
             AudioError: if it cannot be read.
         """
-        return cls(io.load(source))
+        return cls(io.load_audio(source))
 
     @property
     def seconds(self) -> float:
@@ -55,7 +55,7 @@ class Recording:
     def mels(self, n_mels: int) -> list[Float32[np.ndarray, "M frames"]]:
         """Log-mel frames of each 25 s of it; computed once and kept, read-only."""
         if n_mels not in self._mels:
-            chunks = io.split(self.samples)
+            chunks = io.split_chunks(self.samples)
             mels = tuple(np.asarray(log_mel(chunk, n_mels=n_mels)) for chunk in chunks)
             for mel in mels:
                 mel.flags.writeable = False

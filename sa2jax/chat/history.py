@@ -1,7 +1,7 @@
 """Conversations on disk: a JSON file to read, and beside it the recordings that were said.
 
-save("talk.json", turns, model=fingerprint, facts={"voice": "anna"})
-load("talk.json", model=fingerprint).turns
+save_conversation("talk.json", turns, model=fingerprint, facts={"voice": "anna"})
+load_conversation("talk.json", model=fingerprint).turns
 
 The JSON names its recordings by their hash: it is never read together with those of another time.
 """
@@ -28,7 +28,7 @@ _KEYS = {"format", "version", "model", "arrays", "sha256", "facts", "turns"}
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedConversation:
     """A conversation from disk.
 
     Attributes:
@@ -40,7 +40,7 @@ class Saved:
     facts: Mapping[str, Any]
 
 
-def save(
+def save_conversation(
     path: str | Path, turns: Sequence[Message], *, model: str, facts: Mapping[str, Any]
 ) -> None:
     """Write a conversation, replacing an earlier one at `path` at the very end.
@@ -48,7 +48,7 @@ def save(
     Args:
         path: a name that ends in .json; recordings go beside it.
         turns: the turns; every `Audio` in them has a `Recording` as its source.
-        model: fingerprint of the checkpoint, to be given to `load`.
+        model: fingerprint of the checkpoint, to be given to `load_conversation`.
         facts: anything else for JSON.
 
     Raises:
@@ -85,8 +85,8 @@ def save(
                 path.with_name(str(name)).unlink(missing_ok=True)
 
 
-def load(path: str | Path, *, model: str) -> Saved:
-    """Read what `save` wrote.
+def load_conversation(path: str | Path, *, model: str) -> SavedConversation:
+    """Read what `save_conversation` wrote.
 
     Args:
         path: the .json file.
@@ -110,7 +110,9 @@ def load(path: str | Path, *, model: str) -> Saved:
             f"{document.get('model')}; load that one or start anew"
         )
     try:
-        _dump(document).encode()  # refuses what `save` cannot have written: NaN, lone surrogates
+        _dump(
+            document
+        ).encode()  # refuses what `save_conversation` cannot have written: NaN, lone surrogates
         _expect_keys("the file", document, _KEYS)
         if not isinstance(document["facts"], dict) or not isinstance(document["turns"], list):
             raise PromptError("expected facts as an object and turns as a list")
@@ -118,7 +120,7 @@ def load(path: str | Path, *, model: str) -> Saved:
         turns = tuple(_turn_from_json(turn, recordings) for turn in document["turns"])
     except (PromptError, ValueError, RecursionError) as error:
         raise PromptError(f"{path} is damaged ({error}): use a copy or start anew") from None
-    return Saved(turns, document["facts"])
+    return SavedConversation(turns, document["facts"])
 
 
 # --- files -------------------------------------------------------------------------------------

@@ -278,25 +278,6 @@ class Utf8Stream:
         return rest
 
 
-def split_output(ids: Iterable[int], special: SpecialTokens) -> tuple[list[int], list[int]]:
-    """Part generated ids into text ids and audio codes by the official rule.
-
-    Text is everything below `<audio_start>`; a code is id - `<audio_0>` from there on. The codes
-    still hold pads (see `keep_codes`).
-
-    Returns:
-        Text ids and codes, each in order.
-    """
-    ids = [int(i) for i in ids]
-    text = [i for i in ids if i < special.audio_start]
-    return text, [i - special.audio_code_0 for i in ids if i >= special.audio_code_0]
-
-
-def keep_codes(codes: Iterable[int], special: SpecialTokens) -> list[int]:
-    """The codes that the vocoder can speak: pads and unused rows are dropped."""
-    return [c for c in codes if 0 <= c < special.num_codes]
-
-
 def qwen2_description(vocab: Mapping[str, int], merges: Sequence[str]) -> dict[str, Any]:
     """A `tokenizer.json` of the Qwen2 kind: NFC, Qwen2's split, byte-level BPE, no prefix space.
 

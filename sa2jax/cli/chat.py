@@ -158,7 +158,7 @@ def tts(
 
     if (file is None) == (text is None):
         raise PromptError("expected one text: give a file or --text")
-    if stream and options.style == "base":
+    if stream and options.prompt_style == "base":
         raise PromptError("a base model cannot read aloud with --stream: leave it out")
     wav_output.check_out_or_pipe(out, stream=stream)
     words = _read_text(file) if file is not None else text or ""

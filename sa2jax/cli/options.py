@@ -29,7 +29,7 @@ class ModelOptions(Devices):
     """Folder of the tokenizer files, if not the model's own."""
     detokenizer: Path | None = None
     """Folder of the detokenizer and its voices, if not the model's own."""
-    style: Literal["chat", "base"] = "chat"
+    prompt_style: Literal["chat", "base"] = "chat"
     """`base` for a pre-trained model that knows no turns."""
     batch_size: int = 8
     """Prompts that are answered at once."""
@@ -43,7 +43,7 @@ class ModelOptions(Devices):
         with common.bar("loading") as tick:
             return StepAudio2.from_pretrained(
                 model, dtype=self.dtype, mesh=self.mesh, int8_cache=self.int8_cache,
-                tokenizer=self.tokenizer, speech=self.detokenizer, style=self.style,
+                tokenizer=self.tokenizer, speech=self.detokenizer, prompt_style=self.prompt_style,
                 batch_size=self.batch_size, progress=tick,
             )  # fmt: skip
 

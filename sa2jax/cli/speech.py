@@ -214,7 +214,7 @@ def _speak(speech: "Speech", codes: Any, voice: Any, options: SpeechOptions, out
         wave = np.concatenate(made)
     else:
         wave = speech.vocode(codes, voice, seed=options.seed)
-    audio.write(out, wave, speech.sample_rate, subtype="PCM_16")
+    audio.write_wav(out, wave, speech.sample_rate, subtype="PCM_16")
     length, took = len(wave) / speech.sample_rate, time.perf_counter() - started
     print(wav_output.made(out, length, voice.name, took))
 

@@ -132,7 +132,7 @@ def read_params(
         transform = partial(quantize.quantize_leaf, goals=checkpoint.flatten(like))
         like = _float_twin(like, policy)
     if checkpoint.is_checkpoint(folder):
-        return checkpoint.load(folder, like, transform=transform)
+        return checkpoint.load_params(folder, like, transform=transform)
     from sa2jax.convert.hf import load_hf
 
     return load_hf(folder, like, transform=transform, progress=progress)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from sa2jax import audio, checkpoint
 from sa2jax.audio.recording import Recording
 from sa2jax.chat import template
 from sa2jax.chat.interleave import deinterleave
-from sa2jax.chat.template import Audio, Piece
+from sa2jax.chat.template import Audio, Piece, PromptStyle
 from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.checkpoint import Progress
 from sa2jax.config import StepAudio2Config
@@ -32,8 +32,6 @@ from sa2jax.runtime import uses_scan
 from sa2jax.speech import Speech
 from sa2jax.speech.token2wav import Token2Wav
 
-Style = Literal["chat", "base"]
-
 
 class Base:
     """A model with its tokenizer and its voices.
@@ -45,7 +43,7 @@ class Base:
         speech: its detokenizer and voices, or a function that opens them when first needed.
         policy: its dtypes; by default those of the platform, see `loading.resolve_policy`.
         mesh: the device mesh the parameters are sharded over, heads spread as it needs them.
-        style: `chat` for models with turns, `base` for the pre-trained model without.
+        prompt_style: `chat` for models with turns, `base` for the pre-trained model without.
         batch_size: prompts that are answered at once.
     """
 
@@ -58,10 +56,10 @@ class Base:
         speech: Speech | Callable[[], Speech] | None = None,
         policy: Policy | None = None,
         mesh: Mesh | None = None,
-        style: Style = "chat",
+        prompt_style: PromptStyle = "chat",
         batch_size: int = 8,
     ):
-        self.cfg, self.style, self.batch_size = cfg, style, batch_size
+        self.cfg, self.prompt_style, self.batch_size = cfg, prompt_style, batch_size
         self._tokenizer, self._speech, self._turns = tokenizer, speech, itertools.count()
         stacked = uses_scan(mesh)
         params = params if stacked else unstack_decoder(params)
@@ -162,9 +160,9 @@ class Base:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """The id that ends a reply of this style of model."""
+        """The id that ends a reply in the model's prompt style."""
         special = self.tokenizer.special
-        return (special.end_of_text if self.style == "base" else special.eot,)
+        return (special.end_of_text if self.prompt_style == "base" else special.eot,)
 
     def text_of(self, ids: Sequence[int]) -> str:
         """The text in generated ids: without audio codes and pads, with everything else."""

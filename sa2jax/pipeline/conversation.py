@@ -157,7 +157,7 @@ class Chat(ChatState):
         """
         self._end_stream()
         facts = {"voice": self._voice_name}
-        files.save(path, self.history, model=self.model.fingerprint, facts=facts)
+        files.save_conversation(path, self.history, model=self.model.fingerprint, facts=facts)
 
     def load(self, path: str | Path) -> Self:
         """Go on with a conversation that was saved: its turns replace those of this one.
@@ -170,7 +170,7 @@ class Chat(ChatState):
             PromptError: if the file is damaged, no conversation, or one with another checkpoint;
                 this conversation is then as before.
         """
-        saved = files.load(path, model=self.model.fingerprint)
+        saved = files.load_conversation(path, model=self.model.fingerprint)
         starts = [n for n, turn in enumerate(saved.turns) if turn.role == "human"]
         ends = [*starts[1:], len(saved.turns)] if starts else []
         rounds = [list(saved.turns[a:b]) for a, b in zip(starts, ends, strict=True)]

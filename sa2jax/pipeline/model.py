@@ -15,14 +15,14 @@ from jax.sharding import Mesh
 
 from sa2jax.assets import model_folder
 from sa2jax.chat import template
-from sa2jax.chat.template import TASKS, Message
+from sa2jax.chat.template import TASKS, Message, PromptStyle
 from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.chat.tool_schema import TIMEOUT
 from sa2jax.chat.toolbox import Toolbox
+from sa2jax.checkpoint import Progress
 from sa2jax.errors import PromptError
 from sa2jax.inference.loading import load_language_model
 from sa2jax.inference.requests import GenerationConfig
-from sa2jax.pipeline.base import Progress, Style
 from sa2jax.pipeline.conversation import Chat, Overflow
 from sa2jax.pipeline.tasks import Tasks, options_of
 from sa2jax.runtime import enable_compilation_cache
@@ -43,7 +43,7 @@ class StepAudio2(Tasks):
         int8_cache: bool = False,
         tokenizer: str | Path | None = None,
         speech: str | Path | Speech | None = None,
-        style: Style = "chat",
+        prompt_style: PromptStyle = "chat",
         batch_size: int = 8,
         progress: Progress | None = None,
     ) -> Self:
@@ -61,7 +61,7 @@ class StepAudio2(Tasks):
             int8_cache: keep what was read (keys and values) as int8: half the memory.
             tokenizer: folder of the tokenizer files, if not the model's own.
             speech: the detokenizer and its voices, or their folder, if not the model's own.
-            style: `chat`, or `base` for a pre-trained model that knows no turns.
+            prompt_style: `chat`, or `base` for a pre-trained model that knows no turns.
             batch_size: prompts that are answered at once.
             progress: called with (bytes_done, bytes_total) while loading.
 
@@ -80,7 +80,7 @@ class StepAudio2(Tasks):
             found.cfg, found.params, lambda: Tokenizer.from_folder(tokenizer or folder),
             speech=home if isinstance(home, Speech)
             else lambda: Speech.from_pretrained(home, mesh=found.mesh),
-            policy=found.policy, mesh=found.mesh, style=style, batch_size=batch_size,
+            policy=found.policy, mesh=found.mesh, prompt_style=prompt_style, batch_size=batch_size,
         )  # fmt: skip
 
     # --- conversations ---------------------------------------------------------------------
@@ -119,8 +119,10 @@ class StepAudio2(Tasks):
             PromptError: for tools that cannot be understood, or a base model.
             VoiceError: if there is no such voice.
         """
-        if self.style == "base":
-            raise PromptError("a base model knows no turns: expected style='chat', or `complete`")
+        if self.prompt_style == "base":
+            raise PromptError(
+                "a base model knows no turns: expected prompt_style='chat', or `complete`"
+            )
         box = Toolbox(tools or (), functions, timeout=tool_timeout)
         head = [] if system is None else [Message("system", system)]
         if box:

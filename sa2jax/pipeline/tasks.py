@@ -13,11 +13,11 @@ from sa2jax import audio
 from sa2jax.chat import template
 from sa2jax.chat.content import Content, as_pieces
 from sa2jax.chat.reply_parser import ReplyParser
-from sa2jax.chat.template import TASKS, Audio, Piece, Task
+from sa2jax.chat.template import TASKS, Audio, Piece, PromptTask
+from sa2jax.checkpoint import Progress
 from sa2jax.errors import PromptError
 from sa2jax.inference.requests import GenerationConfig, Request
-from sa2jax.inference.sampling import SamplingParams
-from sa2jax.pipeline.base import Base, Progress
+from sa2jax.pipeline.base import Base
 from sa2jax.pipeline.reply import NO_SOUND, Reply, Timings
 from sa2jax.speech.api import AnyVoice
 
@@ -267,7 +267,7 @@ class Tasks(Base):
 
     def _spoken(
         self,
-        task: Task,
+        task: PromptTask,
         contents: Sequence[Sequence[Piece]],
         voice: AnyVoice,
         max_new_tokens: int | None,
@@ -280,7 +280,7 @@ class Tasks(Base):
         chosen = self.speech.voice(voice)  # before anything is computed
         requests = [
             self.request(
-                task.raw(*pieces) if self.style == "base"
+                task.base_pieces(*pieces) if self.prompt_style == "base"
                 else template.render(task.messages(*pieces))
             )
             for pieces in contents
@@ -329,7 +329,7 @@ class Tasks(Base):
 
     def _over_audio(
         self,
-        task: Task,
+        task: PromptTask,
         sources: Any,
         extra: tuple[str, ...],
         max_new_tokens: int | None,
@@ -344,8 +344,8 @@ class Tasks(Base):
             for part in self._parts(source, task, extra):
                 chunks = -(-len(part[0]) // audio.CHUNK_SAMPLES)
                 pieces = (Audio(part), *map(template.Text, extra))
-                if self.style == "base":
-                    request = self.request(task.raw(*pieces))
+                if self.prompt_style == "base":
+                    request = self.request(task.base_pieces(*pieces))
                 else:
                     request = self.request(template.render(task.messages(*pieces)))
                 # A limit of its own: the answer does not depend on what else is in the list.
@@ -363,9 +363,9 @@ class Tasks(Base):
         joined = [" ".join(part for part in parts if part) for parts in texts]
         return joined if many else joined[0]
 
-    def _parts(self, source: Any, task: Task, extra: tuple[str, ...]) -> Iterator[tuple]:
+    def _parts(self, source: Any, task: PromptTask, extra: tuple[str, ...]) -> Iterator[tuple]:
         """Cut a recording so that each part fits in the context with room for its answer."""
-        samples = audio.load(source)
+        samples = audio.load_audio(source)
         words = self.tokenizer.encode_pieces([task.system, *extra])
         room = self.cfg.decoder.max_positions - len(words) - 64  # turn marks
         per_chunk = audio.num_tokens(audio.num_frames(audio.CHUNK_SAMPLES)) + 2
@@ -375,19 +375,10 @@ class Tasks(Base):
                 f"the model's context of {self.cfg.decoder.max_positions} tokens is too short for "
                 f"25 s of audio ({per_chunk} tokens) and an answer of {task.max_new_tokens}"
             )
-        for part in audio.split(samples, fits * audio.CHUNK_SAMPLES):
+        for part in audio.split_chunks(samples, fits * audio.CHUNK_SAMPLES):
             yield part, audio.SAMPLE_RATE
 
 
-def options_of(task: Task) -> GenerationConfig:
+def options_of(task: PromptTask) -> GenerationConfig:
     """How the official examples sample a task."""
-    temperature = 0.0 if task.greedy else task.temperature
-    return GenerationConfig(
-        sampling=SamplingParams(
-            temperature=temperature,
-            top_k=task.top_k,
-            top_p=task.top_p,
-            repetition_penalty=task.repetition_penalty,
-        ),
-        max_new_tokens=task.max_new_tokens,
-    )
+    return GenerationConfig(sampling=task.sampling, max_new_tokens=task.max_new_tokens)

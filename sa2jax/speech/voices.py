@@ -90,8 +90,8 @@ class Voice:
         if name is None:
             name = Path(source).stem if isinstance(source, str | Path) else "voice"
         check_name(name)
-        low = audio.load(source, audio.SAMPLE_RATE, mono="first")
-        high = audio.load(source, SPEECH_SAMPLE_RATE, mono="mean")
+        low = audio.load_audio(source, audio.SAMPLE_RATE, mono="first")
+        high = audio.load_audio(source, SPEECH_SAMPLE_RATE, mono="mean")
         seconds = len(low) / audio.SAMPLE_RATE
         if seconds < MIN_SECONDS:
             raise VoiceError(
@@ -212,7 +212,7 @@ class VoiceAnalyzer:
             AudioError: if a recording cannot be read, or is shorter than 20 ms.
         """
         many = sources if isinstance(sources, list) else [sources]
-        made = self.codes_of([audio.load(s, audio.SAMPLE_RATE, mono="first") for s in many])
+        made = self.codes_of([audio.load_audio(s, audio.SAMPLE_RATE, mono="first") for s in many])
         return made if isinstance(sources, list) else made[0]
 
     def codes_of(self, clips: Sequence[Float[np.ndarray, "T"]]) -> list[Int[np.ndarray, "P"]]:

@@ -238,7 +238,10 @@ def test_bad_tools(refused, script, text, message):
         ("tts a.txt -o x.wav", "a.txt cannot be read (No such file"),
         ("tts --text hi -o x.mp3", "ending in .wav"),
         ("tts --text hi -o -", "add --stream"),
-        ("tts --text hi -o x.wav --stream --style base", "a base model cannot read aloud with"),
+        (
+            "tts --text hi -o x.wav --stream --prompt-style base",
+            "a base model cannot read aloud with",
+        ),
         ("tts --text hi -o x.wav --voice nobody", "expected one of anna, bert"),
         ("translate a.wav -o x.wav", "add --speech"),
         ("translate --text hi", "add --speech"),

@@ -83,7 +83,7 @@ def test_options_reach_the_model(run, scripted, ours, recordings):
 
 def test_base_style(run, scripted, source, recordings):
     script = scripted("ja")
-    assert run("asr", recordings[0], "--model", source, "--style", "base")[0] == 0
+    assert run("asr", recordings[0], "--model", source, "--prompt-style", "base")[0] == 0
     ((request,), _), *_ = script.asked
     assert request.ids.tolist()[:3] == list("请".encode())
 
@@ -102,7 +102,7 @@ def test_hugging_face_folder_is_taken_as_it_is(run, scripted, source, recordings
         (("--text", "x" * 2000), "expected 1 to 1023, since the model's context of 1024 must also"),
         (("--text", "x", "--temperature", "-1"), "temperature=-1.0: expected at least 0"),
         (("--text", "x", "--max-new-tokens", "0"), "max_new_tokens=0, samples=1: expected at lea"),
-        (("--text", "x", "--style", "base"), "a base model knows no turns"),
+        (("--text", "x", "--prompt-style", "base"), "a base model knows no turns"),
         (("--text", "x", "--mesh", "tensor=999"), "needs 999 devices"),
         (("nowhere.wav",), "no such file: nowhere.wav"),
     ],

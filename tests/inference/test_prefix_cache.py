@@ -70,7 +70,7 @@ def alone(
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED])
 def test_a_reply_is_that_of_a_batch(engine, session, block, options):
     request = heard(text(0, 60), (5, 120))
-    expected = alone(engine, request, options, prompt_index=4)
+    expected = alone(engine, request, options, number=4)
     assert said(session, request, options, prompt_index=4, block=block) == expected
     assert (session.prefilled, session.finish_reason) == (60, "length")
 

@@ -59,7 +59,7 @@ def base(tiny) -> StepAudio2:
         testing.tiny_params(tiny.cfg),
         tiny.tokenizer,
         speech=lambda: Speech(),
-        style="base",
+        prompt_style="base",
     )
     model.engine = tiny.engine
     return model

@@ -338,7 +338,7 @@ def test_text_is_without_audio_and_stops_at_the_end(model):
 
 
 def test_base_model(folder, scripted):
-    base = StepAudio2.from_pretrained(folder, style="base")
+    base = StepAudio2.from_pretrained(folder, prompt_style="base")
     script = scripted(b"hello", model=base)
     assert base.transcribe((noise(1), RATE)) == "hello"
     assert script.prompts == [[*"请记录下你所听到的语音内容。".encode(), *heard(13)]]

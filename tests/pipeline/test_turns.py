@@ -84,7 +84,7 @@ def test_a_text_is_one_piece_with_the_head_of_its_turn(script, model, monkeypatc
 
 def test_a_recording_is_read_once(script, model, tmp_path):
     """What was said stays said, whatever becomes of the file."""
-    audio.write(tmp_path / "a.wav", CLIP[0], RATE)
+    audio.write_wav(tmp_path / "a.wav", CLIP[0], RATE)
     script.will_say(b"one", b"two")
     chat = model.chat(system=None)
     chat.say(tmp_path / "a.wav")

@@ -56,7 +56,7 @@ def whole(home, model, pairs):
 
 
 def numbers(folder):
-    return checkpoint.flatten(jax.device_get(checkpoint.load(folder / "model")))
+    return checkpoint.flatten(jax.device_get(checkpoint.load_params(folder / "model")))
 
 
 def learnt(folder):

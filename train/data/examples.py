@@ -1,6 +1,6 @@
 r"""Examples: samples as the tokens that are learnt, exactly as a conversation would build them.
 
-    example = make_example(sample, tokenizer, cfg, style="chat", weights={"text": 1.0, ...})
+    example = make_example(sample, tokenizer, cfg, prompt_style="chat", weights={"text": 1.0, ...})
 
 What stands before an assistant's words equals the prompt that `Chat` and the tasks give the model
 at the same place, so nothing is learnt in one form and asked for in another. A reply is its own
@@ -13,7 +13,6 @@ ids and `<|EOT|>`; the turn's head, and `<tts_start>` of a spoken one, are the c
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Float32, Int32, UInt8
@@ -21,7 +20,15 @@ from jaxtyping import Float32, Int32, UInt8
 from sa2jax import audio
 from sa2jax.chat import template
 from sa2jax.chat.interleave import interleave
-from sa2jax.chat.template import Audio, Ids, Message, Piece, Text
+from sa2jax.chat.template import (
+    PROMPT_STYLES,
+    Audio,
+    Ids,
+    Message,
+    Piece,
+    PromptStyle,
+    Text,
+)
 from sa2jax.chat.tokenizer import SpecialTokens, Tokenizer
 from sa2jax.chat.toolbox import ToolResult, results_text
 from sa2jax.chat.tools import CALL_START, MalformedToolCall, ToolCall
@@ -30,8 +37,6 @@ from sa2jax.errors import DataError, PromptError
 from sa2jax.train.data.records import AUDIO, RecordError, Turn, tool_call_of
 from sa2jax.train.data.samples import Sample
 
-Style = Literal["chat", "raw"]
-STYLES: tuple[Style, ...] = ("chat", "raw")
 KINDS = ("text", "audio", "pads")  # of tokens, by their number in `Example.kinds`
 
 _RESULTS = ("tool_response", "tool")
@@ -63,28 +68,28 @@ def make_example(
     tokenizer: Tokenizer,
     cfg: StepAudio2Config,
     *,
-    style: Style = "chat",
+    prompt_style: PromptStyle = "chat",
     weights: Mapping[str, float] | None = None,
 ) -> Example:
     """Turn a sample into tokens.
 
     In the `chat` style an assistant's turns are learnt, `<|EOT|>` included, but not those with
     `loss: false`; of other turns those with `loss: true`, except for what is heard in them. A
-    `tool_call` belongs to the assistant's turn before it. In the `raw` style, that of base models,
+    `tool_call` belongs to the assistant's turn before it. In the `base` style, that of base models,
     contents follow each other and end with `<|endoftext|>`.
 
     Args:
         sample: the conversation with its sound.
         tokenizer: the checkpoint's tokenizer.
         cfg: the model's sizes.
-        style: of the prompts.
+        prompt_style: of the prompts.
         weights: of predicting a token of each of `KINDS`, 1 by default.
 
     Raises:
         RecordError: if nothing of the sample can be learnt.
-        DataError: for an unknown style.
+        DataError: for an unknown prompt style.
     """
-    row = _written(sample, tokenizer, cfg, style)
+    row = _written(sample, tokenizer, cfg, prompt_style)
     ids = np.asarray(row.ids, np.int32)
     kinds = kinds_of(ids, tokenizer.special)
     given = weights or {}
@@ -119,13 +124,16 @@ def kinds_of(ids: Int32[np.ndarray, "T"], special: SpecialTokens) -> UInt8[np.nd
 # --- the row under way --------------------------------------------------------------------------
 
 
-def _written(sample: Sample, tokenizer: Tokenizer, cfg: StepAudio2Config, style: Style) -> "_Row":
+def _written(
+    sample: Sample, tokenizer: Tokenizer, cfg: StepAudio2Config, prompt_style: PromptStyle
+) -> "_Row":
     """All tokens of a sample."""
-    if style not in STYLES:
-        raise DataError(f"style={style!r}: expected one of {', '.join(STYLES)}")
+    if prompt_style not in PROMPT_STYLES:
+        expected = ", ".join(PROMPT_STYLES)
+        raise DataError(f"prompt_style={prompt_style!r}: expected one of {expected}")
     row = _Row(sample, tokenizer, cfg)
     try:
-        if style == "chat":
+        if prompt_style == "chat":
             _write_chat(row)
         else:
             _write_raw(row)
@@ -313,6 +321,6 @@ def _write_raw(row: _Row) -> None:
         else:
             start, *pieces = _spoken(row, index, turn)
             row.write(start, False)
-        for piece in template.render_raw(pieces):
+        for piece in template.render_base(pieces):
             row.write(piece, learn)
     row.write(Ids((row.tokenizer.special.end_of_text,)), learn)

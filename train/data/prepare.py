@@ -346,7 +346,7 @@ def _hear(job: _Job | Reject) -> _Heard | Reject:
         mels = tuple(
             hear(sound("audio", n, path), job.plan.n_mels) for n, path in enumerate(record.audios)
         )
-        targets = {n: audio.load(sound("speech", n, path)) for n, path in recorded.items()}
+        targets = {n: audio.load_audio(sound("speech", n, path)) for n, path in recorded.items()}
         short = [len(clip) for clip in targets.values() if len(clip) < 2 * audio.HOP]
         if short:
             raise AudioError(f"speech of {short[0]} samples is too short")

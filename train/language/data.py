@@ -25,10 +25,11 @@ import grain
 import numpy as np
 
 from sa2jax.audio.rates import MEL_RATE
+from sa2jax.chat.template import PROMPT_STYLES, PromptStyle
 from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.config import StepAudio2Config
 from sa2jax.errors import DataError
-from sa2jax.train.data.examples import KINDS, STYLES, Example, Style, make_example
+from sa2jax.train.data.examples import KINDS, Example, make_example
 from sa2jax.train.data.records import RecordError
 from sa2jax.train.data.samples import Reject, Sample, names_of, open_source
 from sa2jax.train.language.packing import Pack, PackedRow, RowShape
@@ -51,7 +52,7 @@ class DataConfig:
         mel_rows: rows of sound of each row; a second of sound takes 12.5 tokens. 0 for text only.
         mel_frames: frames (100 Hz) of each, a multiple of 8.
         clips: clips (of at most 25 s) that each can hold.
-        style: `chat`, or `raw` for base models, see `examples.make_example`.
+        prompt_style: `chat`, or `base` for base models, see `examples.make_example`.
         weights: of the tokens of each kind in the loss.
         shuffle: draw samples in another order every epoch, rather than in that of the files.
         epochs: how often; None for without end. Of a mixture, an epoch ends when the first of its
@@ -68,7 +69,7 @@ class DataConfig:
     mel_rows: int = 1
     mel_frames: int = 3000
     clips: int = 8
-    style: Style = "chat"
+    prompt_style: PromptStyle = "chat"
     weights: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 1.0))
     shuffle: bool = True
     epochs: int | None = None
@@ -89,8 +90,9 @@ class DataConfig:
             raise DataError(f"epochs={self.epochs}: expected at least 1, or None for without end")
         if self.parts and self.rows % self.parts:
             raise DataError(f"rows={self.rows}: expected a multiple of parts={self.parts}")
-        if self.style not in STYLES:
-            raise DataError(f"style={self.style!r}: expected one of {', '.join(STYLES)}")
+        if self.prompt_style not in PROMPT_STYLES:
+            expected = ", ".join(PROMPT_STYLES)
+            raise DataError(f"prompt_style={self.prompt_style!r}: expected one of {expected}")
         if set(self.weights) - set(KINDS) or not all(w >= 0 for w in self.weights.values()):
             raise DataError(
                 f"weights={dict(self.weights)}: expected numbers from 0 for {', '.join(KINDS)}"
@@ -156,7 +158,7 @@ def make_data(
                 "prepare` again with --model"
             )
     shape = config.shape(mels, tokenizer.special.end_of_text)
-    maker = _Maker(tokenizer, cfg, config.style, dict(config.weights))
+    maker = _Maker(tokenizer, cfg, config.prompt_style, dict(config.weights))
     labels = names_of([Path(path).absolute() for path in sources]) if len(sources) > 1 else [""]
     makers = [replace(maker, label=label) for label in labels]
     rows = _rows(config, list(sources.values()), makers, shape, seed, host, hosts)
@@ -189,14 +191,14 @@ class _Maker:
     Attributes:
         tokenizer: the checkpoint's.
         cfg: the model's sizes.
-        style: of the prompts.
+        prompt_style: of the prompts.
         weights: of the tokens of each kind.
         label: what the source is called where there are several: each may have a "train.jsonl".
     """
 
     tokenizer: Tokenizer
     cfg: StepAudio2Config
-    style: Style
+    prompt_style: PromptStyle
     weights: Mapping[str, float]
     label: str = ""
 
@@ -206,7 +208,11 @@ class _Maker:
         where = self._place(sample.record.where)
         try:
             example = make_example(
-                sample, self.tokenizer, self.cfg, style=self.style, weights=self.weights
+                sample,
+                self.tokenizer,
+                self.cfg,
+                prompt_style=self.prompt_style,
+                weights=self.weights,
             )
             return replace(example, where=where)
         except RecordError as error:

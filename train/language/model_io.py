@@ -159,7 +159,7 @@ class Base:
             self.merged(params),
         )
         with _shared_folder(out, overwrite) as folder:
-            checkpoint.save(folder / checkpoint.PARAMS, params)
+            checkpoint.save_params(folder / checkpoint.PARAMS, params)
             if jax.process_index() == 0:
                 self._write_side_files(folder, dtype)
                 _keep_voices(Path(out), folder)

@@ -179,7 +179,7 @@ def speaker_in(analyzer: VoiceAnalyzer, path: str) -> Float[np.ndarray, "C"]:
 
 def _pieces(item: Recording) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Name, samples at 16 kHz and at 24 kHz of each piece of a recording."""
-    low, high = _low(item.path), audio.load(item.path, SPEECH_SAMPLE_RATE, mono="mean")
+    low, high = _low(item.path), audio.load_audio(item.path, SPEECH_SAMPLE_RATE, mono="mean")
     step, high_step = _samples(audio.SAMPLE_RATE), _samples(SPEECH_SAMPLE_RATE)
     least, kept = int(SHORTEST * audio.SAMPLE_RATE), 0
     for number, start in enumerate(range(0, len(low), step)):
@@ -195,7 +195,7 @@ def _pieces(item: Recording) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
 
 
 def _low(path: str) -> np.ndarray:
-    return audio.load(path, audio.SAMPLE_RATE, mono="first")
+    return audio.load_audio(path, audio.SAMPLE_RATE, mono="first")
 
 
 def _samples(rate: int) -> int:

@@ -90,7 +90,7 @@ class OpenNetwork:
         Raises:
             CheckpointError: if the folder is damaged.
         """
-        return checkpoint.load(
+        return checkpoint.load_params(
             self.speech.folder, self.model.with_shardings(mesh), branch=self.name
         )
 
@@ -238,7 +238,7 @@ def save_detokenizer(folder: Path, cfg: Token2WavConfig, params: Params) -> None
         params: of all four networks.
     """
     folder.mkdir(exist_ok=True)
-    checkpoint.save(folder / checkpoint.PARAMS, params)
+    checkpoint.save_params(folder / checkpoint.PARAMS, params)
     info = {"format": checkpoint.FORMAT, "kind": KIND, "config": cfg.to_dict(), "analysis": ""}
     _write_info(folder, info)
     _say_who_hears(folder, checkpoint.open_leaves(folder))

@@ -51,9 +51,11 @@ def sample_of(messages, clips=(), codes=None, **more) -> Sample:
     return Sample(record, mels, ready_codes(record) if codes is None else codes)
 
 
-def example_of(messages, clips=(), codes=None, style="chat", weights=None, **more) -> Example:
+def example_of(
+    messages, clips=(), codes=None, prompt_style="chat", weights=None, **more
+) -> Example:
     sample = sample_of(messages, clips, codes, **more)
-    return make_example(sample, TOKENIZER, CFG, style=style, weights=weights)
+    return make_example(sample, TOKENIZER, CFG, prompt_style=prompt_style, weights=weights)
 
 
 def says(content, **more):
@@ -289,16 +291,16 @@ def test_raw_is_what_a_base_model_is_asked(model):
     task = template.TASKS["s2st_en"]
     example = example_of(
         [{"role": "system", "content": task.system}, asks("<audio>"), says("Hi", speech=[3, 4])],
-        [SHORT], style="raw",
+        [SHORT], prompt_style="base",
     )  # fmt: skip
-    request = model.request(task.raw(template.Audio(SHORT)))
+    request = model.request(task.base_pieces(template.Audio(SHORT)))
     assert example.ids[: len(request.ids)].tolist() == request.ids.tolist()
     assert example.ids[len(request.ids) :].tolist() == [*groups("Hi", [3, 4]), END_OF_TEXT]
     assert learnt(example) == [[*groups("Hi", [3, 4]), END_OF_TEXT]]
 
 
 def test_raw_text_is_learnt_but_for_what_nothing_predicts():
-    example = example_of([says("abc")], style="raw")
+    example = example_of([says("abc")], prompt_style="base")
     assert example.ids.tolist() == [*b"abc", END_OF_TEXT]
     assert example.weights.tolist() == [0, 1, 1, 1]
 
@@ -315,10 +317,10 @@ def test_raw_text_is_learnt_but_for_what_nothing_predicts():
 )  # fmt: skip
 def test_raw_refuses(messages, more, reason):
     if reason is None:
-        assert learnt(example_of([asks("z"), *messages], style="raw", **more)) == [[*b"a"]]
+        assert learnt(example_of([asks("z"), *messages], prompt_style="base", **more)) == [[*b"a"]]
         return
     with pytest.raises(RecordError, match=reason):
-        example_of(messages, style="raw", **more)
+        example_of(messages, prompt_style="base", **more)
 
 
 # --- what cannot be used ------------------------------------------------------------------------
@@ -360,8 +362,8 @@ def test_refuses_recordings_that_are_not_there():
 
 
 def test_refuses_a_style_that_does_not_exist():
-    with pytest.raises(DataError, match="style='cooked': expected one of chat, raw"):
-        example_of([asks("a"), says("b")], style="cooked")
+    with pytest.raises(DataError, match="prompt_style='cooked': expected one of chat, base"):
+        example_of([asks("a"), says("b")], prompt_style="cooked")
 
 
 def test_an_audio_start_that_is_written_is_no_clip():

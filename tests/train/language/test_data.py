@@ -181,7 +181,7 @@ def test_shards_and_their_recordings_give_the_same(tmp_path, ready):
     path = write_jsonl(tmp_path / "s.jsonl", lines)
     for n, name in enumerate(names):
         for i in range(n % 3):
-            audio.write(tmp_path / f"{name}-{i}.wav", sound_of(name, i), RATE)
+            audio.write_wav(tmp_path / f"{name}-{i}.wav", sound_of(name, i), RATE)
     one = next(data_of(path, rows=4, shuffle=False, epochs=1))
     assert names_of(one) == names
     two = next(data_of(ready, rows=8, shuffle=False, epochs=1))
@@ -318,7 +318,8 @@ def test_the_fingerprint_is_of_what_the_batches_depend_on(tmp_path, ready):
     others = [
         data_of(one, seed=1), data_of(one, length=120), data_of(one, workers=1), data_of(ready),
         data_of(one, weights={"text": 2}), data_of(one, pack=False), data_of(one, shuffle=False),
-        data_of(one, two), data_of(one, style="raw"), data_of(one, epochs=3), data_of(one, rows=4),
+        data_of(one, two), data_of(one, prompt_style="base"), data_of(one, epochs=3),
+        data_of(one, rows=4),
     ]  # fmt: skip
     found = {same, *hosts, *(data.fingerprint for data in others)}
     assert len(found) == 2 + len(others)
@@ -412,7 +413,7 @@ def test_a_list_that_cannot_be_written(tmp_path):
         ({"workers": -1}, "workers=-1"),
         ({"max_rejects": -1}, "max_rejects=-1"),
         ({"epochs": 0}, "epochs=0: expected at least 1, or None"),
-        ({"style": "cooked"}, "style='cooked': expected one of chat, raw"),
+        ({"prompt_style": "cooked"}, "prompt_style='cooked': expected one of chat, base"),
         ({"weights": {"speech": 1}}, "expected numbers from 0 for text, audio, pads"),
         ({"weights": {"text": -1}}, "expected numbers from 0 for"),
         ({"mel_frames": 1001}, "mel_frames=1001: expected a multiple of 8"),
