@@ -20,7 +20,7 @@ from sa2jax import testing
 from sa2jax.config import AudioEncoderConfig, DecoderConfig, StepAudio2Config
 from sa2jax.convert.hf import load_hf
 from sa2jax.convert.verify import compare_logits
-from sa2jax.inference.engine import Generator
+from sa2jax.inference.engine import Engine
 from sa2jax.inference.requests import Request
 from sa2jax.models.step_audio import step_audio2
 from sa2jax.nn import Policy
@@ -86,8 +86,8 @@ def logits(cfg, params, prompts, **kinds):
         params = quantize_params(params, model.abstract)
     else:
         params = jax.tree.map(lambda leaf: leaf.astype(compute), params)
-    generator = Generator(model, params, cfg)
-    return np.concatenate([generator.logits(prompt) for prompt in prompts])
+    engine = Engine(model, params, cfg)
+    return np.concatenate([engine.logits(prompt) for prompt in prompts])
 
 
 def main(folders):

@@ -96,7 +96,7 @@ def _write(folder: Path, params: checkpoint.Params, info: Mapping[str, Any], sin
     if single:
         checkpoint.save_single(folder, params)
     else:
-        checkpoint.save(folder / checkpoint.PARAMS, params)
+        checkpoint.save_params(folder / checkpoint.PARAMS, params)
     text = json.dumps(info, indent=2) + "\n"
     (folder / checkpoint.INFO).write_text(text, encoding="utf-8")
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from sa2jax import atomic_io, checkpoint
-from sa2jax.checkpoint import Tick
+from sa2jax.checkpoint import Progress
 from sa2jax.config import StepAudio2Config
 from sa2jax.convert import token2wav
 from sa2jax.convert import tokenizer as tokenizers
@@ -125,7 +125,7 @@ def convert(
     float_head: bool = False,
     tokenizer: str | Path | None = None,
     overwrite: bool = False,
-    progress: Tick | None = None,
+    progress: Progress | None = None,
 ) -> Report:
     """Turn a Hugging Face folder into a model folder of this library.
 
@@ -204,7 +204,7 @@ def export(
     dequantize: bool = False,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
-    progress: Tick | None = None,
+    progress: Progress | None = None,
 ) -> Report:
     """Turn a model folder of this library into a Hugging Face folder.
 
@@ -268,8 +268,8 @@ def load_hf(
     like: Mapping[str, Any] | None = None,
     *,
     dtype: Any = None,
-    change: checkpoint.Change | None = None,
-    progress: Tick | None = None,
+    transform: checkpoint.LeafTransform | None = None,
+    progress: Progress | None = None,
 ) -> checkpoint.Params:
     """Read a Hugging Face folder straight onto devices; host memory holds one tensor at a time.
 
@@ -278,7 +278,7 @@ def load_hf(
         like: the wanted tree, of `jax.ShapeDtypeStruct` or of `jax.sharding.Sharding`; by default
             all leaves as stored and on the first device.
         dtype: cast to this on the way; by default as `like` says, or as stored.
-        change: what becomes of each leaf as soon as it is read.
+        transform: what becomes of each leaf as soon as it is read.
         progress: told about bytes done and bytes in all.
 
     Returns:
@@ -297,7 +297,7 @@ def load_hf(
             kind, place = checkpoint.form_of(wanted[name], info.dtype, dtype)
             read = partial(read_part, plan, name)
             leaf = checkpoint.assemble(info.shape, kind, place, read)
-            params |= {name: leaf} if change is None else change(name, leaf)
+            params |= {name: leaf} if transform is None else transform(name, leaf)
             done += info.nbytes
             if progress:
                 progress(done, plan.bytes)

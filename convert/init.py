@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from sa2jax import atomic_io, checkpoint
-from sa2jax.checkpoint import Tick
+from sa2jax.checkpoint import Progress
 from sa2jax.config import AudioEncoderConfig, StepAudio2Config
 from sa2jax.convert.extend_tokenizer import (
     check_tokenizer,
@@ -87,7 +87,7 @@ def init(
     seed: int = 0,
     dtype: str | None = None,
     overwrite: bool = False,
-    progress: Tick | None = None,
+    progress: Progress | None = None,
 ) -> Report:
     """Make a model folder of this library for a training from the beginning.
 

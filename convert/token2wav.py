@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from sa2jax import atomic_io, checkpoint
-from sa2jax.checkpoint import Tick
+from sa2jax.checkpoint import Progress
 from sa2jax.convert import torch_file, transfer
 from sa2jax.convert.official import FILES, PARTS, Official
 from sa2jax.convert.transfer import Report, StoredTensors, part_progress
@@ -138,7 +138,7 @@ def open_folder(folder: str | Path) -> Official | Ours:
     return Official(folder) if is_official(folder) else Ours(folder)
 
 
-def convert_into(source: Official, out: Path, tick: Tick) -> list[str]:
+def convert_into(source: Official, out: Path, tick: Progress) -> list[str]:
     """Write a released detokenizer in our form.
 
     Args:
@@ -197,7 +197,7 @@ def supply_voices(folder: Path, old: Path) -> list[str]:
     return notes + speech.adopt()
 
 
-def export_into(source: Ours, out: Path, tick: Tick) -> list[str]:
+def export_into(source: Ours, out: Path, tick: Progress) -> list[str]:
     """Write a converted detokenizer in the released form.
 
     Args:
@@ -226,7 +226,11 @@ def export_into(source: Ours, out: Path, tick: Tick) -> list[str]:
 
 
 def convert(
-    source: str | Path, out: str | Path, *, overwrite: bool = False, progress: Tick | None = None
+    source: str | Path,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> Report:
     """Convert a detokenizer that stands alone; see `hf.convert`."""
     started, official = time.perf_counter(), Official(source)
@@ -238,7 +242,11 @@ def convert(
 
 
 def export(
-    source: str | Path, out: str | Path, *, overwrite: bool = False, progress: Tick | None = None
+    source: str | Path,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> Report:
     """Export a detokenizer that stands alone; see `hf.export`."""
     started, ours = time.perf_counter(), Ours(source)

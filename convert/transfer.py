@@ -19,7 +19,7 @@ import numpy as np
 import tensorstore as ts
 
 from sa2jax import checkpoint
-from sa2jax.checkpoint import Tick
+from sa2jax.checkpoint import Progress
 from sa2jax.convert.rules import CONFIG_MISMATCH, Placement, Rule, Shape, expand, match
 from sa2jax.convert.weights import DTYPES, TensorInfo, Weights, blocks, peak_memory
 from sa2jax.errors import CheckpointError
@@ -168,7 +168,7 @@ def make_plan(
     return TransferPlan(weights, placements, leaves)
 
 
-def write(plan: TransferPlan, arrays: Mapping[str, ts.TensorStore], tick: Tick) -> None:
+def write(plan: TransferPlan, arrays: Mapping[str, ts.TensorStore], tick: Progress) -> None:
     """Stream all leaves of a plan into a checkpoint.
 
     Args:
@@ -303,7 +303,7 @@ def chunk_of(array: ts.TensorStore) -> tuple[int, ...]:
     return tuple(n or size for n, size in zip(chunks, array.shape, strict=True))
 
 
-def part_progress(progress: Tick | None, before: int, total: int) -> Tick:
+def part_progress(progress: Progress | None, before: int, total: int) -> Progress:
     """Progress callback for one part of a job: `before` of `total` bytes are done before it."""
     if progress is None:
         return lambda done, total: None

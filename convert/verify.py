@@ -16,7 +16,7 @@ from rich.table import Table
 
 from sa2jax import checkpoint
 from sa2jax.chat.template import Audio, Message, Text, render, reply_turn
-from sa2jax.checkpoint import Tick
+from sa2jax.checkpoint import Progress
 from sa2jax.config import StepAudio2Config
 from sa2jax.convert import token2wav
 from sa2jax.convert.hf import ModelFolder
@@ -88,7 +88,7 @@ class Comparison:
         return "\n".join(lines)
 
 
-def verify(a: str | Path, b: str | Path, *, progress: Tick | None = None) -> Comparison:
+def verify(a: str | Path, b: str | Path, *, progress: Progress | None = None) -> Comparison:
     """Compare two checkpoints tensor by tensor.
 
     The language model goes by its released names, the detokenizer by ours under `token2wav.`.
@@ -278,7 +278,7 @@ def compare_prompt(
     logits = []
     for folder in (a, b):
         model = StepAudio2.from_pretrained(folder, dtype="float32", tokenizer=speaker)
-        logits.append(model.generator.logits(model.request(render(turns))))
+        logits.append(model.engine.logits(model.request(render(turns))))
     return compare_logits(*logits)
 
 

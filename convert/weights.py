@@ -23,7 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
-from sa2jax.checkpoint import Tick
+from sa2jax import checkpoint
 from sa2jax.errors import CheckpointError
 
 SINGLE = "model.safetensors"
@@ -169,7 +169,11 @@ class SafetensorsFolder:
 
 
 def write_safetensors(
-    folder: Path, tensors: Mapping[str, TensorInfo], source: Weights, shard_bytes: int, tick: Tick
+    folder: Path,
+    tensors: Mapping[str, TensorInfo],
+    source: Weights,
+    shard_bytes: int,
+    tick: checkpoint.Progress,
 ) -> None:
     """Write tensors as `model.safetensors`, or as shards with an index, one block at a time.
 
@@ -278,7 +282,7 @@ def peak_memory() -> int:
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[Tick]:
+def progress_bar(title: str) -> Iterator[checkpoint.Progress]:
     """A bar on stderr for as long as the block runs; gives the function that moves it."""
     columns = "[progress.description]{task.description}", BarColumn(), DownloadColumn()
     with Progress(

@@ -176,7 +176,7 @@ def main() -> None:
     for name, wave in (waves | replies).items():
         soundfile.write(folder / f"{name}.flac", wave, RATE, subtype="PCM_16")
     # What is in the files, not what was written to them.
-    heard = {name: bands(audio.load(folder / f"{name}.flac")) for name in replies}
+    heard = {name: bands(audio.load_audio(folder / f"{name}.flac")) for name in replies}
     centres = k_means(np.concatenate([*heard.values()]), CODES)
     codes = {f"audio/{name}.flac": nearest(x, centres).tolist() for name, x in heard.items()}
     found = records()

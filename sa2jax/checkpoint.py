@@ -12,8 +12,8 @@ once. Orbax (also its v1 partial save) writes whole leaves. Its format is open, 
 `use_ocdbt=False` a leaf is a plain zarr array beside a metadata file. `create` lets Orbax write
 that metadata and gives back the empty arrays, to be filled slice by slice with tensorstore; any
 Orbax restores the result. Chunks never span layers (unless tiny) and are split further, so that a
-host that needs a part reads little else. `load` reads the same way: Orbax's restore takes twice the
-model's memory on a CPU.
+host that needs a part reads little else. `load_params` reads the same way: Orbax's restore takes
+twice the model's memory on a CPU.
 """
 
 import hashlib
@@ -46,8 +46,8 @@ PART_BYTES = 64 << 20  # read from disk at a time
 SMALL_BYTES = 1 << 20  # leaves up to this size are one chunk, layers and all
 
 Params = dict[str, Any]
-Tick = Callable[[int, int], None]  # told about bytes done and bytes in all
-Change = Callable[[str, jax.Array], dict[str, jax.Array]]  # a leaf by name to one or several
+Progress = Callable[[int, int], None]  # called with (done, total), such as bytes
+LeafTransform = Callable[[str, jax.Array], dict[str, jax.Array]]  # one leaf to one or several
 
 
 def is_checkpoint(folder: str | Path) -> bool:
@@ -78,7 +78,7 @@ def read_info(folder: str | Path) -> dict[str, Any]:
     return info
 
 
-def save(path: str | Path, params: Params, *, overwrite: bool = False) -> None:
+def save_params(path: str | Path, params: Params, *, overwrite: bool = False) -> None:
     """Write parameters as an Orbax checkpoint; in a multi-host program all hosts call it.
 
     Args:
@@ -97,13 +97,13 @@ def save(path: str | Path, params: Params, *, overwrite: bool = False) -> None:
         checkpointer.save(path, args=ocp.args.PyTreeSave(params, save_args=args), force=overwrite)
 
 
-def load(
+def load_params(
     path: str | Path,
     like: Params | None = None,
     dtype: Any = None,
     *,
     branch: str = "",
-    change: Change | None = None,
+    transform: LeafTransform | None = None,
 ) -> Params:
     """Read parameters straight onto their devices; each host reads only what it holds.
 
@@ -113,7 +113,7 @@ def load(
             used) or of `jax.sharding.Sharding`. By default all leaves on the first device.
         dtype: cast floating leaves to this on the way; by default as `like` says, or as stored.
         branch: read only what lies under this dotted path.
-        change: what becomes of each leaf as soon as it is read.
+        transform: what becomes of each leaf as soon as it is read.
 
     Raises:
         CheckpointError: if it is no checkpoint, is damaged, or does not fit `like`; all
@@ -135,7 +135,7 @@ def load(
             array = assemble(tuple(leaf.shape), kind, place, partial(_read, leaf))
         except (ValueError, OSError) as error:
             raise _damaged(_params_folder(path) / branch / name, error) from None
-        params |= {name: array} if change is None else change(name, array)
+        params |= {name: array} if transform is None else transform(name, array)
     return unflatten(params)
 
 

@@ -88,11 +88,11 @@ class Functional(Generic[M]):
             self.axes, self.abstract, is_leaf=is_axes,
         )  # fmt: skip
 
-    def placed(self, mesh: Mesh | None) -> Params:
-        """`abstract` with `shardings`: what a checkpoint is read into."""
+    def with_shardings(self, mesh: Mesh | None) -> Params:
+        """`abstract` with `shardings`: the tree that a checkpoint is read into."""
         if mesh is None:
             return self.abstract
-        return sharding.placed(self.abstract, self.shardings(mesh))
+        return sharding.with_shardings(self.abstract, self.shardings(mesh))
 
 
 def functional(make: Callable[[], M]) -> Functional[M]:
@@ -236,9 +236,9 @@ class Linear(nnx.Module):
         sizes, axes = (*shape, width), (*names, next(iter(inputs)))
         deviation = width**-0.5
         kernel = jnp.dtype(policy.param if policy.kernel is None else policy.kernel)
-        whole = kernel == jnp.int8
-        self.kernel = param(rngs, sizes, axes, dtype=kernel, scale=32.0 if whole else deviation)
-        self.scale = param(rngs, shape, names, constant=deviation / 32) if whole else None
+        is_int8 = kernel == jnp.int8
+        self.kernel = param(rngs, sizes, axes, dtype=kernel, scale=32.0 if is_int8 else deviation)
+        self.scale = param(rngs, shape, names, constant=deviation / 32) if is_int8 else None
         self.bias = param(rngs, shape, names, dtype=policy.param, scale=0.02) if bias else None
         # A low-rank product to be added, see `sa2jax.train.lora`.
         self.lora_a: nnx.Param | None = None
@@ -333,13 +333,13 @@ class LayerNorm(nnx.Module):
         return y.astype(x.dtype)
 
 
-def before(lengths: Int[Array, "B"], size: int) -> Bool[Array, "B T"]:
-    """True for the places of each row that its length covers."""
+def length_mask(lengths: Int[Array, "B"], size: int) -> Bool[Array, "B T"]:
+    """True at the first `lengths` of `size` positions of each row: where there is no padding."""
     return jnp.arange(size)[None] < lengths[:, None]
 
 
-def note(trace: dict[str, Array] | None, name: str, x: Array) -> Array:
-    """Keep an intermediate result under its name, if anyone asked; gives it back."""
+def tap(trace: dict[str, Array] | None, name: str, x: Array) -> Array:
+    """Record an intermediate result in `trace`, if there is one; returns it."""
     if trace is not None:
         trace[name] = x
     return x

@@ -1,4 +1,4 @@
-"""Whole numbers for matrices: int8 weights with a scale for each output, and int8 caches.
+"""Int8 quantization: weights with a scale for each output, and key-value caches.
 
 A product with int8 weights is `(x · kernel) * scale`: activations keep their dtype, and a device
 reads half the bytes of bfloat16 for each token. The numbers are those of `qwix.quantize`
@@ -20,8 +20,8 @@ KERNEL, SCALE = ".kernel", ".scale"
 def quantize_rows(x: Float[Array, "*B D"]) -> tuple[Int8[Array, "*B D"], Float[Array, "*B"]]:
     """int8 numbers and the float32 scale of each row, such that `numbers * scale` is near `x`."""
     rows = tuple(range(x.ndim - 1))
-    found = qwix.quantize(x.astype(jnp.float32), jnp.int8, channelwise_axes=rows)
-    return found.qvalue, found.scale[..., 0]
+    quantized = qwix.quantize(x.astype(jnp.float32), jnp.int8, channelwise_axes=rows)
+    return quantized.qvalue, quantized.scale[..., 0]
 
 
 quantize_block = jax.jit(quantize_rows)

@@ -18,7 +18,7 @@ def default_dtype() -> jnp.dtype:
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
-def scans_layers(mesh: Mesh | None = None) -> bool:
+def uses_scan(mesh: Mesh | None = None) -> bool:
     """Whether layers run in a scan; on one CPU device in a loop, see `nn.unstack`."""
     return jax.default_backend() != "cpu" or (mesh is not None and mesh.size > 1)
 

@@ -89,12 +89,12 @@ def spec_of(
     entries: list[Any] = [None] * lead
     for size, axis in zip(shape[lead:], axes, strict=True):
         target = RULES.get(axis) if axis is not None else None
-        ways = _ways(mesh, target)
-        if target is not None and ways > 1 and size % ways:
+        parts = _axis_size(mesh, target)
+        if target is not None and parts > 1 and size % parts:
             if size > 1:  # a single row cannot be meant to be split
-                _say_once(str(axis), size, str(target), ways)
+                _warn_once(str(axis), size, str(target), parts)
             target = None
-        entries.append(target if ways > 1 else None)
+        entries.append(target if parts > 1 else None)
     return PartitionSpec(*entries)
 
 
@@ -105,40 +105,40 @@ def sharding_of(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh) ->
 
 def shard(x: jax.Array, *axes: str | None) -> jax.Array:
     """Constrain an activation to its rule on the mesh in use; without a mesh, nothing happens."""
-    if not is_spread():
+    if not is_sharded():
         return x
     spec = spec_of(x.shape, axes, jax.sharding.get_abstract_mesh())
     return jax.lax.with_sharding_constraint(x, spec)
 
 
-def is_spread() -> bool:
+def is_sharded() -> bool:
     """Whether XLA spreads arrays over devices here: on a mesh, and not in one device's part."""
     mesh = jax.sharding.get_abstract_mesh()
     alone = mesh.empty or mesh.size == 1
     return not alone and AxisType.Manual not in mesh.axis_types
 
 
-def ways_of(axis: str) -> int:
+def axis_size(axis: str) -> int:
     """Size of a mesh axis of the mesh in use; 1 without a mesh."""
-    return _ways(jax.sharding.get_abstract_mesh(), axis) if is_spread() else 1
+    return _axis_size(jax.sharding.get_abstract_mesh(), axis) if is_sharded() else 1
 
 
-def using(mesh: Mesh | None) -> AbstractContextManager:
+def use_mesh(mesh: Mesh | None) -> AbstractContextManager:
     """Run what is inside on a mesh, if there is one."""
     return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def tensor_ways(mesh: Mesh | None) -> int:
+def tensor_axis_size(mesh: Mesh | None) -> int:
     """Shards of one matrix on a mesh."""
-    return 1 if mesh is None else _ways(mesh, "tensor")
+    return 1 if mesh is None else _axis_size(mesh, "tensor")
 
 
-def batch_ways(mesh: Mesh | None) -> int:
+def batch_axis_size(mesh: Mesh | None) -> int:
     """Parts of a batch on a mesh."""
-    return 1 if mesh is None else _ways(mesh, RULES["batch"])
+    return 1 if mesh is None else _axis_size(mesh, RULES["batch"])
 
 
-def on_each_device(
+def per_device(
     run: Callable[..., jax.Array],
     inputs: Sequence[Sequence[str | None]],
     output: Sequence[str | None],
@@ -150,7 +150,7 @@ def on_each_device(
         inputs: logical axes of each argument; arrays of one argument share them.
         output: logical axes of the result, which is split as the argument with the same axes.
     """
-    if not is_spread():
+    if not is_sharded():
         return run
     mesh = jax.sharding.get_abstract_mesh()
 
@@ -177,7 +177,7 @@ def parse_mesh(spec: str) -> dict[str, int]:
         ) from None
 
 
-def over_rows(
+def shard_rows(
     run: Callable[..., Any], mesh: Mesh | None, in_axes: Sequence[Any], out_axes: Any
 ) -> Callable[..., Any]:
     """Deal out the rows of a batch to all devices; each computes its own, and nothing is sent.
@@ -200,8 +200,8 @@ def over_rows(
     return dealt
 
 
-def deal_out(tree: Any, mesh: Mesh | None, rows: int, axes: Any) -> Any:
-    """Put arrays where `over_rows` takes them from, and leaves them; nothing if they are there."""
+def device_put_rows(tree: Any, mesh: Mesh | None, rows: int, axes: Any) -> Any:
+    """Put arrays where `shard_rows` takes them from, and leaves them; nothing if they are there."""
     if mesh is None:
         return tree
     place = lambda axis, x: jax.device_put(x, NamedSharding(mesh, _spec_of_rows(mesh, rows, axis)))
@@ -213,7 +213,7 @@ def _spec_of_rows(mesh: Mesh, rows: int, axis: int) -> PartitionSpec:
     return PartitionSpec() if whole else PartitionSpec(*[None] * axis, MESH_AXES)
 
 
-def placed(abstract: Any, shardings: Any) -> Any:
+def with_shardings(abstract: Any, shardings: Any) -> Any:
     """Shapes and dtypes with the places where they go."""
     place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
     return jax.tree.map(place, abstract, shardings)
@@ -227,7 +227,7 @@ def replicas(mesh: Mesh | None) -> list[Mesh]:
     return [part for part in parts if _is_here(part)]
 
 
-def local_part(mesh: Mesh | None) -> Mesh | None:
+def local_mesh(mesh: Mesh | None) -> Mesh | None:
     """The mesh, or that of this host's own devices if it spans several hosts."""
     if mesh is None or _is_here(mesh):
         return mesh
@@ -262,7 +262,7 @@ def replica_of(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(take, tree)
 
 
-def _ways(mesh: Mesh | AbstractMesh, target: str | tuple[str, ...] | None) -> int:
+def _axis_size(mesh: Mesh | AbstractMesh, target: str | tuple[str, ...] | None) -> int:
     if target is None:
         return 1
     names = (target,) if isinstance(target, str) else target
@@ -275,5 +275,5 @@ def _ways(mesh: Mesh | AbstractMesh, target: str | tuple[str, ...] | None) -> in
 
 
 @lru_cache
-def _say_once(axis: str, size: int, target: str, ways: int) -> None:
-    log.warning("%s of size %d does not divide over %s=%d: replicated", axis, size, target, ways)
+def _warn_once(axis: str, size: int, target: str, parts: int) -> None:
+    log.warning("%s of size %d does not divide over %s=%d: replicated", axis, size, target, parts)

@@ -28,8 +28,8 @@ def test_flatten_and_back(params):
 
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
 def test_save_and_load(params, tmp_path, dtype):
-    checkpoint.save(tmp_path / "c", params)
-    loaded = checkpoint.load(tmp_path / "c", dtype=dtype)
+    checkpoint.save_params(tmp_path / "c", params)
+    loaded = checkpoint.load_params(tmp_path / "c", dtype=dtype)
     expected = jax.tree.map(lambda x: x.astype(dtype or x.dtype), params)
     jax.tree.map(np.testing.assert_array_equal, loaded, expected)
     assert {x.dtype for x in jax.tree.leaves(loaded)} == {jnp.dtype(dtype or jnp.float32)}
@@ -37,11 +37,11 @@ def test_save_and_load(params, tmp_path, dtype):
 
 @pytest.mark.parametrize("kind", ["shapes", "shardings"])
 def test_load_as_asked(params, tmp_path, kind):
-    checkpoint.save(tmp_path / "c", params)
+    checkpoint.save_params(tmp_path / "c", params)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params)
     if kind == "shardings":
         like = jax.tree.map(lambda x: FIRST, params)
-    loaded = checkpoint.load(tmp_path / "c", like)
+    loaded = checkpoint.load_params(tmp_path / "c", like)
     assert {x.dtype.name for x in jax.tree.leaves(loaded)} == {
         "bfloat16" if kind == "shapes" else "float32"
     }
@@ -50,12 +50,12 @@ def test_load_as_asked(params, tmp_path, kind):
 @pytest.mark.parametrize("on_cpu", [True, False])
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
 def test_leaves_are_read_in_small_parts(params, tmp_path, monkeypatch, on_cpu, dtype):
-    checkpoint.save(tmp_path / "c", params)
+    checkpoint.save_params(tmp_path / "c", params)
     parts, read = [], checkpoint._read
     monkeypatch.setattr(checkpoint, "_on_cpu", lambda place: on_cpu)
     monkeypatch.setattr(checkpoint, "PART_BYTES", 40)
     monkeypatch.setattr(checkpoint, "_read", lambda *a: (parts.append(a[2].nbytes), read(*a)))
-    loaded = checkpoint.load(tmp_path / "c", dtype=dtype)
+    loaded = checkpoint.load_params(tmp_path / "c", dtype=dtype)
     expected = jax.tree.map(lambda x: x.astype(dtype or x.dtype), params)
     jax.tree.map(np.testing.assert_array_equal, loaded, expected)
     assert sum(parts) == sum(x.nbytes for x in jax.tree.leaves(loaded))
@@ -63,30 +63,30 @@ def test_leaves_are_read_in_small_parts(params, tmp_path, monkeypatch, on_cpu, d
 
 
 def test_scalars_are_loaded(tmp_path):
-    checkpoint.save(tmp_path / "c", {"step": jnp.float32(3)})
-    assert checkpoint.load(tmp_path / "c")["step"] == 3
+    checkpoint.save_params(tmp_path / "c", {"step": jnp.float32(3)})
+    assert checkpoint.load_params(tmp_path / "c")["step"] == 3
 
 
 def test_save_refuses_a_taken_path(params, tmp_path):
-    checkpoint.save(tmp_path / "c", params)
+    checkpoint.save_params(tmp_path / "c", params)
     with pytest.raises(CheckpointError, match="exists already"):
-        checkpoint.save(tmp_path / "c", params)
-    checkpoint.save(tmp_path / "c", {"other": params["table"]}, overwrite=True)
-    assert list(checkpoint.load(tmp_path / "c")) == ["other"]
+        checkpoint.save_params(tmp_path / "c", params)
+    checkpoint.save_params(tmp_path / "c", {"other": params["table"]}, overwrite=True)
+    assert list(checkpoint.load_params(tmp_path / "c")) == ["other"]
     (tmp_path / "mine").mkdir()
     with pytest.raises(CheckpointError, match="exists already"):
-        checkpoint.save(tmp_path / "mine", params, overwrite=True)
+        checkpoint.save_params(tmp_path / "mine", params, overwrite=True)
 
 
 def test_load_names_all_misfits(params, tmp_path):
-    checkpoint.save(tmp_path / "c", params)
+    checkpoint.save_params(tmp_path / "c", params)
     like = {
         "layers": {"w": jax.ShapeDtypeStruct((3, 4, 6), jnp.float32)},
         "head": jax.ShapeDtypeStruct((1,), jnp.float32),
         "table": jax.ShapeDtypeStruct((7, 4), jnp.float32),
     }
     with pytest.raises(CheckpointError) as error:
-        checkpoint.load(tmp_path / "c", like)
+        checkpoint.load_params(tmp_path / "c", like)
     for part in (
         "head is missing",
         "layers.b is not expected",
@@ -106,17 +106,17 @@ def test_load_names_all_misfits(params, tmp_path):
     ],
 )
 def test_load_of_a_damaged_folder(params, tmp_path, damage, message, capfd):
-    checkpoint.save(tmp_path / "c", params)
+    checkpoint.save_params(tmp_path / "c", params)
     damage(tmp_path / "c")
     with pytest.raises(CheckpointError, match=message) as error:
-        checkpoint.load(tmp_path / "c")
+        checkpoint.load_params(tmp_path / "c")
     assert "\n" not in str(error.value)
     assert capfd.readouterr().err == ""
 
 
 def test_load_of_a_missing_folder(tmp_path):
     with pytest.raises(CheckpointError, match="no Orbax checkpoint"):
-        checkpoint.load(tmp_path / "nothing")
+        checkpoint.load_params(tmp_path / "nothing")
 
 
 def test_created_arrays_are_filled_slice_by_slice(tmp_path, rng):
@@ -125,7 +125,7 @@ def test_created_arrays_are_filled_slice_by_slice(tmp_path, rng):
     arrays = checkpoint.create(tmp_path / "c", {"layers.w": (w.shape, w.dtype)})
     for layer in (2, 0, 1):
         arrays["layers.w"][layer].write(w[layer]).result()
-    np.testing.assert_array_equal(checkpoint.load(tmp_path / "c")["layers"]["w"], w)
+    np.testing.assert_array_equal(checkpoint.load_params(tmp_path / "c")["layers"]["w"], w)
     opened = checkpoint.open_leaves(tmp_path / "c")
     np.testing.assert_array_equal(opened["layers.w"][1:].read().result(), w[1:])
 
@@ -137,7 +137,7 @@ def test_zeros_are_stored(tmp_path):
     assert (tmp_path / "c" / "w" / "1.0.0").stat().st_size == 600 * 600 * 4
     (tmp_path / "c" / "w" / "1.0.0").unlink()
     with pytest.raises(CheckpointError, match="damaged"):
-        checkpoint.load(tmp_path / "c")
+        checkpoint.load_params(tmp_path / "c")
 
 
 def test_leaves_of_a_default_orbax_checkpoint_can_be_opened(params, tmp_path):
@@ -148,7 +148,7 @@ def test_leaves_of_a_default_orbax_checkpoint_can_be_opened(params, tmp_path):
     opened = checkpoint.open_leaves(tmp_path / "c")
     for name, leaf in checkpoint.flatten(params).items():
         np.testing.assert_array_equal(opened[name].read().result(), leaf)
-    jax.tree.map(np.testing.assert_array_equal, checkpoint.load(tmp_path / "c"), params)
+    jax.tree.map(np.testing.assert_array_equal, checkpoint.load_params(tmp_path / "c"), params)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import pytest
 from sa2jax import testing
 from sa2jax.attention.base import Mask
 from sa2jax.attention.dispatch import attention
-from sa2jax.attention.xla import all_heads
-from sa2jax.inference.engine import Generator
-from sa2jax.inference.requests import Options, Request
+from sa2jax.attention.xla import attention_xla
+from sa2jax.inference.engine import Engine
+from sa2jax.inference.requests import GenerationConfig, Request
 from sa2jax.models.step_audio import step_audio2
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
@@ -35,8 +35,8 @@ def test_cudnn_attends_like_xla(steps, packed):
 
     text = jax.jit(lambda *x: attention(*x, mask)).lower(q, k, v).compile().as_text()
     assert ("cudnn" in text) is not packed  # it knows no segments
-    exact = both(lambda q, k, v, m: all_heads(*(x.astype("f4") for x in (q, k, v)), m))
-    for ours, plain, true in zip(both(attention), both(all_heads), exact, strict=True):
+    exact = both(lambda q, k, v, m: attention_xla(*(x.astype("f4") for x in (q, k, v)), m))
+    for ours, plain, true in zip(both(attention), both(attention_xla), exact, strict=True):
         distance = lambda x, true=true: float(jnp.linalg.norm((x - true).astype("f4")))
         assert distance(ours) < 2 * distance(plain) + 1e-3
 
@@ -49,7 +49,7 @@ def test_a_generator_answers_as_on_a_cpu():
     for device in (jax.devices()[0], jax.devices("cpu")[0]):
         with jax.default_device(device):
             placed = jax.device_put(params, device)
-            generator = Generator(step_audio2(cfg), placed, cfg)
-            made = generator.generate(requests, Options(max_new_tokens=24))
+            engine = Engine(step_audio2(cfg), placed, cfg)
+            made = engine.generate(requests, GenerationConfig(max_new_tokens=24))
             found.append([list(reply.ids) for (reply,) in made])
     assert found[0] == found[1]

@@ -14,11 +14,11 @@ from sa2jax.assets import model_folder
 from sa2jax.evaluate.heldout import HeldOut
 from sa2jax.evaluate.nano import evaluate_nano
 from sa2jax.evaluate.nano_metrics import NanoOptions
-from sa2jax.inference.requests import Options
-from sa2jax.inference.sampling import Sampling
+from sa2jax.inference.requests import GenerationConfig
+from sa2jax.inference.sampling import SamplingParams
 
 MOST_BYTES = 16_000_000
-GREEDY = Options(sampling=Sampling(temperature=0), max_new_tokens=256)
+GREEDY = GenerationConfig(sampling=SamplingParams(temperature=0), max_new_tokens=256)
 # The floors of the table; where a judge hears 19 replies, one reply less than were right when the
 # model was shipped (94 and 84): on another CPU a sound may be rounded to another word. Streams then
 # lost one reply of 19, and may lose no more.

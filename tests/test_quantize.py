@@ -15,9 +15,9 @@ from sa2jax.config import StepAudio2Config
 from sa2jax.convert import hf
 from sa2jax.convert.verify import compare_logits, inspect, verify
 from sa2jax.errors import CheckpointError, ConfigError
-from sa2jax.inference.engine import Generator
-from sa2jax.inference.loading import policy_of
-from sa2jax.inference.requests import Options, Request
+from sa2jax.inference.engine import Engine
+from sa2jax.inference.loading import resolve_policy
+from sa2jax.inference.requests import GenerationConfig, Request
 from sa2jax.models.step_audio import StepAudio2Model, step_audio2
 from sa2jax.nn import Policy, init_params
 from sa2jax.pipeline import StepAudio2
@@ -43,7 +43,7 @@ def folders(tmp_path_factory):
 
 def logits(model):
     rng = np.random.default_rng(0)
-    return model.generator.logits(Request(rng.integers(0, 256, 120).astype(np.int32)))
+    return model.engine.logits(Request(rng.integers(0, 256, 120).astype(np.int32)))
 
 
 # --- numbers ---
@@ -146,9 +146,9 @@ def test_a_checkpoint_of_floats_of_this_library_becomes_int8(folders, tmp_path):
 
 def test_int8_matrices_stay_int8_in_every_dtype(folders):
     for dtype in (None, "float32", "bfloat16", "int8"):
-        params = StepAudio2.from_pretrained(folders[1], dtype=dtype).generator.params
+        params = StepAudio2.from_pretrained(folders[1], dtype=dtype).engine.params
         assert params["decoder"]["head"]["kernel"].dtype == jnp.int8
-    assert policy_of("bfloat16", stored={"head": False}).head == jnp.bfloat16
+    assert resolve_policy("bfloat16", stored={"head": False}).head == jnp.bfloat16
 
 
 def test_an_int8_cache_holds_what_was_said():
@@ -157,13 +157,13 @@ def test_an_int8_cache_holds_what_was_said():
     request = Request(np.random.default_rng(1).integers(0, 256, 60).astype(np.int32))
     hidden = []
     for kind in (None, jnp.int8):
-        generator = Generator(step_audio2(cfg, Policy(cache=kind)), params, cfg)
-        cache = generator.room(64)
-        cache, _ = generator.read(cache, Request(request.ids[:40]), 0)
+        engine = Engine(step_audio2(cfg, Policy(cache=kind)), params, cfg)
+        cache = engine.ensure_cache(64)
+        cache, _ = engine.prefill_chunks(cache, Request(request.ids[:40]), 0)
         if kind is not None:
             assert cache.k.dtype == jnp.int8
             assert cache.scales[0].shape == cache.k.shape[:-1]
-        hidden.append(np.asarray(generator.read(cache, request, 40)[1]))
+        hidden.append(np.asarray(engine.prefill_chunks(cache, request, 40)[1]))
     size = np.abs(hidden[0]).max()
     assert 0 < np.abs(hidden[0] - hidden[1]).max() < 0.05 * size
 
@@ -171,11 +171,11 @@ def test_an_int8_cache_holds_what_was_said():
 def test_batches_and_conversations_share_an_int8_cache(folders):
     model = StepAudio2.from_pretrained(folders[0], int8_cache=True)
     request = Request(np.arange(40, dtype=np.int32))
-    options = Options(max_new_tokens=12, samples=2)
-    first, second = model.generator.generate([request], options)[0]
+    options = GenerationConfig(max_new_tokens=12, samples=2)
+    first, second = model.engine.generate([request], options)[0]
     assert first == second
     assert len(first.ids) == 12
-    assert model.generator.room(2000, model.generator.room(64)).scales[0].shape[3] >= 1024
+    assert model.engine.ensure_cache(2000, model.engine.ensure_cache(64)).scales[0].shape[3] >= 1024
 
 
 # --- folders ---

@@ -160,9 +160,9 @@ def test_every_parameter_of_the_released_model_has_a_place():
 SHARDED = """
     import json, sys
     import jax, numpy as np
-    from sa2jax.inference.requests import Options, Request
+    from sa2jax.inference.requests import GenerationConfig, Request
     from sa2jax.inference.programs import TRACES
-    from sa2jax.inference.session import Session
+    from sa2jax.inference.prefix_cache import PrefixCache
     from sa2jax.pipeline import StepAudio2
 
     def replies(model, block):
@@ -171,22 +171,23 @@ SHARDED = """
         ids = rng.integers(0, 256, 40).astype(np.int32)
         heard = Request(ids, (mel,), (3,), (12,))
         prompts = [heard, Request(ids), Request(ids[:5]), heard]
-        model.generator.block = block
-        options = Options(max_new_tokens=12)
-        stopped = Options(max_new_tokens=12, stop_strings=("none of these",))
-        made = [model.generator.generate(prompts, options)]
-        made += [model.generator.generate(prompts[1:3] * 2, options)]
-        made += [model.generator.generate(prompts, stopped, decode_text=str)]
+        model.engine.block = block
+        options = GenerationConfig(max_new_tokens=12)
+        stopped = GenerationConfig(max_new_tokens=12, stop_strings=("none of these",))
+        made = [model.engine.generate(prompts, options)]
+        made += [model.engine.generate(prompts[1:3] * 2, options)]
+        made += [model.engine.generate(prompts, stopped, decode_text=str)]
         return [[list(reply.ids) for (reply,) in batch] for batch in made]
 
     def converse(model):
         # Three turns; each but the first goes on from a cache.
         rng = np.random.default_rng(1)
-        session, ids, made = Session(model.generator), rng.integers(0, 256, 40), []
+        session, ids, made = PrefixCache(model.engine), rng.integers(0, 256, 40), []
         for turn in range(3):
             mel = rng.standard_normal((model.cfg.audio_encoder.mels, 100), np.float32)
             request = Request(ids.astype(np.int32), (mel,), (len(ids) - 15,), (12,))
-            made.append([i for b in session.reply(request, Options(max_new_tokens=12)) for i in b])
+            blocks = session.reply(request, GenerationConfig(max_new_tokens=12))
+            made.append([i for block in blocks for i in block])
             ids = np.concatenate([ids, made[-1], rng.integers(0, 256, 30)])
         return made
 
@@ -195,7 +196,7 @@ SHARDED = """
     expected = replies(alone, 12)
     TRACES.clear()
     model = StepAudio2.from_pretrained(folder, mesh="data=2,fsdp=2,tensor=2")
-    q = model.generator.params["decoder"]["layers"]["attn"]["q"]["kernel"]
+    q = model.engine.params["decoder"]["layers"]["attn"]["q"]["kernel"]
     got, traces = replies(model, 4), dict(TRACES)
     TRACES.clear()
     talk, again = converse(model), dict(TRACES)
@@ -222,13 +223,15 @@ def test_sharded_model_gives_the_same_ids(tmp_path):
     first = result["expected"][0]
     assert first[0] == first[3] != first[1] != first[2]
     # Text only, with clips and with stop strings: the same programs, though shardings could differ.
-    assert result["traces"] == {"listen": 1, "place": 1, "prefill": 1, "decode": 1}
+    assert result["traces"] == {"encode_audio": 1, "scatter_features": 1, "prefill": 1, "decode": 1}
     assert result["talk"][0] == result["talk"][1]
-    assert result["talk_traces"]["extend"] == result["talk_traces"]["begin"] == 1
+    assert (
+        result["talk_traces"]["prefill_chunk"] == result["talk_traces"]["sample_first_token"] == 1
+    )
 
 
 def test_mesh_of_one_device_is_no_mesh(tmp_path):
     """A size-1 mesh loads the loop-style decoder a CPU wants."""
     folder = testing.save_tiny_checkpoint(tmp_path / "model", testing.tiny_config(layers=1))
     model = StepAudio2.from_pretrained(folder, mesh="tensor=1")
-    assert list(model.generator.params["decoder"]["layers"]) == [0]
+    assert list(model.engine.params["decoder"]["layers"]) == [0]

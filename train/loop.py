@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 from sa2jax.atomic_io import disk_errors
 from sa2jax.errors import Sa2jaxError, TrainError
 from sa2jax.nn import Params
-from sa2jax.sharding import batch_ways, make_mesh
+from sa2jax.sharding import batch_axis_size, make_mesh
 from sa2jax.train.checkpoints import Checkpoints
 from sa2jax.train.log import Meter, TrainingLog, plot_curves
 from sa2jax.train.optimizer import Optimizer
@@ -239,10 +239,11 @@ def micro_batch_rows(rows: int, parts: int, mesh: Mesh | None) -> int:
         TrainError: if the mesh cannot split them evenly.
     """
     rows //= max(parts, 1)
-    if rows % batch_ways(mesh):
+    if rows % batch_axis_size(mesh):
         raise TrainError(
-            f"{rows} rows at a time do not divide by the {batch_ways(mesh)} devices of the mesh's "
-            "data and fsdp axes: change the rows of an update, or of a part of it, or the mesh"
+            f"{rows} rows at a time do not divide by the {batch_axis_size(mesh)} devices of the "
+            "mesh's data and fsdp axes: change the rows of an update, or of a part of it, or the "
+            "mesh"
         )
     return rows
 

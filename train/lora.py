@@ -90,7 +90,7 @@ def add_lora(
 def init_lora(model: Functional, key: jax.Array, mesh: Mesh | None = None) -> Params:
     """Fresh matrices of a model that `add_lora` has changed, to be joined to a loaded base."""
     _, like = split_lora(model.abstract)
-    _, places = split_lora(model.placed(mesh))
+    _, places = split_lora(model.with_shardings(mesh))
 
     def make():
         leaves, structure = jax.tree.flatten_with_path(like)

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from sa2jax.nn import Functional, Params, unrolling
-from sa2jax.sharding import placed, using
+from sa2jax.sharding import use_mesh, with_shardings
 from sa2jax.train.optimizer import Optimizer, apply_updates, combine
 
 
@@ -60,7 +60,7 @@ class TrainStep:
             those of each stream as `text/loss`, the gradient's `grad_norm` before it is
             clipped, the `learning_rate` and the batch's `target_weight`.
         """
-        with using(self.mesh), unrolling(self.unroll):
+        with use_mesh(self.mesh), unrolling(self.unroll):
             return self.function(state, batch)
 
     def lower(self, state: TrainState, batch: Any) -> Any:
@@ -132,7 +132,7 @@ def abstract_state(
         return TrainState(params, optimizer.transform.init(trained), jnp.zeros((), jnp.int32))
 
     state = jax.eval_shape(make, model.abstract)
-    return state if mesh is None else placed(state, state_shardings(model, optimizer, mesh))
+    return state if mesh is None else with_shardings(state, state_shardings(model, optimizer, mesh))
 
 
 def init_state(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from sa2jax.sharding import ways_of
+from sa2jax.sharding import axis_size
 
 LANES = 128  # the width of a TPU's registers
 HALF = (jnp.bfloat16, jnp.float16)
@@ -44,4 +44,4 @@ class Mask:
 
 def split_alike(heads: int, kv_heads: int) -> bool:
     """Whether every device has the key heads of its queries."""
-    return all(count % ways_of("tensor") == 0 for count in (heads, kv_heads))
+    return all(count % axis_size("tensor") == 0 for count in (heads, kv_heads))

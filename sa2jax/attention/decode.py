@@ -9,7 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Shaped
 
 from sa2jax.attention.base import CACHE, HALF, HEADS, LANES, split_alike
-from sa2jax.sharding import on_each_device
+from sa2jax.sharding import per_device
 
 DECODE_BLOCK = 1024  # slots that the decode kernel reads at a time: 2 MB of four heads
 
@@ -46,7 +46,7 @@ def decode(
     filled = jnp.where(positions[:, 0] < size, positions[:, 0] + 1, 0).astype(jnp.int32)
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
     axes = ((None,), ("batch",), HEADS, CACHE, CACHE, CACHE[:4])
-    run = on_each_device(partial(_decode, interpret=interpret), axes, HEADS)
+    run = per_device(partial(_decode, interpret=interpret), axes, HEADS)
     return run(layer, filled, q, k, v, scales)
 
 

@@ -12,7 +12,7 @@ from sa2jax import sharding
 from sa2jax.attention.base import Mask
 from sa2jax.attention.decode import decode, decode_fits
 from sa2jax.attention.splash import splash, splash_fits
-from sa2jax.attention.xla import all_heads, cudnn, cudnn_fits, folded, head_by_head
+from sa2jax.attention.xla import attention_per_head, attention_xla, cudnn, cudnn_fits, decode_xla
 
 
 def attention(
@@ -35,14 +35,14 @@ def attention(
     """
     exact = "highest" if q.dtype == jnp.float32 else None
     # Heads that are spread over devices are not gone through one by one.
-    choices = {"cpu": all_heads if sharding.is_spread() else head_by_head}
+    choices = {"cpu": attention_xla if sharding.is_sharded() else attention_per_head}
     if mask.causal and mask.keys is None:
         if splash_fits(q, k):
             choices["tpu"] = splash
         if cudnn_fits(q) and mask.segments is None:
             choices["cuda"] = cudnn
     with jax.default_matmul_precision(exact):
-        return jax.lax.platform_dependent(q, k, v, mask, **choices, default=all_heads)
+        return jax.lax.platform_dependent(q, k, v, mask, **choices, default=attention_xla)
 
 
 def cached_attention(
@@ -68,5 +68,5 @@ def cached_attention(
     choices = {"tpu": decode} if decode_fits(q, k) else {}
     with jax.default_matmul_precision(exact):
         return jax.lax.platform_dependent(
-            q, k, v, layer, positions, scales, **choices, default=folded
+            q, k, v, layer, positions, scales, **choices, default=decode_xla
         )

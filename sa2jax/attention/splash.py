@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sa2jax.attention.base import HALF, HEADS, KV_HEADS, LANES, Mask, split_alike
-from sa2jax.sharding import on_each_device
+from sa2jax.sharding import per_device
 
 SPLASH_BLOCK = 512
 
@@ -36,7 +36,7 @@ def splash(
         mask: causal; its segments count, marked keys do not.
         interpret: run without a TPU, to test.
     """
-    run = on_each_device(
+    run = per_device(
         partial(_splash, interpret=interpret), (HEADS, KV_HEADS, KV_HEADS, ("batch", None)), HEADS
     )
     return run(q, k, v, mask.segments)

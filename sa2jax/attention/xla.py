@@ -12,7 +12,7 @@ def cudnn_fits(q: Float[Array, "B T N H"]) -> bool:
     return jax.default_backend() == "gpu" and q.dtype in HALF and q.shape[3] % 8 == 0
 
 
-def all_heads(q: Array, k: Array, v: Array, mask: Mask) -> Float[Array, "B T N H"]:
+def attention_xla(q: Array, k: Array, v: Array, mask: Mask) -> Float[Array, "B T N H"]:
     """XLA's own attention over all heads at once."""
     return jax.nn.dot_product_attention(q, k, v, mask=mask.dense(q.shape[1])[:, None])
 
@@ -22,7 +22,7 @@ def cudnn(q: Array, k: Array, v: Array, mask: Mask) -> Float[Array, "B T N H"]:
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
 
-def head_by_head(q: Array, k: Array, v: Array, mask: Mask) -> Float[Array, "B T N H"]:
+def attention_per_head(q: Array, k: Array, v: Array, mask: Mask) -> Float[Array, "B T N H"]:
     """One key head after the other: its scores stay in a CPU's cache (2-3 times faster there)."""
     B, T, N, H = q.shape
     K = k.shape[2]
@@ -41,7 +41,7 @@ def head_by_head(q: Array, k: Array, v: Array, mask: Mask) -> Float[Array, "B T 
     return out.reshape(B, N, T, H).swapaxes(1, 2)
 
 
-def folded(q, k, v, layer, positions, scales) -> Float[Array, "B T N H"]:
+def decode_xla(q, k, v, layer, positions, scales) -> Float[Array, "B T N H"]:
     """Queries of one key head are folded into rows of one matrix.
 
     Both products are then plain batched matrix products, and nothing of the cache is moved (on a

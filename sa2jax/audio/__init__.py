@@ -11,7 +11,7 @@ from sa2jax.audio.features import (
     pad_mels,
     s3_log_mel,
 )
-from sa2jax.audio.io import Audio, load, pcm_16, read, resample, split, write
+from sa2jax.audio.io import Audio, load_audio, pcm_16, read_audio, resample, split_chunks, write_wav
 from sa2jax.audio.rates import SAMPLE_RATE
 
 __all__ = [
@@ -20,16 +20,16 @@ __all__ = [
     "SAMPLE_RATE",
     "Audio",
     "fbank",
-    "load",
+    "load_audio",
     "log_mel",
     "mel_24k",
     "num_frames",
     "num_tokens",
     "pad_mels",
     "pcm_16",
-    "read",
+    "read_audio",
     "resample",
     "s3_log_mel",
-    "split",
-    "write",
+    "split_chunks",
+    "write_wav",
 ]

@@ -1,7 +1,7 @@
-"""Audio in and out: read any file, mix to mono, resample, split, write.
+"""Audio files: read any format, mix to mono, resample, split into chunks, write wav.
 
 Samples are float32 in [-1, 1], channels first: [C, T] with T in samples. Long files stream through
-in blocks: an hour of 48 kHz stereo costs `load` about twice the 16 kHz mono that it returns.
+in blocks: an hour of 48 kHz stereo costs `load_audio` about twice the 16 kHz mono that it returns.
 """
 
 import io
@@ -35,7 +35,7 @@ _FULL_SCALE = {"int8": 2.0**7, "uint8": 2.0**7, "int16": 2.0**15, "int32": 2.0**
 # ---- reading -------------------------------------------------------------------------------------
 
 
-def read(source: Audio, *, rate: int | None = None) -> tuple[Float[np.ndarray, "C T"], int]:
+def read_audio(source: Audio, *, rate: int | None = None) -> tuple[Float[np.ndarray, "C T"], int]:
     """Read a whole recording as it is: every channel, its own sample rate.
 
     Args:
@@ -54,13 +54,13 @@ def read(source: Audio, *, rate: int | None = None) -> tuple[Float[np.ndarray, "
         return _join(blocks, name), found
 
 
-def load(
+def load_audio(
     source: Audio, rate: int = SAMPLE_RATE, *, mono: Literal["first", "mean"] = "first"
 ) -> Float[np.ndarray, " T"]:
     """Read a recording as one channel at the rate a model wants.
 
     Args:
-        source: as for `read`; an array must come as `(array, rate)`.
+        source: as for `read_audio`; an array must come as `(array, rate)`.
         rate: wanted sample rate in Hz.
         mono: "first" keeps channel 0 (listening, voice codes, speaker: `utils.load_audio` of the
             official code), "mean" averages all (voice mel at 24 kHz: `Token2wav._prepare_prompt`).
@@ -69,7 +69,7 @@ def load(
         float32 samples [T] at `rate`.
 
     Raises:
-        AudioError: as for `read`.
+        AudioError: as for `read_audio`.
     """
     if mono not in ("first", "mean"):
         raise AudioError(f"expected mono='first' or 'mean', got {mono!r}")
@@ -80,7 +80,7 @@ def load(
         return _join(_resampled(_finite(mixed, name), from_rate, to_rate), name)[0]
 
 
-def split(
+def split_chunks(
     samples: Float[np.ndarray, " T"], chunk: int = CHUNK_SAMPLES
 ) -> list[Float[np.ndarray, " T"]]:
     """Cut a recording into views of `chunk` samples (25 s at 16 kHz); the last one is shorter.
@@ -93,7 +93,7 @@ def split(
     if samples.ndim != 1 or samples.size == 0 or chunk < 1:
         raise AudioError(
             f"expected samples [T] with T >= 1 and chunk >= 1, got shape {samples.shape} and chunk "
-            f"{chunk}; read the audio with load()"
+            f"{chunk}; read the audio with load_audio()"
         )
     return [samples[start : start + chunk] for start in range(0, samples.size, chunk)]
 
@@ -316,7 +316,7 @@ def pcm_16(samples: Float[np.ndarray, "*N"]) -> Int16[np.ndarray, "*N"]:
     return np.clip(np.round(samples * np.float32(32768)), -32768, 32767).astype(np.int16)
 
 
-def write(
+def write_wav(
     path: str | os.PathLike[str],
     samples: Float[np.ndarray, "*C T"],
     rate: int,

@@ -1,4 +1,4 @@
-"""A recording in memory: its samples and the mel frames that the model hears of it."""
+"""A recording in memory: its samples and its log-mel frames."""
 
 from dataclasses import dataclass, field
 from typing import Self
@@ -13,8 +13,8 @@ from sa2jax.errors import AudioError
 
 
 @dataclass(frozen=True, eq=False)
-class Heard:
-    """A recording that was said.
+class Recording:
+    """A recording in memory, 16 kHz mono, with its log-mel frames.
 
     Attributes:
         samples: 16 kHz mono, a read-only copy of what is given.
@@ -31,7 +31,7 @@ class Heard:
         if samples.dtype != np.float32 or samples.ndim != 1 or not samples.size:
             raise AudioError(
                 f"expected float32 samples [N], got {samples.dtype} {samples.shape}; read the "
-                "audio with Heard.of"
+                "audio with Recording.from_source"
             )
         if not np.isfinite(samples).all():
             raise AudioError("expected finite samples, got NaN or Inf")
@@ -39,13 +39,13 @@ class Heard:
         object.__setattr__(self, "samples", samples)
 
     @classmethod
-    def of(cls, source: io.Audio) -> Self:
-        """Read a recording of any rate and channels, as `audio.load` does.
+    def from_source(cls, source: io.Audio) -> Self:
+        """Read a recording of any rate and channels, as `audio.load_audio` does.
 
         Raises:
             AudioError: if it cannot be read.
         """
-        return cls(io.load(source))
+        return cls(io.load_audio(source))
 
     @property
     def seconds(self) -> float:
@@ -55,7 +55,7 @@ class Heard:
     def mels(self, n_mels: int) -> list[Float32[np.ndarray, "M frames"]]:
         """Log-mel frames of each 25 s of it; computed once and kept, read-only."""
         if n_mels not in self._mels:
-            chunks = io.split(self.samples)
+            chunks = io.split_chunks(self.samples)
             mels = tuple(np.asarray(log_mel(chunk, n_mels=n_mels)) for chunk in chunks)
             for mel in mels:
                 mel.flags.writeable = False
@@ -67,7 +67,7 @@ class Heard:
         if len(self.samples) <= max_samples:
             return [self]
         parts = []
-        for samples in io.split(self.samples, max_samples):
+        for samples in io.split_chunks(self.samples, max_samples):
             part = object.__new__(type(self))
             object.__setattr__(part, "samples", samples)
             object.__setattr__(part, "_mels", {})

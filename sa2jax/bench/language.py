@@ -27,14 +27,14 @@ from sa2jax.bench.common import (
 )
 from sa2jax.config import StepAudio2Config
 from sa2jax.errors import ConfigError
-from sa2jax.inference.engine import Generator
-from sa2jax.inference.loading import policy_of
-from sa2jax.inference.requests import Options, Request
-from sa2jax.inference.session import Session
-from sa2jax.models.heads import spread_heads
+from sa2jax.inference.engine import Engine
+from sa2jax.inference.loading import resolve_policy
+from sa2jax.inference.prefix_cache import PrefixCache
+from sa2jax.inference.requests import GenerationConfig, Request
+from sa2jax.models.heads import pad_heads_for_mesh
 from sa2jax.models.step_audio import StepAudio2Model, step_audio2, unstack_decoder
 from sa2jax.nn import Policy, init_params
-from sa2jax.runtime import enable_compilation_cache, scans_layers
+from sa2jax.runtime import enable_compilation_cache, uses_scan
 from sa2jax.sharding import make_mesh
 
 
@@ -72,7 +72,7 @@ def bench(
         raise ConfigError("expected repeats >= 1, tokens >= 2, prompt >= 1, seconds in 0.1..25")
     enable_compilation_cache()
     cfg = StepAudio2Config.preset(size)
-    policy = policy_of(dtype)
+    policy = resolve_policy(dtype)
     where = None if mesh is None else make_mesh(mesh)
     ours = Ours(cfg, policy, prompt, seconds, where)
     theirs = _reference(cfg, jnp.dtype(policy.compute).name, prompt, seconds) if reference else None
@@ -118,25 +118,25 @@ class Ours:
         seconds: float,
         mesh: Mesh | None = None,
     ):
-        wide = spread_heads(cfg, mesh)
+        wide = pad_heads_for_mesh(cfg, mesh)
         make = lambda: StepAudio2Model(wide, policy=policy, rngs=nnx.Rngs(0))
         places = None if mesh is None else step_audio2(wide, policy).shardings(mesh)
         params = init_params(make, places)
-        stacked = scans_layers(mesh)
+        stacked = uses_scan(mesh)
         decoder = params["decoder"]
         # Of the embedding table a step reads one row; everything else it reads whole.
         read = [decoder["layers"], decoder["head"]]
         self.decoder_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(read))
         params = params if stacked else unstack_decoder(params)
         model = step_audio2(wide, policy, stacked=stacked)
-        self.generator = Generator(model, params, cfg, mesh=mesh)
+        self.engine = Engine(model, params, cfg, mesh=mesh)
         rng = np.random.default_rng(0)
         self.request = Request(rng.integers(0, cfg.decoder.vocab, prompt).astype(np.int32))
         frames = int(audio.num_frames(int(seconds * audio.SAMPLE_RATE)))
         self.mel = rng.standard_normal((cfg.audio_encoder.mels, frames), np.float32)
-        self.options = Options(max_new_tokens=256)
+        self.options = GenerationConfig(max_new_tokens=256)
         self.state: Any = None
-        self.session, self._rng = Session(self.generator), rng
+        self.session, self._rng = PrefixCache(self.engine), rng
 
     def parts(self, steps: int) -> dict[str, Callable[[], Any]]:
         """What is timed, in this order."""
@@ -147,23 +147,23 @@ class Ours:
 
     def encode(self) -> None:
         """One clip through encoder and adapter."""
-        jax.block_until_ready(self.generator.listen([self.mel])[0])
+        jax.block_until_ready(self.engine.encode_audio([self.mel])[0])
 
     def prefill(self) -> None:
         """One prompt; the state it leaves is what `decode` goes on from."""
-        self.state = self.generator.start([self.request], self.options)
+        self.state = self.engine.prefill([self.request], self.options)
         jax.block_until_ready(self.state)
 
     def decode(self, steps: int) -> None:
         """`steps` tokens in one compiled program."""
-        self.state, tokens = self.generator.run(self.state, self.options, steps)
+        self.state, tokens = self.engine.decode(self.state, self.options, steps)
         jax.block_until_ready(tokens)
 
     def turn(self) -> None:
         """Another question in a conversation that has read the prompt."""
-        question = self._rng.integers(0, self.generator.cfg.decoder.vocab, TURN)
+        question = self._rng.integers(0, self.engine.cfg.decoder.vocab, TURN)
         ids = np.concatenate([self.request.ids, question]).astype(np.int32)
-        with closing(self.session.reply(Request(ids), Options(max_new_tokens=1))) as reply:
+        with closing(self.session.reply(Request(ids), GenerationConfig(max_new_tokens=1))) as reply:
             next(reply)
 
 

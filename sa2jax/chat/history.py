@@ -1,7 +1,7 @@
 """Conversations on disk: a JSON file to read, and beside it the recordings that were said.
 
-save("talk.json", turns, model=fingerprint, facts={"voice": "anna"})
-load("talk.json", model=fingerprint).turns
+save_conversation("talk.json", turns, model=fingerprint, facts={"voice": "anna"})
+load_conversation("talk.json", model=fingerprint).turns
 
 The JSON names its recordings by their hash: it is never read together with those of another time.
 """
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from sa2jax.atomic_io import disk_errors
-from sa2jax.audio.recording import Heard
+from sa2jax.audio.recording import Recording
 from sa2jax.chat.template import ROLES, Audio, Ids, Message, Piece, Text
 from sa2jax.errors import PromptError
 
@@ -28,11 +28,11 @@ _KEYS = {"format", "version", "model", "arrays", "sha256", "facts", "turns"}
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedConversation:
     """A conversation from disk.
 
     Attributes:
-        turns: its turns; the source of every `Audio` is a `Heard`.
+        turns: its turns; the source of every `Audio` is a `Recording`.
         facts: whatever was saved with it.
     """
 
@@ -40,15 +40,15 @@ class Saved:
     facts: Mapping[str, Any]
 
 
-def save(
+def save_conversation(
     path: str | Path, turns: Sequence[Message], *, model: str, facts: Mapping[str, Any]
 ) -> None:
     """Write a conversation, replacing an earlier one at `path` at the very end.
 
     Args:
         path: a name that ends in .json; recordings go beside it.
-        turns: the turns; every `Audio` in them has a `Heard` as its source.
-        model: fingerprint of the checkpoint, to be given to `load`.
+        turns: the turns; every `Audio` in them has a `Recording` as its source.
+        model: fingerprint of the checkpoint, to be given to `load_conversation`.
         facts: anything else for JSON.
 
     Raises:
@@ -58,9 +58,9 @@ def save(
     path = Path(path)
     if path.suffix != ".json":
         raise PromptError(f"expected a conversation's name to end in .json, got {path}")
-    names: dict[Heard, str] = {}
+    names: dict[Recording, str] = {}
     written = [_turn_to_json(turn, names) for turn in turns]
-    data = _pack({name: heard.samples for heard, name in names.items()}) if names else b""
+    data = _pack({name: recording.samples for recording, name in names.items()}) if names else b""
     digest = hashlib.sha256(data).hexdigest() if data else None
     arrays = f"{path.stem}.{digest[:12]}.npz" if digest else None
     head = {
@@ -85,8 +85,8 @@ def save(
                 path.with_name(str(name)).unlink(missing_ok=True)
 
 
-def load(path: str | Path, *, model: str) -> Saved:
-    """Read what `save` wrote.
+def load_conversation(path: str | Path, *, model: str) -> SavedConversation:
+    """Read what `save_conversation` wrote.
 
     Args:
         path: the .json file.
@@ -110,15 +110,17 @@ def load(path: str | Path, *, model: str) -> Saved:
             f"{document.get('model')}; load that one or start anew"
         )
     try:
-        _dump(document).encode()  # refuses what `save` cannot have written: NaN, lone surrogates
+        _dump(
+            document
+        ).encode()  # refuses what `save_conversation` cannot have written: NaN, lone surrogates
         _expect_keys("the file", document, _KEYS)
         if not isinstance(document["facts"], dict) or not isinstance(document["turns"], list):
             raise PromptError("expected facts as an object and turns as a list")
-        heard = _unpack(path, document["arrays"], document["sha256"])
-        turns = tuple(_turn_from_json(turn, heard) for turn in document["turns"])
+        recordings = _unpack(path, document["arrays"], document["sha256"])
+        turns = tuple(_turn_from_json(turn, recordings) for turn in document["turns"])
     except (PromptError, ValueError, RecursionError) as error:
         raise PromptError(f"{path} is damaged ({error}): use a copy or start anew") from None
-    return Saved(turns, document["facts"])
+    return SavedConversation(turns, document["facts"])
 
 
 # --- files -------------------------------------------------------------------------------------
@@ -163,7 +165,7 @@ def _pack(arrays: Mapping[str, Any]) -> bytes:
     return file.getvalue()
 
 
-def _unpack(path: Path, name: Any, digest: Any) -> dict[str, Heard]:
+def _unpack(path: Path, name: Any, digest: Any) -> dict[str, Recording]:
     """The recordings beside a conversation."""
     if name is None and digest is None:
         return {}
@@ -177,7 +179,7 @@ def _unpack(path: Path, name: Any, digest: Any) -> dict[str, Heard]:
         raise PromptError(f"its recordings {name} have changed")
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            return {key: Heard(file[key]) for key in file.files}
+            return {key: Recording(file[key]) for key in file.files}
     except Exception as error:  # a damaged archive may raise anything
         raise PromptError(f"its recordings {name} cannot be read: {error}") from None
 
@@ -185,7 +187,7 @@ def _unpack(path: Path, name: Any, digest: Any) -> dict[str, Heard]:
 # --- turns -------------------------------------------------------------------------------------
 
 
-def _turn_to_json(turn: Message, names: dict[Heard, str]) -> dict[str, Any]:
+def _turn_to_json(turn: Message, names: dict[Recording, str]) -> dict[str, Any]:
     """A turn for JSON; `names` gets each new recording."""
     content: Any = turn.content
     if not isinstance(content, str | None):
@@ -193,22 +195,23 @@ def _turn_to_json(turn: Message, names: dict[Heard, str]) -> dict[str, Any]:
     return {"role": turn.role, "content": content, "eot": bool(turn.eot)}
 
 
-def _piece_to_json(piece: Any, names: dict[Heard, str]) -> dict[str, Any]:
+def _piece_to_json(piece: Any, names: dict[Recording, str]) -> dict[str, Any]:
     if isinstance(piece, Text):
         return {"type": "text", "text": piece.text}
     if isinstance(piece, Ids):
         if any(i < 0 for i in piece.ids):
             raise PromptError(f"expected ids from 0 on, got {min(piece.ids)}")
         return {"type": "ids", "ids": [int(i) for i in piece.ids]}
-    if not isinstance(piece, Audio) or not isinstance(piece.source, Heard):
+    if not isinstance(piece, Audio) or not isinstance(piece.source, Recording):
         source = getattr(piece, "source", piece)
         raise PromptError(
-            f"cannot save audio given as {type(source).__name__}: expected Audio(Heard.of(…))"
+            f"cannot save audio given as {type(source).__name__}: expected "
+            "Audio(Recording.from_source(…))"
         )
     return {"type": "audio", "array": names.setdefault(piece.source, f"clip{len(names)}")}
 
 
-def _turn_from_json(turn: Any, heard: Mapping[str, Heard]) -> Message:
+def _turn_from_json(turn: Any, recordings: Mapping[str, Recording]) -> Message:
     _expect_keys("a turn", turn, {"role", "content", "eot"})
     role, content, eot = turn["role"], turn["content"], turn["eot"]
     if role not in ROLES:
@@ -219,11 +222,11 @@ def _turn_from_json(turn: Any, heard: Mapping[str, Heard]) -> Message:
             f"{type(content).__name__} and {eot!r}"
         )
     if isinstance(content, list):
-        content = [_piece_from_json(item, heard) for item in content]
+        content = [_piece_from_json(item, recordings) for item in content]
     return Message(role, content, eot)
 
 
-def _piece_from_json(item: Any, heard: Mapping[str, Heard]) -> Piece:
+def _piece_from_json(item: Any, recordings: Mapping[str, Recording]) -> Piece:
     kind = item.get("type") if isinstance(item, dict) else None
     key = {"text": "text", "ids": "ids", "audio": "array"}.get(str(kind))
     if key is None:
@@ -238,9 +241,9 @@ def _piece_from_json(item: Any, heard: Mapping[str, Heard]) -> Piece:
         raise PromptError(f"expected {key} to be text, got {type(value).__name__}")
     if kind == "text":
         return Text(value)
-    if value not in heard:
+    if value not in recordings:
         raise PromptError(f"there is no recording {value!r}")
-    return Audio(heard[value])
+    return Audio(recordings[value])
 
 
 def _expect_keys(what: str, found: Any, wanted: set[str]) -> None:

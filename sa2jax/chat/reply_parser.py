@@ -1,10 +1,10 @@
-"""A reply taken apart while it is made: text to show, codes to speak, calls of tools.
+"""Incremental parser of a reply: text to show, codes to speak, tool calls.
 
-    reader = ReplyReader(tokenizer)
+    parser = ReplyParser(tokenizer)
     for ids in ...:
-        text, codes = reader.push(ids)
-    text = reader.end()
-    reader.calls
+        text, codes = parser.push(ids)
+    text = parser.end()
+    parser.calls
 
 Everything is told apart by what it is, as in `interleave.deinterleave`; nothing a model writes is
 an error. A call of a tool is never shown: text is held back from `<tool_call>` on until the end.
@@ -36,8 +36,8 @@ class Part(NamedTuple):
     codes: list[int]
 
 
-class ReplyReader:
-    """Reads one reply.
+class ReplyParser:
+    """Parses one reply while it is generated.
 
     Args:
         tokenizer: the checkpoint's tokenizer.
@@ -54,7 +54,7 @@ class ReplyReader:
         self.codes: list[int] = []
         self.shown = 0
         self._special = tokenizer.special
-        self._utf8, self._visible = Utf8Stream(tokenizer), Before(CALL_START)
+        self._utf8, self._visible = Utf8Stream(tokenizer), MarkerFilter(CALL_START)
         self.text = ""  # with calls
         self._ended = False
 
@@ -133,7 +133,7 @@ def is_code(token: int, special: SpecialTokens) -> bool:
     )
 
 
-class Before:
+class MarkerFilter:
     """Text before a marker, as it comes; a tail that may begin the marker is held back.
 
     Args:

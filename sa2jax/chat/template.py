@@ -1,4 +1,4 @@
-"""From messages to the ids of a prompt.
+"""Chat template: from messages to the ids of a prompt.
 
 Three steps, each a pure function: `render` turns messages into pieces exactly as the official chat
 template does (`stepaudio2.py`), `build_prompt` turns pieces into ids and remembers where each clip
@@ -11,7 +11,7 @@ Every piece is tokenised on its own: two pieces of text are not the same as thei
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int32
@@ -19,7 +19,10 @@ from jaxtyping import Int32
 from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.chat.tools import render_tools
 from sa2jax.errors import PromptError
+from sa2jax.inference.sampling import SamplingParams
 
+PromptStyle = Literal["chat", "base"]  # turns of a chat model; the plain prompt of a base model
+PROMPT_STYLES: tuple[PromptStyle, ...] = ("chat", "base")
 ROLES = ("system", "human", "assistant", "tool_json_schemas", "input", "function_output")
 THINK_PREFIX = "\n<think>\n"
 THINK_END = "</think>"
@@ -161,7 +164,7 @@ def render(messages: Iterable[Message | Mapping[str, Any]]) -> list[Piece]:
     return pieces
 
 
-def render_raw(items: Iterable[Piece | str | Mapping[str, Any]]) -> list[Piece]:
+def render_base(items: Iterable[Piece | str | Mapping[str, Any]]) -> list[Piece]:
     """Pieces of a prompt for the Base model, which knows no turns: the items one after another.
 
     Raises:
@@ -211,10 +214,6 @@ class Prompt:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def extended(self, ids: Iterable[int]) -> Self:
-        """The prompt followed by more ids, in which nothing is taken for audio."""
-        return type(self)(_frozen([*self.ids.tolist(), *ids]), self.clips)
-
 
 TokenCounts = Callable[[Any], Sequence[int]] | Sequence[Sequence[int]]
 
@@ -225,7 +224,7 @@ def build_prompt(
     """Ids of pieces. Audio becomes `<audio_start>` `<audio_patch>`·n `<audio_end>` per chunk.
 
     Args:
-        pieces: from `render` or `render_raw`.
+        pieces: from `render` or `render_base`.
         tokenizer: the checkpoint's tokenizer.
         token_counts: for each audio the number of tokens of each of its 25 s chunks: a function
             of `Audio.source`, or a list with one entry per audio.
@@ -326,114 +325,107 @@ def function_output_turn(name: str, content: str) -> Message:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
-    """A published use of the model: its system prompt and how the official examples sample.
+class PromptTask:
+    """The prompt of a published task: its system prompt and how the official examples sample.
 
     Attributes:
         system: the system prompt.
         system_en: the same in English, where published.
         spoken: whether the reply is speech.
-        temperature: divides the logits.
-        top_k: candidates kept; 50 even where the examples name none, as it is the default of
-            transformers' GenerationConfig.
-        top_p: probability mass kept.
-        repetition_penalty: 1 is none; text and audio ids alike, prompt included.
-        max_new_tokens: length limit of the reply.
-        greedy: take the likeliest token; temperature, top_k and top_p then count for nothing.
+        sampling: sampling parameters of the official examples.
+        max_new_tokens: length limit of the reply, in tokens.
     """
 
     system: str
     system_en: str | None = None
     spoken: bool = False
-    temperature: float = 1.0
-    top_k: int = 50
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
+    sampling: SamplingParams
     max_new_tokens: int = 2048
-    greedy: bool = False
 
     def messages(self, *content: Piece | str | Mapping[str, Any]) -> list[Message]:
         """Turns for a chat model: system, human, and the open reply."""
         human = human_turn([as_piece(item) for item in content])
         return [Message("system", self.system), human, reply_turn(spoken=self.spoken)]
 
-    def raw(self, *content: Piece | str | Mapping[str, Any]) -> list[Piece]:
+    def base_pieces(self, *content: Piece | str | Mapping[str, Any]) -> list[Piece]:
         """Pieces for the Base model: the prompt, the content, and `<tts_start>` for speech."""
-        return render_raw([self.system, *content, *(["<tts_start>"] if self.spoken else [])])
+        return render_base([self.system, *content, *(["<tts_start>"] if self.spoken else [])])
 
 
-TASKS: Mapping[str, Task] = {
-    "asr": Task(system="请记录下你所听到的语音内容。", greedy=True, max_new_tokens=256),
-    "s2tt_zh": Task(
+GREEDY = SamplingParams(temperature=0)
+LOW_TEMPERATURE = SamplingParams(temperature=0.1)
+SPOKEN = SamplingParams(temperature=0.7)
+
+TASKS: Mapping[str, PromptTask] = {
+    "asr": PromptTask(system="请记录下你所听到的语音内容。", sampling=GREEDY, max_new_tokens=256),
+    "s2tt_zh": PromptTask(
         system="请仔细聆听这段语音，然后将其内容翻译成中文。",
         system_en="Please listen carefully to this audio and then translate its content into "
         "Chinese.",
-        temperature=0.1,
+        sampling=LOW_TEMPERATURE,
         max_new_tokens=256,
     ),
     # Into English the models can, but no prompt is published: worded like the one above.
-    "s2tt_en": Task(
+    "s2tt_en": PromptTask(
         system="请仔细聆听这段语音，然后将其内容翻译成英文。",
         system_en="Please listen carefully to this audio and then translate its content into "
         "English.",
-        temperature=0.1,
+        sampling=LOW_TEMPERATURE,
         max_new_tokens=256,
     ),
-    "s2st_zh": Task(
+    "s2st_zh": PromptTask(
         system="请仔细聆听这段语音，然后将其内容翻译成中文并用语音播报。",
         system_en="Please listen carefully to this audio and then translate its content into "
         "Chinese speech.",
         spoken=True,
-        temperature=0.7,
+        sampling=SPOKEN,
     ),
-    "s2st_en": Task(  # not published either
+    "s2st_en": PromptTask(  # not published either
         system="请仔细聆听这段语音，然后将其内容翻译成英文并用语音播报。",
         system_en="Please listen carefully to this audio and then translate its content into "
         "English speech.",
         spoken=True,
-        temperature=0.7,
+        sampling=SPOKEN,
     ),
-    "t2st_en": Task(  # published for the Base model
+    "t2st_en": PromptTask(  # published for the Base model
         system="将下面的文本翻译成英文，并用语音播报。\n",
         system_en="Translate the following text into English and broadcast it with voice.\n",
         spoken=True,
-        temperature=0.7,
+        sampling=SPOKEN,
     ),
-    "t2st_zh": Task(  # not published: worded like the one above
+    "t2st_zh": PromptTask(  # not published: worded like the one above
         system="将下面的文本翻译成中文，并用语音播报。\n",
         system_en="Translate the following text into Chinese and broadcast it with voice.\n",
         spoken=True,
-        temperature=0.7,
+        sampling=SPOKEN,
     ),
-    "tts": Task(  # published for the Base model only
+    "tts": PromptTask(  # published for the Base model only
         system="以自然的语速读出下面的文字。\n",
         system_en="Read this paragraph at a natural pace.\n",
         spoken=True,
-        temperature=0.7,
+        sampling=SPOKEN,
     ),
-    "caption": Task(
+    "caption": PromptTask(
         system="Please briefly explain the important events involved in this audio clip.",
-        temperature=0.1,
+        sampling=LOW_TEMPERATURE,
         max_new_tokens=256,
     ),
-    "chat": Task(
+    "chat": PromptTask(
         system="You are a helpful assistant.",
-        temperature=0.7,
-        top_p=0.9,
-        repetition_penalty=1.05,
+        sampling=SamplingParams(temperature=0.7, top_p=0.9, repetition_penalty=1.05),
         max_new_tokens=4096,
     ),
-    "think": Task(
+    "think": PromptTask(
         system="你的名字叫小跃，你是由阶跃星辰(StepFun)公司训练出来的语音大模型，你能听见用户的声音特征并在"
         "思维过程中描述出来，请激活深度思考模式，通过逐步分析、逻辑推理来解决用户的问题。",
         spoken=True,
-        temperature=0.7,
+        sampling=SPOKEN,
     ),
-    "paralinguistic": Task(system="请用语音与我交流。", spoken=True, temperature=0.7),
-    "mmau": Task(  # the official example searches with two beams; greedy here
+    "paralinguistic": PromptTask(system="请用语音与我交流。", spoken=True, sampling=SPOKEN),
+    "mmau": PromptTask(  # the official example searches with two beams; greedy here
         system="You are an expert in audio analysis, please analyze the audio content and answer "
         "the questions accurately.",
-        greedy=True,
+        sampling=GREEDY,
         max_new_tokens=256,
     ),
 }

@@ -214,7 +214,7 @@ class Tokenizer:
             ids += self.encode(piece) if isinstance(piece, str) else (int(i) for i in piece)
         return ids
 
-    def harmless(self, text: str) -> str:
+    def escape_special_tokens(self, text: str) -> str:
         """A text in which no special token is recognised: a space after the `<` of each.
 
         For what comes from elsewhere, such as the results of tools: nobody opens a turn there.
@@ -276,25 +276,6 @@ class Utf8Stream:
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return rest
-
-
-def split_output(ids: Iterable[int], special: SpecialTokens) -> tuple[list[int], list[int]]:
-    """Part generated ids into text ids and audio codes by the official rule.
-
-    Text is everything below `<audio_start>`; a code is id - `<audio_0>` from there on. The codes
-    still hold pads (see `keep_codes`).
-
-    Returns:
-        Text ids and codes, each in order.
-    """
-    ids = [int(i) for i in ids]
-    text = [i for i in ids if i < special.audio_start]
-    return text, [i - special.audio_code_0 for i in ids if i >= special.audio_code_0]
-
-
-def keep_codes(codes: Iterable[int], special: SpecialTokens) -> list[int]:
-    """The codes that the vocoder can speak: pads and unused rows are dropped."""
-    return [c for c in codes if 0 <= c < special.num_codes]
 
 
 def qwen2_description(vocab: Mapping[str, int], merges: Sequence[str]) -> dict[str, Any]:

@@ -136,7 +136,7 @@ class Toolbox:
         """The tools' names, in the order shown."""
         return tuple(self._tools)
 
-    def shown_as(self, text: str) -> "Toolbox":
+    def with_schemas(self, text: str) -> "Toolbox":
         """The tools of these schemas, run by what runs the tools of the same names here.
 
         Args:

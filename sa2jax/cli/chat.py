@@ -72,8 +72,8 @@ def chat(
     from sa2jax.chat.template import Text
     from sa2jax.cli.plot import make_plotter
     from sa2jax.errors import PromptError
-    from sa2jax.inference.requests import Options
-    from sa2jax.inference.sampling import Sampling
+    from sa2jax.inference.requests import GenerationConfig
+    from sa2jax.inference.sampling import SamplingParams
 
     interactive = not files and text is None
     if json and (interactive or out == PIPE):
@@ -89,11 +89,11 @@ def chat(
         raise PromptError(f"expected a conversation's name to end in .json, got {history}")
     if out is not None:
         wav_output.check_out_or_pipe(out, stream=stream or interactive)
-    sampling = Sampling(
+    sampling = SamplingParams(
         temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty
     )
     limit = 1024 if max_new_tokens is None else max_new_tokens
-    generation = Options(sampling=sampling, max_new_tokens=limit, seed=seed)
+    generation = GenerationConfig(sampling=sampling, max_new_tokens=limit, seed=seed)
     schemas = None if tools is None else _read_tools(tools)
     for path in common.paths(files):
         common.require_file(path)
@@ -158,7 +158,7 @@ def tts(
 
     if (file is None) == (text is None):
         raise PromptError("expected one text: give a file or --text")
-    if stream and options.prompt_style == "raw":
+    if stream and options.prompt_style == "base":
         raise PromptError("a base model cannot read aloud with --stream: leave it out")
     wav_output.check_out_or_pipe(out, stream=stream)
     words = _read_text(file) if file is not None else text or ""

@@ -122,7 +122,7 @@ def _has_int8(model: "StepAudio2") -> bool:
     import jax
     import jax.numpy as jnp
 
-    return any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(model.generator.params))
+    return any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(model.engine.params))
 
 
 def _write(path: Path, scores: "Scores") -> None:

@@ -1,4 +1,4 @@
-"""Options that commands share: which model, and how it runs."""
+"""GenerationConfig that commands share: which model, and how it runs."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ class ModelOptions(Devices):
     """Folder of the tokenizer files, if not the model's own."""
     detokenizer: Path | None = None
     """Folder of the detokenizer and its voices, if not the model's own."""
-    prompt_style: Literal["chat", "raw"] = "chat"
+    prompt_style: Literal["chat", "base"] = "chat"
     """`raw` for a pre-trained model that knows no turns."""
     batch_size: int = 8
     """Prompts that are answered at once."""

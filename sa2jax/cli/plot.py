@@ -44,7 +44,7 @@ def make_plotter(path: Path) -> Plotter:
         from sa2jax.atomic_io import disk_errors
 
         panels = [
-            (f"question: {name.name}", audio.load(name, rate=SPEECH_SAMPLE_RATE))
+            (f"question: {name.name}", audio.load_audio(name, rate=SPEECH_SAMPLE_RATE))
             for name in questions
         ]
         panels.append((f"answer: {reply.text}" if reply.text else "answer", reply.audio))

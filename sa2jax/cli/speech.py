@@ -65,10 +65,10 @@ class SpeechOptions(ModelFolderOptions, Devices):
 
 
 Folder = Annotated[ModelFolderOptions, tyro.conf.arg(name="")]
-Options = Annotated[SpeechOptions, tyro.conf.arg(name="")]
+GenerationConfig = Annotated[SpeechOptions, tyro.conf.arg(name="")]
 
 
-def vocode(codes: CodesFile, options: Options, *, out: WavOut, voice: str = "default"):
+def vocode(codes: CodesFile, options: GenerationConfig, *, out: WavOut, voice: str = "default"):
     """Speak audio codes: a JSON list of numbers, as `sa2jax tokenize` prints it.
 
     Args:
@@ -106,7 +106,7 @@ def tokenize(files: Files, options: Folder, *, json: bool = False):
         print(json_module.dumps(found if len(files) > 1 else found[0]))
 
 
-def reconstruct(wav: Recording, options: Options, *, out: WavOut):
+def reconstruct(wav: Recording, options: GenerationConfig, *, out: WavOut):
     """Turn a recording into codes and back, in its own voice.
 
     Args:
@@ -214,7 +214,7 @@ def _speak(speech: "Speech", codes: Any, voice: Any, options: SpeechOptions, out
         wave = np.concatenate(made)
     else:
         wave = speech.vocode(codes, voice, seed=options.seed)
-    audio.write(out, wave, speech.sample_rate, subtype="PCM_16")
+    audio.write_wav(out, wave, speech.sample_rate, subtype="PCM_16")
     length, took = len(wave) / speech.sample_rate, time.perf_counter() - started
     print(wav_output.speech_summary(out, length, voice.name, took))
 

@@ -1,4 +1,4 @@
-"""A checkpoint's language model on its devices: dtypes, whole numbers, meshes."""
+"""Load a checkpoint's language model onto its devices: dtypes, int8 quantization, meshes."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -10,27 +10,27 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from sa2jax import checkpoint, quantize
-from sa2jax.checkpoint import Tick
+from sa2jax.checkpoint import Progress
 from sa2jax.config import StepAudio2Config
 from sa2jax.errors import CheckpointError, ConfigError
-from sa2jax.models.heads import loading_shardings, spread_heads, spread_params
+from sa2jax.models.heads import loading_shardings, pad_heads_for_mesh, pad_params_for_mesh
 from sa2jax.models.step_audio import step_audio2
 from sa2jax.nn import Params, Policy
 from sa2jax.runtime import default_dtype
-from sa2jax.sharding import make_mesh, placed
+from sa2jax.sharding import make_mesh, with_shardings
 
 FLOATS = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A model ready to be built.
 
     Attributes:
         cfg: its config, as the checkpoint has it.
         policy: its dtypes.
-        params: its parameters, layers stacked, as `step_audio2(spread_heads(cfg, mesh), policy)`
-            takes them.
+        params: its parameters, layers stacked, as
+            `step_audio2(pad_heads_for_mesh(cfg, mesh), policy)` takes them.
         mesh: what they are spread over.
     """
 
@@ -40,8 +40,8 @@ class Loaded:
     mesh: Mesh | None
 
 
-def policy_of(dtype: str | None, *, stored: Any = None, int8_cache: bool = False) -> Policy:
-    """The dtypes that a user's words stand for.
+def resolve_policy(dtype: str | None, *, stored: Any = None, int8_cache: bool = False) -> Policy:
+    """Resolve a `--dtype` value to a `Policy`.
 
     Args:
         dtype: of weights and computation: `int8` is that of the matrices alone. By default
@@ -55,24 +55,24 @@ def policy_of(dtype: str | None, *, stored: Any = None, int8_cache: bool = False
     if dtype not in (None, "int8", *FLOATS):
         raise ConfigError(f"dtype {dtype!r}: expected {', '.join(FLOATS)} or int8")
     compute = default_dtype() if dtype in (None, "int8") else jnp.dtype(dtype)
-    whole = dtype == "int8" or stored is not None
+    is_int8 = dtype == "int8" or stored is not None
     return Policy(
         param=compute,
         compute=compute,
-        kernel=jnp.dtype(jnp.int8) if whole else None,
+        kernel=jnp.dtype(jnp.int8) if is_int8 else None,
         head=compute if stored and not stored["head"] else None,
         cache=jnp.dtype(jnp.int8) if int8_cache else None,
     )
 
 
-def load(
+def load_language_model(
     folder: str | Path,
     *,
     dtype: str | None = None,
     mesh: str | Mesh | None = None,
     int8_cache: bool = False,
-    progress: Tick | None = None,
-) -> Loaded:
+    progress: Progress | None = None,
+) -> LoadedModel:
     """Read a model folder of this library, or a Hugging Face folder as it is.
 
     Every tensor goes straight into its place on the devices; host memory holds one at a time, and
@@ -80,10 +80,11 @@ def load(
 
     Args:
         folder: made by `sa2jax convert`, or a Hugging Face checkpoint.
-        dtype: see `policy_of`; a float checkpoint becomes int8 on the way, if that is asked for.
+        dtype: see `resolve_policy`; a float checkpoint becomes int8 on the way, if that is asked
+            for.
         mesh: devices to spread over, such as `"tensor=4"`; by default one device.
         int8_cache: whether keys and values are cached as int8.
-        progress: told about bytes done and bytes in all.
+        progress: called with (bytes_done, bytes_total).
 
     Raises:
         CheckpointError: if the folder is damaged, incomplete or of another model.
@@ -94,17 +95,17 @@ def load(
     if not folder.is_dir():
         raise CheckpointError(f"no folder {folder}: expected a model folder")
     cfg = StepAudio2Config.from_hf(folder)
-    policy = policy_of(dtype, stored=stored_int8(folder), int8_cache=int8_cache)
+    policy = resolve_policy(dtype, stored=stored_int8(folder), int8_cache=int8_cache)
     mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
-    wide = spread_heads(cfg, mesh)
+    wide = pad_heads_for_mesh(cfg, mesh)
     narrow, model = step_audio2(cfg, policy), step_audio2(wide, policy)
     like = narrow.abstract
     if mesh is not None:
-        like = placed(like, loading_shardings(narrow, model, mesh))
-    params = read(folder, like, policy, progress=progress)
+        like = with_shardings(like, loading_shardings(narrow, model, mesh))
+    params = read_params(folder, like, policy, progress=progress)
     if mesh is not None:
-        params = spread_params(params, cfg.decoder, wide.decoder, model, mesh)
-    return Loaded(cfg, policy, params, mesh)
+        params = pad_params_for_mesh(params, cfg.decoder, wide.decoder, model, mesh)
+    return LoadedModel(cfg, policy, params, mesh)
 
 
 def stored_int8(folder: str | Path) -> Any:
@@ -112,36 +113,36 @@ def stored_int8(folder: str | Path) -> Any:
     return checkpoint.read_info(folder).get("int8") if checkpoint.is_checkpoint(folder) else None
 
 
-def read(
-    folder: str | Path, like: Params, policy: Policy, *, progress: Tick | None = None
+def read_params(
+    folder: str | Path, like: Params, policy: Policy, *, progress: Progress | None = None
 ) -> Params:
-    """The numbers of a model folder, each tensor straight into its place.
+    """Read the parameters of a model folder, each tensor straight into its place.
 
     Args:
         folder: of this library, or a Hugging Face checkpoint.
         like: the wanted tree of `jax.ShapeDtypeStruct`, with shardings or not.
         policy: of `like`; int8 matrices of a float checkpoint are made on the way.
-        progress: told about bytes done and bytes in all.
+        progress: called with (bytes_done, bytes_total).
 
     Raises:
         CheckpointError: if the folder is damaged, incomplete or of another model.
     """
-    change = None
+    transform = None
     if policy.kernel is not None and stored_int8(folder) is None:
-        change = partial(quantize.quantize_leaf, goals=checkpoint.flatten(like))
+        transform = partial(quantize.quantize_leaf, goals=checkpoint.flatten(like))
         like = _float_twin(like, policy)
     if checkpoint.is_checkpoint(folder):
-        return checkpoint.load(folder, like, change=change)
+        return checkpoint.load_params(folder, like, transform=transform)
     from sa2jax.convert.hf import load_hf
 
-    return load_hf(folder, like, change=change, progress=progress)
+    return load_hf(folder, like, transform=transform, progress=progress)
 
 
 def _float_twin(like: Params, policy: Policy) -> Params:
     """What is read before it becomes int8: the same leaves without scales."""
     leaves = checkpoint.flatten(like)
-    whole = quantize.quantized_leaves(leaves)
-    for name in whole:
+    kernels = quantize.quantized_leaves(leaves)
+    for name in kernels:
         leaf = leaves.pop(name)
         leaves.pop(quantize.scale_of(name))
         leaves[name] = jax.ShapeDtypeStruct(leaf.shape, policy.param, sharding=leaf.sharding)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
-from sa2jax.inference.sampling import Knobs, sample
+from sa2jax.inference.sampling import SamplingArrays, sample
 from sa2jax.models.decoder import CACHE_AXES, KVCache
 from sa2jax.models.step_audio import StepAudio2Model
 from sa2jax.nn import Functional, Params
@@ -26,7 +26,7 @@ TRACES: Counter[str] = Counter()  # how often each program has been traced, by n
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["ids", "lengths", "features", "slots"],
+    data_fields=["ids", "lengths", "features", "feature_index"],
     meta_fields=[],
 )
 @dataclass(frozen=True, kw_only=True)
@@ -37,77 +37,79 @@ class Batch:
         ids: right-padded prompts, [B, T].
         lengths: tokens of each prompt, 0 for a row that only pads the batch, [B].
         features: audio embeddings of the whole batch, one row per position they fill, [B*T, D].
-        slots: the row of `features` that stands at a position, −1 for a token, [B, T].
+        feature_index: the row of `features` that stands at a position, −1 for a token, [B, T].
     """
 
     ids: Int[Array, "B T"]
     lengths: Int[Array, "B"]
     features: Float[Array, "R D"]
-    slots: Int[Array, "B T"]
+    feature_index: Int[Array, "B T"]
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["cache", "token", "seen", "keys", "made", "limit", "done"],
+    data_fields=["cache", "last_token", "seen", "keys", "num_generated", "limit", "done"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
-class State:
+class DecodeState:
     """A batch of replies under way.
 
     Attributes:
-        cache: keys and values of everything before `token`.
-        token: the newest token of each row, [B].
+        cache: keys and values of everything before `last_token`.
+        last_token: the newest token of each row, [B].
         seen: tokens of prompt and reply, for the repetition penalty, [B, V].
         keys: random key of each row, [B].
-        made: tokens generated so far, [B].
+        num_generated: tokens generated so far, [B].
         limit: tokens to generate at most, [B].
         done: rows that have ended, [B].
     """
 
     cache: KVCache
-    token: Int[Array, "B"]
+    last_token: Int[Array, "B"]
     seen: Bool[Array, "B V"]
     keys: PRNGKeyArray
-    made: Int[Array, "B"]
+    num_generated: Int[Array, "B"]
     limit: Int[Array, "B"]
     done: Bool[Array, "B"]
 
 
-def listen(
+def encode_audio(
     model: Functional[StepAudio2Model],
     params: Params,
     mels: Float[Array, "C M L"],
     frames: Int[Array, "C"],
 ) -> Float[Array, "C S D"]:
-    """Encode clips; see `StepAudio2Model.listen`."""
-    TRACES["listen"] += 1
-    return model.bind(params).listen(shard(mels, "batch", None, None), frames)
+    """Encode clips; see `StepAudio2Model.encode_audio`."""
+    TRACES["encode_audio"] += 1
+    return model.bind(params).encode_audio(shard(mels, "batch", None, None), frames)
 
 
-def place(
+def scatter_features(
     features: Float[Array, "R D"], clips: Float[Array, "C S D"], rows: Int[Array, "C S"]
 ) -> Float[Array, "R D"]:
     """Put what `listen` returned in its rows of `features`; rows beyond the last are dropped."""
-    TRACES["place"] += 1
+    TRACES["scatter_features"] += 1
     return features.at[rows].set(clips, mode="drop")
 
 
-def score(
+def logits(
     model: Functional[StepAudio2Model], params: Params, batch: Batch
 ) -> Float[Array, "B T V"]:
     """Logits of every position of a batch of prompts, without a cache."""
-    TRACES["score"] += 1
+    TRACES["logits"] += 1
     net = model.bind(params)
-    hidden, _ = net(batch.ids, batch.features[None], batch.slots, None, batch.lengths)
+    hidden, _ = net(batch.ids, batch.features[None], batch.feature_index, None, batch.lengths)
     return shard(net.decoder.logits(hidden), "batch", None, "vocab")
 
 
-def draws(seed: UInt32[Array, ""], numbers: UInt32[Array, "B"], *, samples: int) -> PRNGKeyArray:
+def reply_keys(
+    seed: UInt32[Array, ""], prompt_indices: UInt32[Array, "B"], *, samples: int
+) -> PRNGKeyArray:
     """Random keys of replies: reply j to prompt n has the key (seed, n, j); [B * samples]."""
     fold = jax.random.fold_in
     one = lambda n: jax.vmap(partial(fold, fold(jax.random.key(seed), n)))(jnp.arange(samples))
-    return jax.vmap(one)(numbers).reshape(-1)
+    return jax.vmap(one)(prompt_indices).reshape(-1)
 
 
 def prefill(
@@ -117,11 +119,11 @@ def prefill(
     keys: PRNGKeyArray,
     limit: Int[Array, "B"],
     stop_ids: Int[Array, "Z"],
-    knobs: Knobs,
+    sampling: SamplingArrays,
     *,
     samples: int,
     size: int,
-) -> State:
+) -> DecodeState:
     """Read prompts and choose the first token of each reply.
 
     Args:
@@ -131,7 +133,7 @@ def prefill(
         keys: random key of each reply, [B * samples].
         limit: tokens to generate at most, per reply.
         stop_ids: ids that end a reply.
-        knobs: sampling.
+        sampling: sampling.
         samples: replies per prompt; they share the prompt's prefill.
         size: slots of the cache.
     """
@@ -140,7 +142,9 @@ def prefill(
     count, steps = batch.ids.shape
     lengths = batch.lengths
     cache = KVCache.zeros(net.cfg.decoder, count, size, net.decoder.cache_dtype)
-    hidden, cache = net(batch.ids, batch.features[None], batch.slots, cache, lengths, fresh=True)
+    hidden, cache = net(
+        batch.ids, batch.features[None], batch.feature_index, cache, lengths, cache_is_empty=True
+    )
     assert cache is not None
     hidden = hidden[jnp.arange(count), jnp.maximum(lengths - 1, 0)]  # [B, D]
     valid = jnp.arange(steps)[None] < lengths[:, None]
@@ -150,12 +154,12 @@ def prefill(
     seen = seen.at[rows, jnp.where(valid, batch.ids, nowhere)].set(True, mode="drop")
 
     repeat = partial(jnp.repeat, repeats=samples, axis=0)
-    cache = cache.resize(partial(jnp.repeat, repeats=samples, axis=1))
+    cache = cache.map_arrays(partial(jnp.repeat, repeats=samples, axis=1))
     cache = replace(cache, length=repeat(cache.length))
-    return _first(net, cache, repeat(hidden), repeat(seen), keys, limit, stop_ids, knobs)
+    return _first(net, cache, repeat(hidden), repeat(seen), keys, limit, stop_ids, sampling)
 
 
-def extend(
+def prefill_chunk(
     model: Functional[StepAudio2Model], params: Params, cache: KVCache, batch: Batch
 ) -> tuple[KVCache, Float[Array, "B D"]]:
     """Read more of prompts whose beginnings are in the cache.
@@ -163,14 +167,14 @@ def extend(
     Returns:
         The cache with these tokens added, and the hidden state of each row's last one.
     """
-    TRACES["extend"] += 1
+    TRACES["prefill_chunk"] += 1
     net = model.bind(params)
-    hidden, grown = net(batch.ids, batch.features[None], batch.slots, cache, batch.lengths)
+    hidden, grown = net(batch.ids, batch.features[None], batch.feature_index, cache, batch.lengths)
     assert grown is not None
     return grown, hidden[jnp.arange(len(hidden)), jnp.maximum(batch.lengths - 1, 0)]
 
 
-def begin(
+def sample_first_token(
     model: Functional[StepAudio2Model],
     params: Params,
     cache: KVCache,
@@ -179,8 +183,8 @@ def begin(
     keys: PRNGKeyArray,
     limit: Int[Array, "B"],
     stop_ids: Int[Array, "Z"],
-    knobs: Knobs,
-) -> State:
+    sampling: SamplingArrays,
+) -> DecodeState:
     """Choose the first token of each reply to prompts that `extend` has read to their ends.
 
     Args:
@@ -192,29 +196,29 @@ def begin(
         keys: random key of each reply.
         limit: tokens to generate at most.
         stop_ids: ids that end a reply.
-        knobs: sampling.
+        sampling: sampling.
     """
-    TRACES["begin"] += 1
-    return _first(model.bind(params), cache, hidden, seen, keys, limit, stop_ids, knobs)
+    TRACES["sample_first_token"] += 1
+    return _first(model.bind(params), cache, hidden, seen, keys, limit, stop_ids, sampling)
 
 
-def empty(model: Functional[StepAudio2Model], *, rows: int, size: int) -> KVCache:
+def empty_cache(model: Functional[StepAudio2Model], *, rows: int, size: int) -> KVCache:
     """A cache of nothing."""
-    TRACES["empty"] += 1
+    TRACES["empty_cache"] += 1
     net = model.bind(model.abstract)
     return KVCache.zeros(net.cfg.decoder, rows, size, net.decoder.cache_dtype)
 
 
-def grow(cache: KVCache, *, size: int) -> KVCache:
+def grow_cache(cache: KVCache, *, size: int) -> KVCache:
     """The same cache with more slots."""
-    TRACES["grow"] += 1
+    TRACES["grow_cache"] += 1
     more = [(0, 0)] * 3 + [(0, size - cache.size), (0, 0)]
-    return cache.resize(lambda x: jnp.pad(x, more[: x.ndim]))
+    return cache.map_arrays(lambda x: jnp.pad(x, more[: x.ndim]))
 
 
 def abstract_state(
     model: Functional[StepAudio2Model], mesh: Mesh | None, *, rows: int, size: int
-) -> State:
+) -> DecodeState:
     """The shapes, dtypes and shardings of a batch of replies, to compile ahead of time.
 
     Args:
@@ -224,15 +228,16 @@ def abstract_state(
         size: slots of the cache.
     """
 
-    def nothing() -> State:
+    def blank() -> DecodeState:
         net, none = model.bind(model.abstract), jnp.zeros(rows, jnp.int32)
-        return State(
+        return DecodeState(
             cache=KVCache.zeros(net.cfg.decoder, rows, size, net.decoder.cache_dtype),
-            token=none, seen=jnp.zeros((rows, net.cfg.decoder.vocab), bool),
-            keys=jax.random.split(jax.random.key(0), rows), made=none, limit=none, done=none > 0,
+            last_token=none, seen=jnp.zeros((rows, net.cfg.decoder.vocab), bool),
+            keys=jax.random.split(jax.random.key(0), rows), num_generated=none, limit=none,
+            done=none > 0,
         )  # fmt: skip
 
-    state = jax.eval_shape(nothing)
+    state = jax.eval_shape(blank)
     if mesh is None:
         return state
 
@@ -242,34 +247,36 @@ def abstract_state(
     return _on_mesh(state, place)
 
 
-def step(net: StepAudio2Model, state: State, stop_ids: Int[Array, "Z"], knobs: Knobs) -> State:
+def step(
+    net: StepAudio2Model, state: DecodeState, stop_ids: Int[Array, "Z"], sampling: SamplingArrays
+) -> DecodeState:
     """Read the newest token of each row and choose the next."""
-    x = net.decoder.embed(state.token[:, None])
+    x = net.decoder.embed(state.last_token[:, None])
     lengths = jnp.where(state.done, 0, 1)
     with jax.named_scope("decode_step"):
         hidden, cache = net.decoder(x, state.cache, lengths)
     assert cache is not None
-    return _choose(net, replace(state, cache=cache), hidden[:, 0], stop_ids, knobs)
+    return _choose(net, replace(state, cache=cache), hidden[:, 0], stop_ids, sampling)
 
 
 def decode(
     model: Functional[StepAudio2Model],
     params: Params,
-    state: State,
+    state: DecodeState,
     stop_ids: Int[Array, "Z"],
-    knobs: Knobs,
+    sampling: SamplingArrays,
     *,
     block: int,
-) -> tuple[State, Int[Array, "B S"]]:
+) -> tuple[DecodeState, Int[Array, "B S"]]:
     """Up to `block` steps, fewer once every row is done.
 
     Returns:
-        The state, and the tokens chosen [B, block]; how many of a row's are new, `State.made`
-        tells.
+        The state, and the tokens chosen [B, block]; `DecodeState.num_generated` tells how many of
+        a row's are new.
     """
     TRACES["decode"] += 1
     net = model.bind(params)
-    tokens = jnp.zeros((state.token.shape[0], block), jnp.int32)
+    tokens = jnp.zeros((state.last_token.shape[0], block), jnp.int32)
 
     def going(carry):
         i, state, _ = carry
@@ -277,8 +284,8 @@ def decode(
 
     def body(carry):
         i, state, tokens = carry
-        state = step(net, state, stop_ids, knobs)
-        return i + 1, state, tokens.at[:, i].set(state.token)
+        state = step(net, state, stop_ids, sampling)
+        return i + 1, state, tokens.at[:, i].set(state.last_token)
 
     _, state, tokens = jax.lax.while_loop(going, body, (0, state, tokens))
     return _pinned(state), shard(tokens, None, None)
@@ -292,18 +299,20 @@ def _first(
     keys: PRNGKeyArray,
     limit: Int[Array, "B"],
     stop_ids: Int[Array, "Z"],
-    knobs: Knobs,
-) -> State:
+    sampling: SamplingArrays,
+) -> DecodeState:
     """The state after the first token of each reply."""
     nothing = jnp.zeros(limit.shape, jnp.int32)
-    state = State(
-        cache=cache, token=nothing, seen=seen, keys=keys, made=nothing, limit=limit,
+    state = DecodeState(
+        cache=cache, last_token=nothing, seen=seen, keys=keys, num_generated=nothing, limit=limit,
         done=limit == 0,
     )  # fmt: skip
-    return _pinned(_choose(net, state, hidden, stop_ids, knobs))
+    return _pinned(_choose(net, state, hidden, stop_ids, sampling))
 
 
-def _on_mesh(state: State, place: Callable[[Any, tuple[str | None, ...]], Any]) -> State:
+def _on_mesh(
+    state: DecodeState, place: Callable[[Any, tuple[str | None, ...]], Any]
+) -> DecodeState:
     """Give each array of a state to `place` with its logical axes.
 
     What the host reads is whole on every device, and so on every host.
@@ -314,25 +323,29 @@ def _on_mesh(state: State, place: Callable[[Any, tuple[str | None, ...]], Any]) 
     return replace(whole, cache=cache, seen=place(state.seen, ("batch", None)))
 
 
-def _pinned(state: State) -> State:
+def _pinned(state: DecodeState) -> DecodeState:
     """The state as every program returns it and takes it: one sharding, one program."""
     return _on_mesh(state, lambda x, axes: shard(x, *axes))
 
 
 def _choose(
-    net: StepAudio2Model, state: State, hidden: Float[Array, "B D"], stop_ids: Array, knobs: Knobs
-) -> State:
+    net: StepAudio2Model,
+    state: DecodeState,
+    hidden: Float[Array, "B D"],
+    stop_ids: Array,
+    sampling: SamplingArrays,
+) -> DecodeState:
     """Add the next token of each row that is not done."""
     logits = shard(net.decoder.logits(hidden), "batch", "vocab")
-    keys = jax.vmap(jax.random.fold_in)(state.keys, state.made)
-    token = sample(keys, logits, state.seen, knobs)
-    token = jnp.where(state.done, state.token, token)
-    made = jnp.where(state.done, state.made, state.made + 1)
+    keys = jax.vmap(jax.random.fold_in)(state.keys, state.num_generated)
+    token = sample(keys, logits, state.seen, sampling)
+    token = jnp.where(state.done, state.last_token, token)
+    num_generated = jnp.where(state.done, state.num_generated, state.num_generated + 1)
     stopped = jnp.any(token[:, None] == stop_ids[None], axis=-1)
     return replace(
         state,
-        token=token,
+        last_token=token,
         seen=state.seen.at[jnp.arange(token.shape[0]), token].set(True),
-        made=made,
-        done=state.done | stopped | (made >= state.limit),
+        num_generated=num_generated,
+        done=state.done | stopped | (num_generated >= state.limit),
     )

@@ -1,4 +1,4 @@
-"""A guard against replies that go round in circles."""
+"""Repetition guard: ends a reply that repeats the same few ids for too long."""
 
 from collections.abc import Iterable
 
@@ -7,8 +7,8 @@ import numpy as np
 PERIOD = 50  # ids of the longest loop that is noticed: ten words of speech
 
 
-class LoopWatch:
-    """Notices a reply that only repeats itself.
+class RepetitionGuard:
+    """Detects a reply that only repeats itself.
 
     Args:
         limit: repeated ids in a row, of a loop of at most `PERIOD` ids, that are too many; 0 for

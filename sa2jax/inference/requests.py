@@ -1,4 +1,4 @@
-"""What is asked of a model and what comes back: prompts, options, replies."""
+"""Requests, generation configs and completions: what goes into the engine and what comes out."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 
 from sa2jax.config import StepAudio2Config
 from sa2jax.errors import PromptError
-from sa2jax.inference.sampling import Sampling
+from sa2jax.inference.sampling import SamplingParams
 from sa2jax.models.audio_encoder import adapter_length, encoder_length
 
 FinishReason = Literal["stop", "string", "length", "repeat"]
@@ -34,8 +34,8 @@ class Request:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """How to continue a prompt.
+class GenerationConfig:
+    """How to continue a prompt: sampling, limits and stops.
 
     Attributes:
         sampling: how the next token is chosen.
@@ -44,11 +44,11 @@ class Options:
         stop_strings: texts that end the reply; they are part of it.
         seed: same seed, same reply. Reply j to prompt i of a batch draws from (seed, i, j).
         samples: replies per prompt.
-        max_repeat: a reply that repeats the same few ids (at most `LoopWatch`'s period) is ended
-            after this many; 0 lets it go on.
+        max_repeat: a reply that repeats the same few ids (at most `RepetitionGuard`'s period) is
+            ended after this many; 0 lets it go on.
     """
 
-    sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0))
+    sampling: SamplingParams = field(default_factory=lambda: SamplingParams(temperature=0))
     max_new_tokens: int = 256
     stop_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
@@ -64,37 +64,37 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Generation:
+class Completion:
     """One reply.
 
     Attributes:
         ids: the generated ids without the stop id.
-        finish_reason: `stop` (a stop id), `string` (a stop string), `length`, or `repeat`: it went
-            round in circles.
+        finish_reason: `stop` (a stop id), `string` (a stop string), `length`, or `repeat` (stopped
+            by the repetition guard).
     """
 
     ids: tuple[int, ...]
     finish_reason: FinishReason
 
 
-def check(number: int, request: Request, cfg: StepAudio2Config) -> None:
+def validate_request(prompt_index: int, request: Request, cfg: StepAudio2Config) -> None:
     """Raise a PromptError unless a prompt fits the model and leaves room for a reply."""
     ids, vocab, context = request.ids, cfg.decoder.vocab, cfg.decoder.max_positions
     if not 0 < len(ids) < context:
         raise PromptError(
-            f"prompt {number} has {len(ids)} tokens: expected 1 to {context - 1}, since the "
+            f"prompt {prompt_index} has {len(ids)} tokens: expected 1 to {context - 1}, since the "
             f"model's context of {context} must also hold a reply"
         )
     if ids.min() < 0 or ids.max() >= vocab:
         raise PromptError(
-            f"prompt {number} holds id {ids.max() if ids.min() >= 0 else ids.min()}, outside the "
-            f"vocabulary of {vocab}: is this the checkpoint's own tokenizer?"
+            f"prompt {prompt_index} holds id {ids.max() if ids.min() >= 0 else ids.min()}, outside "
+            f"the vocabulary of {vocab}: is this the checkpoint's own tokenizer?"
         )
     clips = (request.mels, request.starts, request.counts)
     if len({len(part) for part in clips}) > 1:
         raise PromptError(
-            f"prompt {number} has {' and '.join(str(len(part)) for part in clips)} mels, starts "
-            "and counts: expected one of each per clip"
+            f"prompt {prompt_index} has {' and '.join(str(len(part)) for part in clips)} mels, "
+            "starts and counts: expected one of each per clip"
         )
     for mel, start, count in zip(*clips, strict=True):
         frames = mel.shape[1]
@@ -102,11 +102,11 @@ def check(number: int, request: Request, cfg: StepAudio2Config) -> None:
         longest = 2 * cfg.audio_encoder.max_positions
         if start < 0 or start + count > len(ids) or not 0 <= count <= max(embeddings, 0):
             raise PromptError(
-                f"prompt {number}: a clip of {frames} frames gives {max(embeddings, 0)} embeddings "
-                f"and cannot fill {count} positions from {start} on of {len(ids)}"
+                f"prompt {prompt_index}: a clip of {frames} frames gives {max(embeddings, 0)} "
+                f"embeddings and cannot fill {count} positions from {start} on of {len(ids)}"
             )
         if mel.shape[0] != cfg.audio_encoder.mels or frames > longest:
             raise PromptError(
-                f"prompt {number}: expected clips of {cfg.audio_encoder.mels} mels and at most "
-                f"{longest} frames, got {list(mel.shape)}"
+                f"prompt {prompt_index}: expected clips of {cfg.audio_encoder.mels} mels and at "
+                f"most {longest} frames, got {list(mel.shape)}"
             )

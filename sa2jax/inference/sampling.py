@@ -17,7 +17,7 @@ from sa2jax.errors import PromptError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class SamplingParams:
     """How the next token is chosen.
 
     Attributes:
@@ -49,9 +49,9 @@ class Sampling:
         """Whether the most likely token is taken."""
         return self.temperature == 0
 
-    def knobs(self) -> "Knobs":
+    def arrays(self) -> "SamplingArrays":
         """These settings for a compiled program."""
-        return Knobs(
+        return SamplingArrays(
             temperature=np.float32(1.0 if self.greedy else self.temperature),
             top_p=np.float32(self.top_p),
             repetition_penalty=np.float32(self.repetition_penalty),
@@ -67,8 +67,17 @@ class Sampling:
     meta_fields=["top_k", "greedy", "nucleus"],
 )
 @dataclass(frozen=True, kw_only=True)
-class Knobs:
-    """`Sampling` as a pytree: numbers that change freely, and choices that shape the program."""
+class SamplingArrays:
+    """`SamplingParams` as a pytree: arrays that change freely, and choices that shape the program.
+
+    Attributes:
+        temperature: divides the logits.
+        top_p: probability mass that is kept.
+        repetition_penalty: 1 for none.
+        top_k: candidates that are kept, 0 for all (static).
+        greedy: take the most likely token (static).
+        nucleus: whether top-p applies (static).
+    """
 
     temperature: Float[Array, ""] | np.float32
     top_p: Float[Array, ""] | np.float32
@@ -120,27 +129,30 @@ def keep_top_p(
 
 
 def process(
-    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], knobs: Knobs
+    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], sampling: SamplingArrays
 ) -> Float[Array, "B V"]:
     """All of the above in the official order; −inf marks tokens that cannot be drawn."""
-    logits = penalise(logits, seen, knobs.repetition_penalty)
-    if knobs.greedy:
+    logits = penalise(logits, seen, sampling.repetition_penalty)
+    if sampling.greedy:
         return logits
-    logits = logits / knobs.temperature
-    if knobs.top_k:
-        logits = keep_top_k(logits, knobs.top_k)
-    if knobs.nucleus:
-        logits = keep_top_p(logits, knobs.top_p, knobs.top_k)
+    logits = logits / sampling.temperature
+    if sampling.top_k:
+        logits = keep_top_k(logits, sampling.top_k)
+    if sampling.nucleus:
+        logits = keep_top_p(logits, sampling.top_p, sampling.top_k)
     return logits
 
 
 def sample(
-    keys: PRNGKeyArray, logits: Float[Array, "B V"], seen: Bool[Array, "B V"], knobs: Knobs
+    keys: PRNGKeyArray,
+    logits: Float[Array, "B V"],
+    seen: Bool[Array, "B V"],
+    sampling: SamplingArrays,
 ) -> Int[Array, "B"]:
     """The next token of each row, drawn with the row's own key."""
     with jax.named_scope("sample"):
-        logits = process(logits, seen, knobs)
-        if knobs.greedy:
+        logits = process(logits, seen, sampling)
+        if sampling.greedy:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         draw = jax.vmap(jax.random.categorical)
         return draw(keys, logits).astype(jnp.int32)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sa2jax.attention.base import Mask
 from sa2jax.attention.dispatch import attention
 from sa2jax.config import AdapterConfig, AudioEncoderConfig
-from sa2jax.nn import Conv1d, LayerNorm, Linear, Policy, Remat, note, over_layers, param, stack
+from sa2jax.nn import Conv1d, LayerNorm, Linear, Policy, Remat, over_layers, param, stack, tap
 from sa2jax.sharding import shard
 
 MEL_TAIL = 2  # frames at the end of each clip that the released code does not count as its length
@@ -122,11 +122,11 @@ class AudioEncoder(nnx.Module):
         total = x.shape[1]
         clips = _clips(frames, starts, total)
         with jax.named_scope("conv"):
-            x = note(trace, "conv1", self.conv1(x))
+            x = tap(trace, "conv1", self.conv1(x))
             x = jax.nn.gelu(x, approximate=False)
             if not official_batch:  # a clip alone sees the convolution's zeros after its last frame
                 x = jnp.where(clips.own[..., None], x, 0)
-            x = note(trace, "conv2", self.conv2(x))
+            x = tap(trace, "conv2", self.conv2(x))
             x = jax.nn.gelu(x, approximate=False)
             steps = x.shape[1]
             table = self.positions[...].astype(x.dtype)
@@ -145,7 +145,7 @@ class AudioEncoder(nnx.Module):
 
         with jax.named_scope("layers"):
             x, outputs = over_layers(layer, x, self.layers, remat)
-        note(trace, "layers", outputs)
+        tap(trace, "layers", outputs)
         with jax.named_scope("pool"):
             x = x[:, : steps // 2 * 2].reshape(x.shape[0], steps // 2, 2, -1).mean(2)  # [B, S, D]
             x = self.norm(x)
@@ -173,7 +173,7 @@ class Adapter(nnx.Module):
         self, x: Float[Array, "B S D"], *, trace: dict[str, Array] | None = None
     ) -> Float[Array, "B T E"]:
         """Halve the rate and map to the decoder's width."""
-        x = note(trace, "adapter_conv", self.conv(x))
+        x = tap(trace, "adapter_conv", self.conv(x))
         x = jax.nn.gelu(x, approximate=False)
         return self.down(jax.nn.relu(self.up(x)))
 

@@ -21,7 +21,7 @@ from sa2jax.attention.dispatch import attention, cached_attention
 from sa2jax.config import DecoderConfig
 from sa2jax.nn import Linear, Policy, Remat, RMSNorm, over_layers, param, rotary, stack
 from sa2jax.quantize import quantize_rows
-from sa2jax.sharding import on_each_device, shard
+from sa2jax.sharding import per_device, shard
 
 CACHE_AXES = (None, "batch", "kv_heads", None, None)  # layers, rows, heads, slots, head_dim
 NEW_AXES = ("batch", None, "kv_heads", None)  # rows, new tokens, heads, head_dim
@@ -63,7 +63,7 @@ class KVCache:
         """Slots per row."""
         return self.k.shape[3]
 
-    def resize(self, change: Callable[[Array], Array]) -> Self:
+    def map_arrays(self, change: Callable[[Array], Array]) -> Self:
         """The same cache with `change` applied to all that has layers, rows and slots."""
         scales = None if self.scales is None else tuple(map(change, self.scales))
         return replace(self, k=change(self.k), v=change(self.v), scales=scales)
@@ -81,7 +81,7 @@ class KVCache:
 
         def put(cache: Array, new: Array) -> Array:
             axes, new_axes = CACHE_AXES[: cache.ndim], NEW_AXES[: new.ndim]
-            write = on_each_device(_write, (axes, new_axes, (), ("batch",), ("batch",)), axes)
+            write = per_device(_write, (axes, new_axes, (), ("batch",), ("batch",)), axes)
             return write(cache, new.astype(cache.dtype), layer, start, lengths)
 
         if self.scales is None:
@@ -145,16 +145,19 @@ class SelfAttention(nnx.Module):
         lengths: Int[Array, "B"],
         cache: KVCache | None,
         layer: Int[Array, ""] | int,
-        fresh: bool,
+        cache_is_empty: bool,
         segments: Int[Array, "B T"] | None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-        """Add this call's keys and values to the cache and attend to it, or to them if `fresh`."""
+        """Add this call's keys and values to the cache and attend to it.
+
+        With `cache_is_empty` attention looks at the new keys and values alone.
+        """
         q = rotary(self.q(x), positions, self.rope_theta)
         k = rotary(self.k(x), positions, self.rope_theta)
         v = self.v(x)
         if cache is not None:
             cache = cache.write(layer, cache.length, lengths, k, v)
-        if cache is None or fresh:
+        if cache is None or cache_is_empty:
             return self.o(attention(q, k, v, Mask(causal=True, segments=segments))), cache
         y = cached_attention(q, cache.k, cache.v, layer, positions, cache.scales)
         return self.o(y), cache
@@ -183,9 +186,11 @@ class DecoderLayer(nnx.Module):
         self.mlp_norm = RMSNorm(cfg.embed, eps=cfg.norm_eps, policy=policy, rngs=rngs)
         self.mlp = Mlp(cfg, policy=policy, rngs=rngs)
 
-    def __call__(self, x, positions, lengths, cache, layer, fresh, segments):
+    def __call__(self, x, positions, lengths, cache, layer, cache_is_empty, segments):
         """Add attention, then the MLP."""
-        y, cache = self.attn(self.attn_norm(x), positions, lengths, cache, layer, fresh, segments)
+        y, cache = self.attn(
+            self.attn_norm(x), positions, lengths, cache, layer, cache_is_empty, segments
+        )
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), cache
 
@@ -234,7 +239,7 @@ class Decoder(nnx.Module):
         cache: KVCache | None = None,
         lengths: Int[Array, "B"] | None = None,
         *,
-        fresh: bool = False,
+        cache_is_empty: bool = False,
         segments: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
         remat: Remat | None = None,
@@ -247,7 +252,8 @@ class Decoder(nnx.Module):
             cache: what each row has seen before; None to look at `x` alone.
             lengths: valid tokens of each row in `x`, by default all. Padding is not cached, and
                 what comes out at its positions has no meaning.
-            fresh: the cache is known to be empty: fill it, but look at the new tokens only.
+            cache_is_empty: the cache is known to be empty: fill it, but attend to the new tokens
+                only.
             segments: without a cache, which of a row's packed sequences each token belongs to; it
                 looks at no other.
             positions: without a cache, of each token in its own sequence; by default in the row.
@@ -269,7 +275,7 @@ class Decoder(nnx.Module):
 
         def layer(carry, xs):
             (x, cache), (module, index) = carry, xs
-            x, cache = module(x, positions, lengths, cache, index, fresh, segments)
+            x, cache = module(x, positions, lengths, cache, index, cache_is_empty, segments)
             x = shard(x, "batch", None, None)
             return (x, cache), x if trace is not None else None
 

@@ -16,16 +16,16 @@ from jaxtyping import Array
 from sa2jax.config import DecoderConfig, StepAudio2Config
 from sa2jax.errors import ShardingError
 from sa2jax.nn import Functional, Params
-from sa2jax.sharding import tensor_ways
+from sa2jax.sharding import tensor_axis_size
 
 
-def spread_heads(cfg: StepAudio2Config, mesh: Mesh | None) -> StepAudio2Config:
+def pad_heads_for_mesh(cfg: StepAudio2Config, mesh: Mesh | None) -> StepAudio2Config:
     """The config whose decoder has heads for every shard of a mesh's tensor axis.
 
     Raises:
         ShardingError: if there are more shards than heads.
     """
-    decoder, ways = cfg.decoder, tensor_ways(mesh)
+    decoder, ways = cfg.decoder, tensor_axis_size(mesh)
     if ways > decoder.heads:
         raise ShardingError(
             f"{ways} tensor shards for {decoder.heads} heads: expected tensor={decoder.heads} at "
@@ -39,10 +39,10 @@ def spread_heads(cfg: StepAudio2Config, mesh: Mesh | None) -> StepAudio2Config:
     return replace(cfg, decoder=wide)
 
 
-def spread_params(
+def pad_params_for_mesh(
     params: Params, cfg: DecoderConfig, wide: DecoderConfig, model: Functional, mesh: Mesh
 ) -> Params:
-    """Parameters of `cfg` as those of the decoder that `spread_heads` made of it.
+    """Parameters of `cfg` as those of the decoder that `pad_heads_for_mesh` made of it.
 
     Args:
         params: stacked, of the whole model, where `loading_shardings` put them; used up.
@@ -59,7 +59,7 @@ def spread_params(
     # is split and nothing is sent, then to its place.
     for name, part in attn.items():
         for kind in list(part):
-            change = partial(_spread, name=name, kind=kind, cfg=cfg, wide=wide)
+            change = partial(_pad_leaf, name=name, kind=kind, cfg=cfg, wide=wide)
             here = part[kind].sharding
             part[kind] = jax.jit(change, out_shardings=here)(part[kind])
             part[kind] = jax.jit(lambda x: x, out_shardings=places[name][kind])(part[kind])
@@ -68,7 +68,9 @@ def spread_params(
 
 
 def loading_shardings(narrow: Functional, model: Functional, mesh: Mesh) -> Params:
-    """Where the leaves of a checkpoint go: those that `spread_params` changes are split otherwise.
+    """Where the leaves of a checkpoint go.
+
+    Those that `pad_params_for_mesh` changes are split otherwise than the model's.
 
     Args:
         narrow: the model as the checkpoint has it.
@@ -95,7 +97,7 @@ def _on_the_way(name: str, kind: str, leaf: jax.ShapeDtypeStruct, mesh: Mesh) ->
     return NamedSharding(mesh, PartitionSpec(*entries))
 
 
-def _spread(x: Array, *, name: str, kind: str, cfg: DecoderConfig, wide: DecoderConfig) -> Array:
+def _pad_leaf(x: Array, *, name: str, kind: str, cfg: DecoderConfig, wide: DecoderConfig) -> Array:
     """One leaf of an attention layer, [L, ...]."""
     if name in "kv":  # [L, K, ...]
         return jnp.repeat(x, wide.kv_heads // cfg.kv_heads, axis=1)

@@ -24,12 +24,12 @@ from sa2jax.nn import (
     Functional,
     Linear,
     Policy,
-    before,
     functional,
-    note,
+    length_mask,
     over_layers,
     param,
     stack,
+    tap,
 )
 from sa2jax.sharding import shard
 from sa2jax.speech_config import SpeakerEncoderConfig
@@ -258,29 +258,29 @@ class SpeakerEncoder(nnx.Module):
                 has no deviation over time: zero is used.
             trace: filled with intermediate results by name, to compare implementations.
         """
-        own = before(frames, fbank.shape[1])
+        own = length_mask(frames, fbank.shape[1])
         x = _keep(fbank.astype(self.policy.compute)[..., None], own)  # [B, T, M, 1]
         with jax.named_scope("head"):
             x = _relu(self.conv_in(x), own)
             for s, blocks in enumerate(self.cfg.stages, 1):
                 for b in range(blocks):
                     x = self.stages[f"stage{s}"][f"block{b}"](x, own)
-            x = note(trace, "head", _relu(self.conv_out(x), own))  # [B, T, M/8, C]
+            x = tap(trace, "head", _relu(self.conv_out(x), own))  # [B, T, M/8, C]
         with jax.named_scope("tdnn"):
             frames = (frames - 1) // STRIDE + 1
             x = self._over_time(x)
-            own = before(frames, x.shape[1])
-            x = note(trace, "tdnn", _relu(x, own))
+            own = length_mask(frames, x.shape[1])
+            x = tap(trace, "tdnn", _relu(x, own))
         for b in range(1, len(self.cfg.layers) + 1):
             with jax.named_scope(f"block{b}"):
-                x = note(trace, f"block{b}", self.blocks[f"block{b}"](x, own))
+                x = tap(trace, f"block{b}", self.blocks[f"block{b}"](x, own))
         with jax.named_scope("pool"):
             x = _relu(x, own).astype(jnp.float32)
             count = jnp.maximum(frames, 1)[:, None]
             mean = x.sum(1) / count
             spread = _keep(x - mean[:, None], own)
             deviation = jnp.sqrt((spread * spread).sum(1) / jnp.maximum(count - 1, 1))
-            x = note(trace, "pool", jnp.concatenate([mean, deviation], axis=-1))
+            x = tap(trace, "pool", jnp.concatenate([mean, deviation], axis=-1))
         return self.norm(self.project(x.astype(self.policy.compute)))
 
     def _over_time(self, x: Float[Array, "B T M C"]) -> Float[Array, "B S D"]:

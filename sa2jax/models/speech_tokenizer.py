@@ -22,13 +22,13 @@ from sa2jax.nn import (
     Linear,
     Params,
     Policy,
-    before,
     functional,
-    note,
+    length_mask,
     over_layers,
     param,
     rotary,
     stack,
+    tap,
     unstack,
 )
 from sa2jax.sharding import shard
@@ -140,11 +140,11 @@ class SpeechTokenizer(nnx.Module):
         x = mels.swapaxes(1, 2).astype(self.policy.compute)  # [B, T, M]
         for name, conv in (("conv1", self.conv1), ("conv2", self.conv2)):
             with jax.named_scope(name):
-                x = jnp.where(before(frames, x.shape[1])[..., None], x, 0)
-                x = note(trace, name, conv(x))
+                x = jnp.where(length_mask(frames, x.shape[1])[..., None], x, 0)
+                x = tap(trace, name, conv(x))
                 x = jax.nn.gelu(x, approximate=False)
                 frames = (frames + 1) // 2
-        own = before(frames, x.shape[1])
+        own = length_mask(frames, x.shape[1])
 
         def layer(x, layer_and_index):
             module, _ = layer_and_index
@@ -153,8 +153,8 @@ class SpeechTokenizer(nnx.Module):
 
         with jax.named_scope("layers"):
             x, outputs = over_layers(layer, x, self.layers)
-        note(trace, "layers", outputs)
-        return note(trace, "hidden", x)
+        tap(trace, "layers", outputs)
+        return tap(trace, "hidden", x)
 
     def __call__(
         self,
@@ -176,9 +176,9 @@ class SpeechTokenizer(nnx.Module):
         x = self.encode(mels, frames, trace=trace)
         with jax.named_scope("quantize"):
             x = jnp.tanh(self.digits(x).astype(jnp.float32)) * FSQ_SCALE
-            digits = jnp.round(note(trace, "pre_round", x)).astype(jnp.int32) + LEVELS // 2
+            digits = jnp.round(tap(trace, "pre_round", x)).astype(jnp.int32) + LEVELS // 2
             codes = digits @ (LEVELS ** jnp.arange(x.shape[-1], dtype=jnp.int32))
-        return jnp.where(before(code_length(frames), codes.shape[1]), codes, 0)
+        return jnp.where(length_mask(code_length(frames), codes.shape[1]), codes, 0)
 
 
 def tokenize(

@@ -32,7 +32,7 @@ class StepAudio2Model(nnx.Module):
         )
         self.decoder = Decoder(cfg.decoder, policy=policy, rngs=rngs, stacked=stacked)
 
-    def listen(
+    def encode_audio(
         self,
         mels: Float[Array, "C M T"],
         frames: Int[Array, "C"] | Int[Array, "C N"],
@@ -71,40 +71,44 @@ class StepAudio2Model(nnx.Module):
         self,
         ids: Int[Array, "B T"],
         features: Float[Array, "C S D"] | None = None,
-        slots: Int[Array, "B T"] | None = None,
+        feature_index: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
         """Embed tokens, with audio features at the positions that hold them.
 
         Args:
             ids: token ids.
-            features: what `listen` returned for all clips of the batch.
-            slots: for each position, which row of `features` (flattened over clips and frames)
-                stands there, −1 for a token.
+            features: what `encode_audio` returned for all clips of the batch.
+            feature_index: for each position, which row of `features` (flattened over clips and
+                frames) stands there, −1 for a token.
         """
         x = self.decoder.embed(ids)
-        if features is None or slots is None:
+        if features is None or feature_index is None:
             return x
         flat = features.reshape(-1, features.shape[-1]).astype(x.dtype)
-        return jnp.where(slots[..., None] >= 0, shard(flat[slots], "batch", None, None), x)
+        return jnp.where(
+            feature_index[..., None] >= 0, shard(flat[feature_index], "batch", None, None), x
+        )
 
     def __call__(
         self,
         ids: Int[Array, "B T"],
         features: Float[Array, "C S D"] | None = None,
-        slots: Int[Array, "B T"] | None = None,
+        feature_index: Int[Array, "B T"] | None = None,
         kv_cache: KVCache | None = None,
         lengths: Int[Array, "B"] | None = None,
         *,
-        fresh: bool = False,
+        cache_is_empty: bool = False,
         remat: Remat | None = None,
         trace: dict[str, Array] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Hidden states of a batch of right-padded prompts; see `embed` and `Decoder`."""
-        x = self.embed(ids, features, slots)
+        x = self.embed(ids, features, feature_index)
         if trace is not None:
             trace["embed"] = x
         with jax.named_scope("decoder"):
-            return self.decoder(x, kv_cache, lengths, fresh=fresh, remat=remat, trace=trace)
+            return self.decoder(
+                x, kv_cache, lengths, cache_is_empty=cache_is_empty, remat=remat, trace=trace
+            )
 
 
 @cache

@@ -22,7 +22,7 @@ from sa2jax.models.vocoder_signal import (
     square_of_sine,
     stft,
 )
-from sa2jax.nn import Functional, Linear, Policy, before, functional, note, param
+from sa2jax.nn import Functional, Linear, Policy, functional, length_mask, param, tap
 from sa2jax.speech_config import VocoderConfig
 
 MAX_MAGNITUDE = 100.0
@@ -178,16 +178,16 @@ class Stage(nnx.Module):
         x: Float[Array, "B T C"],
         spectrum: Float[Array, "B S F"],
         keep: Keep | None,
-        note,
+        tap,
     ) -> Float[Array, "B U D"]:
-        """Run the stage; `keep` is of the output's rate, `note(name, array)` records."""
-        x = note("up", self.up(jax.nn.leaky_relu(x, self.slope)))
+        """Run the stage; `keep` is of the output's rate, `tap(name, array)` records."""
+        x = tap("up", self.up(jax.nn.leaky_relu(x, self.slope)))
         if self.last:  # one more frame, so that the inverse transform has both of its ends
             x = jnp.concatenate([x[:, 1:2], x], axis=1)
-        source = note("source_down", self.down(spectrum))
-        x = x + note("source_resblock", self.source(source, keep))
+        source = tap("source_down", self.down(spectrum))
+        x = x + tap("source_resblock", self.source(source, keep))
         blocks = [getattr(self, f"block{i}")(x, keep) for i in range(self.blocks)]
-        note("resblock", blocks[0])
+        tap("resblock", blocks[0])
         return sum(blocks[1:], blocks[0]) / len(blocks)
 
 
@@ -252,15 +252,15 @@ class Vocoder(nnx.Module):
         """
         with jax.named_scope("f0"):
             f0 = self.f0(mel, frames)
-            note(trace, "f0", f0)
+            tap(trace, "f0", f0)
         with jax.named_scope("source"):
             source = self.source(f0, frames, noise=noise, key=key)
             if cache_source is not None:
                 size = cache_source.shape[1]
                 count = jnp.full((mel.shape[0],), size) if cached is None else cached
-                head = jnp.where(before(count, size), cache_source, source[:, :size])
+                head = jnp.where(length_mask(count, size), cache_source, source[:, :size])
                 source = jnp.concatenate([head, source[:, size:]], axis=1)
-            note(trace, "source", source)
+            tap(trace, "source", source)
         return self.decode(mel, source, frames, trace=trace), source
 
     def f0(
@@ -330,7 +330,9 @@ class Vocoder(nnx.Module):
             hiss = jnp.einsum("bnh,h->bn", noise, weight, precision="highest")
         tone = jnp.einsum("bnh,h->bn", self.sines(f0, frames), weight, precision="highest")
         source = jnp.tanh(jnp.where(voiced, cfg.sine_amplitude * tone, 0) + level * hiss + bias)
-        return source if frames is None else jnp.where(before(frames * step, samples), source, 0)
+        return (
+            source if frames is None else jnp.where(length_mask(frames * step, samples), source, 0)
+        )
 
     def decode(
         self,
@@ -343,22 +345,22 @@ class Vocoder(nnx.Module):
         """Mel and source to the waveform."""
         cfg, rate = self.cfg, 1
         with jax.named_scope("stft"):
-            spectrum = note(trace, "stft", stft(source, cfg, frames))
+            spectrum = tap(trace, "stft", stft(source, cfg, frames))
         with jax.named_scope("pre"):
             keep = inside(frames, mel.shape[1])
-            x = silence(note(trace, "conv_pre", self.pre(silence(mel, keep))), keep)
+            x = silence(tap(trace, "conv_pre", self.pre(silence(mel, keep))), keep)
         for i, factor in enumerate(cfg.rates):
             rate *= factor
             last = i == len(cfg.rates) - 1
-            note_here = lambda name, x, i=i: note(trace, f"{name}{i}", x)
+            tap_here = lambda name, x, i=i: tap(trace, f"{name}{i}", x)
             if frames is not None:
                 keep = inside(frames * rate + last, mel.shape[1] * rate + last)
             with jax.named_scope(f"stage{i}"):
-                x = getattr(self, f"stage{i}")(x, spectrum, keep, note_here)
+                x = getattr(self, f"stage{i}")(x, spectrum, keep, tap_here)
                 x = silence(x, keep)
         with jax.named_scope("post"):
             x = jax.nn.leaky_relu(x, LAST_SLOPE)
-            x = note(trace, "conv_post", self.post(x)).astype(jnp.float32)
+            x = tap(trace, "conv_post", self.post(x)).astype(jnp.float32)
         with jax.named_scope("istft"):
             bins = cfg.n_fft // 2 + 1
             # The inner limit changes no result: beyond it exp and so its gradient are infinite.

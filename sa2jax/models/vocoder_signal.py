@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from sa2jax.nn import before
+from sa2jax.nn import length_mask
 from sa2jax.speech_config import VocoderConfig
 
 Keep = Bool[Array, "B T 1"]
@@ -16,7 +16,7 @@ Keep = Bool[Array, "B T 1"]
 
 def inside(lengths: Int[Array, "B"] | None, size: int) -> Keep | None:
     """The same for channels last; nothing for rows that are all of full length."""
-    return None if lengths is None else before(lengths, size)[..., None]
+    return None if lengths is None else length_mask(lengths, size)[..., None]
 
 
 def silence(x: Float[Array, "B T C"], keep: Keep | None) -> Float[Array, "B T C"]:
@@ -86,7 +86,7 @@ def istft(
     speech = y / jnp.where(weight > 0, weight, 1)
     if frames is None:
         return speech
-    return jnp.where(before(frames * cfg.samples, speech.shape[1]), speech, 0)
+    return jnp.where(length_mask(frames * cfg.samples, speech.shape[1]), speech, 0)
 
 
 def _overlap_add(x: Float[Array, "B S n"], hop: int, overlap: int) -> Float[Array, "B N"]:

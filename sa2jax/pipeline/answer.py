@@ -5,12 +5,12 @@ from collections.abc import Generator
 
 import numpy as np
 
-from sa2jax.chat.reply_parser import Before, ReplyReader
+from sa2jax.chat.reply_parser import MarkerFilter, ReplyParser
 from sa2jax.chat.template import THINK_END
 from sa2jax.chat.tokenizer import Tokenizer, Utf8Stream
-from sa2jax.inference.repetition import LoopWatch
-from sa2jax.inference.requests import Options, Request
-from sa2jax.inference.session import Session
+from sa2jax.inference.prefix_cache import PrefixCache
+from sa2jax.inference.repetition import RepetitionGuard
+from sa2jax.inference.requests import GenerationConfig, Request
 from sa2jax.pipeline.reply import FinishReason, ReplyPiece, Timings
 from sa2jax.speech.worker import Speaker
 
@@ -28,7 +28,7 @@ class AnswerStep:
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        self.reader = ReplyReader(tokenizer)
+        self.reader = ReplyParser(tokenizer)
         self.finish_reason: FinishReason = "cancelled"
         self.audio: list[np.ndarray] = []
 
@@ -39,9 +39,9 @@ class AnswerStep:
 
     def run(
         self,
-        session: Session,
+        session: PrefixCache,
         request: Request,
-        options: Options,
+        options: GenerationConfig,
         *,
         number: int,
         speaker: Speaker | None = None,
@@ -52,11 +52,11 @@ class AnswerStep:
             session: the conversation's prefix cache.
             request: the prompt: the conversation up to here.
             options: sampling and limits.
-            number: see `Session.reply`.
+            number: see `PrefixCache.reply`.
             speaker: synthesises the audio codes; None for a written answer.
         """
-        watch = LoopWatch(options.max_repeat)
-        made = session.reply(request, options, number=number)
+        watch = RepetitionGuard(options.max_repeat)
+        made = session.reply(request, options, prompt_index=number)
         try:
             finish_reason: FinishReason | None = None
             for ids in made:
@@ -82,7 +82,7 @@ class AnswerStep:
                 speaker.stop()
 
     def _read(
-        self, ids: list[int], watch: LoopWatch, options: Options
+        self, ids: list[int], watch: RepetitionGuard, options: GenerationConfig
     ) -> tuple[str, list[int], FinishReason | None]:
         """Text and codes of the next ids, and why the reply ends with them, if it does."""
         looped = watch.push(ids)
@@ -114,14 +114,14 @@ class ThinkingStep:
 
     def __init__(self, tokenizer: Tokenizer):
         self.text, self.generated_tokens = "", 0
-        self._utf8, self._before = Utf8Stream(tokenizer), Before(THINK_END)
+        self._utf8, self._before = Utf8Stream(tokenizer), MarkerFilter(THINK_END)
 
     def run(
-        self, session: Session, request: Request, options: Options, *, number: int
+        self, session: PrefixCache, request: Request, options: GenerationConfig, *, number: int
     ) -> Generator[ReplyPiece]:
         """Generate up to `</think>`, or the limit."""
-        watch = LoopWatch(options.max_repeat)
-        made = session.reply(request, options, number=number)
+        watch = RepetitionGuard(options.max_repeat)
+        made = session.reply(request, options, prompt_index=number)
         try:
             for ids in made:
                 looped = watch.push(ids)

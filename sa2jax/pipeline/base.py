@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,25 +14,23 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sa2jax import audio, checkpoint
-from sa2jax.audio.recording import Heard
+from sa2jax.audio.recording import Recording
 from sa2jax.chat import template
 from sa2jax.chat.interleave import deinterleave
-from sa2jax.chat.template import Audio, Piece
+from sa2jax.chat.template import Audio, Piece, PromptStyle
 from sa2jax.chat.tokenizer import Tokenizer
+from sa2jax.checkpoint import Progress
 from sa2jax.config import StepAudio2Config
 from sa2jax.errors import CheckpointError
-from sa2jax.inference.engine import Generator
-from sa2jax.inference.loading import policy_of
-from sa2jax.inference.requests import Generation, Options, Request
-from sa2jax.models.heads import spread_heads
+from sa2jax.inference.engine import Engine
+from sa2jax.inference.loading import resolve_policy
+from sa2jax.inference.requests import Completion, GenerationConfig, Request
+from sa2jax.models.heads import pad_heads_for_mesh
 from sa2jax.models.step_audio import step_audio2, unstack_decoder
 from sa2jax.nn import Params, Policy
-from sa2jax.runtime import scans_layers
+from sa2jax.runtime import uses_scan
 from sa2jax.speech import Speech
 from sa2jax.speech.token2wav import Token2Wav
-
-PromptStyle = Literal["chat", "raw"]
-Progress = Callable[[int, int], None]  # done, in all
 
 
 class PipelineBase:
@@ -43,7 +41,7 @@ class PipelineBase:
         params: its parameters, decoder layers stacked, as checkpoints have them.
         tokenizer: its tokenizer, or a function that reads it when it is first needed.
         speech: its detokenizer and voices, or a function that opens them when first needed.
-        policy: its dtypes; by default those of the platform, see `loading.policy_of`.
+        policy: its dtypes; by default those of the platform, see `loading.resolve_policy`.
         mesh: the device mesh the parameters are sharded over, heads spread as it needs them.
         prompt_style: `chat` for models with turns, `raw` for the pre-trained model without.
         batch_size: prompts in a batch.
@@ -63,11 +61,11 @@ class PipelineBase:
     ):
         self.cfg, self.prompt_style, self.batch_size = cfg, prompt_style, batch_size
         self._tokenizer, self._speech, self._conversations = tokenizer, speech, itertools.count()
-        stacked = scans_layers(mesh)
+        stacked = uses_scan(mesh)
         params = params if stacked else unstack_decoder(params)
-        policy = policy_of(None) if policy is None else policy
-        model = step_audio2(spread_heads(cfg, mesh), policy, stacked=stacked)
-        self.generator = Generator(model, params, cfg, mesh=mesh)
+        policy = resolve_policy(None) if policy is None else policy
+        model = step_audio2(pad_heads_for_mesh(cfg, mesh), policy, stacked=stacked)
+        self.engine = Engine(model, params, cfg, mesh=mesh)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -91,9 +89,9 @@ class PipelineBase:
         return self._speech if isinstance(self._speech, Speech) else self._speech()
 
     @cached_property
-    def replicas(self) -> list[Generator]:
+    def replicas(self) -> list[Engine]:
         """Data-parallel replicas of the generator: one for each index of the mesh's data axis."""
-        return self.generator.replicas()
+        return self.engine.replicas()
 
     def next_replica(self) -> int:
         """Index of the replica that the next conversation runs on, round-robin."""
@@ -114,7 +112,7 @@ class PipelineBase:
     @cached_property
     def fingerprint(self) -> str:
         """A hash that tells checkpoints apart: of the config and a few numbers of each matrix."""
-        return fingerprint_of(self.cfg, self.generator.params)
+        return fingerprint_of(self.cfg, self.engine.params)
 
     # --- prompts ---------------------------------------------------------------------------
 
@@ -139,20 +137,20 @@ class PipelineBase:
     def generate(
         self,
         requests: Sequence[Request],
-        options: Options,
+        options: GenerationConfig,
         *,
         progress: Progress | None = None,
-    ) -> list[list[Generation]]:
-        """Continue prompts in batches of similar length; see `Generator.generate`."""
+    ) -> list[list[Completion]]:
+        """Continue prompts in batches of similar length; see `Engine.generate`."""
         options = replace(options, stop_ids=options.stop_ids or self.stop_ids)
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].ids))
-        replies: list[list[Generation]] = [[] for _ in requests]
+        replies: list[list[Completion]] = [[] for _ in requests]
         for start in range(0, len(order), self.batch_size):
             chosen = order[start : start + self.batch_size]
             batch = [requests[i] for i in chosen]
             # Numbered as given: a sampled reply does not depend on `batch_size`.
-            answers = self.generator.generate(
-                batch, options, numbers=chosen, decode_text=self.text_of
+            answers = self.engine.generate(
+                batch, options, prompt_indices=chosen, decode_text=self.text_of
             )
             for index, answer in zip(chosen, answers, strict=True):
                 replies[index] = answer
@@ -162,7 +160,7 @@ class PipelineBase:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """The id that ends a reply of this prompt style."""
+        """The id that ends a reply in the model's prompt style."""
         special = self.tokenizer.special
         return (special.end_of_text if self.prompt_style == "raw" else special.eot,)
 
@@ -173,9 +171,9 @@ class PipelineBase:
         return self.tokenizer.decode([*reply.text_ids, *reply.trailing_text_ids])
 
 
-def as_recording(source: Any) -> Heard:
+def as_recording(source: Any) -> Recording:
     """A recording, opened if it is not one yet."""
-    return source if isinstance(source, Heard) else Heard.of(source)
+    return source if isinstance(source, Recording) else Recording.from_source(source)
 
 
 def fingerprint_of(cfg: StepAudio2Config, params: Params) -> str:

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from sa2jax.chat.reply_parser import ReplyReader
+from sa2jax.chat.reply_parser import ReplyParser
 from sa2jax.chat.template import Ids, Message
 from sa2jax.chat.toolbox import Toolbox
 from sa2jax.errors import PromptError
-from sa2jax.inference.requests import Options
-from sa2jax.inference.session import Session
+from sa2jax.inference.prefix_cache import PrefixCache
+from sa2jax.inference.requests import GenerationConfig
 from sa2jax.pipeline.base import PipelineBase
 from sa2jax.speech.api import AnyVoice
 from sa2jax.speech.voices import Voice
@@ -39,10 +39,10 @@ class ChatState:
         head: Sequence[Message],
         *,
         replica: int,
-        session: Session,
+        session: PrefixCache,
         tools: Toolbox,
         think: bool,
-        options: Options,
+        options: GenerationConfig,
         overflow: Overflow,
         max_tool_rounds: int,
     ):
@@ -76,8 +76,8 @@ class ChatState:
         is_file = isinstance(voice, str | Path) and Path(voice).is_file()
         self._voice_name = str(Path(str(voice)).absolute()) if is_file else name
 
-    def parse_answer(self, turn: Message) -> tuple[str, ReplyReader]:
+    def parse_answer(self, turn: Message) -> tuple[str, ReplyParser]:
         """Text of an answer in the history, and its parser."""
-        reader = ReplyReader(self.model.tokenizer)
+        reader = ReplyParser(self.model.tokenizer)
         ids = [i for piece in turn.content or () if isinstance(piece, Ids) for i in piece.ids]
         return reader.push(ids).text + reader.end(), reader

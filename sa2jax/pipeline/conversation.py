@@ -6,7 +6,7 @@ for piece in chat.stream("And tomorrow?"): ...    # piece.text, piece.audio as t
 chat.undo(); other = chat.fork(); chat.save("talk.json")
 
 The history holds what the model was trained on: spoken replies as their own ids, thinking left
-out. What was prefilled stays in the prefix cache, see `inference.session`.
+out. What was prefilled stays in the prefix cache, see `inference.prefix_cache`.
 """
 
 import logging
@@ -21,8 +21,8 @@ from sa2jax.chat.content import Content, as_pieces
 from sa2jax.chat.template import Audio, Message, Piece, Text
 from sa2jax.chat.toolbox import ToolAnswer, Toolbox, read_answer
 from sa2jax.errors import PromptError, Sa2jaxError
-from sa2jax.inference.requests import Options
-from sa2jax.inference.session import Session
+from sa2jax.inference.prefix_cache import PrefixCache
+from sa2jax.inference.requests import GenerationConfig
 from sa2jax.pipeline.base import PipelineBase, as_recording
 from sa2jax.pipeline.chat_state import ChatState, Overflow
 from sa2jax.pipeline.reply import Reply
@@ -45,13 +45,13 @@ class Chat(ChatState):
         voice: AnyVoice | None = None,
         tools: Toolbox,
         think: bool = False,
-        options: Options,
+        options: GenerationConfig,
         overflow: Overflow = "drop",
         max_tool_rounds: int = 4,
     ):
         replica = model.next_replica()
         super().__init__(
-            model, head, replica=replica, session=Session(model.replicas[replica]), tools=tools,
+            model, head, replica=replica, session=PrefixCache(model.replicas[replica]), tools=tools,
             think=think, options=options, overflow=overflow, max_tool_rounds=max_tool_rounds,
         )  # fmt: skip
         self._stream: Stream | None = None
@@ -156,7 +156,7 @@ class Chat(ChatState):
         """
         self._end_stream()
         facts = {"voice": self._voice_name}
-        files.save(path, self.history, model=self.model.fingerprint, facts=facts)
+        files.save_conversation(path, self.history, model=self.model.fingerprint, facts=facts)
 
     def load(self, path: str | Path) -> Self:
         """Go on with a conversation that was saved: its turns replace those of this one.
@@ -169,13 +169,13 @@ class Chat(ChatState):
             PromptError: if the file is damaged, no conversation, or one with another checkpoint;
                 this conversation is then as before.
         """
-        saved = files.load(path, model=self.model.fingerprint)
+        saved = files.load_conversation(path, model=self.model.fingerprint)
         starts = [n for n, turn in enumerate(saved.turns) if turn.role == "human"]
         ends = [*starts[1:], len(saved.turns)] if starts else []
         rounds = [list(saved.turns[a:b]) for a, b in zip(starts, ends, strict=True)]
         head = list(saved.turns[: starts[0] if starts else None])
         schemas = [turn.content for turn in head if turn.role == "tool_json_schemas"]
-        tools = self.tools.shown_as(str(schemas[0])) if schemas else self.tools
+        tools = self.tools.with_schemas(str(schemas[0])) if schemas else self.tools
         if tools and not schemas:  # begun without tools, it goes on with those of this one
             head.append(template.tools_turn(tools.text))
         self._end_stream()
@@ -205,7 +205,7 @@ class Chat(ChatState):
                 raise PromptError(
                     f"expected a tool's answer as text or something for JSON, got {content!r:.80}"
                 ) from None
-            return [template.tool_result_turn(self.model.tokenizer.harmless(text))]
+            return [template.tool_result_turn(self.model.tokenizer.escape_special_tokens(text))]
         pieces = as_pieces(content)
         if any(not isinstance(piece, Text) or piece.text.strip() for piece in pieces):
             return [template.human_turn([_opened(piece) for piece in pieces])]

@@ -15,14 +15,14 @@ from jax.sharding import Mesh
 
 from sa2jax.assets import model_folder
 from sa2jax.chat import template
-from sa2jax.chat.template import TASKS, Message
+from sa2jax.chat.template import TASKS, Message, PromptStyle
 from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.chat.tool_schema import TIMEOUT
 from sa2jax.chat.toolbox import Toolbox
+from sa2jax.checkpoint import Progress
 from sa2jax.errors import PromptError
-from sa2jax.inference.loading import load
-from sa2jax.inference.requests import Options
-from sa2jax.pipeline.base import Progress, PromptStyle
+from sa2jax.inference.loading import load_language_model
+from sa2jax.inference.requests import GenerationConfig
 from sa2jax.pipeline.conversation import Chat, Overflow
 from sa2jax.pipeline.task_runner import task_options
 from sa2jax.pipeline.tasks import Tasks
@@ -64,7 +64,7 @@ class StepAudio2(Tasks):
             speech: the detokenizer and its voices, or their folder, if not the model's own.
             prompt_style: `chat`, or `raw` for a pre-trained model that knows no turns.
             batch_size: prompts that are answered at once.
-            progress: told about bytes done and bytes in all while loading.
+            progress: called with (bytes_done, bytes_total) while loading.
 
         Raises:
             CheckpointError: if the folder is damaged, incomplete or of another model.
@@ -73,7 +73,9 @@ class StepAudio2(Tasks):
         """
         enable_compilation_cache()
         folder = model_folder(folder)
-        found = load(folder, dtype=dtype, mesh=mesh, int8_cache=int8_cache, progress=progress)
+        found = load_language_model(
+            folder, dtype=dtype, mesh=mesh, int8_cache=int8_cache, progress=progress
+        )
         home = folder if speech is None else speech
         return cls(
             found.cfg, found.params, lambda: Tokenizer.from_folder(tokenizer or folder),
@@ -92,7 +94,7 @@ class StepAudio2(Tasks):
         tools: str | Sequence[Any] | None = None,
         functions: Mapping[str, Callable[..., Any]] | None = None,
         think: bool = False,
-        options: Options | None = None,
+        options: GenerationConfig | None = None,
         overflow: Overflow = "drop",
         max_tool_rounds: int = 4,
         tool_timeout: float = TIMEOUT,

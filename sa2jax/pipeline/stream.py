@@ -12,7 +12,7 @@ from sa2jax.chat import template
 from sa2jax.chat.template import Ids, Message
 from sa2jax.chat.toolbox import ToolResult, results_text
 from sa2jax.errors import AudioError, PromptError, VoiceError
-from sa2jax.inference.requests import Options, Request
+from sa2jax.inference.requests import GenerationConfig, Request
 from sa2jax.pipeline.answer import AnswerStep, Stopwatch, ThinkingStep
 from sa2jax.pipeline.chat_state import ChatState
 from sa2jax.pipeline.reply import NO_SOUND, FinishReason, Reply, ReplyPiece
@@ -37,7 +37,7 @@ class Stream(Iterator[ReplyPiece]):
         voice: Voice | None,
         chunk: int,
         first: int | None,
-        options: Options,
+        options: GenerationConfig,
     ):
         self._chat, self._voice, self._spoken = chat, voice, voice is not None
         self._is_newest = is_newest  # see `Chat.ends_with`
@@ -205,7 +205,7 @@ class Stream(Iterator[ReplyPiece]):
                 return
             results = [self._with_tool_voice(result) for result in chat.tools.run(calls)]
             self._results += results
-            text = chat.model.tokenizer.harmless(results_text(results))
+            text = chat.model.tokenizer.escape_special_tokens(results_text(results))
             self._turns.append(template.tool_result_turn(text))
             yield ReplyPiece(tool_results=tuple(results))
 

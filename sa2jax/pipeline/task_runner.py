@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from sa2jax import audio
-from sa2jax.audio.recording import Heard
+from sa2jax.audio.recording import Recording
 from sa2jax.chat import template
 from sa2jax.chat.content import Content, as_pieces
-from sa2jax.chat.reply_parser import ReplyReader
-from sa2jax.chat.template import TASKS, Audio, Piece, Task, Text
+from sa2jax.chat.reply_parser import ReplyParser
+from sa2jax.chat.template import TASKS, Audio, Piece, PromptTask, Text
 from sa2jax.errors import PromptError
-from sa2jax.inference.requests import Options, Request
-from sa2jax.inference.sampling import Sampling
+from sa2jax.inference.requests import GenerationConfig, Request
 from sa2jax.pipeline.base import PipelineBase, Progress, as_recording
 from sa2jax.pipeline.reply import NO_SOUND, Reply, Timings
 from sa2jax.speech.api import AnyVoice
@@ -28,7 +27,7 @@ class TaskRunner(PipelineBase):
 
     def run(
         self,
-        task: str | Task,
+        task: str | PromptTask,
         sources: Sequence[audio.Audio | Text],
         *,
         question: str = "",
@@ -75,7 +74,7 @@ class TaskRunner(PipelineBase):
         *,
         speak: bool = False,
         voice: AnyVoice = "default",
-        options: Options | None = None,
+        options: GenerationConfig | None = None,
     ) -> Reply:
         """Continue a raw prompt, which is how a base model is used.
 
@@ -94,15 +93,15 @@ class TaskRunner(PipelineBase):
 
     # --- parts ----------------------------------------------------------------------------
 
-    def _task_request(self, task: Task, pieces: Sequence[Piece]) -> Request:
+    def _task_request(self, task: PromptTask, pieces: Sequence[Piece]) -> Request:
         """The prompt of a task in the model's prompt style."""
-        if self.prompt_style == "raw":
-            return self.request(task.raw(*pieces))
+        if self.prompt_style == "base":
+            return self.request(task.base_pieces(*pieces))
         return self.request(template.render(task.messages(*pieces)))
 
     def _spoken(
         self,
-        task: Task,
+        task: PromptTask,
         sources: Sequence[audio.Audio | Text],
         extra: Sequence[Text],
         voice: AnyVoice,
@@ -122,7 +121,7 @@ class TaskRunner(PipelineBase):
     def _replies(
         self,
         requests: Sequence[Request],
-        options: Options,
+        options: GenerationConfig,
         voice: AnyVoice | None,
         progress: Progress | None = None,
     ) -> list[Reply]:
@@ -130,7 +129,7 @@ class TaskRunner(PipelineBase):
         started = time.perf_counter()
         chosen = None if voice is None else self.speech.voice(voice)
         made = self.generate(requests, options, progress=progress)
-        readers = [ReplyReader(self.tokenizer) for _ in made]
+        readers = [ReplyParser(self.tokenizer) for _ in made]
         parts = [r.push(reply.ids) for r, (reply,) in zip(readers, made, strict=True)]
         waves = [NO_SOUND] * len(made)
         if chosen is not None:
@@ -166,7 +165,7 @@ class TaskRunner(PipelineBase):
 
     def _written(
         self,
-        task: Task,
+        task: PromptTask,
         sources: Sequence[audio.Audio | Text],
         extra: Sequence[Text],
         max_new_tokens: int | None,
@@ -218,8 +217,8 @@ class TaskRunner(PipelineBase):
         return replies
 
     def _parts(
-        self, source: audio.Audio | Text, task: Task, extra: Sequence[Text]
-    ) -> Sequence[Heard | Text]:
+        self, source: audio.Audio | Text, task: PromptTask, extra: Sequence[Text]
+    ) -> Sequence[Recording | Text]:
         """A source in parts that fit in the context with room for their answers.
 
         A recording is opened and checked here, once; its parts are views of it.
@@ -239,32 +238,23 @@ class TaskRunner(PipelineBase):
         return recording.split(fits * audio.CHUNK_SAMPLES)
 
 
-def find_task(task: str | Task) -> Task:
+def find_task(task: str | PromptTask) -> PromptTask:
     """A task of `chat.template.TASKS` by its name; another as it is.
 
     Raises:
         PromptError: for an unknown name.
     """
-    if isinstance(task, Task):
+    if isinstance(task, PromptTask):
         return task
     if task not in TASKS:
         raise PromptError(f"there is no task {task!r}: expected one of {', '.join(TASKS)}")
     return TASKS[task]
 
 
-def task_options(task: Task) -> Options:
+def task_options(task: PromptTask) -> GenerationConfig:
     """Sampling and limits of a task, as the official examples have them."""
-    temperature = 0.0 if task.greedy else task.temperature
-    return Options(
-        sampling=Sampling(
-            temperature=temperature,
-            top_k=task.top_k,
-            top_p=task.top_p,
-            repetition_penalty=task.repetition_penalty,
-        ),
-        max_new_tokens=task.max_new_tokens,
-    )
+    return GenerationConfig(sampling=task.sampling, max_new_tokens=task.max_new_tokens)
 
 
-def _as_piece(source: audio.Audio | Heard | Text) -> Piece:
+def _as_piece(source: audio.Audio | Recording | Text) -> Piece:
     return source if isinstance(source, Text) else Audio(source)

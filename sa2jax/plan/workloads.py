@@ -19,12 +19,12 @@ from sa2jax.audio.rates import CODE_RATE, MEL_RATE
 from sa2jax.config import StepAudio2Config
 from sa2jax.errors import PlanError
 from sa2jax.inference import programs
-from sa2jax.inference.loading import policy_of
-from sa2jax.inference.sampling import Sampling
-from sa2jax.models.heads import spread_heads
+from sa2jax.inference.loading import resolve_policy
+from sa2jax.inference.sampling import SamplingParams
+from sa2jax.models.heads import pad_heads_for_mesh
 from sa2jax.models.step_audio import StepAudio2Model, step_audio2
 from sa2jax.nn import Functional, Policy, functional
-from sa2jax.sharding import ALL, over_rows
+from sa2jax.sharding import ALL, shard_rows
 
 Where = Any  # a Mesh, or an AbstractMesh where nothing is compiled
 
@@ -112,7 +112,7 @@ class Work:
 
 def policy(spec: Spec) -> Policy:
     """The dtypes of a spec."""
-    found = policy_of("bfloat16" if spec.dtype == "int8" else spec.dtype)
+    found = resolve_policy("bfloat16" if spec.dtype == "int8" else spec.dtype)
     if spec.workload in TRAINING:  # float32 parameters are master weights
         found = replace(found, compute=jnp.dtype(jnp.bfloat16))
     if spec.dtype == "int8":
@@ -146,8 +146,8 @@ def decode(spec: Spec, mesh: Where) -> Work:
         run = jax.jit(
             partial(programs.decode, model), static_argnames=("block",), donate_argnums=(1,)
         )
-        knobs = Sampling(temperature=0).knobs()
-        return run.lower(weights, state, _everywhere(mesh, 1), knobs, block=BLOCK)
+        sampling = SamplingParams(temperature=0).arrays()
+        return run.lower(weights, state, _everywhere(mesh, 1), sampling, block=BLOCK)
 
     cache = {"k": state.cache.k, "v": state.cache.v, "scales": state.cache.scales}
     return Work(
@@ -167,7 +167,7 @@ def prefill(spec: Spec, mesh: Where) -> Work:
     batch = programs.Batch(
         ids=_everywhere(mesh, rows, length), lengths=_everywhere(mesh, rows),
         features=_everywhere(mesh, rows * length, embed, dtype=compute),
-        slots=_everywhere(mesh, rows, length),
+        feature_index=_everywhere(mesh, rows, length),
     )  # fmt: skip
 
     def lower() -> jax.stages.Lowered:
@@ -177,7 +177,7 @@ def prefill(spec: Spec, mesh: Where) -> Work:
         )
         return run.lower(
             weights, batch, keys, _everywhere(mesh, rows), _everywhere(mesh, 1),
-            Sampling(temperature=0).knobs(), samples=1, size=length,
+            SamplingParams(temperature=0).arrays(), samples=1, size=length,
         )  # fmt: skip
 
     reads = _thinking(weights)
@@ -196,7 +196,7 @@ def encode(spec: Spec, mesh: Where) -> Work:
     mels = _everywhere(mesh, spec.batch, cfg.mels, MEL_RATE * spec.length, dtype=jnp.float32)
 
     def lower() -> jax.stages.Lowered:
-        run = jax.jit(partial(programs.listen, model))
+        run = jax.jit(partial(programs.encode_audio, model))
         return run.lower(weights, mels, _everywhere(mesh, spec.batch))
 
     return Work(
@@ -228,7 +228,7 @@ def token2wav(spec: Spec, mesh: Where) -> Work:
         return vocode.bind(weights["vocoder"])(made, ratio * lengths, key=keys)[0]
 
     def lower() -> jax.stages.Lowered:
-        dealt = over_rows(run, mesh, (ALL, 0, 0, 0, 0, 0), 0)
+        dealt = shard_rows(run, mesh, (ALL, 0, 0, 0, 0, 0), 0)
         return jax.jit(dealt).lower(
             weights, _everywhere(mesh, rows, voice),
             _everywhere(mesh, rows, ratio * voice, cfg.flow.mels, dtype=jnp.float32),
@@ -306,8 +306,8 @@ LENGTHS: dict[str, tuple[str, int]] = {
 
 def _model(spec: Spec, mesh: Where) -> tuple[Functional[StepAudio2Model], dict[str, Any]]:
     """The model on a mesh, and where its parameters are."""
-    model = step_audio2(spread_heads(config(spec), mesh), policy(spec))
-    return model, model.placed(mesh)
+    model = step_audio2(pad_heads_for_mesh(config(spec), mesh), policy(spec))
+    return model, model.with_shardings(mesh)
 
 
 def _everywhere(mesh: Where, *shape: int, dtype: Any = jnp.int32) -> Any:

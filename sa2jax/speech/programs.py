@@ -1,7 +1,7 @@
 """Compiled programs of speech: pure functions of networks, their parameters and data.
 
 On a mesh the rows of a batch are dealt out: each device computes its own as if there were no
-others, see `sharding.over_rows`.
+others, see `sharding.shard_rows`.
 """
 
 from collections import Counter
@@ -16,7 +16,7 @@ from sa2jax.models.flow import Flow, FlowState, rows_of
 from sa2jax.models.vocoder import Vocoder
 from sa2jax.models.vocoder_stream import VocoderState, vocoder_step
 from sa2jax.nn import Functional
-from sa2jax.sharding import ALL, over_rows, shard
+from sa2jax.sharding import ALL, shard, shard_rows
 
 TRACES: Counter[str] = Counter()  # how often each program has been traced, by name
 
@@ -54,7 +54,7 @@ def mel(
             guidance=guidance, noise=noise, seed=seed,
         )  # fmt: skip
 
-    rows = over_rows(run, nets.mesh, (ALL, 0, 0, 0, 0, 0, 0, ALL, ALL, ALL), 0)
+    rows = shard_rows(run, nets.mesh, (ALL, 0, 0, 0, 0, 0, 0, ALL, ALL, ALL), 0)
     return rows(params, prompt, frames, speaker, prompts, codes, lengths, guidance, noise, seed)
 
 
@@ -66,7 +66,7 @@ def wave(nets: Networks, params, mel, frames, noise, seed) -> Float[Array, "B N"
         keys = row_keys(seed, len(mel))
         return nets.vocoder.bind(params)(mel, frames, noise=noise, key=keys)[0]
 
-    rows = over_rows(run, nets.mesh, (ALL, 0, 0, 0, ALL), 0)
+    rows = shard_rows(run, nets.mesh, (ALL, 0, 0, 0, ALL), 0)
     return shard(rows(params, mel, frames, noise, seed), None, None)
 
 
@@ -84,7 +84,7 @@ def start(
         )  # fmt: skip
 
     axes = (ALL, 0, 0, 0, 0, ALL, ALL, ALL)
-    rows = over_rows(run, nets.mesh, axes, rows_of(keep, parity))
+    rows = shard_rows(run, nets.mesh, axes, rows_of(keep, parity))
     return rows(params, prompt, frames, speaker, prompts, guidance, noise, seed)
 
 
@@ -108,7 +108,7 @@ def step(
 
     states = rows_of(flow.keep, parity), 0
     axes = (ALL, *states, 0, 0, 0, ALL, ALL, 0, 0)
-    rows = over_rows(run, nets.mesh, axes, (*states, 0, 0))
+    rows = shard_rows(run, nets.mesh, axes, (*states, 0, 0))
     flow, vocoder, speech, counts = rows(
         params, flow, vocoder, codes, lengths, last, guidance, flow_noise, source_noise, seed
     )

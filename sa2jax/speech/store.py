@@ -63,7 +63,10 @@ class SpeechFolder:
         """Parameters of some of the four networks in float32, on the first device."""
         if self.official:
             return {name: self._official[1][name] for name in names}
-        return {name: checkpoint.load(self.folder, dtype="float32", branch=name) for name in names}
+        return {
+            name: checkpoint.load_params(self.folder, dtype="float32", branch=name)
+            for name in names
+        }
 
     @cached_property
     def analyzer(self) -> VoiceAnalyzer:

@@ -36,7 +36,7 @@ from sa2jax.models.flow import KEEP, STEPS, flow_model, reserve, rows_of, unstac
 from sa2jax.models.vocoder import vocoder
 from sa2jax.models.vocoder_stream import vocoder_state
 from sa2jax.nn import Params, Policy
-from sa2jax.runtime import round_up, scans_layers
+from sa2jax.runtime import round_up, uses_scan
 from sa2jax.speech import programs
 from sa2jax.speech.programs import Networks, row_keys
 from sa2jax.speech.state import StreamState, join
@@ -84,7 +84,7 @@ class Token2Wav:
         self._guidance = cfg.flow.guidance if guidance is None else guidance
         self._flow_noise = flow_noise
         dtype = jnp.dtype(dtype)
-        stacked = scans_layers(mesh)
+        stacked = uses_scan(mesh)
         flow = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params["flow"])
         self.params = {
             "flow": flow if stacked else unstack_flow(flow),
@@ -96,7 +96,7 @@ class Token2Wav:
 
     def _settle(self, mesh: Mesh | None) -> None:
         """Move to these devices: parameters, programs, and no stream started yet."""
-        self._mesh = sharding.local_part(mesh)
+        self._mesh = sharding.local_mesh(mesh)
         if self._mesh is not None:
             self.params = jax.device_put(self.params, NamedSharding(self._mesh, PartitionSpec()))
         self._starts: OrderedDict[tuple, StreamState] = OrderedDict()
@@ -174,7 +174,7 @@ class Token2Wav:
         codes, lengths = _pad(replies)
         prompts = self._prompts(voices)
         frames = self.cfg.flow.encoder.upsample * lengths
-        with sharding.using(self._mesh):
+        with sharding.use_mesh(self._mesh):
             mel = self._mel(
                 self.params["flow"], *prompts, codes, lengths, self._guidance, self._flow_noise,
                 seed,
@@ -276,8 +276,8 @@ class Token2Wav:
         noise = _widen(source_noise, self.cfg.vocoder.samples * frames)
         flow = reserve(state.flow, int(state.seen.max()) + hop)
         axes = rows_of(flow.keep, state.parity), 0
-        flow, vocoder = sharding.deal_out((flow, state.vocoder), self._mesh, rows, axes)
-        with sharding.using(self._mesh):
+        flow, vocoder = sharding.device_put_rows((flow, state.vocoder), self._mesh, rows, axes)
+        with sharding.use_mesh(self._mesh):
             flow, voc, speech, counts = self._advance(
                 self.params, flow, vocoder, _pad(lines, hop + look)[0],
                 present, ends, self._guidance, self._flow_noise, noise, state.seed, hop=hop,
@@ -369,7 +369,7 @@ class Token2Wav:
         key = voice.hash, seed, parity, keep
         if key not in self._starts:
             prompts = self._prompts([voice])
-            with sharding.using(self._mesh):
+            with sharding.use_mesh(self._mesh):
                 flow = self._begin(
                     self.params["flow"], *prompts, self._guidance, self._flow_noise, seed,
                     keep=keep, capacity=ROOM, parity=parity,

@@ -36,7 +36,7 @@ from sa2jax.models.speech_tokenizer import (
     unstack_speech_tokenizer,
 )
 from sa2jax.nn import Params
-from sa2jax.runtime import round_up, scans_layers
+from sa2jax.runtime import round_up, uses_scan
 from sa2jax.speech_config import Token2WavConfig
 
 log = logging.getLogger(__name__)
@@ -90,8 +90,8 @@ class Voice:
         if name is None:
             name = Path(source).stem if isinstance(source, str | Path) else "voice"
         check_name(name)
-        low = audio.load(source, audio.SAMPLE_RATE, mono="first")
-        high = audio.load(source, SPEECH_SAMPLE_RATE, mono="mean")
+        low = audio.load_audio(source, audio.SAMPLE_RATE, mono="first")
+        high = audio.load_audio(source, SPEECH_SAMPLE_RATE, mono="mean")
         seconds = len(low) / audio.SAMPLE_RATE
         if seconds < MIN_SECONDS:
             raise VoiceError(
@@ -190,7 +190,7 @@ class VoiceAnalyzer:
 
     def __init__(self, cfg: Token2WavConfig, params: Params, analysis: str):
         self.cfg, self.analysis = cfg, analysis
-        stacked = scans_layers()
+        stacked = uses_scan()
         heard = params["speech_tokenizer"]
         self._params = {
             "speech_tokenizer": heard if stacked else unstack_speech_tokenizer(heard),
@@ -212,7 +212,7 @@ class VoiceAnalyzer:
             AudioError: if a recording cannot be read, or is shorter than 20 ms.
         """
         many = sources if isinstance(sources, list) else [sources]
-        made = self.codes_of([audio.load(s, audio.SAMPLE_RATE, mono="first") for s in many])
+        made = self.codes_of([audio.load_audio(s, audio.SAMPLE_RATE, mono="first") for s in many])
         return made if isinstance(sources, list) else made[0]
 
     def codes_of(self, clips: Sequence[Float[np.ndarray, "T"]]) -> list[Int[np.ndarray, "P"]]:

@@ -9,7 +9,7 @@ from sa2jax.attention.base import Mask
 from sa2jax.attention.decode import decode, decode_fits
 from sa2jax.attention.dispatch import attention, cached_attention
 from sa2jax.attention.splash import splash, splash_fits
-from sa2jax.attention.xla import all_heads, folded
+from sa2jax.attention.xla import attention_xla, decode_xla
 from sa2jax.quantize import quantize_rows
 
 HALF = jnp.bfloat16
@@ -26,7 +26,7 @@ def test_splash(heads, kv_heads, packed):
     q, k, v = normal(0, 2, 256, heads, 128), *(normal(n, 2, 256, kv_heads, 128) for n in (1, 2))
     segments = jnp.repeat(jnp.array([[0, 1], [0, 2]]), 128, axis=1) if packed else None
     mask = Mask(causal=True, segments=segments)
-    expected = all_heads(q, k, v, mask)
+    expected = attention_xla(q, k, v, mask)
     got = splash(q, k, v, mask, interpret=True)
     assert got.dtype == HALF
     np.testing.assert_allclose(*map(np.float32, (got, expected)), atol=ROUNDING)
@@ -36,7 +36,7 @@ def test_splash_has_the_gradients_of_the_default():
     q, k, v = (normal(n, 1, 128, 2, 128) for n in range(3))
     causal = Mask(causal=True)
     loss = lambda f: lambda q, k, v: jnp.sum(jnp.sin(f(q, k, v).astype(jnp.float32)))
-    default = loss(lambda *x: all_heads(*x, causal))
+    default = loss(lambda *x: attention_xla(*x, causal))
     expected = jax.grad(default, (0, 1, 2))(q, k, v)
     got = jax.grad(loss(lambda *x: splash(*x, causal, interpret=True)), (0, 1, 2))(q, k, v)
     for ours, theirs in zip(got, expected, strict=True):
@@ -56,7 +56,7 @@ def test_decode_kernel(heads, kv_heads, int8):
         (k, of_k), (v, of_v) = quantize_rows(k), quantize_rows(v)
         scales = of_k, of_v
     positions = jnp.array([[0], [2047], [1024], [700]])
-    expected = folded(q, k, v, 1, positions, scales)
+    expected = decode_xla(q, k, v, 1, positions, scales)
     got = decode(q, k, v, 1, positions, scales, interpret=True)
     np.testing.assert_allclose(*map(np.float32, (got, expected)), atol=ROUNDING)
 
@@ -67,7 +67,7 @@ def test_decode_kernel_skips_blocks_that_are_empty():
     positions = jnp.array([[100], [2048]])  # the second row is padding
     dirty = [x.at[:, 0, :, 1024:].set(jnp.nan).at[:, 1].set(jnp.nan) for x in (k, v)]
     got = decode(q, *dirty, 0, positions, interpret=True)
-    expected = folded(q, k, v, 0, positions, None)
+    expected = decode_xla(q, k, v, 0, positions, None)
     np.testing.assert_allclose(*map(np.float32, (got[0], expected[0])), atol=ROUNDING)
     np.testing.assert_array_equal(np.float32(got[1]), 0)
 
@@ -128,5 +128,5 @@ def test_masks_are_what_all_their_rules_allow():
 def test_the_loop_of_a_cpu_equals_the_default(mask):
     q, k, v = (normal(n, 2, 40, heads, 16, dtype=jnp.float32) for n, heads in enumerate((6, 2, 2)))
     with jax.default_matmul_precision("highest"):
-        default = all_heads(q, k, v, mask)
+        default = attention_xla(q, k, v, mask)
     np.testing.assert_allclose(attention(q, k, v, mask), default, atol=1e-5)

@@ -10,7 +10,7 @@ import pytest
 import soundfile
 
 import sa2jax.audio.io as audio_io
-from sa2jax.audio import load, read, resample, split, write
+from sa2jax.audio import load_audio, read_audio, resample, split_chunks, write_wav
 from sa2jax.errors import AudioError
 
 
@@ -31,12 +31,14 @@ def save(path: Path, samples: np.ndarray, rate: int, subtype: str | None = None)
 
 def test_load_equals_official(golden):
     want, path = np.load(golden / "frontend/load_audio.npz"), golden / "frontend/stereo48k.wav"
-    got = load(path)  # measured: 6e-9
+    got = load_audio(path)  # measured: 6e-9
     np.testing.assert_allclose(got, want["official_load_audio"], atol=1e-6)
     np.testing.assert_allclose(got, want["s3_load_audio"], atol=1e-6)
     cut = want["official_load_audio_max4001"]
     np.testing.assert_allclose(got[: len(cut)], cut, atol=1e-6)
-    np.testing.assert_allclose(load(path, 24_000, mono="mean"), want["mean24k"], atol=1e-6)  # 1e-7
+    np.testing.assert_allclose(
+        load_audio(path, 24_000, mono="mean"), want["mean24k"], atol=1e-6
+    )  # 1e-7
 
 
 def test_resample_equals_torchaudio(golden):
@@ -130,7 +132,7 @@ LOSSY = [("ogg", None, 0.05), ("mp3", None, 0.05)]
 def test_read_formats(tmp_path, suffix, subtype, atol, channels):
     want = tone(24000, channels)
     path = save(tmp_path / f"a.{suffix}", want, 24000, subtype)
-    got, rate = read(path)
+    got, rate = read_audio(path)
     assert rate == 24000
     assert got.dtype == np.float32
     assert got.flags.c_contiguous
@@ -143,16 +145,16 @@ def test_read_formats(tmp_path, suffix, subtype, atol, channels):
 def test_surround(tmp_path, suffix):
     want = tone(48000, 6)
     path = save(tmp_path / f"a.{suffix}", want, 48000)
-    got, _ = read(path)
+    got, _ = read_audio(path)
     assert got.shape == want.shape
-    np.testing.assert_allclose(load(path), resample(got[0], 48000, 16000), atol=1e-6)
+    np.testing.assert_allclose(load_audio(path), resample(got[0], 48000, 16000), atol=1e-6)
     mean = resample(got.mean(0), 48000, 16000)
-    np.testing.assert_allclose(load(path, mono="mean"), mean, atol=1e-6)
+    np.testing.assert_allclose(load_audio(path, mono="mean"), mean, atol=1e-6)
 
 
 @pytest.mark.parametrize("rate", [8000, 11025, 16000, 22050, 24000, 32000, 44100, 48000])
 def test_load_any_rate(tmp_path, rate):
-    got = load(save(tmp_path / "a.wav", tone(rate, 2), rate))
+    got = load_audio(save(tmp_path / "a.wav", tone(rate, 2), rate))
     want = tone(16000)[0]
     assert abs(len(got) - len(want)) <= 1
     inner = slice(200, len(want) - 200)
@@ -161,15 +163,15 @@ def test_load_any_rate(tmp_path, rate):
 
 def test_sources_agree(tmp_path):
     path = save(tmp_path / "a.wav", tone(16000, 2), 16000, "PCM_16")
-    want, _ = read(path)
+    want, _ = read_audio(path)
     buffer = io.BytesIO(path.read_bytes())
     with path.open("rb") as file:
         for source in (str(path), path.read_bytes(), buffer, buffer, file, (want, 16000)):
-            got, rate = read(source)
+            got, rate = read_audio(source)
             np.testing.assert_array_equal(got, want)
             assert rate == 16000
-    np.testing.assert_array_equal(read(want, rate=16000)[0], want)
-    np.testing.assert_array_equal(load((want[1], 16000)), want[1])
+    np.testing.assert_array_equal(read_audio(want, rate=16000)[0], want)
+    np.testing.assert_array_equal(load_audio((want[1], 16000)), want[1])
 
 
 def test_a_pipe_can_be_read(tmp_path):
@@ -183,24 +185,24 @@ def test_a_pipe_can_be_read(tmp_path):
     thread = threading.Thread(target=feed)
     thread.start()
     with os.fdopen(reader, "rb") as source:
-        got, _ = read(source)
+        got, _ = read_audio(source)
     thread.join()
-    np.testing.assert_array_equal(got, read(path)[0])
+    np.testing.assert_array_equal(got, read_audio(path)[0])
 
 
 @pytest.mark.parametrize(("dtype", "scale"), [("int16", 2**15), ("int32", 2**31), ("int8", 2**7)])
 def test_integers_are_scaled_as_in_files(dtype, scale):
-    got, _ = read(np.array([-scale, 0, scale // 2], dtype), rate=8000)
+    got, _ = read_audio(np.array([-scale, 0, scale // 2], dtype), rate=8000)
     np.testing.assert_array_equal(got, [[-1, 0, 0.5]])
 
 
 def test_unsigned_bytes_are_centred(tmp_path):
-    got, _ = read(np.array([0, 128, 192], np.uint8), rate=8000)
+    got, _ = read_audio(np.array([0, 128, 192], np.uint8), rate=8000)
     np.testing.assert_array_equal(got, [[-1, 0, 0.5]])
 
 
 def test_float64_becomes_float32():
-    got, _ = read(np.linspace(-1, 1, 9), rate=8000)
+    got, _ = read_audio(np.linspace(-1, 1, 9), rate=8000)
     assert got.dtype == np.float32
 
 
@@ -208,9 +210,9 @@ def test_load_streams(tmp_path, monkeypatch):
     """Loading 20 s of 48 kHz stereo never holds the half of it."""
     path = save(tmp_path / "a.wav", tone(48000, 2, seconds=20), 48000)
     monkeypatch.setattr(audio_io, "_BLOCK", 1 << 14)
-    load(path)  # tables
+    load_audio(path)  # tables
     tracemalloc.start()
-    got = load(path)
+    got = load_audio(path)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(got) == 20 * 16000
@@ -223,20 +225,20 @@ def test_load_streams(tmp_path, monkeypatch):
 @pytest.mark.parametrize("length", [1, 9, 10, 11, 35])
 def test_split_loses_nothing(length):
     x = np.arange(length, dtype=np.float32)
-    parts = split(x, 10)
+    parts = split_chunks(x, 10)
     assert [len(p) for p in parts[:-1]] == [10] * (len(parts) - 1)
     assert 1 <= len(parts[-1]) <= 10
     np.testing.assert_array_equal(np.concatenate(parts), x)
 
 
 def test_split_default_is_25_seconds():
-    assert [len(p) for p in split(np.zeros(400_001, np.float32))] == [400_000, 1]
+    assert [len(p) for p in split_chunks(np.zeros(400_001, np.float32))] == [400_000, 1]
 
 
 @pytest.mark.parametrize(("shape", "chunk"), [((0,), 10), ((2, 5), 10), ((5,), 0)])
 def test_split_refuses(shape, chunk):
     with pytest.raises(AudioError, match="expected samples"):
-        split(np.zeros(shape, np.float32), chunk)
+        split_chunks(np.zeros(shape, np.float32), chunk)
 
 
 # ---- write ---------------------------------------------------------------------------------------
@@ -245,8 +247,8 @@ def test_split_refuses(shape, chunk):
 @pytest.mark.parametrize("channels", [1, 2])
 def test_write_float_is_exact(tmp_path, channels):
     want = tone(24000, channels)
-    write(tmp_path / "a.wav", want[0] if channels == 1 else want, 24000)
-    got, rate = read(tmp_path / "a.wav")
+    write_wav(tmp_path / "a.wav", want[0] if channels == 1 else want, 24000)
+    got, rate = read_audio(tmp_path / "a.wav")
     np.testing.assert_array_equal(got, want)
     assert rate == 24000
     assert soundfile.info(tmp_path / "a.wav").subtype == "FLOAT"
@@ -255,18 +257,18 @@ def test_write_float_is_exact(tmp_path, channels):
 
 def test_write_pcm16_returns_every_value_and_clips(tmp_path):
     every = np.arange(-(2**15), 2**15).astype(np.int16)
-    write(tmp_path / "a.wav", every / np.float32(32768), 16000, subtype="PCM_16")
+    write_wav(tmp_path / "a.wav", every / np.float32(32768), 16000, subtype="PCM_16")
     np.testing.assert_array_equal(soundfile.read(tmp_path / "a.wav", dtype="int16")[0], every)
-    write(tmp_path / "a.wav", every, 16000, subtype="PCM_16")
+    write_wav(tmp_path / "a.wav", every, 16000, subtype="PCM_16")
     np.testing.assert_array_equal(soundfile.read(tmp_path / "a.wav", dtype="int16")[0], every)
-    write(tmp_path / "a.wav", np.array([-3.0, 3.0]), 16000, subtype="PCM_16")
+    write_wav(tmp_path / "a.wav", np.array([-3.0, 3.0]), 16000, subtype="PCM_16")
     got = soundfile.read(tmp_path / "a.wav", dtype="int16")[0]
     np.testing.assert_array_equal(got, [-(2**15), 2**15 - 1])
 
 
 def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "a.wav"
-    write(path, tone(16000), 16000)
+    write_wav(path, tone(16000), 16000)
     before = path.read_bytes()
 
     def fail(name, *args, **kwargs):
@@ -275,7 +277,7 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch
 
     monkeypatch.setattr(soundfile, "write", fail)
     with pytest.raises(AudioError, match="No space left"):
-        write(path, tone(16000), 16000)
+        write_wav(path, tone(16000), 16000)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -296,13 +298,13 @@ GOOD = np.zeros(10, np.float32)
 )
 def test_write_refuses(tmp_path, name, samples, rate, match):
     with pytest.raises(AudioError, match=match):
-        write(tmp_path / name, samples, rate)
+        write_wav(tmp_path / name, samples, rate)
     assert not list(tmp_path.iterdir())
 
 
 def test_write_refuses_other_subtypes(tmp_path):
     with pytest.raises(AudioError, match="subtype"):
-        write(tmp_path / "a.wav", GOOD, 16000, subtype="PCM_24")  # pyrefly: ignore
+        write_wav(tmp_path / "a.wav", GOOD, 16000, subtype="PCM_24")  # pyrefly: ignore
 
 
 # ---- bad inputs ----------------------------------------------------------------------------------
@@ -349,7 +351,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-@pytest.mark.parametrize("function", [read, load])
+@pytest.mark.parametrize("function", [read_audio, load_audio])
 def test_bad_input_is_one_line(tmp_path, case, function):
     make, match = BAD[case]
     with pytest.raises(AudioError, match=match) as caught:
@@ -360,15 +362,15 @@ def test_bad_input_is_one_line(tmp_path, case, function):
 def test_rate_belongs_to_arrays_only(tmp_path):
     path = save(tmp_path / "a.wav", tone(16000), 16000)
     with pytest.raises(AudioError, match="leave rate out"):
-        read(path, rate=8000)
+        read_audio(path, rate=8000)
     with pytest.raises(AudioError, match="expected"):
-        read((GOOD, 16000), rate=8000)
+        read_audio((GOOD, 16000), rate=8000)
 
 
 def test_load_refuses_bad_wishes():
     with pytest.raises(AudioError, match="mono"):
-        load((GOOD, 16000), mono="left")  # pyrefly: ignore
+        load_audio((GOOD, 16000), mono="left")  # pyrefly: ignore
     with pytest.raises(AudioError, match="sample rate"):
-        load((GOOD, 16000), 0)
+        load_audio((GOOD, 16000), 0)
     with pytest.raises(AudioError, match="sample rate"):
         resample(GOOD, 16000, -1)

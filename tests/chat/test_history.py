@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from sa2jax import audio
-from sa2jax.audio.recording import Heard
-from sa2jax.chat.history import load, save
+from sa2jax.audio.recording import Recording
+from sa2jax.chat.history import load_conversation, save_conversation
 from sa2jax.chat.template import Audio, Ids, Message, Text, render
 from sa2jax.errors import AudioError, CheckpointError, PromptError
 
@@ -17,7 +17,7 @@ FACTS = {"voice": "小跃", "sampling": {"temperature": 0.7, "seed": None}}
 
 
 def heard(rng, samples=1600):
-    return Heard(rng.uniform(-1, 1, samples).astype(np.float32))
+    return Recording(rng.uniform(-1, 1, samples).astype(np.float32))
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def turns(rng):
 def path(tmp_path, turns) -> Path:
     """A conversation that was saved."""
     path = tmp_path / "talk.json"
-    save(path, turns, model=MODEL, facts=FACTS)
+    save_conversation(path, turns, model=MODEL, facts=FACTS)
     return path
 
 
@@ -66,19 +66,19 @@ def same(one, other):
 
 def test_heard_is_16_khz_mono_and_read_only(rng, tmp_path):
     stereo = rng.uniform(-1, 1, (2, 4800)).astype(np.float32)
-    clip = Heard.of((stereo, 48_000))
-    np.testing.assert_array_equal(clip.samples, audio.load((stereo, 48_000)))
+    clip = Recording.from_source((stereo, 48_000))
+    np.testing.assert_array_equal(clip.samples, audio.load_audio((stereo, 48_000)))
     assert clip.samples.dtype == np.float32
     assert clip.seconds == 0.1
     with pytest.raises(ValueError, match="read-only"):
         clip.samples[0] = 1
-    audio.write(tmp_path / "a.wav", clip.samples, 16_000)
-    assert Heard.of(tmp_path / "a.wav").seconds == 0.1
+    audio.write_wav(tmp_path / "a.wav", clip.samples, 16_000)
+    assert Recording.from_source(tmp_path / "a.wav").seconds == 0.1
 
 
 def test_heard_does_not_change_with_its_source():
     source = np.ones(400, np.float32)
-    clip = Heard(source)
+    clip = Recording(source)
     source[:] = 0
     assert clip.samples.min() == 1
 
@@ -95,12 +95,12 @@ def test_heard_does_not_change_with_its_source():
 )
 def test_what_is_no_recording(samples):
     with pytest.raises(AudioError, match="expected"):
-        Heard(samples)
+        Recording(samples)
 
 
 def test_mels_are_computed_once_for_each_number_of_bands(rng, monkeypatch):
     clip = heard(rng, audio.CHUNK_SAMPLES + 1600)
-    want = [audio.log_mel(chunk, n_mels=80) for chunk in audio.split(clip.samples)]
+    want = [audio.log_mel(chunk, n_mels=80) for chunk in audio.split_chunks(clip.samples)]
     calls, log_mel = [], audio.log_mel
     spy = lambda *a, **k: calls.append(k) or log_mel(*a, **k)
     monkeypatch.setattr("sa2jax.audio.recording.log_mel", spy)
@@ -122,15 +122,15 @@ def test_mels_are_computed_once_for_each_number_of_bands(rng, monkeypatch):
 
 
 def test_everything_comes_back(path, turns):
-    saved = load(path, model=MODEL)
+    saved = load_conversation(path, model=MODEL)
     assert saved.facts == FACTS
     assert same(saved.turns, turns)
-    assert isinstance(saved.turns[1].content[1].source, Heard)
+    assert isinstance(saved.turns[1].content[1].source, Recording)
     assert len(render(saved.turns)) == len(render(turns))
 
 
 def test_a_recording_said_twice_is_stored_once(path):
-    pieces = load(path, model=MODEL).turns[1].content
+    pieces = load_conversation(path, model=MODEL).turns[1].content
     assert pieces[1].source is pieces[3].source
     assert pieces[1].source is not pieces[2].source
     with np.load(recordings(path)) as arrays:
@@ -152,44 +152,44 @@ def test_the_file_is_for_people_too(path):
 
 def test_without_recordings_there_is_one_file(tmp_path):
     path = tmp_path / "new" / "talk.json"
-    save(path, [Message("user", "hi")], model=MODEL, facts={})
+    save_conversation(path, [Message("user", "hi")], model=MODEL, facts={})
     assert files(path) == ["talk.json"]
     assert json.loads(path.read_text())["arrays"] is None
-    assert same(load(path, model=MODEL).turns, [Message("human", "hi")])
+    assert same(load_conversation(path, model=MODEL).turns, [Message("human", "hi")])
 
 
 def test_no_turns(tmp_path):
-    save(tmp_path / "a.json", [], model=MODEL, facts={})
-    assert load(tmp_path / "a.json", model=MODEL).turns == ()
+    save_conversation(tmp_path / "a.json", [], model=MODEL, facts={})
+    assert load_conversation(tmp_path / "a.json", model=MODEL).turns == ()
 
 
 def test_a_conversation_goes_on(path, turns, rng):
     """Saved again with more: one pair of files remains; saved without recordings: one file."""
     old = recordings(path).name
-    saved = load(path, model=MODEL)
+    saved = load_conversation(path, model=MODEL)
     more = [*saved.turns, Message("human", [Audio(heard(rng))])]
-    save(path, more, model=MODEL, facts={})
+    save_conversation(path, more, model=MODEL, facts={})
     assert files(path) == sorted(["talk.json", recordings(path).name])
     assert recordings(path).name != old
-    assert same(load(path, model=MODEL).turns, more)
-    save(path, turns[:1], model=MODEL, facts={})
+    assert same(load_conversation(path, model=MODEL).turns, more)
+    save_conversation(path, turns[:1], model=MODEL, facts={})
     assert files(path) == ["talk.json"]
 
 
 def test_saving_the_same_again_keeps_its_recordings(path, turns):
     before = files(path)
-    save(path, load(path, model=MODEL).turns, model=MODEL, facts={"n": 2})
+    save_conversation(path, load_conversation(path, model=MODEL).turns, model=MODEL, facts={"n": 2})
     assert files(path) == before
-    assert same(load(path, model=MODEL).turns, turns)
+    assert same(load_conversation(path, model=MODEL).turns, turns)
 
 
 def test_a_renamed_or_copied_conversation(path, turns):
     """It is still read, and saving the copy leaves the other's recordings alone."""
     copy = path.with_name("copy.json")
     copy.write_bytes(path.read_bytes())
-    assert same(load(copy, model=MODEL).turns, turns)
-    save(copy, turns[:1], model=MODEL, facts={})
-    assert same(load(path, model=MODEL).turns, turns)
+    assert same(load_conversation(copy, model=MODEL).turns, turns)
+    save_conversation(copy, turns[:1], model=MODEL, facts={})
+    assert same(load_conversation(path, model=MODEL).turns, turns)
 
 
 # --- writing -----------------------------------------------------------------------------------
@@ -212,11 +212,11 @@ def test_an_end_in_the_midst_keeps_the_old_pair(path, turns, rng, monkeypatch, a
 
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(Killed if isinstance(error, Killed) else CheckpointError):
-        save(path, [Message("human", [Audio(heard(rng))])], model=MODEL, facts={})
+        save_conversation(path, [Message("human", [Audio(heard(rng))])], model=MODEL, facts={})
     assert len(count) == at
     assert [target.suffix for target in count] == [".npz", ".json"][:at]
     assert files(path) == before
-    assert same(load(path, model=MODEL).turns, turns)
+    assert same(load_conversation(path, model=MODEL).turns, turns)
 
 
 def test_a_kill_that_runs_no_clean_up_keeps_the_old_pair(path, turns, rng, monkeypatch):
@@ -231,10 +231,10 @@ def test_a_kill_that_runs_no_clean_up_keeps_the_old_pair(path, turns, rng, monke
         patch.setattr(Path, "replace", fail)
         patch.setattr(Path, "unlink", lambda *a, **k: None)
         with pytest.raises(Killed):
-            save(path, [Message("human", [Audio(heard(rng))])], model=MODEL, facts={})
+            save_conversation(path, [Message("human", [Audio(heard(rng))])], model=MODEL, facts={})
     assert len(files(path)) == 4  # the new recordings and a temporary JSON were left behind
-    assert same(load(path, model=MODEL).turns, turns)
-    save(path, turns, model=MODEL, facts={})
+    assert same(load_conversation(path, model=MODEL).turns, turns)
+    save_conversation(path, turns, model=MODEL, facts={})
     assert not [name for name in files(path) if name.endswith(".partial")]
 
 
@@ -247,7 +247,7 @@ def test_a_foreign_file_is_left_alone(tmp_path, turns, content):
     data = content if isinstance(content, bytes) else content.encode()
     path.write_bytes(data)
     with pytest.raises(PromptError, match="expected a saved conversation"):
-        save(path, turns, model=MODEL, facts={})
+        save_conversation(path, turns, model=MODEL, facts={})
     assert path.read_bytes() == data
     assert files(path) == ["talk.json"]
 
@@ -255,21 +255,21 @@ def test_a_foreign_file_is_left_alone(tmp_path, turns, content):
 def test_a_folder_is_left_alone(tmp_path, turns):
     (tmp_path / "talk.json").mkdir()
     with pytest.raises(PromptError, match="expected a saved conversation"):
-        save(tmp_path / "talk.json", turns, model=MODEL, facts={})
+        save_conversation(tmp_path / "talk.json", turns, model=MODEL, facts={})
 
 
 def test_a_file_that_the_old_json_names_falsely_is_not_removed(path, turns):
     document = json.loads(path.read_text("utf-8"))
     (path.parent / "precious.npz").touch()
     path.write_text(json.dumps(document | {"arrays": "precious.npz"}))
-    save(path, turns[:1], model=MODEL, facts={})
+    save_conversation(path, turns[:1], model=MODEL, facts={})
     assert "precious.npz" in files(path)
 
 
 @pytest.mark.parametrize("name", ["talk", "talk.npz", "talk.json.gz", ".json"])
 def test_a_name_that_is_none(tmp_path, name):
     with pytest.raises(PromptError, match=r"end in \.json"):
-        save(tmp_path / name, [], model=MODEL, facts={})
+        save_conversation(tmp_path / name, [], model=MODEL, facts={})
 
 
 @pytest.mark.parametrize(
@@ -285,14 +285,14 @@ def test_a_name_that_is_none(tmp_path, name):
 )
 def test_what_no_file_can_hold(tmp_path, turn, facts, why):
     with pytest.raises(PromptError, match=why):
-        save(tmp_path / "talk.json", [turn], model=MODEL, facts=facts)
+        save_conversation(tmp_path / "talk.json", [turn], model=MODEL, facts=facts)
     assert not [*tmp_path.iterdir()]
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="cannot write"):
-        save(tmp_path / "file" / "talk.json", [], model=MODEL, facts={})
+        save_conversation(tmp_path / "file" / "talk.json", [], model=MODEL, facts={})
 
 
 # --- damage ------------------------------------------------------------------------------------
@@ -300,7 +300,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 def refused(path, why):
     with pytest.raises(PromptError, match=why) as caught:
-        load(path, model=MODEL)
+        load_conversation(path, model=MODEL)
     assert len(str(caught.value).splitlines()) == 1
     assert path.name in str(caught.value)
 
@@ -311,7 +311,7 @@ def test_a_missing_file(tmp_path):
 
 def test_another_checkpoint(path):
     with pytest.raises(PromptError, match="another checkpoint: expected 77, got 3f0c"):
-        load(path, model="77")
+        load_conversation(path, model="77")
 
 
 @pytest.mark.parametrize("size", [0, 1, 100, -3])

@@ -6,10 +6,10 @@ import pytest
 
 from sa2jax.chat import tokenizer_files
 from sa2jax.chat.interleave import deinterleave, interleave
-from sa2jax.chat.reply_parser import Before, ReplyReader, is_code
+from sa2jax.chat.reply_parser import MarkerFilter, ReplyParser, is_code
 from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.chat.tools import ToolCall
-from sa2jax.inference.repetition import PERIOD, LoopWatch
+from sa2jax.inference.repetition import PERIOD, RepetitionGuard
 
 CALL = '<tool_call>function\nsearch\n{"query": "a</tool_call>b"}</tool_call>'
 
@@ -19,8 +19,8 @@ def tok() -> Tokenizer:
     return Tokenizer(tokenizer_files.byte_tokenizer())
 
 
-def read(tok: Tokenizer, ids, size: int) -> tuple[str, list[int], ReplyReader]:
-    reader, text, codes = ReplyReader(tok), "", []
+def read(tok: Tokenizer, ids, size: int) -> tuple[str, list[int], ReplyParser]:
+    reader, text, codes = ReplyParser(tok), "", []
     for start in range(0, len(ids), size):
         part = reader.push(ids[start : start + size])
         text, codes = text + part.text, codes + part.codes
@@ -76,7 +76,7 @@ def test_calls_are_never_shown(tok, size):
 
 
 def test_shown_stops_where_text_is_held_back(tok):
-    reader = ReplyReader(tok)
+    reader = ReplyParser(tok)
     reader.push([*b"ab", "é".encode()[0]])
     assert reader.shown == 2
     reader.push(["é".encode()[1], *b"<to"])
@@ -90,7 +90,7 @@ def test_a_reply_up_to_what_was_heard(tok):
     special = tok.special
     ids = interleave(list(b"Hello, you"), range(100, 133), special)[1:]
     for count in range(34):
-        reader = ReplyReader(tok)
+        reader = ReplyParser(tok)
         reader.push(ids)
         kept = list(reader.until(count))
         assert kept[-1] == special.tts_end
@@ -109,7 +109,7 @@ def test_a_reply_up_to_what_was_heard(tok):
 def test_a_reply_cut_before_its_end_was_made(tok):
     special = tok.special
     ids = interleave(list(b"Hello, you"), range(100, 133), special)[1:]
-    reader = ReplyReader(tok)
+    reader = ReplyParser(tok)
     reader.push(ids[:18])  # three groups and a half
     assert len(reader.codes) == 14
     kept = reader.until(99)
@@ -119,24 +119,24 @@ def test_a_reply_cut_before_its_end_was_made(tok):
 def test_unspoken_text_counts_as_far_as_it_was_shown(tok):
     special = tok.special
     spoken = interleave(list(b"Hi"), range(8), special)[1:]
-    reader = ReplyReader(tok)
+    reader = ReplyParser(tok)
     reader.push([*spoken, *b"see", *"é".encode()[:1]])
     assert reader.until(8) == (*spoken, *b"see")
     assert reader.until(7)[-1] == special.tts_end
     assert reader.until(7)[:-1] == (*spoken[:9], special.audio_pad)
-    called = ReplyReader(tok)
+    called = ReplyParser(tok)
     called.push([*spoken, *tok.encode(CALL)])
     assert called.until(8) == tuple(spoken)
 
 
 def test_before_a_marker():
     for size in range(1, 12):
-        text, before, free = "a <en <end <end> tail <end>", Before("<end>"), ""
+        text, before, free = "a <en <end <end> tail <end>", MarkerFilter("<end>"), ""
         for start in range(0, len(text), size):
             free += before.push(text[start : start + size])
             assert text.startswith(free)
         assert (free, before.held, before.found) == ("a <en <end ", "<end> tail <end>", True)
-    open_end = Before("<end>")
+    open_end = MarkerFilter("<end>")
     assert open_end.push("a <en") + "|" + open_end.flush() == "a |<en"
 
 
@@ -148,7 +148,7 @@ def test_loops_are_noticed(period):
     start = list(range(1000, 1100))
     ids = [*start, *[*range(period)] * 200]
     for size in (1, 5, 7):
-        watch, at = LoopWatch(60), None
+        watch, at = RepetitionGuard(60), None
         for first in range(0, len(ids), size):
             count = watch.push(ids[first : first + size])
             if count is not None:
@@ -158,8 +158,8 @@ def test_loops_are_noticed(period):
 
 
 def test_what_only_looks_like_a_loop():
-    watch = LoopWatch(60)
+    watch = RepetitionGuard(60)
     assert watch.push(range(10_000)) is None
     assert watch.push([7] * 60 + [8] + [7] * 60) is None
     assert watch.push([*range(PERIOD + 1)] * 10) is None  # too long a period
-    assert LoopWatch(0).push([7] * 10_000) is None
+    assert RepetitionGuard(0).push([7] * 10_000) is None

@@ -18,7 +18,7 @@ from sa2jax.chat.template import (
     choice_question,
     function_output_turn,
     render,
-    render_raw,
+    render_base,
     reply_turn,
     spoken_turn,
     think_turn,
@@ -27,6 +27,7 @@ from sa2jax.chat.template import (
 )
 from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.errors import PromptError
+from sa2jax.inference.sampling import SamplingParams
 
 # Ids of the micro vocabulary (released id - 151392); a byte's id is its value.
 EOT, BOT = 273, 274
@@ -134,8 +135,8 @@ def test_chat_history(tok):
         BOT, *b("assistant\n"),
     ]  # fmt: skip
     # The next turn's prompt continues this one's: a cache can go on.
-    grown = first.extended([*reply, EOT])
-    assert prompt.ids[: len(grown)].tolist() == grown.ids.tolist()
+    grown = [*first.ids.tolist(), *reply, EOT]
+    assert prompt.ids[: len(grown)].tolist() == grown
     own = build(tok, [*messages[:2], spoken_turn(np.array(reply)), *then])
     assert own.ids.tolist() == prompt.ids.tolist()
 
@@ -209,13 +210,13 @@ def test_function_output(tok):
 
 
 def test_base_prompts(tok):
-    asr = build_prompt(TASKS["asr"].raw(Audio("a")), tok, [[2]])
+    asr = build_prompt(TASKS["asr"].base_pieces(Audio("a")), tok, [[2]])
     assert asr.ids.tolist() == [*b(ASR), *heard(2)]
-    tts = build_prompt(TASKS["tts"].raw("你好"), tok)
+    tts = build_prompt(TASKS["tts"].base_pieces("你好"), tok)
     assert tts.ids.tolist() == [*b("以自然的语速读出下面的文字。\n你好"), TTS]
-    mixed = render_raw(["a", {"type": "token", "token": [1, 2]}, {"type": "text", "text": "c"}])
+    mixed = render_base(["a", {"type": "token", "token": [1, 2]}, {"type": "text", "text": "c"}])
     assert mixed == [Text("a"), Ids((1, 2)), Text("c")]
-    assert render_raw("abc") == [Text("abc")]
+    assert render_base("abc") == [Text("abc")]
 
 
 # --- pieces and clips ------------------------------------------------------------------------
@@ -260,16 +261,12 @@ def test_markers_in_text_and_ids_are_not_clips(tok):
         BOT, *b("human\n"), *heard(1), *heard(2), START, PATCH, EOT
     ]  # fmt: skip
     assert prompt.clips == (Clip(11, 2, 0, 0),)
-    longer = prompt.extended([START, PATCH])
-    assert longer.clips == prompt.clips
-    assert len(longer) == len(prompt) + 2
-    assert longer.ids.dtype == np.int32
 
 
 def test_token_items_may_be_arrays(tok):
     item = {"type": "token", "token": np.array([5, 6], np.int64)}
-    assert build_prompt(render_raw([item]), tok).ids.tolist() == [5, 6]
-    assert render_raw([{"type": "token", "token": []}]) == [Ids(())]
+    assert build_prompt(render_base([item]), tok).ids.tolist() == [5, 6]
+    assert render_base([{"type": "token", "token": []}]) == [Ids(())]
 
 
 def test_user_and_human_are_one_role():
@@ -277,19 +274,15 @@ def test_user_and_human_are_one_role():
 
 
 def test_sampling_of_tasks():
-    chat = TASKS["chat"]
-    assert (chat.temperature, chat.top_p, chat.top_k, chat.repetition_penalty) == (
-        0.7,
-        0.9,
-        50,
-        1.05,
+    assert TASKS["chat"].sampling == SamplingParams(
+        temperature=0.7, top_k=50, top_p=0.9, repetition_penalty=1.05
     )
-    assert TASKS["asr"].greedy
+    assert TASKS["asr"].sampling.greedy
     assert TASKS["asr"].max_new_tokens == 256
-    assert TASKS["s2tt_zh"].temperature == TASKS["caption"].temperature == 0.1
+    assert TASKS["s2tt_zh"].sampling.temperature == TASKS["caption"].sampling.temperature == 0.1
     for name in ("s2st_zh", "s2st_en", "paralinguistic", "think", "tts"):
         task = TASKS[name]
-        assert (task.temperature, task.top_k, task.top_p, task.greedy) == (0.7, 50, 1.0, False)
+        assert task.sampling == SamplingParams(temperature=0.7, top_k=50, top_p=1.0)
         assert task.spoken
 
 
@@ -328,9 +321,9 @@ def test_bad_messages(messages, message):
 
 def test_bad_raw_prompts():
     with pytest.raises(PromptError, match="empty prompt"):
-        render_raw([])
+        render_base([])
     with pytest.raises(PromptError, match="unsupported content item"):
-        render_raw([{}])
+        render_base([{}])
 
 
 @pytest.mark.parametrize(
@@ -400,6 +393,6 @@ def test_pieces_equal_the_official_template(official, monkeypatch, tok):
     assert list(text(render(messages))) == theirs
     raw = ["S", *items, "<tts_start>"]
     theirs, _ = official.StepAudio2Base.apply_chat_template(None, raw)
-    assert list(text(render_raw(raw))) == theirs
-    ids = build_prompt(render_raw(raw), tok, counts).ids.tolist()
+    assert list(text(render_base(raw))) == theirs
+    ids = build_prompt(render_base(raw), tok, counts).ids.tolist()
     assert ids == tok.encode_pieces(theirs)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sa2jax.chat import tokenizer_files
-from sa2jax.chat.tokenizer import SpecialTokens, Tokenizer, Utf8Stream, keep_codes, split_output
+from sa2jax.chat.tokenizer import SpecialTokens, Tokenizer, Utf8Stream
 from sa2jax.errors import PromptError, TokenizerError
 
 MICRO = {"audio_start": 296, "vocab": 512}
@@ -305,19 +305,3 @@ def test_joined_stream_equals_decode(tok):
         stream = Utf8Stream(tok)
         text = "".join(stream.push(i) for i in ids) + stream.flush()
         assert text == tok.decode(i for i in ids if i < 296)
-
-
-# --- replies ---------------------------------------------------------------------------------
-
-
-def test_split_output_is_the_official_rule(full):
-    ids = [151693, 104, 151696, 151697, 158256, 158257, 151695, 151696 + 4218, 151694, 105, 151665]
-    text, codes = split_output(np.array(ids), full.special)
-    # Official: text = ids < 151688; audio = id - 151696 for ids > 151695.
-    assert text == [104, 105, 151665]
-    assert codes == [0, 1, 6560, 6561, 4218]
-    assert keep_codes(codes, full.special) == [0, 1, 6560, 4218]
-
-
-def test_keep_codes_of_a_small_vocabulary(tok):
-    assert keep_codes([-1, 0, 207, 208, 6561], tok.special) == [0, 207]

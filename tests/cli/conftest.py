@@ -71,8 +71,8 @@ def script(monkeypatch, tiny, tmp_path) -> Script:
     """What the model says; commands run in a folder of their own."""
     script = Script()
 
-    def session(generator):
-        made = script.session(generator)
+    def session(engine):
+        made = script.session(engine)
         reply = made.reply
 
         def interrupted(request, options, **others):
@@ -84,7 +84,7 @@ def script(monkeypatch, tiny, tmp_path) -> Script:
         made.reply = interrupted
         return made
 
-    monkeypatch.setattr(conversation, "Session", session)
+    monkeypatch.setattr(conversation, "PrefixCache", session)
     monkeypatch.setattr(transcribe.ModelOptions, "load", lambda self: tiny)
     monkeypatch.chdir(tmp_path)
     return script

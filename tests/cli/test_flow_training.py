@@ -84,7 +84,7 @@ def whole(home, config):
 
 
 def leaves(folder):
-    return checkpoint.flatten(jax.device_get(checkpoint.load(folder)))
+    return checkpoint.flatten(jax.device_get(checkpoint.load_params(folder)))
 
 
 def learnt(folder):

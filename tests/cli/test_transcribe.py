@@ -9,14 +9,14 @@ import pytest
 import soundfile
 
 from sa2jax.chat import tokenizer_files
-from sa2jax.inference.requests import Generation
+from sa2jax.inference.requests import Completion
 
 pytestmark = pytest.mark.usefixtures("leave_no_traces")
 RATE = 16_000
 
 
 class Scripted:
-    """Stands in for the generator: replies as told, remembers what it was asked."""
+    """Stands in for the engine: replies as told, remembers what it was asked."""
 
     replies: ClassVar[list[bytes]] = []
     asked: ClassVar[list] = []
@@ -24,15 +24,15 @@ class Scripted:
     def __init__(self, model, params, cfg, *, mesh=None):
         pass
 
-    def generate(self, requests, options, *, numbers, decode_text):
+    def generate(self, requests, options, *, prompt_indices, decode_text):
         self.asked.append((requests, options))
-        replies = {number: self.replies[number] for number in sorted(numbers)}
-        return [[Generation(tuple(replies[number]), "stop")] for number in numbers]
+        replies = {number: self.replies[number] for number in sorted(prompt_indices)}
+        return [[Completion(tuple(replies[number]), "stop")] for number in prompt_indices]
 
 
 @pytest.fixture
 def scripted(monkeypatch):
-    monkeypatch.setattr("sa2jax.pipeline.base.Generator", Scripted)
+    monkeypatch.setattr("sa2jax.pipeline.base.Engine", Scripted)
     monkeypatch.setattr(Scripted, "asked", [])
 
     def use(*replies: str) -> type[Scripted]:

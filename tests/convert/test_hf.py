@@ -102,7 +102,7 @@ def test_single_file_of_mixed_dtypes_comes_back_as_it_was(source, tmp_path, tens
 
 def test_both_vocabulary_matrices_survive_and_differ(source, tmp_path, tensors):
     hf.convert(source, tmp_path / "ours")
-    decoder = checkpoint.load(tmp_path / "ours", dtype=jnp.float32)["decoder"]
+    decoder = checkpoint.load_params(tmp_path / "ours", dtype=jnp.float32)["decoder"]
     np.testing.assert_array_equal(decoder["table"], tensors["model.embed_tokens.weight"])
     np.testing.assert_array_equal(decoder["head"]["kernel"], tensors["lm_head.weight"])
     assert not np.array_equal(decoder["table"], decoder["head"]["kernel"])
@@ -173,7 +173,7 @@ def test_plain_orbax_restores_what_convert_wrote(source, tmp_path):
 
 def test_loading_a_hugging_face_folder_equals_converting_it(source, tmp_path):
     hf.convert(source, tmp_path / "ours", dtype="float32")
-    converted = checkpoint.load(tmp_path / "ours")
+    converted = checkpoint.load_params(tmp_path / "ours")
     loaded = hf.load_hf(source, dtype=np.float32)
     assert jax.tree.structure(loaded) == jax.tree.structure(converted)
     jax.tree.map(np.testing.assert_array_equal, loaded, converted)
@@ -195,7 +195,7 @@ def test_both_ways_of_loading_fill_shards(source, tmp_path):
         plain = hf.load_hf(source)
         mesh = make_mesh("fsdp=2,tensor=2")
         shardings = step_audio2(StepAudio2Config.from_hf(source)).shardings(mesh)
-        for loaded in (hf.load_hf(source, shardings), checkpoint.load(out, shardings)):
+        for loaded in (hf.load_hf(source, shardings), checkpoint.load_params(out, shardings)):
             jax.tree.map(np.testing.assert_array_equal, loaded, plain)
             for leaf, place in zip(jax.tree.leaves(loaded), jax.tree.leaves(shardings)):
                 assert leaf.sharding == place, (leaf.sharding, place)

@@ -136,7 +136,7 @@ def edit(folder: Path, config=None, tensors=None) -> None:
 
 def make(qwen, ears, out, **options):
     report = init(qwen, out, encoder=ears, **{"vocab": VOCAB} | options)
-    return report, checkpoint.load(out)
+    return report, checkpoint.load_params(out)
 
 
 def released(folder: Path, out: Path) -> dict[str, np.ndarray]:
@@ -197,7 +197,7 @@ def test_every_spelling_of_the_encoder(qwen, ears, tmp_path, prefix):
     config = {"model_type": "qwen2_audio", "audio_config": AUDIO} if prefix else AUDIO
     other = save(tmp_path / "other", config, audio_tensors(prefix))
     _, params = make(qwen, other, tmp_path / "two")
-    expected = checkpoint.load(tmp_path / "one")["audio_encoder"]
+    expected = checkpoint.load_params(tmp_path / "one")["audio_encoder"]
     jax.tree.map(np.testing.assert_array_equal, params["audio_encoder"], expected)
 
 

@@ -27,11 +27,11 @@ def loads(monkeypatch):
     asked = []
 
     class Always(Script):
-        def session(self, generator):
+        def session(self, engine):
             self.will_say(groups("five", [1, 2, 3]))
-            return super().session(generator)
+            return super().session(engine)
 
-    monkeypatch.setattr(conversation, "Session", Always().session)
+    monkeypatch.setattr(conversation, "PrefixCache", Always().session)
 
     def load(folder, *, dtype, batch_size, progress):
         asked.append((str(folder), dtype))

@@ -32,7 +32,7 @@ def entries(folder: Path) -> list[str]:
 
 
 def leaves(folder: Path) -> dict[str, np.ndarray]:
-    return {n: np.asarray(a) for n, a in checkpoint.flatten(checkpoint.load(folder)).items()}
+    return {n: np.asarray(a) for n, a in checkpoint.flatten(checkpoint.load_params(folder)).items()}
 
 
 def change_tensor(path: Path, change, pick=lambda name, array: array.ndim == 3) -> str:

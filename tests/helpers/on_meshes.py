@@ -10,9 +10,9 @@ from helpers.recorded_speech import other_voice
 from helpers.small_speech import SPEAKER, small_networks
 from sa2jax.config import DecoderConfig
 from sa2jax.inference import programs
-from sa2jax.inference.requests import Options, Request
+from sa2jax.inference.requests import GenerationConfig, Request
 from sa2jax.pipeline import StepAudio2
-from sa2jax.sharding import batch_ways, make_mesh
+from sa2jax.sharding import batch_axis_size, make_mesh
 from sa2jax.speech import programs as speech_programs
 from sa2jax.speech.token2wav import Token2Wav
 
@@ -33,8 +33,8 @@ def prompts(cfg):
 def answers(model):
     """Logits and greedy ids; how long a reply is does not depend on its stop ids."""
     requests = prompts(model.cfg)
-    made = model.generator.generate(requests, Options(max_new_tokens=TOKENS, max_repeat=0))
-    return model.generator.logits(requests[0]), [list(reply.ids) for (reply,) in made]
+    made = model.engine.generate(requests, GenerationConfig(max_new_tokens=TOKENS, max_repeat=0))
+    return model.engine.logits(requests[0]), [list(reply.ids) for (reply,) in made]
 
 
 def spoken(speak, voices):
@@ -52,12 +52,12 @@ def spoken(speak, voices):
 
 def places(model, state):
     """Which mesh axes the arrays of a batch under way are split over, by name."""
-    layers = model.generator.params["decoder"]["layers"]
+    layers = model.engine.params["decoder"]["layers"]
     layers = layers.get(0, layers)  # a mesh of one device has its layers apart
     arrays = {
         "q": layers["attn"]["q"]["kernel"], "k": layers["attn"]["k"]["kernel"],
-        "head": model.generator.params["decoder"]["head"]["kernel"],
-        "cache": state.cache.k, "seen": state.seen, "token": state.token,
+        "head": model.engine.params["decoder"]["head"]["kernel"],
+        "cache": state.cache.k, "seen": state.seen, "token": state.last_token,
     }  # fmt: skip
     return {name: [*map(str, x.sharding.spec)] for name, x in arrays.items()} | {
         "cache_shape": state.cache.k.shape,
@@ -84,14 +84,14 @@ def main(folder, meshes):
         traces = dict(programs.TRACES)
         again = answers(model)[1]
         requests = prompts(model.cfg)
-        options = Options(max_new_tokens=8)
-        state, _ = model.generator.run(model.generator.start(requests, options), options, 4)
+        options = GenerationConfig(max_new_tokens=8)
+        state, _ = model.engine.decode(model.engine.prefill(requests, options), options, 4)
         speak = Token2Wav(cfg, params, mesh=make_mesh(spec))
         sound, stream = spoken(speak, voices)
         sounds = dict(speech_programs.TRACES)
         spoken(speak, voices)
         report = {
-            "mesh": spec, "devices": jax.device_count(), "ways": batch_ways(model.generator.mesh),
+            "mesh": spec, "devices": jax.device_count(), "ways": batch_axis_size(model.engine.mesh),
             "logits": far([got], [logits]), "ids": same == ids == again, "wave": far(sound, waves),
             "length": [len(line) for line in same], "traces": traces, "sound_traces": sounds,
             "new": dict(programs.TRACES) == traces | {"decode": 2}  # blocks of another size

@@ -80,7 +80,7 @@ def forward(model: Functional, params: Params, audio_start: int, recording, case
     features = slots = None
     if f"{case}_wav_lens" in recording:
         mels, frames = clips_of(recording, case)
-        listen = jax.jit(lambda p, m, f: model.bind(p).listen(m, f, official_batch=True))
+        listen = jax.jit(lambda p, m, f: model.bind(p).encode_audio(m, f, official_batch=True))
         features = listen(params, mels, frames)
         counts = np.asarray(model.bind(params).feature_length(frames))
         slots = audio_slots(ids, counts, features.shape[1], audio_start)

@@ -47,7 +47,7 @@ class Script:
     def __init__(self):
         self.replies: list[tuple[list[int], str]] = []
         self.prompts: list[list[int]] = []
-        self.requests, self.options, self.numbers = [], [], []
+        self.requests, self.options, self.prompt_indices = [], [], []
         self.left = 0  # replies that were not taken to their end
         self.pace = 0.0  # seconds for a block of ids: by default no voice can follow
 
@@ -57,18 +57,18 @@ class Script:
             self.replies.append((list(ids), finish_reason))
         return self
 
-    def session(self, generator):
-        """Stands in for `Session`."""
+    def session(self, engine):
+        """Stands in for `PrefixCache`."""
         script = self
 
-        class Session:
+        class PrefixCache:
             prefilled, finish_reason = 0, "abandoned"
 
-            def reply(self, request, options, *, number=0, block=5):
+            def reply(self, request, options, *, prompt_index=0, block=5):
                 script.prompts.append(request.ids.tolist())
                 script.requests.append(request)
                 script.options.append(options)
-                script.numbers.append(number)
+                script.prompt_indices.append(prompt_index)
                 ids, finish_reason = script.replies.pop(0)
                 if len(ids) > options.max_new_tokens:
                     ids, finish_reason = ids[: options.max_new_tokens], "length"
@@ -81,9 +81,9 @@ class Script:
                 script.left -= 1
 
             def fork(self):
-                return Session()
+                return PrefixCache()
 
-        return Session()
+        return PrefixCache()
 
 
 class Token2Wav:

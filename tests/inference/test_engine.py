@@ -10,10 +10,10 @@ import pytest
 
 from sa2jax import audio, testing
 from sa2jax.errors import PromptError
-from sa2jax.inference.engine import LENGTHS, MEL_FRAMES, Generator, bucket
+from sa2jax.inference.engine import MEL_BUCKETS, TOKEN_BUCKETS, Engine, bucket
 from sa2jax.inference.programs import TRACES
-from sa2jax.inference.requests import Options, Request
-from sa2jax.inference.sampling import Sampling, sample
+from sa2jax.inference.requests import GenerationConfig, Request
+from sa2jax.inference.sampling import SamplingParams, sample
 from sa2jax.models.step_audio import step_audio2, unstack_decoder
 from sa2jax.nn import Policy
 
@@ -22,9 +22,9 @@ CONTEXT = CFG.decoder.max_positions
 AUDIO_START = testing.AUDIO_START
 NEW = 20  # tokens of a reply; with BLOCK it crosses two borders of blocks
 BLOCK = 8
-GREEDY = Options(max_new_tokens=NEW)
-SAMPLED = Options(
-    sampling=Sampling(temperature=0.8, top_k=20, top_p=0.9, repetition_penalty=1.3),
+GREEDY = GenerationConfig(max_new_tokens=NEW)
+SAMPLED = GenerationConfig(
+    sampling=SamplingParams(temperature=0.8, top_k=20, top_p=0.9, repetition_penalty=1.3),
     max_new_tokens=NEW,
 )
 
@@ -54,9 +54,9 @@ def params():
 
 @dataclass
 class Traffic:
-    """A generator after 200 requests, and what they cost."""
+    """A engine after 200 requests, and what they cost."""
 
-    generator: Generator
+    engine: Engine
     requests: list[Request]
     lengths: list[int]  # of the replies
     expected: Counter
@@ -68,14 +68,19 @@ class Traffic:
 def traffic(params) -> Traffic:
     """200 requests of random length, every third with one or two clips, in batches of 3 or 4."""
     rng = np.random.default_rng(0)
-    generator = Generator(step_audio2(CFG), params, CFG, block=BLOCK)
+    engine = Engine(step_audio2(CFG), params, CFG, block=BLOCK)
     compiled: Counter[str] = Counter()
 
     def count(event: str, duration: float, **about) -> None:
         if event.endswith("backend_compile_duration"):
             compiled[about.get("fun_name", "").removeprefix("jit(").removesuffix(")")] += 1
 
-    used: dict[str, set] = {"prefill": set(), "decode": set(), "listen": set(), "place": set()}
+    used: dict[str, set] = {
+        "prefill": set(),
+        "decode": set(),
+        "encode_audio": set(),
+        "scatter_features": set(),
+    }
     requests: list[Request] = []
     lengths: list[int] = []
     TRACES.clear()
@@ -87,28 +92,28 @@ def traffic(params) -> Traffic:
             if len(requests) % 3 == 0:
                 frames = tuple(rng.integers(9, 250, rng.integers(1, 3)).tolist())
                 batch[1] = audio_request(rng, int(rng.integers(80, 250)), frames)
-            replies = generator.generate(batch, GREEDY)
+            replies = engine.generate(batch, GREEDY)
             lengths += [len(reply.ids) for (reply,) in replies]
             requests += batch
 
-            steps = bucket(max(len(request.ids) for request in batch), LENGTHS)
-            size = min(bucket(steps + NEW, LENGTHS), CONTEXT)
+            steps = bucket(max(len(request.ids) for request in batch), TOKEN_BUCKETS)
+            size = min(bucket(steps + NEW, TOKEN_BUCKETS), CONTEXT)
             used["prefill"].add((steps, size))
             used["decode"].add(size)
             clips = [mel.shape[1] for request in batch for mel in request.mels]
             if clips:
-                used["listen"].add((len(clips), bucket(max(clips), MEL_FRAMES)))
-                used["place"].add((steps, len(clips), bucket(max(clips), MEL_FRAMES)))
+                used["encode_audio"].add((len(clips), bucket(max(clips), MEL_BUCKETS)))
+                used["scatter_features"].add((steps, len(clips), bucket(max(clips), MEL_BUCKETS)))
     finally:
         jax.monitoring.unregister_event_duration_listener(count)
     expected = Counter({name: len(shapes) for name, shapes in used.items()})
-    return Traffic(generator, requests, lengths, expected, Counter(TRACES), compiled)
+    return Traffic(engine, requests, lengths, expected, Counter(TRACES), compiled)
 
 
 @pytest.fixture(scope="module")
-def generator(traffic) -> Generator:
+def engine(traffic) -> Engine:
     """Has compiled batches of four; tests share these programs."""
-    return traffic.generator
+    return traffic.engine
 
 
 @pytest.fixture(scope="module")
@@ -124,9 +129,9 @@ def prompts() -> list[Request]:
 
 
 @pytest.fixture(scope="module")
-def greedy(generator, prompts) -> list[list[int]]:
+def greedy(engine, prompts) -> list[list[int]]:
     """What each prompt's greedy reply is."""
-    return [list(reply.ids) for (reply,) in generator.generate(prompts, GREEDY)]
+    return [list(reply.ids) for (reply,) in engine.generate(prompts, GREEDY)]
 
 
 def ids_of(replies) -> list[list[int]]:
@@ -152,25 +157,25 @@ def test_every_request_was_answered(traffic):
     assert traffic.lengths == [min(NEW, left) for left in room]
 
 
-def test_repeated_and_reordered_requests_trace_nothing(generator, prompts, greedy):
+def test_repeated_and_reordered_requests_trace_nothing(engine, prompts, greedy):
     before = Counter(TRACES)
-    assert ids_of(generator.generate(prompts[::-1], GREEDY)) == greedy[::-1]
+    assert ids_of(engine.generate(prompts[::-1], GREEDY)) == greedy[::-1]
     assert before == TRACES
 
 
-def test_settings_that_are_numbers_trace_nothing(generator, prompts):
-    generator.generate(prompts, SAMPLED)
+def test_settings_that_are_numbers_trace_nothing(engine, prompts):
+    engine.generate(prompts, SAMPLED)
     before = Counter(TRACES)
     other = replace(SAMPLED.sampling, temperature=0.5, top_p=0.5, repetition_penalty=1.1)
-    generator.generate(prompts, replace(SAMPLED, sampling=other, seed=5, max_new_tokens=9))
+    engine.generate(prompts, replace(SAMPLED, sampling=other, seed=5, max_new_tokens=9))
     assert before == TRACES
 
 
 def test_text_and_audio_share_a_program_in_bfloat16(params, prompts):
     half = Policy(param=jnp.bfloat16, compute=jnp.bfloat16)
     numbers = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
-    generator = Generator(step_audio2(CFG, half), numbers, CFG)
-    text, heard = (generator._pad([request], [0]) for request in prompts[:2])
+    engine = Engine(step_audio2(CFG, half), numbers, CFG)
+    text, heard = (engine._pad([request], [0]) for request in prompts[:2])
     kinds = [jax.tree.map(jax.typeof, batch) for batch in (text, heard)]
     assert kinds[0] == kinds[1]
     assert heard.features.dtype == jnp.bfloat16
@@ -181,114 +186,114 @@ def test_text_and_audio_share_a_program_in_bfloat16(params, prompts):
     ("size", "expected"), [(1, 64), (64, 64), (65, 128), (131072, 131072), (131073, 131073)]
 )
 def test_bucket(size, expected):
-    assert bucket(size, LENGTHS) == expected
+    assert bucket(size, TOKEN_BUCKETS) == expected
 
 
 # --- rows ---
 
 
-def test_rows_do_not_feel_their_neighbours(generator, prompts, greedy, traffic):
+def test_rows_do_not_feel_their_neighbours(engine, prompts, greedy, traffic):
     for other in (0, 40, 80):
         strangers = traffic.requests[other : other + 3]
         strangers = [replace(s, ids=s.ids[:60]) for s in strangers if not s.mels]
         for row in (0, 2, 3):
             batch = [prompts[row], *strangers, prompts[1]][:4]
-            assert ids_of(generator.generate(batch, GREEDY))[0] == greedy[row]
+            assert ids_of(engine.generate(batch, GREEDY))[0] == greedy[row]
 
 
-def test_replies_depend_on_what_is_heard(generator, prompts, greedy):
+def test_replies_depend_on_what_is_heard(engine, prompts, greedy):
     """A model that does not listen would give the same reply to another clip."""
     deaf = replace(prompts[1], mels=(np.zeros_like(prompts[1].mels[0]),))
-    other = ids_of(generator.generate([prompts[0], deaf, *prompts[2:]], GREEDY))
+    other = ids_of(engine.generate([prompts[0], deaf, *prompts[2:]], GREEDY))
     assert other[1] != greedy[1]
     assert other[0] == greedy[0]
 
 
-def test_drawn_rows_depend_on_their_number_only(generator, prompts):
-    whole = ids_of(generator.generate(prompts, SAMPLED))
-    turned = ids_of(generator.generate(prompts[::-1], SAMPLED, numbers=[3, 2, 1, 0]))
+def test_drawn_rows_depend_on_their_number_only(engine, prompts):
+    whole = ids_of(engine.generate(prompts, SAMPLED))
+    turned = ids_of(engine.generate(prompts[::-1], SAMPLED, prompt_indices=[3, 2, 1, 0]))
     assert turned == whole[::-1]
-    moved = ids_of(generator.generate(prompts, SAMPLED, numbers=[7, 1, 2, 3]))
+    moved = ids_of(engine.generate(prompts, SAMPLED, prompt_indices=[7, 1, 2, 3]))
     assert moved[0] != whole[0]
     assert moved[1:] == whole[1:]
 
 
-def test_nine_clips_find_their_places(generator):
+def test_nine_clips_find_their_places(engine):
     """More clips than are encoded at once: each stands where its prompt wants it."""
     rng = np.random.default_rng(2)
     frames = (20, 100, 9, 60, 33, 47, 128, 12, 90)
     first, second = audio_request(rng, 250, frames[:4]), audio_request(rng, 250, frames[4:])
-    batch = generator._pad([first, second], [0, 1])
+    batch = engine._pad([first, second], [0, 1])
     for row, request in enumerate((first, second)):
         held = np.zeros(len(request.ids), bool)
         for mel, start, count in zip(request.mels, request.starts, request.counts, strict=True):
-            (alone,) = generator.listen([mel])
-            rows = np.asarray(batch.slots)[row, start : start + count]
+            (alone,) = engine.encode_audio([mel])
+            rows = np.asarray(batch.feature_index)[row, start : start + count]
             np.testing.assert_allclose(batch.features[rows], alone[0, :count], atol=1e-3)
             held[start : start + count] = True
-        np.testing.assert_array_equal(batch.slots[row, : len(held)] >= 0, held)
+        np.testing.assert_array_equal(batch.feature_index[row, : len(held)] >= 0, held)
 
 
-def test_no_requests(generator):
-    assert generator.generate([], GREEDY) == []
+def test_no_requests(engine):
+    assert engine.generate([], GREEDY) == []
 
 
 # --- drawing ---
 
 
-def plain_loop(generator, request, options, number: int, draw: int) -> list[int]:
+def plain_loop(engine, request, options, number: int, draw: int) -> list[int]:
     """A reply token by token, without a cache, with the documented derivation of keys."""
     key = jax.random.fold_in(jax.random.key(options.seed), number)
     key = jax.random.fold_in(key, draw)
     ids = request.ids.tolist()
     for step in range(options.max_new_tokens):
-        logits = generator.logits(replace(request, ids=np.array(ids, np.int32)))[-1:]
+        logits = engine.logits(replace(request, ids=np.array(ids, np.int32)))[-1:]
         seen = np.isin(np.arange(logits.shape[-1]), ids)[None]
         token = sample(
-            jax.random.fold_in(key, step)[None], logits, seen, options.sampling.knobs()
+            jax.random.fold_in(key, step)[None], logits, seen, options.sampling.arrays()
         )  # fmt: skip
         ids.append(int(token[0]))
     return ids[len(request.ids) :]
 
 
-def test_samples_are_what_a_plain_loop_draws(generator, prompts):
+def test_samples_are_what_a_plain_loop_draws(engine, prompts):
     options = replace(SAMPLED, samples=2, seed=3, max_new_tokens=4)
-    replies = generator.generate(prompts[:2], options)
+    replies = engine.generate(prompts[:2], options)
     for number, (request, made) in enumerate(zip(prompts, replies, strict=False)):
         for draw, reply in enumerate(made):
-            assert list(reply.ids) == plain_loop(generator, request, options, number, draw)
+            assert list(reply.ids) == plain_loop(engine, request, options, number, draw)
     assert len({reply.ids for made in replies for reply in made}) == 4  # all differ
 
 
-def test_first_of_several_samples_is_the_single_one(generator, prompts):
+def test_first_of_several_samples_is_the_single_one(engine, prompts):
     TRACES.clear()
-    several = generator.generate(prompts[:2], replace(SAMPLED, samples=2))
+    several = engine.generate(prompts[:2], replace(SAMPLED, samples=2))
     assert TRACES["prefill"] <= 1  # the samples share their prompt's
-    single = generator.generate(prompts, SAMPLED)
+    single = engine.generate(prompts, SAMPLED)
     assert [made[0] for made in several] == [made[0] for made in single[:2]]
     assert all(made[0] != made[1] for made in several)
 
 
-def test_greedy_samples_are_equal(generator, prompts, greedy):
-    replies = generator.generate(prompts[:2], replace(GREEDY, samples=2))
+def test_greedy_samples_are_equal(engine, prompts, greedy):
+    replies = engine.generate(prompts[:2], replace(GREEDY, samples=2))
     assert [[list(r.ids) for r in made] for made in replies] == [[g, g] for g in greedy[:2]]
 
 
-def test_seeds(generator, prompts):
+def test_seeds(engine, prompts):
     first, again, other = (
-        ids_of(generator.generate(prompts, replace(SAMPLED, seed=seed))) for seed in (1, 1, 2)
+        ids_of(engine.generate(prompts, replace(SAMPLED, seed=seed))) for seed in (1, 1, 2)
     )
     assert first == again
     assert all(a != b for a, b in zip(first, other, strict=True))
 
 
-def test_penalty_covers_prompt_and_reply(generator, prompts):
+def test_penalty_covers_prompt_and_reply(engine, prompts):
     """A penalty beyond measure: nothing is said twice, neither of the prompt nor of the reply."""
     options = replace(GREEDY, max_new_tokens=60)
-    plain = ids_of(generator.generate(prompts, options))
+    plain = ids_of(engine.generate(prompts, options))
     assert any(len(set(ids)) < len(ids) for ids in plain)
-    penalty = Sampling(temperature=0, repetition_penalty=1e6)
-    replies = ids_of(generator.generate(prompts, replace(options, sampling=penalty)))
+    penalty = SamplingParams(temperature=0, repetition_penalty=1e6)
+    replies = ids_of(engine.generate(prompts, replace(options, sampling=penalty)))
     for request, ids in zip(prompts, replies, strict=True):
         assert len({*ids, *request.ids.tolist()}) == len(ids) + len(set(request.ids.tolist()))
 
@@ -296,19 +301,19 @@ def test_penalty_covers_prompt_and_reply(generator, prompts):
 # --- ends ---
 
 
-def test_limit(generator, prompts, greedy):
+def test_limit(engine, prompts, greedy):
     for limit in (1, BLOCK, BLOCK + 1, BLOCK + 2):
-        replies = generator.generate(prompts, replace(GREEDY, max_new_tokens=limit))
+        replies = engine.generate(prompts, replace(GREEDY, max_new_tokens=limit))
         assert ids_of(replies) == [ids[:limit] for ids in greedy]
         assert {reply.finish_reason for (reply,) in replies} == {"length"}
 
 
 @pytest.mark.parametrize("place", [0, 1, 5, 13])
-def test_stop_id(generator, prompts, greedy, place):
+def test_stop_id(engine, prompts, greedy, place):
     stop = greedy[1][place]
     for ids, (reply,) in zip(
         greedy,
-        generator.generate(prompts, replace(GREEDY, stop_ids=(stop,))),
+        engine.generate(prompts, replace(GREEDY, stop_ids=(stop,))),
         strict=True,
     ):
         end = ids.index(stop) if stop in ids else None
@@ -318,57 +323,57 @@ def test_stop_id(generator, prompts, greedy, place):
 
 @pytest.mark.parametrize("place", [0, 3, BLOCK - 1, BLOCK, 2 * BLOCK])  # tokens 8 | 9, 16 | 17
 @pytest.mark.parametrize("length", [1, 2])
-def test_stop_string(generator, prompts, greedy, place, length):
+def test_stop_string(engine, prompts, greedy, place, length):
     """The reply ends with the token that completes the string, also across blocks."""
     string = spoken(greedy[3][place : place + length])
     options = replace(GREEDY, stop_strings=("never", string))
     for ids, (reply,) in zip(
-        greedy, generator.generate(prompts, options, decode_text=spoken), strict=True
+        greedy, engine.generate(prompts, options, decode_text=spoken), strict=True
     ):
         ends = [n for n in range(1, NEW + 1) if string in spoken(ids[:n])]
         assert list(reply.ids) == (ids[: ends[0]] if ends else ids)
         assert reply.finish_reason == ("string" if ends else "length")
 
 
-def test_stop_id_before_and_after_a_stop_string(generator, prompts, greedy):
+def test_stop_id_before_and_after_a_stop_string(engine, prompts, greedy):
     ids = greedy[3]
     for stop, finish, end in ((ids[4], "stop", 4), (ids[9], "string", 7)):
         options = replace(GREEDY, stop_ids=(stop,), stop_strings=(spoken([ids[6]]),))
-        reply = generator.generate(prompts, options, decode_text=spoken)[3][0]
+        reply = engine.generate(prompts, options, decode_text=spoken)[3][0]
         assert (list(reply.ids), reply.finish_reason) == (ids[:end], finish)
 
 
-def test_stop_strings_end_the_work(generator, prompts):
+def test_stop_strings_end_the_work(engine, prompts):
     """No further block runs once every row has its string."""
     added = []
     options = replace(GREEDY, stop_strings=("<",))
-    replies = generator.generate(prompts, options, decode_text=spoken, progress=added.append)
+    replies = engine.generate(prompts, options, decode_text=spoken, progress=added.append)
     assert {len(reply.ids) for (reply,) in replies} == {1}
     assert added == []
-    generator.generate(prompts, GREEDY, progress=added.append)
+    engine.generate(prompts, GREEDY, progress=added.append)
     assert added == [BLOCK, BLOCK, NEW - 1 - 2 * BLOCK]
 
 
-def test_end_of_the_context(generator):
+def test_end_of_the_context(engine):
     rng = np.random.default_rng(4)
     requests = [text_request(rng, CONTEXT - n) for n in (3, 1, 40, 2)]
-    replies = generator.generate(requests, GREEDY)
+    replies = engine.generate(requests, GREEDY)
     assert [len(reply.ids) for (reply,) in replies] == [3, 1, NEW, 2]
     assert {reply.finish_reason for (reply,) in replies} == {"length"}
     for request, (reply,) in zip(requests, replies, strict=True):
         whole = np.concatenate([request.ids, reply.ids])[: CONTEXT - 1].astype(np.int32)
-        best = generator.logits(Request(whole)).argmax(-1)[len(request.ids) - 1 :]
+        best = engine.logits(Request(whole)).argmax(-1)[len(request.ids) - 1 :]
         assert best.tolist()[: len(reply.ids)] == list(reply.ids)
 
 
-def test_generated_audio_start_is_a_token_like_any_other(generator, prompts):
+def test_generated_audio_start_is_a_token_like_any_other(engine, prompts):
     """Also after a clip: no further clip is looked for, the cache goes on as without a cache."""
-    state = generator.start(prompts, GREEDY)
-    state = replace(state, token=jnp.full_like(state.token, AUDIO_START))
-    _, tokens = generator.run(state, GREEDY, BLOCK)
+    state = engine.prefill(prompts, GREEDY)
+    state = replace(state, last_token=jnp.full_like(state.last_token, AUDIO_START))
+    _, tokens = engine.decode(state, GREEDY, BLOCK)
     for request, row in zip(prompts, np.asarray(tokens), strict=True):
         ids = np.concatenate([request.ids, [AUDIO_START], row[:-1]]).astype(np.int32)
-        best = generator.logits(replace(request, ids=ids)).argmax(-1)
+        best = engine.logits(replace(request, ids=ids)).argmax(-1)
         assert best[-BLOCK:].tolist() == row.tolist()
 
 
@@ -400,38 +405,38 @@ IDS = np.zeros(30, np.int32)
         ),
     ],
 )
-def test_refused_requests(generator, prompts, request_, message):
+def test_refused_requests(engine, prompts, request_, message):
     with pytest.raises(PromptError) as error:
-        generator.generate([prompts[0], request_], GREEDY)
+        engine.generate([prompts[0], request_], GREEDY)
     assert message in str(error.value)
     with pytest.raises(PromptError, match="prompt 7"):
-        generator.generate([prompts[0], request_], GREEDY, numbers=[3, 7])
+        engine.generate([prompts[0], request_], GREEDY, prompt_indices=[3, 7])
 
 
-def test_refused_options(generator, prompts):
+def test_refused_options(engine, prompts):
     for wrong in ({"max_new_tokens": 0}, {"samples": 0}):
         with pytest.raises(PromptError, match="expected at least 1"):
-            Options(**wrong)
+            GenerationConfig(**wrong)
     with pytest.raises(PromptError, match="stop strings need decode_text"):
-        generator.generate(prompts, replace(GREEDY, stop_strings=("x",)))
+        engine.generate(prompts, replace(GREEDY, stop_strings=("x",)))
 
 
 # --- cache and layout ---
 
 
-def test_layers_in_a_loop_equal_layers_in_a_scan(generator, prompts, params):
-    loop = Generator(step_audio2(CFG, stacked=False), unstack_decoder(params), CFG)
+def test_layers_in_a_loop_equal_layers_in_a_scan(engine, prompts, params):
+    loop = Engine(step_audio2(CFG, stacked=False), unstack_decoder(params), CFG)
     for request in prompts:
-        np.testing.assert_allclose(loop.logits(request), generator.logits(request), atol=1e-4)
+        np.testing.assert_allclose(loop.logits(request), engine.logits(request), atol=1e-4)
     assert list(params["decoder"]["layers"]) != [0, 1]  # the given parameters stay as they were
 
 
-def test_finished_rows_are_not_cached(generator):
+def test_finished_rows_are_not_cached(engine):
     """A row that ended early keeps its cache while others go on."""
     rng = np.random.default_rng(5)
     lengths = [CONTEXT - 2, 200, 7]
-    state = generator.start([text_request(rng, n) for n in lengths], GREEDY)
-    state, _ = generator.run(state, GREEDY, BLOCK)
+    state = engine.prefill([text_request(rng, n) for n in lengths], GREEDY)
+    state, _ = engine.decode(state, GREEDY, BLOCK)
     # The newest token of a row is not in its cache yet; the fourth row only pads the batch.
-    assert np.asarray(state.made).tolist() == [2, 1 + BLOCK, 1 + BLOCK, 0]
+    assert np.asarray(state.num_generated).tolist() == [2, 1 + BLOCK, 1 + BLOCK, 0]
     assert np.asarray(state.cache.length).tolist() == [CONTEXT - 1, 200 + BLOCK, 7 + BLOCK, 0]

@@ -7,7 +7,7 @@ import pytest
 
 from sa2jax.errors import PromptError
 from sa2jax.inference.sampling import (
-    Sampling,
+    SamplingParams,
     keep_top_k,
     keep_top_p,
     penalise,
@@ -55,8 +55,10 @@ def test_top_p_ties(recorded):
 
 
 def test_chain_in_official_order(recorded):
-    knobs = Sampling(temperature=0.7, top_k=50, top_p=0.9, repetition_penalty=1.05).knobs()
-    ours = jax.jit(process)(recorded["logits"], seen_of(recorded), knobs)
+    sampling = SamplingParams(
+        temperature=0.7, top_k=50, top_p=0.9, repetition_penalty=1.05
+    ).arrays()
+    ours = jax.jit(process)(recorded["logits"], seen_of(recorded), sampling)
     assert_same(ours, recorded["chain3_TopPLogitsWarper"])
     np.testing.assert_allclose(jax.nn.softmax(ours), recorded["chain_probs"], atol=1e-5)
 
@@ -75,16 +77,16 @@ def test_partial_sort_equals_full_sort_with_ties_at_the_edge_of_top_k():
 def test_numbers_do_not_recompile_but_choices_do():
     traces = []
 
-    def counted(logits, seen, knobs):
-        traces.append(knobs)
-        return process(logits, seen, knobs)
+    def counted(logits, seen, sampling):
+        traces.append(sampling)
+        return process(logits, seen, sampling)
 
     run = jax.jit(counted)
     logits, seen = jnp.zeros((1, 8)), jnp.zeros((1, 8), bool)
     for temperature in (0.5, 0.7, 0.9):
-        run(logits, seen, Sampling(temperature=temperature, top_p=temperature).knobs())
+        run(logits, seen, SamplingParams(temperature=temperature, top_p=temperature).arrays())
     assert len(traces) == 1
-    run(logits, seen, Sampling(temperature=0).knobs())
+    run(logits, seen, SamplingParams(temperature=0).arrays())
     assert len(traces) == 2
 
 
@@ -93,10 +95,10 @@ def test_draws_follow_the_distribution_and_the_row_key(rng):
     rows = 4000
     keys = jax.random.split(jax.random.key(1), rows)
     seen = np.zeros((rows, 3), bool)
-    knobs = Sampling(temperature=1.0, top_k=0).knobs()
-    drawn = np.asarray(sample(keys, np.tile(logits, (rows, 1)), seen, knobs))
+    sampling = SamplingParams(temperature=1.0, top_k=0).arrays()
+    drawn = np.asarray(sample(keys, np.tile(logits, (rows, 1)), seen, sampling))
     np.testing.assert_allclose(np.bincount(drawn) / rows, np.exp(logits), atol=0.03)
-    alone = sample(keys[7:8], logits[None], seen[:1], knobs)
+    alone = sample(keys[7:8], logits[None], seen[:1], sampling)
     assert int(alone[0]) == drawn[7]
 
 
@@ -104,8 +106,10 @@ def test_greedy_takes_the_best_after_the_penalty():
     logits = np.array([[2.0, 1.9, -1.0]], np.float32)
     seen = np.array([[True, False, False]])
     keys = jax.random.split(jax.random.key(0), 1)
-    plain = sample(keys, logits, seen, Sampling(temperature=0).knobs())
-    punished = sample(keys, logits, seen, Sampling(temperature=0, repetition_penalty=1.2).knobs())
+    plain = sample(keys, logits, seen, SamplingParams(temperature=0).arrays())
+    punished = sample(
+        keys, logits, seen, SamplingParams(temperature=0, repetition_penalty=1.2).arrays()
+    )
     assert (int(plain[0]), int(punished[0])) == (0, 1)
 
 
@@ -116,4 +120,4 @@ def test_greedy_takes_the_best_after_the_penalty():
 def test_bad_settings_are_named(bad):
     (name,) = bad
     with pytest.raises(PromptError, match=name):
-        Sampling(**bad)
+        SamplingParams(**bad)

@@ -85,7 +85,7 @@ def test_lengths(recording, recorded, case):
 def test_a_clip_does_not_feel_its_batch(recording, float32, cut):
     """Next to any other clip, in any padded length: the result of the clip alone."""
     model, params = float32
-    listen = jax.jit(lambda params, mels, frames: model.bind(params).listen(mels, frames))
+    listen = jax.jit(lambda params, mels, frames: model.bind(params).encode_audio(mels, frames))
     own = recording["single_mel"][..., : recording["single_mel"].shape[2] - cut]
     frames = own.shape[2]
     alone = listen(params, own, np.array([frames]))

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from helpers.recorded import audio_slots, clips_of, first_difference, forward
 
-from sa2jax.inference.engine import Generator
-from sa2jax.inference.requests import Options, Request
-from sa2jax.inference.sampling import Sampling
-from sa2jax.inference.session import Session
+from sa2jax.inference.engine import Engine
+from sa2jax.inference.prefix_cache import PrefixCache
+from sa2jax.inference.requests import GenerationConfig, Request
+from sa2jax.inference.sampling import SamplingParams
 from sa2jax.models.audio_encoder import adapter_length, encoder_length
 
 pytestmark = pytest.mark.optimized
@@ -97,22 +97,22 @@ GREEDY = ["text_only", "audio_text", "two_clips"]
 @pytest.mark.parametrize("case", GREEDY)
 def test_greedy_tokens_with_cache(recorded, float32, recording, greedy, case):
     model, params = float32
-    generator = Generator(model, params, recorded.cfg)
+    engine = Engine(model, params, recorded.cfg)
     expected = greedy[f"{case}_tokens"].tolist()
-    options = Options(sampling=Sampling(temperature=0), max_new_tokens=len(expected))
+    options = GenerationConfig(sampling=SamplingParams(temperature=0), max_new_tokens=len(expected))
     request = request_of(recorded, greedy, recording, case)
-    ((reply,),) = generator.generate([request], options)
+    ((reply,),) = engine.generate([request], options)
     assert list(reply.ids) == expected
-    blocks = Session(generator).reply(request, options)
+    blocks = PrefixCache(engine).reply(request, options)
     assert [i for ids in blocks for i in ids] == expected
 
 
 def test_greedy_tokens_in_one_batch_of_different_lengths(recorded, float32, recording, greedy):
     model, params = float32
-    generator = Generator(model, params, recorded.cfg)
+    engine = Engine(model, params, recorded.cfg)
     requests = [request_of(recorded, greedy, recording, case) for case in GREEDY]
-    options = Options(max_new_tokens=len(greedy["text_only_tokens"]))
-    for case, (reply,) in zip(GREEDY, generator.generate(requests, options), strict=True):
+    options = GenerationConfig(max_new_tokens=len(greedy["text_only_tokens"]))
+    for case, (reply,) in zip(GREEDY, engine.generate(requests, options), strict=True):
         assert list(reply.ids) == greedy[f"{case}_tokens"].tolist(), case
 
 

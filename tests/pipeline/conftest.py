@@ -23,7 +23,7 @@ def model(params) -> StepAudio2:
 @pytest.fixture
 def script(monkeypatch) -> Script:
     script = Script()
-    monkeypatch.setattr(conversation, "Session", script.session)
+    monkeypatch.setattr(conversation, "PrefixCache", script.session)
     return script
 
 

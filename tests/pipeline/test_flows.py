@@ -32,12 +32,12 @@ from sa2jax.chat import template, tokenizer_files
 from sa2jax.chat.template import TASKS, Task, Text
 from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.errors import CheckpointError, PromptError, VoiceError
-from sa2jax.inference.engine import Generator
-from sa2jax.inference.requests import Options
+from sa2jax.inference.engine import Engine
+from sa2jax.inference.requests import GenerationConfig
 from sa2jax.pipeline import StepAudio2, conversation
 from sa2jax.pipeline.task_runner import task_options
 
-SHORT = Options(max_new_tokens=6)
+SHORT = GenerationConfig(max_new_tokens=6)
 HEARD = turn("human", heard(13))
 TOOLS = [
     {"type": "function", "function": {"name": "get_date_time", "description": "查询当前时间"}},
@@ -62,7 +62,7 @@ def base(tiny) -> StepAudio2:
         speech=lambda: Speech(),
         prompt_style="raw",
     )
-    model.generator = tiny.generator
+    model.engine = tiny.engine
     return model
 
 
@@ -70,7 +70,7 @@ def base(tiny) -> StepAudio2:
 def prompts(monkeypatch) -> list[list[int]]:
     """Ids of every prompt that reaches the model."""
     seen: list[list[int]] = []
-    start, read = Generator.start, Generator.read
+    start, read = Engine.prefill, Engine.prefill_chunks
 
     def spy_start(self, requests, *rest):
         seen.extend(request.ids.tolist() for request in requests)
@@ -80,8 +80,8 @@ def prompts(monkeypatch) -> list[list[int]]:
         seen.append(request.ids.tolist())
         return read(self, cache, request, known)
 
-    monkeypatch.setattr(Generator, "start", spy_start)
-    monkeypatch.setattr(Generator, "read", spy_read)
+    monkeypatch.setattr(Engine, "prefill", spy_start)
+    monkeypatch.setattr(Engine, "prefill_chunks", spy_read)
     return seen
 
 

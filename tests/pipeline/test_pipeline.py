@@ -36,13 +36,13 @@ from sa2jax.errors import (
     TokenizerError,
 )
 from sa2jax.inference.programs import TRACES
-from sa2jax.inference.requests import Generation, Options
+from sa2jax.inference.requests import Completion, GenerationConfig
 from sa2jax.pipeline import StepAudio2, conversation, reply
 from sa2jax.pipeline import model as pipeline
 from sa2jax.pipeline.model import enable_compilation_cache
 
 RATE = audio.SAMPLE_RATE
-SHORT = Options(max_new_tokens=8)
+SHORT = GenerationConfig(max_new_tokens=8)
 
 
 def noise(seconds: float, seed: int = 0, extra: int = 0) -> np.ndarray:
@@ -69,18 +69,18 @@ def model(folder) -> StepAudio2:
 
 
 class Script:
-    """Stands in for the generator: records requests, replies as told."""
+    """Stands in for the engine: records requests, replies as told."""
 
     def __init__(self, *replies: bytes | list[int]):
         self.replies = [list(reply) for reply in replies]
-        self.requests, self.options, self.numbers = [], [], []
+        self.requests, self.options, self.prompt_indices = [], [], []
 
-    def generate(self, requests, options, *, numbers, decode_text):
+    def generate(self, requests, options, *, prompt_indices, decode_text):
         self.requests += requests
         self.options.append(options)
-        self.numbers.append(list(numbers))
+        self.prompt_indices.append(list(prompt_indices))
         made = [self.replies.pop(0) if self.replies else b"" for _ in requests]
-        return [[Generation(tuple(ids), "stop")] for ids in made]
+        return [[Completion(tuple(ids), "stop")] for ids in made]
 
     @property
     def prompts(self) -> list[list[int]]:
@@ -93,7 +93,7 @@ def scripted(model, monkeypatch):
 
     def use(*replies, model=model) -> Script:
         script = Script(*replies)
-        monkeypatch.setattr(model, "generator", script)
+        monkeypatch.setattr(model, "engine", script)
         return script
 
     return use
@@ -195,21 +195,21 @@ def test_long_recordings_are_cut_to_fit_the_context(
     scripted, folder, model, tmp_path, context, seconds
 ):
     cfg = testing.tiny_config(max_positions=context)
-    other = StepAudio2(cfg, model.generator.params, model.tokenizer)
+    other = StepAudio2(cfg, model.engine.params, model.tokenizer)
     script = scripted(b"one", b" ", b"two ", b"three", model=other)
     text = other.transcribe((noise(95), RATE))
     chunks = [-(-s // 25) for s in seconds]
-    by_number = dict(zip(script.numbers[0], script.requests, strict=True))
+    by_number = dict(zip(script.prompt_indices[0], script.requests, strict=True))
     assert [len(by_number[i].mels) for i in range(len(seconds))] == chunks
     assert script.options[0].max_new_tokens == 256 * max(chunks)
     assert all(len(ids) + 256 * max(chunks) <= context for ids in script.prompts)
-    replies = dict(zip(script.numbers[0], ["one", "", "two", "three"], strict=False))
+    replies = dict(zip(script.prompt_indices[0], ["one", "", "two", "three"], strict=False))
     assert text == " ".join(replies[i] for i in range(len(seconds)) if replies[i])
 
 
 def test_a_context_too_short_for_a_chunk(model):
     cfg = testing.tiny_config(max_positions=600)
-    other = StepAudio2(cfg, model.generator.params, model.tokenizer)
+    other = StepAudio2(cfg, model.engine.params, model.tokenizer)
     with pytest.raises(PromptError, match="600 tokens is too short for 25 s of audio"):
         other.transcribe((noise(1), RATE))
 
@@ -315,15 +315,19 @@ def test_answers_return_to_their_recordings(scripted, model, monkeypatch):
     lengths = [3, 1, 9, 5, 2]
 
     def by_length(requests, options, **kwargs):
-        script.numbers.append(list(kwargs["numbers"]))
-        return [[Generation(tuple(str(sum(r.counts)).encode()), "stop")] for r in requests]
+        script.prompt_indices.append(list(kwargs["prompt_indices"]))
+        return [[Completion(tuple(str(sum(r.counts)).encode()), "stop")] for r in requests]
 
     script.generate = by_length
     sources = [(noise(seconds), RATE) for seconds in lengths]
     texts = model.transcribe_batch(sources, progress=lambda *done: told.append(done))
     counts = [audio.num_tokens(audio.num_frames(seconds * RATE)) for seconds in lengths]
     assert texts == [str(int(count)) for count in counts]
-    assert script.numbers == [[2, 3], [0, 4], [1]]  # what a prompt draws hangs on its own number
+    assert script.prompt_indices == [
+        [2, 3],
+        [0, 4],
+        [1],
+    ]  # what a prompt draws hangs on its own number
     assert told == [(2, 5), (4, 5), (5, 5)]
 
 
@@ -349,7 +353,7 @@ def test_base_model(folder, scripted):
 
 
 def test_default_dtype_is_float32_on_a_cpu(model):
-    leaves = jax.tree.leaves(model.generator.params)
+    leaves = jax.tree.leaves(model.engine.params)
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.float32)}
 
 
@@ -359,14 +363,14 @@ def test_dtype_choice(folder, tmp_path, dtype, kind):
     source = folder
     if kind == "ours":
         convert(folder, source := tmp_path / "ours")
-    params = StepAudio2.from_pretrained(source, dtype=dtype).generator.params
+    params = StepAudio2.from_pretrained(source, dtype=dtype).engine.params
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
 
 
 def test_converted_folder_loads_the_same_numbers(folder, model, tmp_path):
     convert(folder, tmp_path / "ours")
     converted = StepAudio2.from_pretrained(tmp_path / "ours")
-    jax.tree.map(np.testing.assert_array_equal, converted.generator.params, model.generator.params)
+    jax.tree.map(np.testing.assert_array_equal, converted.engine.params, model.engine.params)
     assert converted.cfg == model.cfg
     assert converted.tokenizer.special == model.tokenizer.special
 
@@ -419,7 +423,7 @@ def test_missing_tokenizer(folder, model, tmp_path):
 
 def test_tokenizer_object(model):
     given = Tokenizer(tokenizer_files.byte_tokenizer(testing.AUDIO_START, 512))
-    assert StepAudio2(model.cfg, model.generator.params, given).tokenizer is given
+    assert StepAudio2(model.cfg, model.engine.params, given).tokenizer is given
 
 
 def test_names_at_the_top():

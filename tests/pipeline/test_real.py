@@ -10,17 +10,19 @@ from helpers.small_speech import SPEAKER, small_networks
 
 from sa2jax import testing
 from sa2jax.chat import template, tokenizer_files
+from sa2jax.inference.prefix_cache import PrefixCache
 from sa2jax.inference.programs import TRACES
-from sa2jax.inference.requests import Options, Request
-from sa2jax.inference.sampling import Sampling
-from sa2jax.inference.session import Session
+from sa2jax.inference.requests import GenerationConfig, Request
+from sa2jax.inference.sampling import SamplingParams
 from sa2jax.pipeline import StepAudio2
 from sa2jax.speech import programs as speech_programs
 from sa2jax.speech.token2wav import Token2Wav
 
 RATE = 16_000
-SHORT = Options(max_new_tokens=8)
-DRAWN = Options(sampling=Sampling(temperature=0.7, top_p=0.9), max_new_tokens=150, seed=1)
+SHORT = GenerationConfig(max_new_tokens=8)
+DRAWN = GenerationConfig(
+    sampling=SamplingParams(temperature=0.7, top_p=0.9), max_new_tokens=150, seed=1
+)
 
 
 def noise(seconds: float, seed: int = 0) -> tuple[np.ndarray, int]:
@@ -49,7 +51,7 @@ def model(speech) -> StepAudio2:
 
 def test_the_second_answer_depends_on_the_first(model):
     system = "You are a helpful assistant. " * 2
-    greedy = Options(max_new_tokens=8)
+    greedy = GenerationConfig(max_new_tokens=8)
     chat = model.chat(system, options=greedy)
     first, second = chat.say("hello"), chat.say("and now?")
     assert (len(first.ids), first.finish_reason) == (8, "length")
@@ -119,7 +121,7 @@ def test_the_ids_are_those_of_a_batch(model):
 
 def test_cancel_and_go_on(model):
     """The history holds exactly the codes whose sound was given; the talk goes on from there."""
-    options = Options(sampling=DRAWN.sampling, max_new_tokens=400, seed=1)
+    options = GenerationConfig(sampling=DRAWN.sampling, max_new_tokens=400, seed=1)
     chat = model.chat("S", options=options, voice="default")
     stream = chat.stream("hello", first=10)
     samples = 0
@@ -140,15 +142,15 @@ def test_cancel_and_go_on(model):
 
 def warm_up(model, speech, options) -> None:
     """Every size that a conversation of short clips can need, once."""
-    generator, rng = model.generator, np.random.default_rng(0)
+    engine, rng = model.engine, np.random.default_rng(0)
     mels = model.cfg.audio_encoder.mels
     for clips in (1, 2, 4, 8):
         for frames in (128, 256, 512):
-            heard_clips = generator.listen([np.zeros((mels, frames), np.float32)] * clips)
+            heard_clips = engine.encode_audio([np.zeros((mels, frames), np.float32)] * clips)
             for size in (64, 128, 256, 512):
-                generator._arrange(heard_clips, [np.arange(3)] * clips, size)
+                engine._scatter_features(heard_clips, [np.arange(3)] * clips, size)
     for read in (60, 1100, 2200):  # through all sizes of the cache
-        session, ids = Session(generator), rng.integers(0, 256, read)
+        session, ids = PrefixCache(engine), rng.integers(0, 256, read)
         for more in (0, 40, 100, 200, 400):
             ids = np.concatenate([ids, rng.integers(0, 256, more)])
             list(session.reply(Request(ids.astype(np.int32)), options))
@@ -159,7 +161,9 @@ def warm_up(model, speech, options) -> None:
 @pytest.mark.slow
 def test_fifty_turns_compile_nothing_new(model, speech):
     """Text and recordings, written and spoken, with turns dropped on the way."""
-    options = Options(sampling=DRAWN.sampling, max_new_tokens=60, stop_ids=model.stop_ids, seed=1)
+    options = GenerationConfig(
+        sampling=DRAWN.sampling, max_new_tokens=60, stop_ids=model.stop_ids, seed=1
+    )
     warm_up(model, speech, options)
     before = Counter(TRACES), Counter(speech_programs.TRACES)
     chat, dropped = model.chat("S", options=options, voice="default"), 0

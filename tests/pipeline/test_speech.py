@@ -19,7 +19,7 @@ from helpers.scripted import (
 
 from sa2jax.chat import template
 from sa2jax.errors import CheckpointError, VoiceError
-from sa2jax.inference.requests import Options
+from sa2jax.inference.requests import GenerationConfig
 from sa2jax.pipeline import StepAudio2
 
 # --- speech ---
@@ -125,7 +125,7 @@ def test_a_stop_string_ends_a_reply(script, model, speak):
     """It is part of the reply, as everywhere; what was made beyond it is not."""
     ids = groups("one, two, three", range(60)) if speak else b"one, two, three"
     script.will_say(ids)
-    chat = model.chat(options=Options(stop_strings=("nothing", "two")))
+    chat = model.chat(options=GenerationConfig(stop_strings=("nothing", "two")))
     reply = chat.say("a", speak=speak)
     assert (reply.text, reply.finish_reason) == ("one, two", "string")
     assert reply.ids == tuple(ids[:36] if speak else ids[:8])
@@ -134,7 +134,7 @@ def test_a_stop_string_ends_a_reply(script, model, speak):
 def test_the_length_limit_ends_with_what_was_spoken(script, model):
     ids = groups("Hello you", range(36))
     script.will_say(ids)
-    chat = model.chat(options=Options(max_new_tokens=23))
+    chat = model.chat(options=GenerationConfig(max_new_tokens=23))
     reply = chat.say("a", speak=True)
     assert (reply.finish_reason, reply.ids) == ("length", tuple(ids[:23]))
     assert reply.codes == tuple(range(18))
@@ -147,11 +147,15 @@ def test_the_length_limit_ends_with_what_was_spoken(script, model):
 @pytest.mark.parametrize("loop", [[7], [7, 8, 9], groups("ab", [1] * 8, end=False), [TTS_PAD]])
 def test_a_reply_in_circles_is_ended(script, model, loop):
     script.will_say([*b"So: ", *loop * 500])
-    reply = model.chat(options=Options(max_new_tokens=2000, max_repeat=100)).say("a", speak=True)
+    reply = model.chat(options=GenerationConfig(max_new_tokens=2000, max_repeat=100)).say(
+        "a", speak=True
+    )
     assert reply.finish_reason == "repeat"
     assert len(reply.ids) == 4 + len(loop) + 100
     script.will_say([*b"So: ", *loop * 100])
-    free = model.chat(options=Options(max_new_tokens=2000, max_repeat=0)).say("a", speak=True)
+    free = model.chat(options=GenerationConfig(max_new_tokens=2000, max_repeat=0)).say(
+        "a", speak=True
+    )
     assert (free.finish_reason, len(free.ids)) == ("stop", 4 + 100 * len(loop))
 
 

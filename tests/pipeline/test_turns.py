@@ -27,7 +27,7 @@ from sa2jax.chat import template
 from sa2jax.chat.content import as_pieces
 from sa2jax.chat.tools import ToolCall
 from sa2jax.errors import AudioError, PromptError
-from sa2jax.inference.sampling import Sampling
+from sa2jax.inference.sampling import SamplingParams
 from sa2jax.pipeline import StepAudio2
 
 # --- turns ---
@@ -49,14 +49,14 @@ def test_second_turn_holds_the_first(script, model):
         + turn("human", "bye") + OPEN
     )  # fmt: skip
     assert script.requests[2].counts == (13,)  # the generated <audio_start> is no clip
-    assert script.numbers == [0, 1, 2]  # each answer draws anew
+    assert script.prompt_indices == [0, 1, 2]  # each answer draws anew
 
 
 def test_official_sampling_of_a_conversation(script, model):
     script.will_say(b"Hi!")
     model.chat().say("hello")
     (options,) = script.options
-    assert options.sampling == Sampling(
+    assert options.sampling == SamplingParams(
         temperature=0.7, top_k=50, top_p=0.9, repetition_penalty=1.05
     )
     assert options.stop_ids == (EOT,)
@@ -84,7 +84,7 @@ def test_a_text_is_one_piece_with_the_head_of_its_turn(script, model, monkeypatc
 
 def test_a_recording_is_read_once(script, model, tmp_path):
     """What was said stays said, whatever becomes of the file."""
-    audio.write(tmp_path / "a.wav", CLIP[0], RATE)
+    audio.write_wav(tmp_path / "a.wav", CLIP[0], RATE)
     script.will_say(b"one", b"two")
     chat = model.chat(system=None)
     chat.say(tmp_path / "a.wav")

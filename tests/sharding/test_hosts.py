@@ -17,7 +17,7 @@ from helpers.small_training import save_model, save_pairs, values
 from sa2jax import testing
 from sa2jax.cli import main
 from sa2jax.errors import ShardingError
-from sa2jax.inference.requests import Options, Request
+from sa2jax.inference.requests import GenerationConfig, Request
 from sa2jax.pipeline import StepAudio2
 from sa2jax.runtime import start_distributed
 from sa2jax.train.log import read_metrics
@@ -28,7 +28,7 @@ RUN = """
     from sa2jax.runtime import start_distributed
 
     number = start_distributed()
-    from sa2jax.inference.requests import Options, Request
+    from sa2jax.inference.requests import GenerationConfig, Request
     from sa2jax.pipeline import StepAudio2
 
     def answers(model):
@@ -36,7 +36,7 @@ RUN = """
         mel = rng.standard_normal((model.cfg.audio_encoder.mels, 100), np.float32)
         ids = rng.integers(0, 256, 40).astype(np.int32)
         requests = [Request(ids, (mel,), (3,), (12,)), Request(ids[:5])]
-        made = model.generator.generate(requests, Options(max_new_tokens=12))
+        made = model.engine.generate(requests, GenerationConfig(max_new_tokens=12))
         return [list(reply.ids) for (reply,) in made]
 
     reads = []
@@ -48,12 +48,12 @@ RUN = """
     checkpoint._read = counted
     model = StepAudio2.from_pretrained(sys.argv[1], mesh="fsdp=2,tensor=2")
     half = sum(reads)
-    logits = model.generator.logits(Request(np.arange(9, dtype=np.int32)))
+    logits = model.engine.logits(Request(np.arange(9, dtype=np.int32)))
     reply = {"number": number, "devices": jax.device_count(), "here": jax.local_device_count(),
              "ids": answers(model), "read": half, "logits": float(np.abs(logits).sum())}
     dealt = StepAudio2.from_pretrained(sys.argv[1], mesh="data=2,tensor=2")
     reply["replicas"] = len(dealt.replicas)
-    chat = dealt.chat(system=None, options=Options(max_new_tokens=8))
+    chat = dealt.chat(system=None, options=GenerationConfig(max_new_tokens=8))
     reply["said"] = chat.say("hello").text
 
     # The detokenizer of a mesh of both hosts: each speaks on its own devices.
@@ -126,9 +126,9 @@ def test_two_hosts_answer_as_one(tmp_path):
     mel = rng.standard_normal((model.cfg.audio_encoder.mels, 100), np.float32)
     ids = rng.integers(0, 256, 40).astype(np.int32)
     requests = [Request(ids, (mel,), (3,), (12,)), Request(ids[:5])]
-    made = model.generator.generate(requests, Options(max_new_tokens=12))
+    made = model.engine.generate(requests, GenerationConfig(max_new_tokens=12))
     assert replies[0]["ids"] == [list(reply.ids) for (reply,) in made]
-    chat = model.chat(system=None, options=Options(max_new_tokens=8))
+    chat = model.chat(system=None, options=GenerationConfig(max_new_tokens=8))
     assert replies[0]["said"] == chat.say("hello").text
 
 
@@ -166,7 +166,10 @@ def test_two_hosts_train_as_one(tmp_path):
     again, _ = run_together(command, tmp_path)  # goes on from the last checkpoint
     assert again == first
     alone = StepAudio2.from_pretrained(tmp_path / "run" / "model")
-    assert alone.chat(system=None, options=Options(max_new_tokens=4)).say("hello").text is not None
+    assert (
+        alone.chat(system=None, options=GenerationConfig(max_new_tokens=4)).say("hello").text
+        is not None
+    )
 
 
 def test_hosts_that_cannot_be_found(monkeypatch):

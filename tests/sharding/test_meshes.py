@@ -45,7 +45,13 @@ def check_traces(found):
     """One program of each kind; for one prompt and for three, as many rows on four parts."""
     rows = [-(-rows // found["ways"]) for rows in (1, 4)]
     places = 1 if rows[0] == rows[1] else 2
-    assert found["traces"] == {"listen": 1, "place": places, "prefill": 1, "decode": 1, "score": 1}
+    assert found["traces"] == {
+        "encode_audio": 1,
+        "scatter_features": places,
+        "prefill": 1,
+        "decode": 1,
+        "logits": 1,
+    }
     assert found["sound_traces"] == {"mel": 1, "wave": 1, "start": 1, "step": 1}
     assert found["new"], "the second time nothing is traced but a block of another size"
 

@@ -7,10 +7,10 @@ import pytest
 from helpers.small_training import save_pairs
 
 from sa2jax import StepAudio2
-from sa2jax.audio.recording import Heard
+from sa2jax.audio.recording import Recording
 from sa2jax.chat.interleave import deinterleave
 from sa2jax.chat.template import Audio, human_turn, render, reply_turn
-from sa2jax.inference.requests import Options
+from sa2jax.inference.requests import GenerationConfig
 from sa2jax.train.language.recipe import LanguageRecipe
 from sa2jax.train.language.task import train_language_model
 from sa2jax.train.recipe import build_config
@@ -68,10 +68,10 @@ def test_by_heart(tmp_path):
     said = record["messages"][1]
     for outcome, right in ((adapted, True), (whole, False)):
         model = StepAudio2.from_pretrained(outcome.results["model"])
-        heard = Heard.of(second.parent / record["audios"][0])
+        heard = Recording.from_source(second.parent / record["audios"][0])
         turns = [human_turn([Audio(heard)]), reply_turn(spoken=True)]
         request = model.request(render(turns))
-        ((found,),) = model.generate([request], Options(max_new_tokens=160))
+        ((found,),) = model.generate([request], GenerationConfig(max_new_tokens=160))
         reply = deinterleave(found.ids, model.tokenizer.special)
         assert (reply.codes == said["speech"]) is right
         assert (model.tokenizer.decode(reply.text_ids) == said["content"]) is right

@@ -53,7 +53,7 @@ def whole(home, model, pairs):
 
 
 def numbers(folder):
-    return checkpoint.flatten(jax.device_get(checkpoint.load(folder / "model")))
+    return checkpoint.flatten(jax.device_get(checkpoint.load_params(folder / "model")))
 
 
 def learnt(folder):
@@ -205,7 +205,7 @@ def test_low_rank_matrices_alone_are_trained_and_merged(home, model, pairs):
     start = base.model.bind(base.load_params(None, plan.seed))(ids)[0]
     assert float(np.abs(hidden - start).max()) > 1e-2
     merged = StepAudio2.from_pretrained(outcome.results["model"])
-    logits = merged.generator.logits(Request(ids[0]))
+    logits = merged.engine.logits(Request(ids[0]))
     expected = base.model.bind(state.params).decoder.logits(hidden)[0]
     np.testing.assert_allclose(logits, expected, atol=2e-5, rtol=1e-5)
     lora, rank, alpha = load_adapter(outcome.results["adapter"], base.model)

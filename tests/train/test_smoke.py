@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sa2jax import StepAudio2
-from sa2jax.inference.requests import Options
+from sa2jax.inference.requests import GenerationConfig
 from sa2jax.train.language.recipe import read_language_recipe
 from sa2jax.train.language.task import train_language_model
 from sa2jax.train.log import read_metrics
@@ -27,7 +27,7 @@ def test_smoke(tmp_path, monkeypatch):
     assert model.transcribe_batch(heard) == [
         "The boats come back at noon.", "She baked two loaves of bread."
     ]  # fmt: skip
-    chat = model.chat(options=Options(max_new_tokens=64))
+    chat = model.chat(options=GenerationConfig(max_new_tokens=64))
     assert chat.say("Name a fruit.").text == "An apple."
-    chat = model.chat(options=Options(max_new_tokens=64))
+    chat = model.chat(options=GenerationConfig(max_new_tokens=64))
     assert chat.say(Path("examples/audio/06_capital.flac")).text == "Paris."

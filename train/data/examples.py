@@ -14,7 +14,6 @@ ids and `<|EOT|>`; the turn's head, and `<tts_start>` of a spoken one, are the c
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Float32, Int32, UInt8
@@ -22,7 +21,15 @@ from jaxtyping import Float32, Int32, UInt8
 from sa2jax import audio
 from sa2jax.chat import template
 from sa2jax.chat.interleave import interleave
-from sa2jax.chat.template import Audio, Ids, Message, Piece, Text
+from sa2jax.chat.template import (
+    PROMPT_STYLES,
+    Audio,
+    Ids,
+    Message,
+    Piece,
+    PromptStyle,
+    Text,
+)
 from sa2jax.chat.tokenizer import SpecialTokens, Tokenizer
 from sa2jax.chat.toolbox import ToolResult, results_text
 from sa2jax.chat.tools import CALL_START, MalformedToolCall, ToolCall
@@ -31,8 +38,6 @@ from sa2jax.errors import DataError, PromptError
 from sa2jax.train.data.records import AUDIO_MARK, RecordError, Turn, parse_tool_call
 from sa2jax.train.data.samples import Sample
 
-PromptStyle = Literal["chat", "base"]
-PROMPT_STYLES: tuple[PromptStyle, ...] = ("chat", "base")
 TOKEN_KINDS = ("text", "audio", "pads")  # of tokens, by their number in `Example.kinds`
 
 _RESULT_ROLES = ("tool_response", "tool")
@@ -83,7 +88,7 @@ def make_example(
 
     Raises:
         RecordError: if nothing of the sample can be learnt.
-        DataError: for an unknown style.
+        DataError: for an unknown prompt style.
     """
     row = _build(sample, tokenizer, cfg, prompt_style)
     ids = np.asarray(row.ids, np.int32)
@@ -125,9 +130,8 @@ def _build(
 ) -> "_ExampleBuilder":
     """All tokens of a sample."""
     if prompt_style not in PROMPT_STYLES:
-        raise DataError(
-            f"prompt_style={prompt_style!r}: expected one of {', '.join(PROMPT_STYLES)}"
-        )
+        expected = ", ".join(PROMPT_STYLES)
+        raise DataError(f"prompt_style={prompt_style!r}: expected one of {expected}")
     row = _ExampleBuilder(sample, tokenizer, cfg)
     try:
         if prompt_style == "chat":
@@ -224,7 +228,7 @@ def _write_chat(row: _ExampleBuilder) -> None:
         learn = any(turn.loss for _, turn in turns)
         if first.role in _RESULT_ROLES:
             text = _tool_results([turn.content for _, turn in turns], calls)
-            message = template.tool_result_turn(row.tokenizer.harmless(text))
+            message = template.tool_result_turn(row.tokenizer.escape_special_tokens(text))
         else:
             match row.pieces_of(first.content):
                 case [Text(text)]:
@@ -318,6 +322,6 @@ def _write_base(row: _ExampleBuilder) -> None:
         else:
             start, *pieces = _spoken(row, index, turn)
             row.write(start, False)
-        for piece in template.render_raw(pieces):
+        for piece in template.render_base(pieces):
             row.write(piece, learn)
     row.write(Ids((row.tokenizer.special.end_of_text,)), learn)

@@ -293,7 +293,7 @@ def _load_sample(job: _RecordJob | Reject) -> _PendingSample | Reject:
             load_features(sound("audio", n, path), job.plan.n_mels)
             for n, path in enumerate(record.audios)
         )
-        targets = {n: audio.load(sound("speech", n, path)) for n, path in recorded.items()}
+        targets = {n: audio.load_audio(sound("speech", n, path)) for n, path in recorded.items()}
         short = [len(clip) for clip in targets.values() if len(clip) < 2 * audio.HOP]
         if short:
             raise AudioError(f"speech of {short[0]} samples is too short")

@@ -20,7 +20,7 @@ from sa2jax.train.data import tfio_reader
 from sa2jax.train.data.tfio_reader import read_frame, write_frame
 
 Sound = tuple[np.ndarray, int]
-"""Samples [C, T] and their rate in Hz, as `audio.load` takes them."""
+"""Samples [C, T] and their rate in Hz, as `audio.load_audio` takes them."""
 
 MAKE_ENVIRONMENT = (
     "make it with `python3.11 -m venv tfio; tfio/bin/pip install -r requirements-tfio.txt` and "

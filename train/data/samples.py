@@ -77,10 +77,10 @@ def load_features(source: audio.Audio, n_mels: int = N_MELS) -> ClipFeatures:
     """
     if isinstance(source, str) and "://" in source:
         raise AudioError(f"{source} is not here: run `sa2jax data prepare` with --reader tfio")
-    samples = audio.load(source)
+    samples = audio.load_audio(source)
     if not audio.num_tokens(audio.num_frames(len(samples))):
         raise AudioError(f"a recording of {len(samples)} samples is too short to be heard")
-    return tuple(audio.log_mel(chunk, n_mels=n_mels) for chunk in audio.split(samples))
+    return tuple(audio.log_mel(chunk, n_mels=n_mels) for chunk in audio.split_chunks(samples))
 
 
 def given_codes(record: Record, num_codes: int = NUM_CODES) -> dict[int, Int32[np.ndarray, "A"]]:

@@ -25,13 +25,13 @@ import grain
 import numpy as np
 
 from sa2jax.audio.rates import MEL_RATE
+from sa2jax.chat.template import PromptStyle
 from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.config import StepAudio2Config
 from sa2jax.errors import DataError
 from sa2jax.train.data.examples import (
     TOKEN_KINDS,
     Example,
-    PromptStyle,
     make_example,
 )
 from sa2jax.train.data.records import RecordError

@@ -25,7 +25,7 @@ from sa2jax import atomic_io, checkpoint
 from sa2jax.assets import model_folder
 from sa2jax.chat import tokenizer_files
 from sa2jax.chat.tokenizer import Tokenizer
-from sa2jax.checkpoint import Tick
+from sa2jax.checkpoint import Progress
 from sa2jax.config import StepAudio2Config
 from sa2jax.convert import tokenizer as tokenizers
 from sa2jax.convert.transfer import copy_side_files, usual_dtype
@@ -109,7 +109,7 @@ class BaseModel:
                     digest.update(file.read(SAMPLE_BYTES))
         return digest.hexdigest()[:16]
 
-    def load_params(self, mesh: Mesh | None, seed: int, progress: Tick | None = None) -> Params:
+    def load_params(self, mesh: Mesh | None, seed: int, progress: Progress | None = None) -> Params:
         """Its numbers on their devices, with fresh low-rank matrices.
 
         Args:
@@ -121,8 +121,8 @@ class BaseModel:
             CheckpointError: if the folder is damaged, incomplete or of another model.
         """
         if self.spec.folder is not None:
-            like = self.without_lora.placed(mesh)
-            params = loading.read(self.spec.folder, like, self.policy, progress=progress)
+            like = self.without_lora.with_shardings(mesh)
+            params = loading.read_params(self.spec.folder, like, self.policy, progress=progress)
         else:
             places = None if mesh is None else self.without_lora.shardings(mesh)
             make = lambda: StepAudio2Model(self.cfg, policy=self.policy, rngs=nnx.Rngs(seed))
@@ -159,7 +159,7 @@ class BaseModel:
             self.merged(params),
         )
         with _shared_folder(out, overwrite) as folder:
-            checkpoint.save(folder / checkpoint.PARAMS, params)
+            checkpoint.save_params(folder / checkpoint.PARAMS, params)
             if jax.process_index() == 0:
                 self._write_side_files(folder, dtype)
                 _copy_voices(Path(out), folder)
@@ -264,7 +264,9 @@ def _dtype_policy(spec: ModelSpec) -> Policy:
     if spec.dtype == "int8":
         if spec.folder is None:
             raise ConfigError("model.dtype int8 needs a model.folder")
-        return replace(loading.policy_of("int8", stored=stored), param=compute, compute=compute)
+        return replace(
+            loading.resolve_policy("int8", stored=stored), param=compute, compute=compute
+        )
     return Policy(param=jnp.dtype(spec.dtype), compute=compute)
 
 

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from sa2jax.sharding import shard, ways_of
+from sa2jax.sharding import axis_size, shard
 
 LOSS_CHUNK = 512  # positions of each row whose logits are held at a time
 Head = Callable[[Float[Array, "B C D"]], Float[Array, "B C V"]]
@@ -96,7 +96,7 @@ def token_losses(
     more = -steps % chunk
     hidden = jnp.pad(hidden, ((0, 0), (0, more), (0, 0)))
     targets = jnp.pad(targets, ((0, 0), (0, more)))
-    groups = ways_of("data") * ways_of("fsdp")
+    groups = axis_size("data") * axis_size("fsdp")
     groups = groups if batch % groups == 0 else 1
 
     def chunks(x):  # [B, T, ...] to [T/C, G, B/G, C, ...]

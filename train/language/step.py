@@ -26,7 +26,7 @@ from sa2jax.config import StepAudio2Config
 from sa2jax.errors import TrainError
 from sa2jax.models.step_audio import StepAudio2Model
 from sa2jax.nn import ArrayT, Functional, Params, Remat
-from sa2jax.sharding import placed, shard, sharding_of, using
+from sa2jax.sharding import shard, sharding_of, use_mesh, with_shardings
 from sa2jax.train.language.objective import LOSS_CHUNK, LossSums, next_token_loss
 from sa2jax.train.optimizer import Optimizer, combine
 from sa2jax.train.state import TrainState, TrainStep, apply_gradient, jit_step
@@ -100,7 +100,7 @@ def language_loss(
     net = model.bind(params)
     features = None
     if batch.mels is not None and batch.frames is not None:
-        features = net.listen(batch.mels, batch.frames, batch.starts, remat=remat)
+        features = net.encode_audio(batch.mels, batch.frames, batch.starts, remat=remat)
         # All clips on every device: a row's clips may have been heard anywhere.
         features = shard(features, None, None, None)
     x = net.embed(batch.ids, features, batch.feature_index)
@@ -204,7 +204,7 @@ def make_language_evaluation(
     function = jax.jit(evaluate)
 
     def run(params: Params, batch: LanguageBatch[Array]) -> dict[str, LossSums]:
-        with using(mesh):
+        with use_mesh(mesh):
             return function(params, batch)
 
     return run
@@ -305,4 +305,4 @@ def abstract_language_batch(
         )
 
     batch = jax.eval_shape(make)
-    return batch if mesh is None else placed(batch, batch_shardings(batch, mesh))
+    return batch if mesh is None else with_shardings(batch, batch_shardings(batch, mesh))

@@ -26,7 +26,7 @@ from sa2jax.models.flow import flow_model
 from sa2jax.models.flow.dit import EstimatorState
 from sa2jax.models.flow.flow_matching import Flow, start_noise
 from sa2jax.models.flow.upsample_conformer import ConformerState, heard
-from sa2jax.nn import ArrayT, Functional, Params, Policy, before, init_params
+from sa2jax.nn import ArrayT, Functional, Params, Policy, init_params, length_mask
 from sa2jax.speech.token2wav import CHUNK
 from sa2jax.speech_config import FlowConfig
 from sa2jax.train.networks.step import abstract_network_batch
@@ -122,13 +122,13 @@ def flow_loss(
     batch_size, room = batch.codes.shape
     ratio, look = cfg.encoder.upsample, cfg.encoder.lookahead
     lengths, frames = batch.lengths, ratio * batch.lengths
-    valid = before(frames, ratio * room)[..., None]  # [B, Q, 1]
+    valid = length_mask(frames, ratio * room)[..., None]  # [B, Q, 1]
     uniform, seeds = _random_draws(key, batch_size)
 
     with jax.named_scope("condition"):
         codes = jnp.clip(batch.codes, 0, cfg.codes - 1)
         x = net.table[...][codes].astype(dtype)
-        x = jnp.where(before(lengths, room)[..., None], x, 0)
+        x = jnp.where(length_mask(lengths, room)[..., None], x, 0)
         x = jnp.pad(x, [(0, 0), (0, look), (0, 0)])
         given = uniform[0] * config.max_prompt_fraction * frames
         prompted = uniform[1] < config.prompt_prob
@@ -144,7 +144,7 @@ def flow_loss(
         voice = voice / jnp.maximum(jnp.linalg.norm(voice, axis=-1, keepdims=True), 1e-12)
         voice = jnp.broadcast_to(net.speaker(voice)[:, None], mu.shape)
         mel = jnp.where(valid, batch.mels.astype(jnp.float32), 0)
-        cond = jnp.where(before(given, mel.shape[1])[..., None], mel, 0).astype(dtype)
+        cond = jnp.where(length_mask(given, mel.shape[1])[..., None], mel, 0).astype(dtype)
         dropped = uniform[2] < config.cfg_dropout
         known = jnp.concatenate([mu, voice, cond], axis=-1)
         known = jnp.where(dropped[:, None, None], 0, known)

@@ -189,7 +189,7 @@ def speaker_vector(analyzer: VoiceAnalyzer, path: str) -> Float[np.ndarray, "C"]
 
 def _pieces(item: RecordingEntry) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Name, samples at 16 kHz and at 24 kHz of each piece of a recording."""
-    low, high = _load_16k(item.path), audio.load(item.path, SPEECH_SAMPLE_RATE, mono="mean")
+    low, high = _load_16k(item.path), audio.load_audio(item.path, SPEECH_SAMPLE_RATE, mono="mean")
     step, high_step = _samples(audio.SAMPLE_RATE), _samples(SPEECH_SAMPLE_RATE)
     least, kept = int(MIN_PIECE_SECONDS * audio.SAMPLE_RATE), 0
     for number, start in enumerate(range(0, len(low), step)):
@@ -206,7 +206,7 @@ def _pieces(item: RecordingEntry) -> Iterator[tuple[str, np.ndarray, np.ndarray]
 
 
 def _load_16k(path: str) -> np.ndarray:
-    return audio.load(path, audio.SAMPLE_RATE, mono="first")
+    return audio.load_audio(path, audio.SAMPLE_RATE, mono="first")
 
 
 def _samples(rate: int) -> int:

@@ -90,7 +90,9 @@ class DetokenizerNetwork:
         Raises:
             CheckpointError: if the folder is damaged.
         """
-        return checkpoint.load(self.speech.folder, self.model.placed(mesh), branch=self.name)
+        return checkpoint.load_params(
+            self.speech.folder, self.model.with_shardings(mesh), branch=self.name
+        )
 
     def save(self, params: Params, out: Path) -> list[str]:
         """Write the whole detokenizer with other numbers in this network; `out` is replaced.
@@ -238,7 +240,7 @@ def save_detokenizer(folder: Path, cfg: Token2WavConfig, params: Params) -> None
         params: of all four networks.
     """
     folder.mkdir(exist_ok=True)
-    checkpoint.save(folder / checkpoint.PARAMS, params)
+    checkpoint.save_params(folder / checkpoint.PARAMS, params)
     info = {"format": checkpoint.FORMAT, "kind": KIND, "config": cfg.to_dict(), "analysis": ""}
     _write_info(folder, info)
     _write_analysis_hash(folder, checkpoint.open_leaves(folder))

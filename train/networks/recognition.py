@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from sa2jax.errors import TrainError
-from sa2jax.nn import ArrayT, Functional, Linear, Params, Policy, before
+from sa2jax.nn import ArrayT, Functional, Linear, Params, Policy, length_mask
 from sa2jax.train.networks.step import LossFunction, Report, abstract_network_batch
 
 LETTERS = " abcdefghijklmnopqrstuvwxyz'"  # ids from 1 on; 0 is CTC's blank
@@ -144,11 +144,11 @@ def ctc_loss(
         The mean over all letters, and float32 scalars to report: of how many `letters`, and how
         many clips were `skipped`.
     """
-    own = before(counts, letters.shape[1])
+    own = length_mask(counts, letters.shape[1])
     doubled = (letters[:, 1:] == letters[:, :-1]) & own[:, 1:]
     fits = (frames >= counts + doubled.sum(1)) & (counts > 0)
     cost = optax.ctc_loss(
-        logits.astype(jnp.float32), 1.0 - before(frames, logits.shape[1]), letters, 1.0 - own
+        logits.astype(jnp.float32), 1.0 - length_mask(frames, logits.shape[1]), letters, 1.0 - own
     )
     weight = jnp.sum(jnp.where(fits, counts, 0)).astype(jnp.float32)
     loss = jnp.sum(jnp.where(fits, cost, 0)) / jnp.maximum(weight, 1)
@@ -159,7 +159,7 @@ def ctc_greedy_decode(logits: Float[Array, "B S V"], frames: Int[Array, "B"]) ->
     """The likeliest symbol of each frame; repetitions and blanks are 0, see `letters_to_text`."""
     best = jnp.argmax(logits, axis=-1)
     again = jnp.pad(best[:, 1:] == best[:, :-1], ((0, 0), (1, 0)))
-    return jnp.where(before(frames, best.shape[1]) & ~again, best, 0)
+    return jnp.where(length_mask(frames, best.shape[1]) & ~again, best, 0)
 
 
 CTCLogits = tuple[Float[Array, "B T V"], Int[Array, "B"]]  # logits, and how many each clip has

@@ -187,7 +187,7 @@ def _load_sample(item: RecordingEntry, rate: int, most: float) -> SpeechSample:
     for key, value in facts.items():
         if not isinstance(value, str):
             raise DataError(f'expected "{key}" to be text, got {value!r}')
-    sound = audio.load(item.path, rate, mono="mean")
+    sound = audio.load_audio(item.path, rate, mono="mean")
     if len(sound) > most * rate:
         raise DataError(f"{len(sound) / rate:.1f} s: expected at most {most:g} s")
     if not len(sound) or np.abs(sound).max() < SILENCE:

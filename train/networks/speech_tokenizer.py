@@ -34,9 +34,9 @@ from sa2jax.nn import (
     Linear,
     Params,
     Policy,
-    before,
     functional,
     init_params,
+    length_mask,
     over_layers,
     stack,
 )
@@ -108,7 +108,7 @@ class SpeechTokenizerHeads(nnx.Module):
 
     def ctc_logits(self, digits: Float[Array, "B S G"], lengths: Int[Array, "B"]) -> CTCLogits:
         """Logits of letters, see `CTCHead`."""
-        own = before(lengths, digits.shape[1])
+        own = length_mask(lengths, digits.shape[1])
 
         def layer(x, layer_and_index):
             return layer_and_index[0](x, own), None
@@ -175,7 +175,7 @@ def saturation_loss(x: Float[Array, "B S G"], lengths: Int[Array, "B"]) -> Float
     Where tanh is flat no gradient brings a digit back: without this 98 % of them end as −1 or 1,
     and a codebook of 243 is one of 32.
     """
-    own = before(lengths, x.shape[1])[..., None]
+    own = length_mask(lengths, x.shape[1])[..., None]
     beyond = jnp.maximum(jnp.abs(x) - 1, 0)
     count = jnp.maximum(jnp.sum(own) * x.shape[-1], 1)
     return jnp.sum(jnp.where(own, jnp.square(beyond), 0)) / count
@@ -189,7 +189,7 @@ def codebook_balance_loss(
     The squared distance, per digit, of the mean from 0 and of the covariance from 2/3 on the
     diagonal and 0 beside it, over all frames of a batch.
     """
-    own = before(lengths, digits.shape[1])[..., None]
+    own = length_mask(lengths, digits.shape[1])[..., None]
     count = jnp.maximum(jnp.sum(own), 1)
     x = jnp.where(own, digits, 0).reshape(-1, digits.shape[-1])
     mean = x.sum(0) / count
@@ -202,7 +202,7 @@ def codes_from_digits(digits: Float[Array, "B S G"], lengths: Int[Array, "B"]) -
     """Codes of digits, 0 beyond each clip's own."""
     whole = jnp.round(digits).astype(jnp.int32) + LEVELS // 2
     codes = whole @ (LEVELS ** jnp.arange(digits.shape[-1], dtype=jnp.int32))
-    return jnp.where(before(lengths, codes.shape[1]), codes, 0)
+    return jnp.where(length_mask(lengths, codes.shape[1]), codes, 0)
 
 
 def speech_tokenizer_forward(
@@ -241,7 +241,7 @@ def speech_tokenizer_forward(
     hidden, lengths = net.encode(mels, frames), code_length(frames)
     raw = net.digits(hidden).astype(jnp.float32)
     digits = straight_through_digits(raw)
-    digits = jnp.where(before(lengths, digits.shape[1])[..., None], digits, 0)
+    digits = jnp.where(length_mask(lengths, digits.shape[1])[..., None], digits, 0)
     with jax.named_scope("letters"):
         spelled = heads.ctc_logits(digits, lengths)
         ctc, report = ctc_loss(*spelled, batch.letters, batch.letter_counts)
@@ -250,7 +250,7 @@ def speech_tokenizer_forward(
     with jax.named_scope("mels"):
         error = _mel_error(heads, digits, clean, frames)
     codes = codes_from_digits(digits, lengths)
-    seen = jnp.zeros(teacher.cfg.codebook).at[codes].max(before(lengths, codes.shape[1]))
+    seen = jnp.zeros(teacher.cfg.codebook).at[codes].max(length_mask(lengths, codes.shape[1]))
     bent, beyond = codebook_balance_loss(digits, lengths), saturation_loss(raw, lengths)
     report |= {
         "ctc": ctc, "intermediate_ctc": early, "mel_error": error, "codebook_balance": bent,
@@ -271,7 +271,7 @@ def _mel_error(
     frames: Int[Array, "B"],
 ) -> Float[Array, ""]:
     """Mean distance of told mel frames from the clip's own, each band less its mean."""
-    own = before(frames, mels.shape[2])[:, None]  # [B, 1, T]
+    own = length_mask(frames, mels.shape[2])[:, None]  # [B, 1, T]
     count = jnp.maximum(frames, 1)[:, None, None]
     mean = jnp.sum(jnp.where(own, mels, 0), axis=2, keepdims=True) / count
     mels = jnp.where(own, mels - mean, 0)

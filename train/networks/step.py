@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from sa2jax.nn import Functional, Params
-from sa2jax.sharding import placed, sharding_of, using
+from sa2jax.sharding import sharding_of, use_mesh, with_shardings
 from sa2jax.train.optimizer import Optimizer, combine
 from sa2jax.train.state import TrainState, TrainStep, apply_gradient, jit_step
 
@@ -100,7 +100,7 @@ def make_loss_evaluation(
     function = jax.jit(evaluate)
 
     def run(params: Params, batch: Any, key: Array | None = None) -> Any:
-        with using(mesh):
+        with use_mesh(mesh):
             return function(params, batch, key)
 
     return run
@@ -114,7 +114,7 @@ def place_network_batch(batch: BatchT, mesh: Mesh | None) -> BatchT:
 def abstract_network_batch(make: Callable[[], BatchT], mesh: Mesh | None) -> BatchT:
     """Shapes and places of the batch that `make` builds; nothing is allocated."""
     batch = jax.eval_shape(make)
-    return batch if mesh is None else placed(batch, _shardings(batch, mesh))
+    return batch if mesh is None else with_shardings(batch, _shardings(batch, mesh))
 
 
 def _shardings(batch: Any, mesh: Mesh) -> Any:

@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sa2jax.audio import mel_24k
 from sa2jax.errors import TrainError
 from sa2jax.models.vocoder import Vocoder, vocoder
-from sa2jax.nn import ArrayT, Functional, Params, Policy, before, init_params
+from sa2jax.nn import ArrayT, Functional, Params, Policy, init_params, length_mask
 from sa2jax.speech_config import VocoderConfig
 from sa2jax.train.networks.step import abstract_network_batch
 from sa2jax.train.networks.stft_loss import masked_mean, multi_resolution_stft_loss
@@ -161,8 +161,8 @@ def vocoder_loss(
             f"{HOP} of {MELS}, as audio.mel_24k has them"
         )
     frames, room = batch.frames, batch.f0.shape[1]
-    valid = before(frames, room)  # [B, T]
-    sound = jnp.where(before(frames * HOP, room * HOP), batch.sound.astype(jnp.float32), 0)
+    valid = length_mask(frames, room)  # [B, T]
+    sound = jnp.where(length_mask(frames * HOP, room * HOP), batch.sound.astype(jnp.float32), 0)
 
     with jax.named_scope("hear"):
         true = mel_24k(sound, frames * HOP).swapaxes(1, 2)  # [B, T, M]
@@ -190,7 +190,7 @@ def vocoder_loss(
             made, sound, first * HOP, last * HOP, config.resolutions
         )
         again = mel_24k(made, frames * HOP).swapaxes(1, 2)
-        judged = before(last, room) & ~before(first, room)
+        judged = length_mask(last, room) & ~length_mask(first, room)
         timbre = masked_mean(jnp.mean(jnp.abs(again - true), -1), judged.astype(jnp.float32))
         loss = config.convergence_weight * convergence + config.magnitude_weight * magnitude
         loss = loss + config.mel_weight * timbre + config.pitch_weight * pitch

@@ -26,7 +26,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from sa2jax.models.flow.layers import attend, window
-from sa2jax.nn import Conv1d, LayerNorm, Linear, Policy, note, over_layers, stack
+from sa2jax.nn import Conv1d, LayerNorm, Linear, Policy, over_layers, stack, tap
 from sa2jax.speech_config import EstimatorConfig
 
 EPS = 1e-6  # of the norms that adaLN modulates
@@ -247,7 +247,7 @@ class Block(nnx.Module):
         conv_cache, kv_cache = cache
         attn, mlp, conv = parts[0:3], parts[3:6], parts[6:9]
         y, kv = self.attn(_modulate(x, *attn[:2]), mask, kv_cache)
-        x = x + attn[2] * note(trace, "attn", y)
+        x = x + attn[2] * tap(trace, "attn", y)
         y, conv_cache = self.convs(_modulate(x, *conv[:2]), counts, conv_cache)
         x = x + conv[2] * y
         y = self.down(jax.nn.gelu(self.up(_modulate(x, *mlp[:2])), approximate=True))
@@ -297,7 +297,7 @@ class DiT(nnx.Module):
         rates = np.exp(-np.log(10000.0) * np.arange(half) / half).astype(np.float32)
         angle = (t * TIME_SCALE)[:, None] * rates
         waves = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
-        level = note(trace, "t_emb", self.time_out(jax.nn.silu(self.time_in(waves))))
+        level = tap(trace, "t_emb", self.time_out(jax.nn.silu(self.time_in(waves))))
         level = jax.nn.silu(level)
         _, parts = over_layers(lambda none, x: (none, x[0].modulation(level)), None, self.blocks)
         return parts.swapaxes(0, 1), self.modulation(level)
@@ -333,7 +333,7 @@ class DiT(nnx.Module):
             part = jax.lax.dynamic_slice(array, start, (1, 1, *array.shape[2:]))
             return part.reshape(*lead, len(x), *array.shape[4 + len(lead) :])
 
-        x = note(trace, "inputs", self.inputs(x))
+        x = tap(trace, "inputs", self.inputs(x))
 
         def block(x, block_and_index):
             module, i = block_and_index

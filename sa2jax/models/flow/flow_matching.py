@@ -42,7 +42,17 @@ from jaxtyping import Array, Bool, Float, Int
 from sa2jax.models.flow.dit import DiT, EstimatorState
 from sa2jax.models.flow.state import FlowState, capacity_for
 from sa2jax.models.flow.upsample_conformer import ConformerState, UpsampleConformer
-from sa2jax.nn import Functional, Linear, Params, Policy, before, functional, note, param, unstack
+from sa2jax.nn import (
+    Functional,
+    Linear,
+    Params,
+    Policy,
+    functional,
+    length_mask,
+    param,
+    tap,
+    unstack,
+)
 from sa2jax.speech_config import FlowConfig
 
 STEPS = 10
@@ -144,7 +154,7 @@ class Flow(nnx.Module):
         frames = mu.shape[1]
         given = prompt_mel.shape[1]
         cond = jnp.pad(prompt_mel, [(0, 0), (0, frames - given), (0, 0)])
-        cond = jnp.where(before(ratio * prompts, frames)[..., None], cond, 0)
+        cond = jnp.where(length_mask(ratio * prompts, frames)[..., None], cond, 0)
         x = self._noise(jnp.zeros(batch, jnp.int32), frames, noise, seed)
         x, _ = self._euler(
             x, mu, self._voice(speaker, trace), cond, ratio * total, estimator, levels,
@@ -152,7 +162,7 @@ class Flow(nnx.Module):
         )  # fmt: skip
         place = ratio * prompts[:, None] + jnp.arange(ratio * room)
         mel = jnp.take_along_axis(x, place[..., None], axis=1)
-        return jnp.where(before(ratio * lengths, ratio * room)[..., None], mel, 0)
+        return jnp.where(length_mask(ratio * lengths, ratio * room)[..., None], mel, 0)
 
     def start(
         self,
@@ -269,7 +279,7 @@ class Flow(nnx.Module):
         estimator = state.estimator.admit(
             fresh, frames, state.prompt, seen, keep=state.keep, parity=state.parity
         )
-        mel = jnp.where(before(frames, x.shape[1])[..., None], x, 0)
+        mel = jnp.where(length_mask(frames, x.shape[1])[..., None], x, 0)
         return replace(state, encoder=encoder, estimator=estimator), mel
 
     def _empty(self, batch: int, steps: int) -> tuple[ConformerState, EstimatorState]:
@@ -284,18 +294,18 @@ class Flow(nnx.Module):
         """Speaker vectors to what the estimator takes."""
         x = speaker.astype(jnp.float32)
         x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-        return note(trace, "speaker", self.speaker(x))
+        return tap(trace, "speaker", self.speaker(x))
 
     def _encode(self, codes, present, counts, state, hop, *, capacity=None, trace=None):
         """Codes to features, with zeros behind so that `hop` codes have their look-ahead."""
         missing = hop + self.cfg.encoder.lookahead - codes.shape[1]
         codes = jnp.clip(codes, 0, self.cfg.codes - 1)
         x = self.table[...][codes].astype(self.policy.compute)
-        x = jnp.where(before(present, x.shape[1])[..., None], x, 0)
+        x = jnp.where(length_mask(present, x.shape[1])[..., None], x, 0)
         x = jnp.pad(x, [(0, 0), (0, max(missing, 0)), (0, 0)])[:, : codes.shape[1] + missing]
         with jax.named_scope("encoder"):
             x, state = self.encoder(x, present, counts, state, capacity=capacity, trace=trace)
-        return note(trace, "mu", self.to_mel(x)), state
+        return tap(trace, "mu", self.to_mel(x)), state
 
     def _noise(self, first, frames, noise, seed):
         """Start noise of each row from its own first frame on."""
@@ -313,7 +323,7 @@ class Flow(nnx.Module):
         both = lambda a: jnp.concatenate([a, jnp.zeros_like(a)])
         voice = jnp.broadcast_to(speaker[:, None], mu.shape)
         fixed = both(jnp.concatenate([mu, voice, cond.astype(mu.dtype)], axis=-1))
-        mask = jnp.concatenate([state.order >= 0, before(counts, x.shape[1])], axis=1)
+        mask = jnp.concatenate([state.order >= 0, length_mask(counts, x.shape[1])], axis=1)
         mask, counts = jnp.concatenate([mask, mask]), jnp.concatenate([counts, counts])
 
         def euler(x, step):

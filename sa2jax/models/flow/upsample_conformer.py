@@ -27,7 +27,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from sa2jax.models.flow.layers import attend, window
-from sa2jax.nn import Conv1d, LayerNorm, Linear, Policy, before, note, over_layers, param, stack
+from sa2jax.nn import Conv1d, LayerNorm, Linear, Policy, length_mask, over_layers, param, stack, tap
 from sa2jax.speech_config import ConformerConfig
 
 LAYER_EPS = 1e-12  # of the norms inside layers; the others have 1e-5
@@ -245,12 +245,12 @@ class UpsampleConformer(nnx.Module):
         ratio, new = cfg.upsample, x.shape[1] - cfg.lookahead
         with jax.named_scope("look_ahead"):
             x = self.embed(x)
-            x = jnp.where(before(present, x.shape[1])[..., None], x, 0)
-            note(trace, "embed", x[:, :new])
+            x = jnp.where(length_mask(present, x.shape[1])[..., None], x, 0)
+            tap(trace, "embed", x[:, :new])
             y = jax.nn.leaky_relu(self.look_ahead(x), 0.01)
             y = jnp.concatenate([state.look_conv.astype(y.dtype), y], axis=1)
             look_conv = window(y, counts, state.look_conv.shape[1])
-            x = note(trace, "look_ahead", self.look_back(y) + x[:, :new])
+            x = tap(trace, "look_ahead", self.look_back(y) + x[:, :new])
         with jax.named_scope("layers"):
             x, kv = self._attend(
                 self.layers, x, counts, chunks, state.length, state.kv, trace, "layers"
@@ -260,8 +260,8 @@ class UpsampleConformer(nnx.Module):
                 [state.up_conv.astype(x.dtype), jnp.repeat(x, ratio, axis=1)], axis=1
             )
             up_conv = window(x, ratio * counts, state.up_conv.shape[1])
-            x = note(trace, "up", self.up_conv(x))
-            x = note(trace, "up_embed", self.up_embed(x))
+            x = tap(trace, "up", self.up_conv(x))
+            x = tap(trace, "up_embed", self.up_embed(x))
         with jax.named_scope("up_layers"):
             x, up_kv = self._attend(
                 self.up_layers, x, ratio * counts,
@@ -276,14 +276,14 @@ class UpsampleConformer(nnx.Module):
             kv=_append(state.kv, kv, counts, size),
             up_kv=_append(state.up_kv, up_kv, ratio * counts, ratio * size),
         )
-        return note(trace, "encoder_out", self.norm(x)), state
+        return tap(trace, "encoder_out", self.norm(x)), state
 
     def _attend(self, layers, x, counts, chunks, seen, cache, trace, name):
         """Run one stack of layers; gives the new keys and values of all of them."""
         new, cached = x.shape[1], cache.shape[SLOTS]
         table = distances(new, cached, x.shape[2]).astype(x.dtype)
         old = jnp.arange(cached)[None] >= cached - seen[:, None]
-        mask = jnp.concatenate([old, before(counts, new)], axis=1)[:, None]
+        mask = jnp.concatenate([old, length_mask(counts, new)], axis=1)[:, None]
         if chunks is not None:
             mask = mask & jnp.pad(
                 heard(chunks), [(0, 0), (0, 0), (cached, 0)], constant_values=True
@@ -295,7 +295,7 @@ class UpsampleConformer(nnx.Module):
             return x, (kv, x if trace is not None else None)
 
         x, (kv, outputs) = over_layers(layer, x, layers)
-        note(trace, name, outputs)
+        tap(trace, name, outputs)
         return x, kv
 
 

@@ -145,7 +145,7 @@ def model() -> StepAudio2:
 def test_a_record_is_what_a_conversation_asks_and_its_answers(name, model, monkeypatch):
     options, said, answers, messages, clips = TALKS[name]
     script = Script().will_say(*answers)
-    monkeypatch.setattr(conversation, "Session", script.session)
+    monkeypatch.setattr(conversation, "PrefixCache", script.session)
     chat = model.chat(**options)
     for content, speak in said:
         chat.say(content, speak=speak)
@@ -295,7 +295,7 @@ def test_raw_is_what_a_base_model_is_asked(model):
         [{"role": "system", "content": task.system}, asks("<audio>"), says("Hi", speech=[3, 4])],
         [SHORT], prompt_style="base",
     )  # fmt: skip
-    request = model.request(task.raw(template.Audio(SHORT)))
+    request = model.request(task.base_pieces(template.Audio(SHORT)))
     assert example.ids[: len(request.ids)].tolist() == request.ids.tolist()
     assert example.ids[len(request.ids) :].tolist() == [*groups("Hi", [3, 4]), END_OF_TEXT]
     assert learnt(example) == [[*groups("Hi", [3, 4]), END_OF_TEXT]]

@@ -183,7 +183,7 @@ def test_codes_of_recordings(spoken, tmp_path, golden, monkeypatch):
     assert about["speech_tokenizer"] == folder.analysis
     assert about["rejected"] == 0
     source = ShardSource(tmp_path / "out")
-    clips = [audio.load(spoken.parent / name) for name in ("b.flac", "a.wav")]
+    clips = [audio.load_audio(spoken.parent / name) for name in ("b.flac", "a.wav")]
     expected = folder.analyzer.codes_of(clips)
     np.testing.assert_array_equal(source[1].codes[1], expected[0])
     np.testing.assert_array_equal(source[3].codes[1], expected[1])

@@ -66,7 +66,7 @@ def same(one: Sample, other: Sample) -> bool:
 
 def test_hear(folder):
     (mel,) = load_features(folder / "a.wav", 16)
-    np.testing.assert_array_equal(mel, audio.log_mel(audio.load(folder / "a.wav"), n_mels=16))
+    np.testing.assert_array_equal(mel, audio.log_mel(audio.load_audio(folder / "a.wav"), n_mels=16))
     chunks = load_features(folder / "long.wav")
     assert [chunk.shape for chunk in chunks] == [(128, 2502), (128, 102)]
     with pytest.raises(AudioError, match="a recording of 3 samples is too short to be heard"):

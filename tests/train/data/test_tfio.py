@@ -141,7 +141,7 @@ def test_read(stand_in, recording, tmp_path):
     with TfioReader(stand_in()) as reader:
         assert reader.versions == {"tensorflow": "0"}
         samples, rate = reader.read(str(recording))
-        expected, _ = audio.read(recording)
+        expected, _ = audio.read_audio(recording)
         assert rate == 24_000
         np.testing.assert_array_equal(samples, expected)
         with pytest.raises(AudioError, match=r"bad\.wav cannot be read by tensorflow-io: Error op"):
@@ -268,7 +268,7 @@ def test_tfrecord_source(stand_in, recording, tmp_path):
     source = ShardSource(tmp_path / "out")
     samples = [source[index] for index in range(len(source))]
     assert [s.record.where for s in samples] == ["a.tfrecord:1", "a.tfrecord:5", "t.jsonl:1"]
-    expected = audio.log_mel(audio.load((TONE, 16_000)))
+    expected = audio.log_mel(audio.load_audio((TONE, 16_000)))
     np.testing.assert_array_equal(samples[0].mels[0][0], expected)
     rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").open()]
     assert [reject["where"] for reject in rejects] == [f"a.tfrecord:{n}" for n in (2, 3, 4)]
@@ -323,7 +323,7 @@ def test_real_formats(recordings):
         assert set(reader.versions) == {"tensorflow", "tensorflow_io"}
         for name, (_, tolerance) in FORMATS.items():
             samples, rate = reader.read(str(recordings / f"a.{name}"))
-            expected, expected_rate = audio.read(recordings / f"a.{name}")
+            expected, expected_rate = audio.read_audio(recordings / f"a.{name}")
             assert rate == expected_rate
             np.testing.assert_allclose(samples, expected, atol=tolerance, rtol=0, err_msg=name)
         for name in ("text.wav", "none.wav"):

@@ -198,7 +198,7 @@ def test_shards_and_their_recordings_give_the_same(tmp_path, ready):
     path = write_jsonl(tmp_path / "s.jsonl", lines)
     for n, name in enumerate(names):
         for i in range(n % 3):
-            audio.write(tmp_path / f"{name}-{i}.wav", sound_of(name, i), RATE)
+            audio.write_wav(tmp_path / f"{name}-{i}.wav", sound_of(name, i), RATE)
     one = next(data_of(path, rows=4, shuffle=False, epochs=1))
     assert names_of(one) == names
     two = next(data_of(ready, rows=8, shuffle=False, epochs=1))

@@ -193,7 +193,7 @@ def test_clips_of_a_row_are_heard_as_if_alone():
     examples = [example(n, 20, frames, mels=16) for n, frames in enumerate([(57, 30), (41,), (8,)])]
     (row,) = pack(examples, shape)
     assert names(row) == [0, 1, 2]
-    listen = jax.jit(net.listen)
+    listen = jax.jit(net.encode_audio)
     features = np.asarray(listen(row["mels"], row["frames"], row["starts"]))
     assert features.shape[:2] == (shape.mel_rows, shape.mel_frames // 8)
     alone = iter(listen(*audio.pad_mels([mel for own in examples for mel in own.mels])))

@@ -78,10 +78,10 @@ def test_recordings_are_heard_as_voices_are(prepared, speech):
         length, codes = int(batch.lengths[0]), analyzer.codes(path)
         assert length in (len(codes), len(codes) - 1)
         np.testing.assert_array_equal(batch.codes[0, :length], codes[:length])
-        mel = audio.mel_24k(audio.load(path, 24000, mono="mean")).T
+        mel = audio.mel_24k(audio.load_audio(path, 24000, mono="mean")).T
         np.testing.assert_array_equal(batch.mels[0, : 2 * length], mel[: 2 * length])
         assert not batch.mels[0, 2 * length :].any()
-        low = audio.load(path, 16000)
+        low = audio.load_audio(path, 16000)
         np.testing.assert_allclose(batch.speaker[0], analyzer.speaker_of(low), atol=1e-5)
     np.testing.assert_array_equal(mixed.codes, first.codes)
     np.testing.assert_array_equal(mixed.speaker, third.speaker)

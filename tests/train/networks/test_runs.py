@@ -157,7 +157,7 @@ def test_a_run(kind, home, model, clips):
 
     # --- what it leaves
     source, made = subject.open(str(model), "float32"), whole.results["model"]
-    old, new = (leaves(checkpoint.load(folder)) for folder in (source.folder, made))
+    old, new = (leaves(checkpoint.load_params(folder)) for folder in (source.folder, made))
     assert old.keys() == new.keys()
     for name, leaf in old.items():
         assert (leaf.shape, leaf.dtype) == (new[name].shape, new[name].dtype)
@@ -174,7 +174,7 @@ def test_a_run(kind, home, model, clips):
     assert (first.step, first.finished, first.results) == (1, False, {})
     second = train_network(plan, out, quiet=True)
     assert (second.step, second.finished) == (2, True)
-    other = leaves(checkpoint.load(second.results["model"]))
+    other = leaves(checkpoint.load_params(second.results["model"]))
     for name, leaf in new.items():
         np.testing.assert_array_equal(leaf, other[name], err_msg=name)
     timeless = lambda line: {name: line[name] for name in line.keys() - TIMES}

@@ -38,7 +38,7 @@ def halved(flow):
 
 
 def leaves(folder):
-    return checkpoint.flatten(jax.device_get(checkpoint.load(folder)))
+    return checkpoint.flatten(jax.device_get(checkpoint.load_params(folder)))
 
 
 def test_a_models_voices_and_recordings_come_along(model, tmp_path):
@@ -68,7 +68,7 @@ def test_numbers_keep_their_dtype_on_disk(converted_detokenizer, tmp_path):
         name: leaf.astype(np.float16) if name.startswith("flow.") else leaf
         for name, leaf in leaves(folder).items()
     }
-    checkpoint.save(folder / checkpoint.PARAMS, checkpoint.unflatten(narrow), overwrite=True)
+    checkpoint.save_params(folder / checkpoint.PARAMS, checkpoint.unflatten(narrow), overwrite=True)
     flow = open_detokenizer_network("flow", folder)
     params = flow.load_params(None)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}

@@ -9,17 +9,17 @@ import pytest
 
 from sa2jax import audio, testing
 from sa2jax.errors import PromptError
-from sa2jax.inference.engine import PIECE, Generator
+from sa2jax.inference.engine import PREFILL_CHUNK, Engine
+from sa2jax.inference.prefix_cache import MIN_CACHE_SIZE, PrefixCache
 from sa2jax.inference.programs import TRACES
-from sa2jax.inference.requests import Options, Request
-from sa2jax.inference.sampling import Sampling
-from sa2jax.inference.session import SLOTS, Session
+from sa2jax.inference.requests import GenerationConfig, Request
+from sa2jax.inference.sampling import SamplingParams
 from sa2jax.models.step_audio import step_audio2
 
 CFG = testing.tiny_config(max_positions=3000)
 NEW = 14
-GREEDY = Options(max_new_tokens=NEW)
-SAMPLED = replace(GREEDY, sampling=Sampling(temperature=0.8, top_k=20, top_p=0.9), seed=3)
+GREEDY = GenerationConfig(max_new_tokens=NEW)
+SAMPLED = replace(GREEDY, sampling=SamplingParams(temperature=0.8, top_k=20, top_p=0.9), seed=3)
 
 
 def text(seed: int, length: int) -> np.ndarray:
@@ -41,21 +41,25 @@ def longer(request: Request, *ids) -> Request:
 
 
 @pytest.fixture(scope="module")
-def generator() -> Generator:
-    return Generator(step_audio2(CFG), testing.tiny_params(CFG), CFG, block=8)
+def engine() -> Engine:
+    return Engine(step_audio2(CFG), testing.tiny_params(CFG), CFG, block=8)
 
 
 @pytest.fixture
-def session(generator) -> Session:
-    return Session(generator)
+def session(engine) -> PrefixCache:
+    return PrefixCache(engine)
 
 
-def said(session: Session, request: Request, options: Options = GREEDY, **more) -> list[int]:
+def said(
+    session: PrefixCache, request: Request, options: GenerationConfig = GREEDY, **more
+) -> list[int]:
     return [i for ids in session.reply(request, options, **more) for i in ids]
 
 
-def alone(generator, request: Request, options: Options = GREEDY, number: int = 0) -> list[int]:
-    ((reply,),) = generator.generate([request], options, numbers=[number])
+def alone(
+    engine, request: Request, options: GenerationConfig = GREEDY, number: int = 0
+) -> list[int]:
+    ((reply,),) = engine.generate([request], options, prompt_indices=[number])
     return list(reply.ids)
 
 
@@ -64,26 +68,26 @@ def alone(generator, request: Request, options: Options = GREEDY, number: int = 
 
 @pytest.mark.parametrize("block", [1, 3, 5, 32])
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED])
-def test_a_reply_is_that_of_a_batch(generator, session, block, options):
+def test_a_reply_is_that_of_a_batch(engine, session, block, options):
     request = heard(text(0, 60), (5, 120))
-    expected = alone(generator, request, options, number=4)
-    assert said(session, request, options, number=4, block=block) == expected
+    expected = alone(engine, request, options, number=4)
+    assert said(session, request, options, prompt_index=4, block=block) == expected
     assert (session.prefilled, session.finish_reason) == (60, "length")
 
 
 @pytest.mark.parametrize("place", [0, 1, 4, 5, 6])
-def test_stop_ids(generator, session, place):
+def test_stop_ids(engine, session, place):
     request = Request(text(0, 30))
-    ids = alone(generator, request)
+    ids = alone(engine, request)
     stop = replace(GREEDY, stop_ids=(ids[place],))
     assert said(session, request, stop) == ids[: ids.index(ids[place])]
     assert session.finish_reason == "stop"
 
 
 @pytest.mark.parametrize("limit", [1, 5, 6, 7])
-def test_limits(generator, session, limit):
+def test_limits(engine, session, limit):
     request = Request(text(0, 30))
-    ids = alone(generator, request)[:limit]
+    ids = alone(engine, request)[:limit]
     assert said(session, request, replace(GREEDY, max_new_tokens=limit)) == ids
     assert said(session, replace(request, max_new_tokens=limit), GREEDY) == ids
     assert session.finish_reason == "length"
@@ -95,22 +99,24 @@ def test_the_context_ends_a_reply(session):
     assert session.finish_reason == "length"
 
 
-def test_a_prompt_is_read_in_pieces(generator, session):
+def test_a_prompt_is_read_in_pieces(engine, session):
     """Clips across the borders of pieces, and one that ends the prompt."""
-    length = 2 * PIECE + 100
-    request = heard(text(1, length), (PIECE - 20, 900), (2 * PIECE - 5, 100), (length - 13, 100))
-    assert said(session, request) == alone(generator, request)
+    length = 2 * PREFILL_CHUNK + 100
+    request = heard(
+        text(1, length), (PREFILL_CHUNK - 20, 900), (2 * PREFILL_CHUNK - 5, 100), (length - 13, 100)
+    )
+    assert said(session, request) == alone(engine, request)
     assert session.prefilled == length
 
 
 # --- what is read again ---
 
 
-def test_a_new_turn_reads_only_what_is_new(generator, session):
+def test_a_new_turn_reads_only_what_is_new(engine, session):
     request = heard(text(0, 60), (5, 120))
     for turn in range(3):
         ids = said(session, request)
-        assert ids == alone(generator, request)
+        assert ids == alone(engine, request)
         new = heard(text(10 + turn, 40), (7, 80), seed=turn)
         request = Request(
             np.concatenate([request.ids, ids, new.ids]).astype(np.int32),
@@ -118,23 +124,23 @@ def test_a_new_turn_reads_only_what_is_new(generator, session):
             (*request.starts, len(request.ids) + len(ids) + 7),
             request.counts + new.counts,
         )
-        expected = alone(generator, request)
+        expected = alone(engine, request)
         assert said(session, request) == expected
         # The newest token of a reply was chosen but not read.
         assert session.prefilled == 1 + 40
 
 
-def test_the_same_prompt_again_reads_its_last_position(generator, session):
+def test_the_same_prompt_again_reads_its_last_position(engine, session):
     request = heard(text(0, 60), (5, 120))
     first = said(session, request)
     assert said(session, request) == first
     assert session.prefilled == 1
 
 
-def test_only_clips_that_changed_are_heard(generator, session, monkeypatch):
+def test_only_clips_that_changed_are_heard(engine, session, monkeypatch):
     """Same ids, another recording: what follows it is read again."""
     heard_frames = []
-    listen = Generator.listen
+    listen = Engine.encode_audio
 
     def spy(self, mels):
         heard_frames.append([mel.shape[1] for mel in mels])
@@ -142,28 +148,28 @@ def test_only_clips_that_changed_are_heard(generator, session, monkeypatch):
 
     request = heard(text(0, 90), (5, 120), (30, 110))
     said(session, request)
-    monkeypatch.setattr(Generator, "listen", spy)
+    monkeypatch.setattr(Engine, "encode_audio", spy)
     other = replace(request, mels=(request.mels[0], request.mels[1] + 1))
     ids = said(session, other)
     assert heard_frames == [[110]]
     assert session.prefilled == 60
-    assert ids == alone(generator, other)
-    assert ids != alone(generator, request)
+    assert ids == alone(engine, other)
+    assert ids != alone(engine, request)
 
 
-def test_an_undone_turn_and_another_in_its_place(generator, session):
+def test_an_undone_turn_and_another_in_its_place(engine, session):
     request = Request(text(0, 50))
     ids = said(session, request)
     said(session, longer(request, ids, text(1, 30)))
     other = longer(request, ids[:4], text(2, 20))
-    assert said(session, other) == alone(generator, other)
+    assert said(session, other) == alone(engine, other)
     assert session.prefilled == 20
 
 
-def test_a_reply_may_be_left_at_any_time(generator, session):
+def test_a_reply_may_be_left_at_any_time(engine, session):
     """What was made ahead and not taken is not lost for the cache, and does not show."""
     request = Request(text(0, 50))
-    ids = alone(generator, request)
+    ids = alone(engine, request)
     for taken in (1, 2, 3):
         stream = session.reply(request, GREEDY, block=3)
         got = [i for _ in range(taken) for i in next(stream)]
@@ -171,12 +177,12 @@ def test_a_reply_may_be_left_at_any_time(generator, session):
         assert session.finish_reason == "abandoned"
         assert got == ids[: len(got)]
         other = longer(request, got, text(5, 10))
-        assert said(session, other) == alone(generator, other)
+        assert said(session, other) == alone(engine, other)
         assert session.prefilled == 10
     assert said(session, request) == ids
 
 
-def test_a_failure_costs_a_prefill(generator, session, monkeypatch):
+def test_a_failure_costs_a_prefill(engine, session, monkeypatch):
     request = Request(text(0, 50))
     said(session, request)
 
@@ -184,29 +190,29 @@ def test_a_failure_costs_a_prefill(generator, session, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Generator, "read", fails)
+        patch.setattr(Engine, "prefill_chunks", fails)
         with pytest.raises(KeyboardInterrupt):
             said(session, longer(request, [1]))
-    assert said(session, request) == alone(generator, request)
+    assert said(session, request) == alone(engine, request)
     assert session.prefilled == 50
 
 
-def test_a_fork_goes_its_own_way(generator, session):
+def test_a_fork_goes_its_own_way(engine, session):
     request = Request(text(0, 50))
     ids = said(session, request)
     other = session.fork()
     one, two = longer(request, ids, text(1, 20)), longer(request, ids, text(2, 20))
-    assert said(session, one) == alone(generator, one)
-    assert said(other, two) == alone(generator, two)
+    assert said(session, one) == alone(engine, one)
+    assert said(other, two) == alone(engine, two)
     assert (session.prefilled, other.prefilled) == (21, 21)
-    assert said(Session(generator).fork(), request) == ids  # nothing read yet
+    assert said(PrefixCache(engine).fork(), request) == ids  # nothing read yet
 
 
-def test_the_cache_grows_with_the_conversation(generator, session):
-    request = Request(text(0, SLOTS - NEW))
+def test_the_cache_grows_with_the_conversation(engine, session):
+    request = Request(text(0, MIN_CACHE_SIZE - NEW))
     ids = said(session, request)
     longest = longer(request, ids, text(1, 500))
-    assert said(session, longest) == alone(generator, longest)
+    assert said(session, longest) == alone(engine, longest)
     assert session.prefilled == 501
 
 
@@ -220,7 +226,7 @@ def test_refused(session):
         said(session, Request(text(0, 5)), replace(GREEDY, samples=2))
 
 
-def test_what_is_refused_leaves_the_cache(generator, session):
+def test_what_is_refused_leaves_the_cache(engine, session):
     request = Request(text(0, 50))
     said(session, request)
     with pytest.raises(PromptError, match="outside the vocabulary"):
@@ -232,13 +238,15 @@ def test_what_is_refused_leaves_the_cache(generator, session):
 # --- programs ---
 
 
-def test_fifty_turns_compile_nothing_new(generator):
+def test_fifty_turns_compile_nothing_new(engine):
     """Text and audio turns of several lengths, across both sizes of the cache."""
 
     def converse(turns: int, seed: int) -> None:
-        session, request = Session(generator), Request(text(seed, 20))
+        session, request = PrefixCache(engine), Request(text(seed, 20))
         for turn in range(turns):
-            ids = said(session, request, replace(SAMPLED, max_new_tokens=7 + turn % 5), number=turn)
+            ids = said(
+                session, request, replace(SAMPLED, max_new_tokens=7 + turn % 5), prompt_index=turn
+            )
             new = text(turn, 20 + turn % 7)
             clip = heard(new, (3, 90 + turn % 9), seed=turn) if turn % 2 else Request(new)
             start = len(request.ids) + len(ids)
