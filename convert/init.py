@@ -22,7 +22,7 @@ import numpy as np
 from sa2jax import atomic_io, checkpoint
 from sa2jax.chat.tokenizer import Tokenizer, added_token
 from sa2jax.chat.tokenizer_files import byte_tokenizer
-from sa2jax.checkpoint import Tick
+from sa2jax.checkpoint import Progress
 from sa2jax.config import AudioEncoderConfig, StepAudio2Config
 from sa2jax.convert.hf import leaf_shapes, llm_rules
 from sa2jax.convert.rules import Rule, Split, Transpose, expand, rule
@@ -85,7 +85,7 @@ def init(
     seed: int = 0,
     dtype: str | None = None,
     overwrite: bool = False,
-    progress: Tick | None = None,
+    progress: Progress | None = None,
 ) -> Report:
     """Make a model folder of this library for a training from the beginning.
 

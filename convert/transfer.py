@@ -19,7 +19,7 @@ import numpy as np
 import tensorstore as ts
 
 from sa2jax import checkpoint
-from sa2jax.checkpoint import Tick
+from sa2jax.checkpoint import Progress
 from sa2jax.convert.rules import OF_CONFIG, Placement, Rule, Shape, expand, match
 from sa2jax.convert.weights import DTYPES, TensorInfo, Weights, blocks, peak_memory
 from sa2jax.errors import CheckpointError
@@ -165,7 +165,7 @@ def make_plan(
     return Plan(weights, placements, leaves)
 
 
-def write(plan: Plan, arrays: Mapping[str, ts.TensorStore], tick: Tick) -> None:
+def write(plan: Plan, arrays: Mapping[str, ts.TensorStore], tick: Progress) -> None:
     """Stream all leaves of a plan into a checkpoint.
 
     Args:
@@ -300,7 +300,7 @@ def chunk_of(array: ts.TensorStore) -> tuple[int, ...]:
     return tuple(n or size for n, size in zip(chunks, array.shape, strict=True))
 
 
-def share(progress: Tick | None, before: int, total: int) -> Tick:
+def share(progress: Progress | None, before: int, total: int) -> Progress:
     """The tick of one part of some work of which `before` bytes of `total` are done then."""
     if progress is None:
         return lambda done, total: None

@@ -21,9 +21,10 @@ from typing import Any, Protocol, Self
 import ml_dtypes
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
 
-from sa2jax.checkpoint import Tick
+from sa2jax.checkpoint import Progress
 from sa2jax.errors import CheckpointError
 
 SINGLE = "model.safetensors"
@@ -169,7 +170,11 @@ class SafetensorsFolder:
 
 
 def write_safetensors(
-    folder: Path, tensors: Mapping[str, TensorInfo], source: Weights, shard_bytes: int, tick: Tick
+    folder: Path,
+    tensors: Mapping[str, TensorInfo],
+    source: Weights,
+    shard_bytes: int,
+    tick: Progress,
 ) -> None:
     """Write tensors as `model.safetensors`, or as shards with an index, one block at a time.
 
@@ -278,10 +283,10 @@ def peak_memory() -> int:
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[Tick]:
+def progress_bar(title: str) -> Iterator[Progress]:
     """A bar on stderr for as long as the block runs; gives the function that moves it."""
     columns = "[progress.description]{task.description}", BarColumn(), DownloadColumn()
-    with Progress(
+    with ProgressBar(
         *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True
     ) as bar:
         task = bar.add_task(title, total=None)

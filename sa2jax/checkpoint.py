@@ -46,7 +46,7 @@ PART_BYTES = 64 << 20  # read from disk at a time
 SMALL_BYTES = 1 << 20  # leaves up to this size are one chunk, layers and all
 
 Params = dict[str, Any]
-Tick = Callable[[int, int], None]  # told about bytes done and bytes in all
+Progress = Callable[[int, int], None]  # called with (done, total), in bytes or in items
 Change = Callable[[str, jax.Array], dict[str, jax.Array]]  # a leaf by name to one or several
 
 

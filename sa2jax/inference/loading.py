@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from sa2jax import checkpoint, quantize
-from sa2jax.checkpoint import Tick
+from sa2jax.checkpoint import Progress
 from sa2jax.config import StepAudio2Config
 from sa2jax.errors import CheckpointError, ConfigError
 from sa2jax.models.heads import loading_shardings, spread_heads, spread_params
@@ -71,7 +71,7 @@ def load(
     dtype: str | None = None,
     mesh: str | Mesh | None = None,
     int8_cache: bool = False,
-    progress: Tick | None = None,
+    progress: Progress | None = None,
 ) -> Loaded:
     """Read a model folder of this library, or a Hugging Face folder as it is.
 
@@ -113,7 +113,7 @@ def stored_int8(folder: str | Path) -> Any:
 
 
 def read(
-    folder: str | Path, like: Params, policy: Policy, *, progress: Tick | None = None
+    folder: str | Path, like: Params, policy: Policy, *, progress: Progress | None = None
 ) -> Params:
     """The numbers of a model folder, each tensor straight into its place.
 

@@ -12,7 +12,7 @@ from sa2jax.inference.repetition import LoopWatch
 from sa2jax.inference.requests import Options, Request
 from sa2jax.inference.session import Session
 from sa2jax.pipeline.reply import Finish, ReplyPiece, Timings
-from sa2jax.speech.worker import Speaker
+from sa2jax.speech.worker import SynthesisWorker
 
 
 class Step:
@@ -44,7 +44,7 @@ class Step:
         options: Options,
         *,
         number: int,
-        speaker: Speaker | None = None,
+        speaker: SynthesisWorker | None = None,
     ) -> Generator[ReplyPiece]:
         """Generate, and speak at the same time.
 
@@ -64,8 +64,8 @@ class Step:
                 if text:
                     yield ReplyPiece(text=text)
                 if speaker is not None:
-                    speaker.say(codes)
-                    yield from map(self._heard, speaker.ready())
+                    speaker.put(codes)
+                    yield from map(self._heard, speaker.poll())
                 if finish is not None:
                     made.close()
                     break

@@ -19,6 +19,7 @@ from sa2jax.chat import template
 from sa2jax.chat.interleave import deinterleave
 from sa2jax.chat.template import Audio, Piece
 from sa2jax.chat.tokenizer import Tokenizer
+from sa2jax.checkpoint import Progress
 from sa2jax.config import StepAudio2Config
 from sa2jax.errors import CheckpointError
 from sa2jax.inference.engine import Generator
@@ -32,7 +33,6 @@ from sa2jax.speech import Speech
 from sa2jax.speech.token2wav import Token2Wav
 
 Style = Literal["chat", "base"]
-Progress = Callable[[int, int], None]  # done, in all
 
 
 class Base:

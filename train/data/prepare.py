@@ -202,7 +202,7 @@ class _Model:
             from sa2jax.runtime import enable_compilation_cache
 
             enable_compilation_cache()
-            self.analysis = self._speech.analysis
+            self.analysis = self._speech.analysis_hash
         return self._speech.analyzer.codes_of(clips)
 
 

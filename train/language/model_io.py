@@ -25,7 +25,7 @@ from sa2jax import atomic_io, checkpoint
 from sa2jax.assets import model_folder
 from sa2jax.chat import tokenizer_files
 from sa2jax.chat.tokenizer import Tokenizer
-from sa2jax.checkpoint import Tick
+from sa2jax.checkpoint import Progress
 from sa2jax.config import StepAudio2Config
 from sa2jax.convert import tokenizer as tokenizers
 from sa2jax.convert.transfer import copy_side_files, usual_dtype
@@ -109,7 +109,7 @@ class Base:
                     digest.update(file.read(SAMPLE_BYTES))
         return digest.hexdigest()[:16]
 
-    def load(self, mesh: Mesh | None, seed: int, progress: Tick | None = None) -> Params:
+    def load(self, mesh: Mesh | None, seed: int, progress: Progress | None = None) -> Params:
         """Its numbers on their devices, with fresh low-rank matrices.
 
         Args:
