@@ -13,7 +13,7 @@ from sa2jax.convert.token2wav import supply_voices
 from sa2jax.convert.transfer import copy_side_files, read_stored
 from sa2jax.convert.weights import parse_dtype
 from sa2jax.errors import CheckpointError, ConfigError
-from sa2jax.speech.layout import DEFAULT_VOICE, HEARING, KIND, VOICES, is_ours
+from sa2jax.speech.layout import ANALYSIS, DEFAULT_VOICE, KIND, VOICES, is_converted
 from sa2jax.speech.store import SpeechFolder
 
 
@@ -49,7 +49,7 @@ def assemble(
         AudioError: if a recording cannot be read.
     """
     cast, model, detokenizer = parse_dtype(dtype), Path(model), SpeechFolder(speech)
-    if not checkpoint.is_checkpoint(model) or is_ours(model):
+    if not checkpoint.is_checkpoint(model) or is_converted(model):
         raise CheckpointError(f"{model} is no model folder of this library: convert it first")
     if detokenizer.official:
         raise CheckpointError(f"{detokenizer.folder} is not converted: convert it first")
@@ -67,7 +67,7 @@ def assemble(
         _write(folder, _read(model, cast), info, single)
         (folder / KIND).mkdir()
         params = _read(detokenizer.folder, cast)
-        analysis = {name: params[name] for name in HEARING}
+        analysis = {name: params[name] for name in ANALYSIS}
         own = checkpoint.read_info(detokenizer.folder) | {
             "analysis": checkpoint.content_hash(analysis)
         }

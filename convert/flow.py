@@ -12,7 +12,7 @@ from sa2jax.convert.rules import Op, Rule, Shape, Split, Transpose, expand, rule
 from sa2jax.convert.transfer import Network, TransferPlan, make_plan, pack_dtypes, read
 from sa2jax.convert.weights import Arrays
 from sa2jax.errors import CheckpointError
-from sa2jax.models.flow.dit import PARTS
+from sa2jax.models.flow.dit import ADALN_PARTS
 from sa2jax.models.flow.flow_matching import flow_model
 from sa2jax.nn import Params
 from sa2jax.speech_config import FlowConfig
@@ -29,17 +29,17 @@ def flow_rules(cfg: FlowConfig) -> list[Rule]:
     """The table: released name, our leaf, what happens between."""
     est, hf_est = "estimator", "decoder.estimator"
     dit = Split(0, (cfg.estimator.heads, cfg.estimator.head_dim))
-    nine, two = Split(0, (PARTS, cfg.estimator.embed)), Split(0, (2, cfg.estimator.embed))
+    nine, two = Split(0, (ADALN_PARTS, cfg.estimator.embed)), Split(0, (2, cfg.estimator.embed))
     block, hf_block = f"{est}.blocks", f"{hf_est}.blocks.{{layer}}"
     rules = [
         rule("input_embedding.weight", "table"),
         *_both("spk_embed_affine_layer", "speaker"),
-        *_entry("encoder.embed", "encoder.embed"),
+        *_input_projection("encoder.embed", "encoder.embed"),
         *_both("encoder.pre_lookahead_layer.conv1", "encoder.look_ahead", CONV),
         *_both("encoder.pre_lookahead_layer.conv2", "encoder.look_back", CONV),
         *_conformer_layers("encoders", "layers", cfg),
         *_both("encoder.up_layer.conv", "encoder.up_conv", CONV),
-        *_entry("encoder.up_embed", "encoder.up_embed"),
+        *_input_projection("encoder.up_embed", "encoder.up_embed"),
         *_conformer_layers("up_encoders", "up_layers", cfg),
         *_norm("encoder.after_norm", "encoder.norm"),
         *_both("encoder_proj", "to_mel"),
@@ -164,7 +164,7 @@ def _norm(source: str, target: str) -> list[Rule]:
     ]
 
 
-def _entry(source: str, target: str) -> list[Rule]:
+def _input_projection(source: str, target: str) -> list[Rule]:
     return [
         *_both(f"{source}.out.0", f"{target}.linear"),
         *_norm(f"{source}.out.1", f"{target}.norm"),

@@ -158,7 +158,7 @@ def convert(
             "float_head is for dtype int8: other dtypes are those of the head too"
         )
     cast = parse_dtype("bfloat16" if is_int8 else dtype)
-    if token2wav.stands_alone(source):
+    if token2wav.is_standalone(source):
         done = token2wav.convert(source, out, overwrite=overwrite, progress=progress)
         return replace(done, notes=(*done.notes, *_kept(cast)))
     cfg = StepAudio2Config.from_hf(source)
@@ -168,7 +168,7 @@ def convert(
         plan = _plan(source, weights, cast)
         if is_int8:
             plan = with_int8(plan, int8_kernels(cfg, float_head=float_head))
-        speech = token2wav.Official(source / SPEECH) if speaks else None
+        speech = token2wav.OfficialDetokenizer(source / SPEECH) if speaks else None
         total = plan.bytes + (speech.bytes if speech else 0)
         with atomic_io.new_folder(out, overwrite=overwrite) as folder:
             atomic_io.need_space(folder, total)
@@ -224,7 +224,7 @@ def export(
     """
     started, source = time.perf_counter(), Path(source)
     cast, limit = parse_dtype(dtype), parse_size(max_shard_size)
-    if token2wav.is_ours(source):
+    if token2wav.is_converted(source):
         done = token2wav.export(source, out, overwrite=overwrite, progress=progress)
         return replace(done, notes=(*done.notes, *_kept(cast)))
     weights = ModelFolder(source)
@@ -234,8 +234,8 @@ def export(
             "have: export it with --dequantize (rounded numbers in their old dtype), or export "
             "the folder it was made from"
         )
-    speaks = token2wav.is_ours(source / SPEECH)
-    speech = token2wav.Ours(source / SPEECH) if speaks else None
+    speaks = token2wav.is_converted(source / SPEECH)
+    speech = token2wav.ConvertedDetokenizer(source / SPEECH) if speaks else None
     notes = ()
     own = _own(source, speech)
     if speech is not None and not speech.form:
@@ -333,7 +333,9 @@ def _plan(folder: Path, weights: SafetensorsFolder, cast: np.dtype | None) -> Tr
     return make_plan(llm_rules(cfg), weights, leaf_shapes(cfg), str(folder), cast=cast)
 
 
-def _own(source: Path, speech: token2wav.Official | token2wav.Ours | None) -> set[str]:
+def _own(
+    source: Path, speech: token2wav.OfficialDetokenizer | token2wav.ConvertedDetokenizer | None
+) -> set[str]:
     """Names in a folder that are converted and thus no side files."""
     weights = {path.name for path in source.glob("*.safetensors")}
     return {checkpoint.INFO, checkpoint.PARAMS, *weights} | ({SPEECH} if speech else set())
@@ -348,7 +350,9 @@ def _inside(left_out: list[str]) -> list[str]:
     return [f"{SPEECH}/{name}" for name in left_out]
 
 
-def _prefixed(speech: token2wav.Official | token2wav.Ours | None) -> dict[str, TensorInfo]:
+def _prefixed(
+    speech: token2wav.OfficialDetokenizer | token2wav.ConvertedDetokenizer | None,
+) -> dict[str, TensorInfo]:
     """The tensors of a detokenizer beside those of its model."""
     return {f"{SPEECH}.{name}": info for name, info in speech.sources.items()} if speech else {}
 

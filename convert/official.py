@@ -1,4 +1,4 @@
-"""A detokenizer's folder as released: flow.yaml, flow.pt, hift.pt and two .onnx files, by leaf."""
+"""The released detokenizer folder (flow.yaml, flow.pt, hift.pt, two .onnx files), read by leaf."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from sa2jax.errors import CheckpointError
 from sa2jax.models.speaker_encoder import speaker_encoder
 from sa2jax.models.speech_tokenizer import speech_tokenizer
 from sa2jax.nn import Params
-from sa2jax.speech.layout import HEARING, YAML
+from sa2jax.speech.layout import ANALYSIS, YAML
 from sa2jax.speech_config import Token2WavConfig
 
 
 @dataclass(frozen=True)
-class _Part:
+class _NetworkFile:
     """How one of the four networks is read and described."""
 
     file: str
@@ -43,27 +43,29 @@ def _vocoder_rules(cfg: Any, form: Mapping[str, Any]) -> list[Rule]:
 
 
 # The largest first: what comes later is then read beside nothing else.
-PARTS = {
-    "speech_tokenizer": _Part(
+NETWORKS = {
+    "speech_tokenizer": _NetworkFile(
         voice_analysis.SPEECH_TOKENIZER_FILE,
         voice_analysis.open_speech_tokenizer,
         lambda cfg, _: voice_analysis.speech_tokenizer_rules(cfg),
         _shapes_of(speech_tokenizer),
         voice_analysis.write_speech_tokenizer,
     ),
-    "speaker_encoder": _Part(
+    "speaker_encoder": _NetworkFile(
         voice_analysis.SPEAKER_ENCODER_FILE,
         voice_analysis.open_speaker_encoder,
         lambda cfg, _: voice_analysis.speaker_encoder_rules(cfg),
         _shapes_of(speaker_encoder),
         voice_analysis.write_speaker_encoder,
     ),
-    "flow": _Part(
+    "flow": _NetworkFile(
         flow.WEIGHTS, flow.open_file, lambda cfg, _: flow.flow_rules(cfg), flow.leaf_shapes
     ),
-    "vocoder": _Part(vocoder.WEIGHTS, vocoder.open_file, _vocoder_rules, vocoder.leaf_shapes),
+    "vocoder": _NetworkFile(
+        vocoder.WEIGHTS, vocoder.open_file, _vocoder_rules, vocoder.leaf_shapes
+    ),
 }
-FILES = (YAML, *(part.file for part in PARTS.values()))
+FILES = (YAML, *(part.file for part in NETWORKS.values()))
 
 
 def load_official(folder: str | Path) -> tuple[Token2WavConfig, Params]:
@@ -81,13 +83,13 @@ def load_official(folder: str | Path) -> tuple[Token2WavConfig, Params]:
         CheckpointError: for missing, damaged or hostile files, another model's, or such as do not
             fit together.
     """
-    official = Official(folder)
+    official = OfficialDetokenizer(folder)
     return official.config, {
         name: transfer.read(network.plan) for name, network in official.networks()
     }
 
 
-class Official:
+class OfficialDetokenizer:
     """A released detokenizer, by leaf; one network is open at a time.
 
     Everything is held against its table at once, so that a conversion does not fail half way.
@@ -138,7 +140,7 @@ class Official:
 
     def networks(self) -> Iterator[tuple[str, Network[Any]]]:
         """Each network in turn; let go of one before the next."""
-        for name, part in PARTS.items():
+        for name, part in NETWORKS.items():
             yield name, part.open(self.folder / part.file)
 
     def get(self, name: str) -> np.ndarray:
@@ -146,7 +148,7 @@ class Official:
         network, _, leaf = name.partition(".")
         if self._open is None or self._open[0] != network:
             self._open = None  # first let go of the other
-            self._open = network, PARTS[network].open(self.folder / PARTS[network].file)
+            self._open = network, NETWORKS[network].open(self.folder / NETWORKS[network].file)
         return transfer.read_leaf(self._open[1].plan, leaf)
 
     def drop(self, name: str) -> None:
@@ -156,11 +158,11 @@ class Official:
 def _joined(folder: Path, configs: Mapping[str, Any]) -> Token2WavConfig:
     """One config of four, if they are of one detokenizer."""
     of_flow, of_vocoder = configs["flow"], configs["vocoder"]
-    heard, speaker = (configs[name] for name in HEARING)
-    st, se = (PARTS[name].file for name in HEARING)
+    tokenizer, speaker = (configs[name] for name in ANALYSIS)
+    st, se = (NETWORKS[name].file for name in ANALYSIS)
     pairs = (
         ("mel bands", of_flow.mels, vocoder.WEIGHTS, of_vocoder.mels),
-        ("codes", of_flow.codes, st, heard.codebook),
+        ("codes", of_flow.codes, st, tokenizer.codebook),
         ("numbers in a speaker vector", of_flow.speaker, se, speaker.embed),
     )
     problems = [f"{YAML} has {a} {what}, {file} {b}" for what, a, file, b in pairs if a != b]

@@ -1,6 +1,6 @@
-"""The detokenizer's folder, ours and back: four networks and what lies beside them.
+"""Convert and export a detokenizer folder: four networks and the files beside them.
 
-    as released                     ours
+    as released                     converted
     flow.yaml  flow.pt              sa2jax.json     sizes, hash of the analysis, what export needs
     hift.pt                         params/         one Orbax checkpoint of all four networks
     campplus.onnx                   flow.yaml       as it came, like other small files
@@ -21,12 +21,12 @@ import numpy as np
 from sa2jax import atomic_io, checkpoint
 from sa2jax.checkpoint import Progress
 from sa2jax.convert import torch_file, transfer
-from sa2jax.convert.official import FILES, PARTS, Official
+from sa2jax.convert.official import FILES, NETWORKS, OfficialDetokenizer
 from sa2jax.convert.transfer import Report, StoredTensors, part_progress
-from sa2jax.convert.voice_analysis import Converted
+from sa2jax.convert.voice_analysis import ConvertedNetwork
 from sa2jax.convert.weights import TensorInfo
 from sa2jax.errors import CheckpointError, VoiceError
-from sa2jax.speech.layout import HEARING, KIND, VOICES, YAML, is_official, is_ours
+from sa2jax.speech.layout import ANALYSIS, KIND, VOICES, YAML, is_converted, is_official
 from sa2jax.speech.store import SpeechFolder
 from sa2jax.speech.voices import SUFFIX, Voice
 from sa2jax.speech_config import Token2WavConfig
@@ -35,13 +35,13 @@ NEVER_RELEASED: dict[str, Any] = {"form": {}, "folded": ()}
 NO_RELEASED_FORM = "was trained from nothing: there is no released form that it could have"
 
 
-def stands_alone(folder: str | Path) -> bool:
+def is_standalone(folder: str | Path) -> bool:
     """Whether a folder holds a detokenizer and no language model."""
     folder = Path(folder)
-    return is_ours(folder) or (is_official(folder) and not (folder / "config.json").exists())
+    return is_converted(folder) or (is_official(folder) and not (folder / "config.json").exists())
 
 
-class Ours:
+class ConvertedDetokenizer:
     """A converted detokenizer, by leaf; nothing is read before it is asked for.
 
     Args:
@@ -73,7 +73,7 @@ class Ours:
             self.config = Token2WavConfig.from_dict(info["config"])
             released = info.get("source", NEVER_RELEASED)
             self.form, self.folded = released["form"], frozenset(released["folded"])
-            shapes = {f"{n}.{leaf}": s for n in PARTS for leaf, s in self._shapes(n).items()}
+            shapes = {f"{n}.{leaf}": s for n in NETWORKS for leaf, s in self._shapes(n).items()}
             stored = {name: tuple(leaf.shape) for name, leaf in self._leaves.items()}
             checkpoint.require_fit(self.folder, stored, shapes)
             for name in self.form:
@@ -104,7 +104,7 @@ class Ours:
         stored, prefix = self._stored[name], f"{name}."
         return {n: self.sources[prefix + n] for n in stored.tensors}, stored
 
-    def network(self, name: str) -> Converted[Any]:
+    def network(self, name: str) -> ConvertedNetwork[Any]:
         """One of the networks whose released file is an .onnx, whole."""
         path, prefix = _graph(self.folder, name), f"{name}."
         try:
@@ -115,16 +115,16 @@ class Ours:
             ) from None
         leaves = [leaf for leaf in self._leaves if leaf.startswith(prefix)]
         flat = {leaf.removeprefix(prefix): self.get(leaf) for leaf in leaves}
-        return Converted(getattr(self.config, name), checkpoint.unflatten(flat), graph)
+        return ConvertedNetwork(getattr(self.config, name), checkpoint.unflatten(flat), graph)
 
     def _shapes(self, name: str) -> dict[str, tuple[int, ...]]:
-        return PARTS[name].shapes(getattr(self.config, name))
+        return NETWORKS[name].shapes(getattr(self.config, name))
 
     def _add(self, name: str) -> None:
         """Show one network as it was released."""
         leaves = {leaf: self._leaves[f"{name}.{leaf}"] for leaf in self._shapes(name)}
         form = self.form[name]
-        stored = StoredTensors(leaves, PARTS[name].rules(getattr(self.config, name), form))
+        stored = StoredTensors(leaves, NETWORKS[name].rules(getattr(self.config, name), form))
         tensors = stored.tensors
         if "dtypes" in form:
             dtypes = transfer.unpack_dtypes(form["dtypes"], tensors)
@@ -133,18 +133,18 @@ class Ours:
         self.sources |= {f"{name}.{tensor}": info for tensor, info in tensors.items()}
 
 
-def open_folder(folder: str | Path) -> Official | Ours:
+def open_folder(folder: str | Path) -> OfficialDetokenizer | ConvertedDetokenizer:
     """A detokenizer's folder of either kind."""
-    return Official(folder) if is_official(folder) else Ours(folder)
+    return OfficialDetokenizer(folder) if is_official(folder) else ConvertedDetokenizer(folder)
 
 
-def convert_into(source: Official, out: Path, tick: Progress) -> list[str]:
+def convert_into(source: OfficialDetokenizer, out: Path, progress: Progress) -> list[str]:
     """Write a released detokenizer in our form.
 
     Args:
         source: the detokenizer.
         out: folder to make, inside `atomic_io.new_folder`.
-        tick: told about bytes done and bytes in all.
+        progress: called with (bytes_done, bytes_total).
 
     Returns:
         Files of the source that were not taken along, relative to it.
@@ -155,21 +155,21 @@ def convert_into(source: Official, out: Path, tick: Progress) -> list[str]:
     done = 0
     for name, network in source.networks():
         own = {leaf: arrays[f"{name}.{leaf}"] for leaf in network.plan.leaves}
-        transfer.write(network.plan, own, part_progress(tick, done, source.bytes))
+        transfer.write(network.plan, own, part_progress(progress, done, source.bytes))
         done += network.plan.bytes
         if network.strip:
             _graph(out, name).write_bytes(network.strip())
-    heard = {name: leaf for name, leaf in arrays.items() if name.startswith(HEARING)}
+    analysis = {name: leaf for name, leaf in arrays.items() if name.startswith(ANALYSIS)}
     info = {
         "format": checkpoint.FORMAT,
         "kind": KIND,
         "config": source.config.to_dict(),
-        "analysis": checkpoint.content_hash(checkpoint.unflatten(heard)),
+        "analysis": checkpoint.content_hash(checkpoint.unflatten(analysis)),
         "source": {"form": source.form, "folded": sorted(source.folded)},
     }
     text = json.dumps(info, indent=2) + "\n"
     (out / checkpoint.INFO).write_text(text, encoding="utf-8")
-    return transfer.copy_side_files(source.folder, out, _own_files(official=True))
+    return transfer.copy_side_files(source.folder, out, _converted_files(official=True))
 
 
 def supply_voices(folder: Path, old: Path) -> list[str]:
@@ -185,7 +185,7 @@ def supply_voices(folder: Path, old: Path) -> list[str]:
     speech, notes = SpeechFolder(folder), []
     for path in sorted((old / VOICES).glob(f"[!.]*{SUFFIX}")):
         try:
-            kept = Voice.load(path).analysis == speech.analysis
+            kept = Voice.load(path).analysis_hash == speech.analysis_hash
         except VoiceError as error:
             notes.append(f"not kept: {error}")
             continue
@@ -194,16 +194,16 @@ def supply_voices(folder: Path, old: Path) -> list[str]:
             shutil.copyfile(path, folder / VOICES / path.name)
         else:
             notes.append(f"voice {path.stem} was analysed by other weights: not kept")
-    return notes + speech.adopt()
+    return notes + speech.add_recordings()
 
 
-def export_into(source: Ours, out: Path, tick: Progress) -> list[str]:
+def export_into(source: ConvertedDetokenizer, out: Path, progress: Progress) -> list[str]:
     """Write a converted detokenizer in the released form.
 
     Args:
         source: the detokenizer.
         out: folder to make, inside `atomic_io.new_folder`.
-        tick: told about bytes done and bytes in all.
+        progress: called with (bytes_done, bytes_total).
 
     Returns:
         Files of the source that were not taken along, relative to it.
@@ -213,16 +213,16 @@ def export_into(source: Ours, out: Path, tick: Progress) -> list[str]:
     """
     out.mkdir(exist_ok=True)
     done = 0
-    for name, part in PARTS.items():
+    for name, part in NETWORKS.items():
         tensors, stored = source.released(name)
         if part.write:
             part.write(out / part.file, source.network(name))
         else:
             torch_file.write(out / part.file, tensors, stored.get)
         done += sum(info.nbytes for info in tensors.values())
-        tick(done, source.bytes)
+        progress(done, source.bytes)
     (out / YAML).write_text(source.config.flow.to_yaml(), encoding="utf-8")  # if there is none
-    return transfer.copy_side_files(source.folder, out, _own_files(official=False))
+    return transfer.copy_side_files(source.folder, out, _converted_files(official=False))
 
 
 def convert(
@@ -233,7 +233,7 @@ def convert(
     progress: Progress | None = None,
 ) -> Report:
     """Convert a detokenizer that stands alone; see `hf.convert`."""
-    started, official = time.perf_counter(), Official(source)
+    started, official = time.perf_counter(), OfficialDetokenizer(source)
     with atomic_io.new_folder(out, overwrite=overwrite) as folder:
         atomic_io.need_space(folder, official.bytes)
         left_out = convert_into(official, folder, part_progress(progress, 0, official.bytes))
@@ -249,7 +249,7 @@ def export(
     progress: Progress | None = None,
 ) -> Report:
     """Export a detokenizer that stands alone; see `hf.export`."""
-    started, ours = time.perf_counter(), Ours(source)
+    started, ours = time.perf_counter(), ConvertedDetokenizer(source)
     if not ours.form:
         raise CheckpointError(f"{source} {NO_RELEASED_FORM}")
     with atomic_io.new_folder(out, overwrite=overwrite) as folder:
@@ -262,9 +262,9 @@ def _graph(folder: Path, name: str) -> Path:
     return folder / f"{name}.graph"
 
 
-def _own_files(*, official: bool) -> set[str]:
+def _converted_files(*, official: bool) -> set[str]:
     """What is converted, in a folder of either kind; the rest are side files."""
     if official:
         return set(FILES) - {YAML}
-    graphs = {_graph(Path(), name).name for name in PARTS}
+    graphs = {_graph(Path(), name).name for name in NETWORKS}
     return {checkpoint.INFO, checkpoint.PARAMS, *graphs}

@@ -152,7 +152,7 @@ class _Checkpoint:
         self._speech = token2wav.open_folder(speech) if speech else None
         self.tensors: dict[str, TensorInfo] = {}
         self.folded: set[str] = set()
-        if not token2wav.stands_alone(folder):
+        if not token2wav.is_standalone(folder):
             is_ours = checkpoint.is_checkpoint(folder)
             self._model: Weights = ModelFolder(folder) if is_ours else SafetensorsFolder(folder)
             self.tensors |= self._model.tensors
@@ -339,7 +339,7 @@ def inspect(folder: str | Path) -> Inspection:
         ConfigError: if the flow.yaml of a released detokenizer is not understood.
     """
     ours = checkpoint.is_checkpoint(folder) or (Path(folder) / "_METADATA").exists()
-    alone, speech = token2wav.stands_alone(folder), find_speech(folder)
+    alone, speech = token2wav.is_standalone(folder), find_speech(folder)
     kind = "sa2jax" if ours else "token2wav" if alone else "huggingface"
     tensors: dict[str, TensorInfo] = {}
     if not alone:
@@ -347,7 +347,7 @@ def inspect(folder: str | Path) -> Inspection:
     spoken: dict[str, TensorInfo] = {}
     if speech:
         official = token2wav.is_official(speech)
-        found = token2wav.Official(speech).sources if official else _leaves(speech)
+        found = token2wav.OfficialDetokenizer(speech).sources if official else _leaves(speech)
         spoken = {SPEECH + name: info for name, info in found.items()}
     tensors |= spoken
     parts: dict[str, list[TensorInfo]] = {}

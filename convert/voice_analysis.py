@@ -5,8 +5,8 @@ the structure (`voice_structure`); from there one table per model leads to our l
 Norms that follow a convolution are folded into it: an exporter usually has done that already, then
 nothing is left to fold and the way back gives the same bits.
 
-Beside the parameters, the graph without its numbers is kept (`Converted.graph`, a side file of the
-checkpoint): writing an `.onnx` again needs it, as no two exporters draw the same graph.
+Beside the parameters, the graph without its numbers is kept (`ConvertedNetwork.graph`, a side file
+of the checkpoint): writing an `.onnx` again needs it, as no two exporters draw the same graph.
 """
 
 import itertools
@@ -51,7 +51,7 @@ C = TypeVar("C", SpeechTokenizerConfig, SpeakerEncoderConfig)
 
 
 @dataclass(frozen=True)
-class Converted(Generic[C]):
+class ConvertedNetwork(Generic[C]):
     """One network.
 
     Attributes:
@@ -301,7 +301,7 @@ class Folded:
             shift = self.source.get(f"{self.norms[conv]}.bias")
             return (shift - mean * factor).astype(shift.dtype)
         weight = self.source.get(name)
-        return (weight * _beside(factor, weight)).astype(weight.dtype)
+        return (weight * _per_channel(factor, weight)).astype(weight.dtype)
 
     def drop(self, name: str) -> None:
         """Give back the memory that reading this tensor took."""
@@ -314,7 +314,7 @@ class Folded:
             factor, mean = self._affine(conv)
             weight, bias = arrays[f"{conv}.weight"], arrays.pop(f"{conv}.bias")
             back = np.divide(1.0, factor, out=np.zeros_like(factor), where=factor != 0)
-            arrays[f"{conv}.weight"] = (weight * _beside(back, weight)).astype(weight.dtype)
+            arrays[f"{conv}.weight"] = (weight * _per_channel(back, weight)).astype(weight.dtype)
             arrays[f"{norm}.bias"] = (bias + mean * factor).astype(bias.dtype)
         return arrays
 
@@ -360,23 +360,23 @@ def open_speaker_encoder(path: str | os.PathLike) -> Network[SpeakerEncoderConfi
     return Network(cfg, plan, folded, strip=lambda: named.graph.strip(numbers))
 
 
-def read_speech_tokenizer(path: str | os.PathLike) -> Converted[SpeechTokenizerConfig]:
+def read_speech_tokenizer(path: str | os.PathLike) -> ConvertedNetwork[SpeechTokenizerConfig]:
     """Read `speech_tokenizer_v2_25hz.onnx`; errors as those of `open_speech_tokenizer`."""
     return _read(open_speech_tokenizer(path))
 
 
-def read_speaker_encoder(path: str | os.PathLike) -> Converted[SpeakerEncoderConfig]:
+def read_speaker_encoder(path: str | os.PathLike) -> ConvertedNetwork[SpeakerEncoderConfig]:
     """Read `campplus.onnx`; errors as those of `open_speaker_encoder`."""
     return _read(open_speaker_encoder(path))
 
 
-def _read(network: Network[C]) -> Converted[C]:
+def _read(network: Network[C]) -> ConvertedNetwork[C]:
     assert network.strip is not None
-    return Converted(network.config, read(network.plan), network.strip())
+    return ConvertedNetwork(network.config, read(network.plan), network.strip())
 
 
 def write_speech_tokenizer(
-    path: str | os.PathLike, model: Converted[SpeechTokenizerConfig]
+    path: str | os.PathLike, model: ConvertedNetwork[SpeechTokenizerConfig]
 ) -> None:
     """Write `speech_tokenizer_v2_25hz.onnx`: the graph as it came, with these numbers.
 
@@ -389,7 +389,9 @@ def write_speech_tokenizer(
     _write(Path(path), named.fill(_tensors(plan, model.params)))
 
 
-def write_speaker_encoder(path: str | os.PathLike, model: Converted[SpeakerEncoderConfig]) -> None:
+def write_speaker_encoder(
+    path: str | os.PathLike, model: ConvertedNetwork[SpeakerEncoderConfig]
+) -> None:
     """Write `campplus.onnx`: the graph as it came, with these numbers.
 
     Raises:
@@ -440,6 +442,6 @@ def _count(tensors: Mapping[str, object], before: str, after: str, first: int) -
     return next(n for n in itertools.count() if f"{before}{first + n}{after}" not in tensors)
 
 
-def _beside(channels: np.ndarray, weight: np.ndarray) -> np.ndarray:
+def _per_channel(channels: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """One number per output channel, to multiply a weight [out, ...] with."""
     return channels.reshape(-1, *(1,) * (weight.ndim - 1))

@@ -1,4 +1,4 @@
-"""What the tensors of the two voice analysis graphs are, told from the graphs' structure.
+"""Names for the tensors of the two voice analysis graphs, inferred from the graphs' structure.
 
 The official PyTorch code names them so (`encoder.blocks.0.attn.query.weight`,
 `xvector.block1.tdnnd1.linear1.weight`); the `.onnx` files do not. Everything that is not as
@@ -22,7 +22,7 @@ SEGMENT = 100  # frames of one local context, where the graph does not say
 
 
 class NamedTensors:
-    """A graph's tensors under names that its structure earned them.
+    """A graph's tensors under names inferred from its structure.
 
     Weights of linear maps are presented as torch has them, [out, in]. Initializers that are never
     named show under the names they have in the file, so that a table finds them unknown; only
@@ -38,7 +38,7 @@ class NamedTensors:
         self.graph = graph
         self.places: dict[str, str] = {}
         self.problems: list[str] = []
-        self._turned: set[str] = set()
+        self._transposed: set[str] = set()
         self._fixed: set[str] = set()  # tensors that must have the value of their role
 
     @property
@@ -60,19 +60,19 @@ class NamedTensors:
     def get(self, name: str) -> np.ndarray:
         """A tensor's numbers."""
         array = self.graph.get(self.places[name])
-        return array.T if name in self._turned else array
+        return array.T if name in self._transposed else array
 
     def drop(self, name: str) -> None:
         """Nothing to give back: the file is in memory as a whole."""
 
-    def give(self, name: str, layer: Layer) -> None:
+    def name_layer(self, name: str, layer: Layer) -> None:
         """Name a layer's tensors `name.weight` and `name.bias`."""
         for part, tensor in zip(("weight", "bias"), layer.tensors, strict=False):
             self._place(f"{name}.{part}", tensor)
         if layer.attributes.get("inputs_first"):
-            self._turned.add(f"{name}.weight")
+            self._transposed.add(f"{name}.weight")
 
-    def give_norm(self, name: str, layer: Layer, *, affine: bool = True) -> None:
+    def name_norm(self, name: str, layer: Layer, *, affine: bool = True) -> None:
         """Name a batch norm's tensors; without `affine`, scale and bias must be ones and zeros."""
         for value, part, tensor in zip((1, 0, None, None), NORM_PARTS, layer.tensors, strict=True):
             if not affine and value is not None and np.all(self.graph.get(tensor) == value):
@@ -92,7 +92,7 @@ class NamedTensors:
     def fill(self, arrays: Mapping[str, np.ndarray]) -> bytes:
         """The file with these numbers; see `OnnxGraph.fill`."""
         return self.graph.fill(
-            {self.places[n]: a.T if n in self._turned else a for n, a in arrays.items()}
+            {self.places[n]: a.T if n in self._transposed else a for n, a in arrays.items()}
         )
 
     def _place(self, name: str, tensor: str) -> None:
@@ -103,7 +103,7 @@ class NamedTensors:
 
     def _info(self, name: str) -> TensorInfo:
         info = self.graph.tensors[self.places[name]]
-        return TensorInfo(info.shape[::-1], info.dtype) if name in self._turned else info
+        return TensorInfo(info.shape[::-1], info.dtype) if name in self._transposed else info
 
 
 def speech_tokenizer_names(graph: OnnxGraph) -> NamedTensors:
@@ -120,29 +120,29 @@ def speech_tokenizer_names(graph: OnnxGraph) -> NamedTensors:
     if not shaped or len(parts[-1]) != 4:
         _refuse(graph, "the S3 speech tokenizer (version 2, 25 Hz)")
     digits = parts[-1].pop()
-    named.give("quantizer._codebook.project_down", digits)
+    named.name_layer("quantizer._codebook.project_down", digits)
     for i, conv in enumerate(front, 1):
-        named.give(f"encoder.conv{i}", conv)
+        named.name_layer(f"encoder.conv{i}", conv)
         named.expect(conv, strides=[2], pads=[1, 1], dilations=[1], group=1)
     for i, part in enumerate(parts):
         block = f"encoder.blocks.{i // 2}"
         if sorted(layer.kind for layer in part) != sorted(kinds[i % 2]):
             _refuse(graph, "the S3 speech tokenizer (version 2, 25 Hz)")
-        named.give(f"{block}.{('attn_ln', 'mlp_ln')[i % 2]}", part[0])
+        named.name_layer(f"{block}.{('attn_ln', 'mlp_ln')[i % 2]}", part[0])
         named.expect(part[0], axis=-1, epsilon=EPSILON)
         if i % 2:
-            named.give(f"{block}.mlp.0", part[1])
-            named.give(f"{block}.mlp.2", part[2])
+            named.name_layer(f"{block}.mlp.0", part[1])
+            named.name_layer(f"{block}.mlp.2", part[2])
             continue
         memory = next(layer for layer in part if layer.kind == CONV)
         fed = graph.upstream(memory.source)
-        named.give(f"{block}.attn.fsmn_block", memory)
+        named.name_layer(f"{block}.attn.fsmn_block", memory)
         named.expect(memory, strides=[1], dilations=[1], group=memory.shape[0])
         for layer in part:
             if layer.kind == LINEAR:
                 inward = part[0] in graph.upstream(layer.source)
                 role = "value" if layer in fed else "key" if len(layer.tensors) == 1 else "query"
-                named.give(f"{block}.attn.{role if inward else 'out'}", layer)
+                named.name_layer(f"{block}.attn.{role if inward else 'out'}", layer)
     return named
 
 
@@ -171,11 +171,11 @@ def speaker_encoder_names(graph: OnnxGraph) -> tuple[NamedTensors, list[int], in
 
     last, dilations, number, i = "xvector.dense.nonlinear.batchnorm", [], 1, 0
 
-    def give(name: str, layer: Layer, stride: int = 1, dilation: int = 1) -> None:
-        named.give(name, layer)
+    def name_layer(name: str, layer: Layer, stride: int = 1, dilation: int = 1) -> None:
+        named.name_layer(name, layer)
         norm = norm_after(name, number)
         if layer in after and norm is not None:
-            named.give_norm(norm, after[layer])
+            named.name_norm(norm, after[layer])
         spatial = len(layer.shape) - 2
         pads = [dilation * (taps - 1) // 2 for taps in layer.shape[2:]]
         named.expect(
@@ -186,39 +186,39 @@ def speaker_encoder_names(graph: OnnxGraph) -> tuple[NamedTensors, list[int], in
             group=1,
         )
 
-    give("head.conv1", head[0])
+    name_layer("head.conv1", head[0])
     stage = block = 0
     for first, second in zip(wide[::2], wide[1::2], strict=True):
         short = [c for c in head[1:-1] if c.shape[2:] == (1, 1) and c.source == first.source]
         stage, block = (stage + 1, 0) if short else (stage, block + 1)
         name = f"head.layer{stage}.{block}"
-        give(f"{name}.conv1", first, stride=2 if short else 1)
-        give(f"{name}.conv2", second)
+        name_layer(f"{name}.conv1", first, stride=2 if short else 1)
+        name_layer(f"{name}.conv2", second)
         if short:
-            give(f"{name}.shortcut.0", short[0], stride=2)
-    give("head.conv2", head[-1], stride=2)
-    give("xvector.tdnn.linear", rest[0], stride=2)
+            name_layer(f"{name}.shortcut.0", short[0], stride=2)
+    name_layer("head.conv2", head[-1], stride=2)
+    name_layer("xvector.tdnn.linear", rest[0], stride=2)
     for norm, *convs in groups:
         name, taps = f"xvector.block{number}", [c for c in convs if c.shape[2:] != (1,)]
         ones = [c for c in convs if c not in taps]
         if (len(ones), len(taps)) == (3, 1):
             i, dilation = i + 1, taps[0].attributes.get("dilations", [1])[0]
             dilations += [dilation] if i == 1 else []
-            named.give_norm(f"{name}.tdnnd{i}.nonlinear1.batchnorm", norm)
-            give(f"{name}.tdnnd{i}.linear1", ones[0])
-            give(f"{name}.tdnnd{i}.cam_layer.linear_local", taps[0], dilation=dilations[-1])
-            give(f"{name}.tdnnd{i}.cam_layer.linear1", ones[1])
-            give(f"{name}.tdnnd{i}.cam_layer.linear2", ones[2])
+            named.name_norm(f"{name}.tdnnd{i}.nonlinear1.batchnorm", norm)
+            name_layer(f"{name}.tdnnd{i}.linear1", ones[0])
+            name_layer(f"{name}.tdnnd{i}.cam_layer.linear_local", taps[0], dilation=dilations[-1])
+            name_layer(f"{name}.tdnnd{i}.cam_layer.linear1", ones[1])
+            name_layer(f"{name}.tdnnd{i}.cam_layer.linear2", ones[2])
         elif not taps and len(ones) in (1, 2):
-            named.give_norm(f"xvector.transit{number}.nonlinear.batchnorm", norm)
-            give(f"xvector.transit{number}.linear", ones[0])
+            named.name_norm(f"xvector.transit{number}.nonlinear.batchnorm", norm)
+            name_layer(f"xvector.transit{number}.linear", ones[0])
             if len(ones) == 2:
-                give("xvector.dense.linear", ones[1])
+                name_layer("xvector.dense.linear", ones[1])
                 if ones[1] in after:
-                    named.give_norm(last, after[ones[1]], affine=False)
+                    named.name_norm(last, after[ones[1]], affine=False)
             number, i = number + 1, 0
         elif not convs:
-            named.give_norm(last, norm, affine=False)
+            named.name_norm(last, norm, affine=False)
         else:
             _refuse(graph, what)
     pools = {tuple(a["kernel_shape"]) for a in graph.attributes("AveragePool")}

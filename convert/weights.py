@@ -21,7 +21,8 @@ from typing import Any, Protocol, Self
 import ml_dtypes
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
 
 from sa2jax import checkpoint
 from sa2jax.errors import CheckpointError
@@ -285,7 +286,7 @@ def peak_memory() -> int:
 def progress_bar(title: str) -> Iterator[checkpoint.Progress]:
     """A bar on stderr for as long as the block runs; gives the function that moves it."""
     columns = "[progress.description]{task.description}", BarColumn(), DownloadColumn()
-    with Progress(
+    with ProgressBar(
         *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True
     ) as bar:
         task = bar.add_task(title, total=None)

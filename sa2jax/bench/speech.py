@@ -108,7 +108,7 @@ class Ours:
             "speaker_encoder": random_params(speaker_encoder(cfg.speaker_encoder).abstract),
         }
         self.speak = Token2Wav(cfg, params, dtype=dtype, mesh=mesh)
-        self.analyzer = VoiceAnalyzer(cfg, params, analysis="")
+        self.analyzer = VoiceAnalyzer(cfg, params, analysis_hash="")
         self.rng, self.cfg, self.chunk, self.seed = np.random.default_rng(0), cfg, chunk, 0
         self.clip = self._normal(codes * audio.SAMPLE_RATE // CODE_RATE) / 10
         self.codes = self._codes(codes)
@@ -150,20 +150,20 @@ class Ours:
     def first(self) -> None:
         """That stream's first chunk."""
         assert self.fresh is not None
-        self.speak.step(self.fresh, [self._codes(self.chunk + self.look)])
+        self.speak.step(self.fresh, [self._codes(self.chunk + self.lookahead)])
 
     def step(self, streams: int) -> None:
         """One more chunk of each of some streams."""
         if streams not in self.running:  # before the first round that counts
             state = self.speak.start([self.prompt] * streams)
-            fill = [self._codes(self.chunk + self.look)] * streams
+            fill = [self._codes(self.chunk + self.lookahead)] * streams
             self.running[streams], _ = self.speak.step(state, fill)
         chunks = [self._codes(self.chunk)] * streams
         state, _ = self.speak.step(self.running[streams], chunks)
         self.running[streams] = jax.block_until_ready(state)
 
     @property
-    def look(self) -> int:
+    def lookahead(self) -> int:
         """Codes that a stream hears before it speaks."""
         return self.cfg.flow.encoder.lookahead
 
@@ -171,7 +171,7 @@ class Ours:
         cfg = self.cfg.flow
         mel = self._normal(cfg.encoder.upsample * codes, cfg.mels)
         speaker = self._normal(cfg.speaker)
-        return Voice("bench", self._codes(codes), speaker, mel, audio="", analysis="")
+        return Voice("bench", self._codes(codes), speaker, mel, audio_hash="", analysis_hash="")
 
     def _codes(self, count: int) -> np.ndarray:
         return self.rng.integers(0, self.cfg.flow.codes, count).astype(np.int32)

@@ -1,4 +1,4 @@
-"""The CAM++ speaker encoder: filterbank energies (100 Hz) to one vector that says who speaks.
+"""The CAM++ speaker encoder: filterbank energies (100 Hz) to a speaker vector (x-vector).
 
 Source: CAM++ (arXiv 2303.00332) and the released `campplus.onnx`. A head of two-dimensional
 convolutions, blocks of densely connected layers over time, each masked by its context (the mean of
@@ -111,11 +111,11 @@ class ResidualBlock(nnx.Module):
         self.shortcut = Conv(size, size, kernel=(1, 1), stride=stride, **make) if halve else None
 
     def __call__(
-        self, x: Float[Array, "B T M C"], own: Bool[Array, "B T"]
+        self, x: Float[Array, "B T M C"], valid: Bool[Array, "B T"]
     ) -> Float[Array, "B T M C"]:
         """Add the convolved input to the input."""
-        y = self.conv2(_relu(self.conv1(x), own))
-        return _relu(y + (x if self.shortcut is None else self.shortcut(x)), own)
+        y = self.conv2(_masked_relu(self.conv1(x), valid))
+        return _masked_relu(y + (x if self.shortcut is None else self.shortcut(x)), valid)
 
 
 class DenseLayer(nnx.Module):
@@ -150,22 +150,22 @@ class DenseLayer(nnx.Module):
         self.mask = Linear(mask, new, **make)
 
     def __call__(
-        self, x: Float[Array, "B T C"], own: Bool[Array, "B T"], channels: Int[Array, ""]
+        self, x: Float[Array, "B T C"], valid: Bool[Array, "B T"], channels: Int[Array, ""]
     ) -> Float[Array, "B T G"]:
-        """New channels, each frame masked by what its clip and its segment sound like.
+        """New channels, gated by the context of clip and segment (context-aware mask).
 
         Args:
             x: all channels of the block, of which the first `channels` are there already.
-            own: which frames are a clip's own.
+            valid: which frames are a clip's own.
             channels: how many this layer reads.
         """
         total = x.shape[1]
         x = jnp.where(jnp.arange(x.shape[2]) < channels, jax.nn.relu(self.norm(x)), 0)
-        x = _relu(self.squeeze(x), own)
+        x = _masked_relu(self.squeeze(x), valid)
         with jax.named_scope("context"):
             # All frames of a segment share one context: the mask is computed once per segment.
             parts = self._segments(x).sum(2)  # [B, S, C]
-            sizes = self._segments(own[..., None]).sum(2)  # [B, S, 1]
+            sizes = self._segments(valid[..., None]).sum(2)  # [B, S, 1]
             clip = parts.sum(1, keepdims=True) / jnp.maximum(sizes.sum(1, keepdims=True), 1)
             context = clip + parts / jnp.maximum(sizes, 1)
             mask = jax.nn.sigmoid(self.mask(jax.nn.relu(self.context(context))))
@@ -196,14 +196,16 @@ class DenseBlock(nnx.Module):
         half = {"half": self.outputs // 2}
         self.linear = Linear({"channels": self.outputs}, half, bias=last, **make)
 
-    def __call__(self, x: Float[Array, "B T C"], own: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x: Float[Array, "B T C"], valid: Bool[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
         """Grow the channels layer by layer, then halve them."""
         x = jnp.pad(x, ((0, 0), (0, 0), (0, self.outputs - self.inputs)))
 
         def layer(x, layer_and_index):
             module, index = layer_and_index
             channels = self.inputs + index * self.growth
-            new = module(x[..., : -self.growth], own, channels)
+            new = module(x[..., : -self.growth], valid, channels)
             x = jax.lax.dynamic_update_slice_in_dim(x, new, channels, axis=2)
             return shard(x, "batch", None, None), None
 
@@ -258,27 +260,27 @@ class SpeakerEncoder(nnx.Module):
                 has no deviation over time: zero is used.
             trace: filled with intermediate results by name, to compare implementations.
         """
-        own = length_mask(frames, fbank.shape[1])
-        x = _keep(fbank.astype(self.policy.compute)[..., None], own)  # [B, T, M, 1]
+        valid = length_mask(frames, fbank.shape[1])
+        x = _apply_mask(fbank.astype(self.policy.compute)[..., None], valid)  # [B, T, M, 1]
         with jax.named_scope("head"):
-            x = _relu(self.conv_in(x), own)
+            x = _masked_relu(self.conv_in(x), valid)
             for s, blocks in enumerate(self.cfg.stages, 1):
                 for b in range(blocks):
-                    x = self.stages[f"stage{s}"][f"block{b}"](x, own)
-            x = tap(trace, "head", _relu(self.conv_out(x), own))  # [B, T, M/8, C]
+                    x = self.stages[f"stage{s}"][f"block{b}"](x, valid)
+            x = tap(trace, "head", _masked_relu(self.conv_out(x), valid))  # [B, T, M/8, C]
         with jax.named_scope("tdnn"):
             frames = (frames - 1) // STRIDE + 1
             x = self._over_time(x)
-            own = length_mask(frames, x.shape[1])
-            x = tap(trace, "tdnn", _relu(x, own))
+            valid = length_mask(frames, x.shape[1])
+            x = tap(trace, "tdnn", _masked_relu(x, valid))
         for b in range(1, len(self.cfg.layers) + 1):
             with jax.named_scope(f"block{b}"):
-                x = tap(trace, f"block{b}", self.blocks[f"block{b}"](x, own))
+                x = tap(trace, f"block{b}", self.blocks[f"block{b}"](x, valid))
         with jax.named_scope("pool"):
-            x = _relu(x, own).astype(jnp.float32)
+            x = _masked_relu(x, valid).astype(jnp.float32)
             count = jnp.maximum(frames, 1)[:, None]
             mean = x.sum(1) / count
-            spread = _keep(x - mean[:, None], own)
+            spread = _apply_mask(x - mean[:, None], valid)
             deviation = jnp.sqrt((spread * spread).sum(1) / jnp.maximum(count - 1, 1))
             x = tap(trace, "pool", jnp.concatenate([mean, deviation], axis=-1))
         return self.norm(self.project(x.astype(self.policy.compute)))
@@ -306,10 +308,10 @@ def speaker_encoder(
     return functional(lambda: SpeakerEncoder(cfg, policy=policy, rngs=nnx.Rngs(0)))
 
 
-def _keep(x: Float[Array, "B T *C"], own: Bool[Array, "B T"]) -> Float[Array, "B T *C"]:
-    return jnp.where(own.reshape(*own.shape, *(1,) * (x.ndim - 2)), x, 0)
+def _apply_mask(x: Float[Array, "B T *C"], valid: Bool[Array, "B T"]) -> Float[Array, "B T *C"]:
+    return jnp.where(valid.reshape(*valid.shape, *(1,) * (x.ndim - 2)), x, 0)
 
 
-def _relu(x: Float[Array, "B T *C"], own: Bool[Array, "B T"]) -> Float[Array, "B T *C"]:
-    """Rectify and silence what lies beyond a clip, so that no convolution sees it."""
-    return _keep(jax.nn.relu(x), own)
+def _masked_relu(x: Float[Array, "B T *C"], valid: Bool[Array, "B T"]) -> Float[Array, "B T *C"]:
+    """Rectify, then mask what lies beyond a clip, so that no convolution sees it."""
+    return _apply_mask(jax.nn.relu(x), valid)

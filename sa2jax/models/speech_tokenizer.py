@@ -40,7 +40,7 @@ FSQ_SCALE = 0.9990000128746033  # keeps tanh off the rounding borders of a wider
 
 WINDOW = 3000  # frames that are analysed at once: 30 s
 STRIDE = 2600  # frames from one window to the next: 26 s
-EDGE = 50  # codes dropped where two windows overlap: half of the 4 s they share
+OVERLAP_EDGE = 50  # codes dropped where two windows overlap: half of the 4 s they share
 
 
 def code_length(frames):
@@ -60,22 +60,28 @@ class FsmnAttention(nnx.Module):
         shape, scale = (cfg.memory, 1, cfg.embed), cfg.memory**-0.5
         self.memory = param(rngs, shape, (None, None, None), dtype=policy.param, scale=scale)
 
-    def __call__(self, x: Float[Array, "B T D"], own: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Attend to and remember a clip's own frames."""
-        positions = jnp.broadcast_to(jnp.arange(x.shape[1]), own.shape)
+    def __call__(
+        self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
+        """Attention plus FSMN memory over a clip's valid frames."""
+        positions = jnp.broadcast_to(jnp.arange(x.shape[1]), valid.shape)
         q = rotary(self.q(x), positions, ROPE_THETA)
         k = rotary(self.k(x), positions, ROPE_THETA)
         v = self.v(x)
-        return self.o(attention(q, k, v, Mask(keys=own))) + self._remember(v.reshape(x.shape), own)
+        return self.o(attention(q, k, v, Mask(keys=valid))) + self._fsmn_memory(
+            v.reshape(x.shape), valid
+        )
 
-    def _remember(self, v: Float[Array, "B T D"], own: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
-        v = jnp.where(own[..., None], v, 0)
+    def _fsmn_memory(
+        self, v: Float[Array, "B T D"], valid: Bool[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
+        v = jnp.where(valid[..., None], v, 0)
         kernel = self.memory[...].astype(v.dtype)
         taps = kernel.shape[0]
         padded = jnp.pad(v, ((0, 0), ((taps - 1) // 2, taps // 2), (0, 0)))
         # One multiply-add per tap: XLA fuses them into one pass, faster than a grouped convolution.
         shifted = (padded[:, i : i + v.shape[1]] * kernel[i] for i in range(taps))
-        return jnp.where(own[..., None], sum(shifted) + v, 0)
+        return jnp.where(valid[..., None], sum(shifted) + v, 0)
 
 
 class Layer(nnx.Module):
@@ -89,9 +95,11 @@ class Layer(nnx.Module):
         self.up = Linear(embed, wide, policy=policy, rngs=rngs)
         self.down = Linear(wide, embed, policy=policy, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], own: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
         """Add attention, then the MLP (exact gelu)."""
-        x = x + self.attn(self.attn_norm(x), own)
+        x = x + self.attn(self.attn_norm(x), valid)
         return x + self.down(jax.nn.gelu(self.up(self.mlp_norm(x)), approximate=False))
 
 
@@ -144,11 +152,11 @@ class SpeechTokenizer(nnx.Module):
                 x = tap(trace, name, conv(x))
                 x = jax.nn.gelu(x, approximate=False)
                 frames = (frames + 1) // 2
-        own = length_mask(frames, x.shape[1])
+        valid = length_mask(frames, x.shape[1])
 
         def layer(x, layer_and_index):
             module, _ = layer_and_index
-            x = shard(module(x, own), "batch", None, None)
+            x = shard(module(x, valid), "batch", None, None)
             return x, x if trace is not None else None
 
         with jax.named_scope("layers"):
@@ -219,8 +227,8 @@ def tokenize(
 
     index = jnp.arange(count)
     codes, lengths = jax.lax.map(window, index)  # [W, B, S], [W, B]
-    first = jnp.where(index == 0, 0, EDGE)[:, None]
-    last = jnp.where(index[:, None] < windows - 1, lengths - EDGE, lengths)
+    first = jnp.where(index == 0, 0, OVERLAP_EDGE)[:, None]
+    last = jnp.where(index[:, None] < windows - 1, lengths - OVERLAP_EDGE, lengths)
     kept = jnp.maximum(last - first, 0)  # [W, B]
     start = jnp.cumsum(kept, axis=0) - kept
     place = jnp.arange(codes.shape[2])

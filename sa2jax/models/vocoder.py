@@ -14,12 +14,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from sa2jax.models.vocoder_signal import (
-    Keep,
-    inside,
+    RowMask,
+    apply_mask,
     istft,
-    silence,
-    sine_of_turns,
-    square_of_sine,
+    mask_of,
+    sine_of_phase,
+    sine_squared,
     stft,
 )
 from sa2jax.nn import Functional, Linear, Policy, functional, length_mask, param, tap
@@ -122,14 +122,14 @@ class SnakeConv(nnx.Module):
         self.bias = param(rngs, (channels,), (None,), dtype=policy.param, scale=0.02)
 
     def __call__(
-        self, x: Float[Array, "B T C"], keep: Keep | None, dilation: int
+        self, x: Float[Array, "B T C"], mask: RowMask | None, dilation: int
     ) -> Float[Array, "B T C"]:
-        """Activate, silence what lies beyond a row's end, convolve."""
+        """Activate, mask what lies beyond a row's end, convolve."""
         alpha = self.alpha[...].astype(x.dtype)
-        y = x + square_of_sine(x * alpha) / (alpha + 1e-9)
+        y = x + sine_squared(x * alpha) / (alpha + 1e-9)
         padding = (self.kernel.shape[0] - 1) * dilation // 2
         how = {"padding": padding, "dilation": dilation, "policy": self.policy}
-        return conv(silence(y, keep), self.kernel[...], self.bias[...], **how)
+        return conv(apply_mask(y, mask), self.kernel[...], self.bias[...], **how)
 
 
 class ResBlock(nnx.Module):
@@ -145,11 +145,11 @@ class ResBlock(nnx.Module):
                 layer = SnakeConv(channels, kernel=kernel, policy=policy, rngs=rngs)
                 setattr(self, f"{name}{i}", layer)
 
-    def __call__(self, x: Float[Array, "B T C"], keep: Keep | None) -> Float[Array, "B T C"]:
+    def __call__(self, x: Float[Array, "B T C"], mask: RowMask | None) -> Float[Array, "B T C"]:
         """Add each pair. Dilations differ, so layers are neither scanned nor stacked."""
         for i, dilation in enumerate(self.dilations):
-            y = getattr(self, f"first{i}")(x, keep, dilation)
-            x = x + getattr(self, f"second{i}")(y, keep, 1)
+            y = getattr(self, f"first{i}")(x, mask, dilation)
+            x = x + getattr(self, f"second{i}")(y, mask, 1)
         return x
 
 
@@ -177,16 +177,16 @@ class Stage(nnx.Module):
         self,
         x: Float[Array, "B T C"],
         spectrum: Float[Array, "B S F"],
-        keep: Keep | None,
+        mask: RowMask | None,
         tap,
     ) -> Float[Array, "B U D"]:
-        """Run the stage; `keep` is of the output's rate, `tap(name, array)` records."""
+        """Run the stage; `mask` is of the output's rate, `tap(name, array)` records."""
         x = tap("up", self.up(jax.nn.leaky_relu(x, self.slope)))
         if self.last:  # one more frame, so that the inverse transform has both of its ends
             x = jnp.concatenate([x[:, 1:2], x], axis=1)
         source = tap("source_down", self.down(spectrum))
-        x = x + tap("source_resblock", self.source(source, keep))
-        blocks = [getattr(self, f"block{i}")(x, keep) for i in range(self.blocks)]
+        x = x + tap("source_resblock", self.source(source, mask))
+        blocks = [getattr(self, f"block{i}")(x, mask) for i in range(self.blocks)]
         tap("resblock", blocks[0])
         return sum(blocks[1:], blocks[0]) / len(blocks)
 
@@ -202,11 +202,11 @@ class F0Predictor(nnx.Module):
             setattr(self, f"conv{i}", layer)
         self.out = Linear({"embed": cfg.f0_channels}, {"one": 1}, policy=policy, rngs=rngs)
 
-    def __call__(self, mel: Float[Array, "B T M"], keep: Keep | None) -> Float[Array, "B T"]:
+    def __call__(self, mel: Float[Array, "B T M"], mask: RowMask | None) -> Float[Array, "B T"]:
         """Pitch in Hz; unvoiced frames are small."""
-        x = silence(mel, keep)
+        x = apply_mask(mel, mask)
         for i in range(self.layers):
-            x = silence(jax.nn.elu(getattr(self, f"conv{i}")(x)), keep)
+            x = apply_mask(jax.nn.elu(getattr(self, f"conv{i}")(x)), mask)
         return jnp.abs(self.out(x)[..., 0].astype(jnp.float32))
 
 
@@ -267,17 +267,17 @@ class Vocoder(nnx.Module):
         self, mel: Float[Array, "B T M"], frames: Int[Array, "B"] | None = None
     ) -> Float[Array, "B T"]:
         """Pitch of each frame in Hz."""
-        return self.f0_predictor(mel, inside(frames, mel.shape[1]))
+        return self.f0_predictor(mel, mask_of(frames, mel.shape[1]))
 
-    def turns(self, f0: Float[Array, "B T"]) -> Float[Array, "B T H"]:
-        """Turns per sample of the fundamental and each overtone, less than 1."""
+    def phase_increment(self, f0: Float[Array, "B T"]) -> Float[Array, "B T H"]:
+        """Phase increment per sample, in turns below 1, of the fundamental and each overtone."""
         harmonics = jnp.arange(1, self.cfg.harmonics + 2, dtype=jnp.float32)
         return f0[..., None] * harmonics / self.cfg.sample_rate % 1
 
-    def sines(
+    def harmonics(
         self, f0: Float[Array, "B T"], frames: Int[Array, "B"] | None = None
     ) -> Float[Array, "B N H"]:
-        """A sine of amplitude 1 for the fundamental and each overtone.
+        """Harmonics: a sine of amplitude 1 for the fundamental and each overtone.
 
         The phase runs straight from the middle of one frame to the middle of the next and stands
         still in the first and last half frame. It is counted in 2⁻³² of a turn: integers wrap as
@@ -285,17 +285,17 @@ class Vocoder(nnx.Module):
         radians, whose error grows with length and pitch.
         """
         cfg, step = self.cfg, self.cfg.samples
-        keep = inside(frames, f0.shape[1])
-        turn = (self.turns(f0) * 2.0**32).astype(jnp.uint32)
-        if keep is not None:
-            turn = jnp.where(keep, turn, 0)
+        mask = mask_of(frames, f0.shape[1])
+        turn = (self.phase_increment(f0) * 2.0**32).astype(jnp.uint32)
+        if mask is not None:
+            turn = jnp.where(mask, turn, 0)
         middle = jnp.cumsum(turn * jnp.uint32(step), axis=1)  # wraps
         start = jnp.concatenate([middle[:, :1], middle], axis=1)
         slope = jnp.pad(turn[:, 1:], ((0, 0), (1, 1), (0, 0)))  # [B, T+1, H]
         count = jnp.arange(step, dtype=jnp.uint32)[:, None]
         phase = start[:, :, None] + slope[:, :, None] * count + slope[:, :, None] // 2
         phase = phase.reshape(f0.shape[0], -1, cfg.harmonics + 1)[:, step // 2 : -step // 2]
-        return sine_of_turns(phase)
+        return sine_of_phase(phase)
 
     def source(
         self,
@@ -328,7 +328,7 @@ class Vocoder(nnx.Module):
             hiss = draw * jnp.sqrt(jnp.sum(weight * weight))
         else:
             hiss = jnp.einsum("bnh,h->bn", noise, weight, precision="highest")
-        tone = jnp.einsum("bnh,h->bn", self.sines(f0, frames), weight, precision="highest")
+        tone = jnp.einsum("bnh,h->bn", self.harmonics(f0, frames), weight, precision="highest")
         source = jnp.tanh(jnp.where(voiced, cfg.sine_amplitude * tone, 0) + level * hiss + bias)
         return (
             source if frames is None else jnp.where(length_mask(frames * step, samples), source, 0)
@@ -347,17 +347,17 @@ class Vocoder(nnx.Module):
         with jax.named_scope("stft"):
             spectrum = tap(trace, "stft", stft(source, cfg, frames))
         with jax.named_scope("pre"):
-            keep = inside(frames, mel.shape[1])
-            x = silence(tap(trace, "conv_pre", self.pre(silence(mel, keep))), keep)
+            mask = mask_of(frames, mel.shape[1])
+            x = apply_mask(tap(trace, "conv_pre", self.pre(apply_mask(mel, mask))), mask)
         for i, factor in enumerate(cfg.rates):
             rate *= factor
             last = i == len(cfg.rates) - 1
             tap_here = lambda name, x, i=i: tap(trace, f"{name}{i}", x)
             if frames is not None:
-                keep = inside(frames * rate + last, mel.shape[1] * rate + last)
+                mask = mask_of(frames * rate + last, mel.shape[1] * rate + last)
             with jax.named_scope(f"stage{i}"):
-                x = getattr(self, f"stage{i}")(x, spectrum, keep, tap_here)
-                x = silence(x, keep)
+                x = getattr(self, f"stage{i}")(x, spectrum, mask, tap_here)
+                x = apply_mask(x, mask)
         with jax.named_scope("post"):
             x = jax.nn.leaky_relu(x, LAST_SLOPE)
             x = tap(trace, "conv_post", self.post(x)).astype(jnp.float32)

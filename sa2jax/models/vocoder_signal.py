@@ -1,4 +1,4 @@
-"""Signals of the vocoder, without parameters: short Fourier transforms, fast sines, masks.
+"""Signal processing of the vocoder, without parameters: STFT, fast sines, masks.
 
 Rows of a batch may have different lengths; each is treated as if it were alone.
 """
@@ -11,20 +11,20 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from sa2jax.nn import length_mask
 from sa2jax.speech_config import VocoderConfig
 
-Keep = Bool[Array, "B T 1"]
+RowMask = Bool[Array, "B T 1"]
 
 
-def inside(lengths: Int[Array, "B"] | None, size: int) -> Keep | None:
-    """The same for channels last; nothing for rows that are all of full length."""
+def mask_of(lengths: Int[Array, "B"] | None, size: int) -> RowMask | None:
+    """`nn.before` for channels last; None for rows that are all of full length."""
     return None if lengths is None else length_mask(lengths, size)[..., None]
 
 
-def silence(x: Float[Array, "B T C"], keep: Keep | None) -> Float[Array, "B T C"]:
-    """Zero beyond each row's end, where a row alone would see the zeros of a convolution."""
-    return x if keep is None else jnp.where(keep, x, 0)
+def apply_mask(x: Float[Array, "B T C"], mask: RowMask | None) -> Float[Array, "B T C"]:
+    """Zero beyond each row's end, where a row alone would see the padding of a convolution."""
+    return x if mask is None else jnp.where(mask, x, 0)
 
 
-def square_of_sine(x: Float[Array, "..."]) -> Float[Array, "..."]:
+def sine_squared(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """sin²(x) to 5e-7 for |x| up to 10⁴.
 
     It repeats after half a turn, so a short polynomial does after a subtraction in three parts.
@@ -39,7 +39,7 @@ def square_of_sine(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return y * square
 
 
-def sine_of_turns(phase: UInt32[Array, "..."]) -> Float[Array, "..."]:
+def sine_of_phase(phase: UInt32[Array, "..."]) -> Float[Array, "..."]:
     """Sine of an angle in 2⁻³² of a turn."""
     signed = jax.lax.bitcast_convert_type(phase, jnp.int32)
     return jnp.sin(signed.astype(jnp.float32) * np.float32(2 * np.pi * 2.0**-32))
@@ -64,10 +64,10 @@ def stft(
     x = x.reshape(x.shape[0], -1, cfg.hop)
     count = x.shape[1] - overlap + 1
     x = jnp.concatenate([x[:, i : i + count] for i in range(overlap)], axis=-1)  # [B, S, n_fft]
-    y = jnp.einsum("bsn,nf->bsf", x, _transform(cfg.n_fft), precision="highest")
+    y = jnp.einsum("bsn,nf->bsf", x, _dft_matrix(cfg.n_fft), precision="highest")
     if frames is None:
         return y
-    return silence(y, inside(frames * (cfg.samples // cfg.hop) + 1, count))
+    return apply_mask(y, mask_of(frames * (cfg.samples // cfg.hop) + 1, count))
 
 
 def istft(
@@ -75,11 +75,11 @@ def istft(
 ) -> Float[Array, "B N"]:
     """Inverse of `stft`: windowed frames added up, divided by the sum of squared windows."""
     count, overlap = x.shape[1], cfg.n_fft // cfg.hop
-    y = jnp.einsum("bsf,fn->bsn", x, _inverse_transform(cfg.n_fft), precision="highest")
+    y = jnp.einsum("bsf,fn->bsn", x, _inverse_dft_matrix(cfg.n_fft), precision="highest")
     weight = jnp.broadcast_to(_hann(cfg.n_fft) ** 2, (1, count, cfg.n_fft))
     if frames is not None:
-        keep = inside(frames * (cfg.samples // cfg.hop) + 1, count)
-        y, weight = silence(y, keep), silence(weight, keep)
+        mask = mask_of(frames * (cfg.samples // cfg.hop) + 1, count)
+        y, weight = apply_mask(y, mask), apply_mask(weight, mask)
     y, weight = (_overlap_add(a, cfg.hop, overlap) for a in (y, weight))
     cut = cfg.n_fft // 2
     y, weight = y[:, cut:-cut], weight[:, cut:-cut]
@@ -114,14 +114,14 @@ def _hann(size: int) -> np.ndarray:
     return (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(size) / size)).astype(np.float32)
 
 
-def _transform(size: int) -> np.ndarray:
+def _dft_matrix(size: int) -> np.ndarray:
     """A windowed frame to real and imaginary parts, [n_fft, n_fft + 2]."""
     angle = 2 * np.pi * np.outer(np.arange(size), np.arange(size // 2 + 1)) / size
     parts = np.concatenate([np.cos(angle), -np.sin(angle)], axis=1)
     return (_hann(size)[:, None].astype(np.float64) * parts).astype(np.float32)
 
 
-def _inverse_transform(size: int) -> np.ndarray:
+def _inverse_dft_matrix(size: int) -> np.ndarray:
     """Real and imaginary parts to a windowed frame, [n_fft + 2, n_fft]."""
     angle = 2 * np.pi * np.outer(np.arange(size // 2 + 1), np.arange(size)) / size
     share = np.full((size // 2 + 1, 1), 2.0)

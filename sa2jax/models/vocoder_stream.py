@@ -1,4 +1,4 @@
-"""The vocoder in chunks: what is carried from one to the next, and how they are joined.
+"""Streaming vocoder: chunks of mel frames, an overlap carried between them, cross-fades.
 
 The last mel frames of a chunk are computed again at the head of the next one, where they see what
 follows; the source goes on unchanged, and the two waveforms are cross-faded. Source: the official
@@ -18,7 +18,7 @@ from sa2jax.speech_config import VocoderConfig
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class VocoderState:
-    """What streams carry from chunk to chunk; each row is one stream.
+    """Overlap that streams carry from chunk to chunk; each row is one stream.
 
     Attributes:
         mel: the last mel frames, valid ones first.
@@ -64,7 +64,7 @@ def vocoder_step(
     *,
     last: bool | Bool[Array, "B"] = False,
     noise: Float[Array, "B N H"] | None = None,
-    flat: bool = False,
+    equal_gain: bool = False,
 ) -> tuple[VocoderState, Float[Array, "B N"], Int[Array, "B"]]:
     """Advance every stream by one chunk of mel frames.
 
@@ -80,7 +80,7 @@ def vocoder_step(
         last: whether a row's reply ends here; what was held back is given out, and the row can
             begin another reply.
         noise: standard normal draws for carried and new frames, valid ones first.
-        flat: cross-fade with weights that add up to 1 (hann) instead of the released hamming
+        equal_gain: cross-fade with weights that add up to 1 (hann) instead of the released hamming
             window, which lifts the level by 8 % for 160 ms at each joint.
 
     Returns:
@@ -101,7 +101,7 @@ def vocoder_step(
         joined, total, noise=noise, key=split[:, 0], cache_source=state.source, cached=held
     )
     with jax.named_scope("crossfade"):
-        rise, fall = fade(held, span, flat=flat)
+        rise, fall = crossfade_weights(held, span, equal_gain=equal_gain)
         head = jnp.where(
             jnp.arange(span) < held[:, None],
             speech[:, :span] * rise + state.speech * fall,
@@ -126,19 +126,19 @@ def vocoder_step(
     return after, jnp.where(inside, speech, 0), count
 
 
-def fade(
-    held: Int[Array, "B"], size: int, *, flat: bool = False
+def crossfade_weights(
+    held: Int[Array, "B"], size: int, *, equal_gain: bool = False
 ) -> tuple[Float[Array, "B S"], Float[Array, "B S"]]:
     """Weights of the new and of the old waveform where two chunks meet.
 
     Args:
         held: samples that overlap in each row.
         size: width of the result.
-        flat: the halves of a hann window, which add up to 1, instead of a hamming window's, which
-            add up to 1.08.
+        equal_gain: the halves of a hann window, which add up to 1, instead of a hamming window's,
+            which add up to 1.08.
     """
     count, place = jnp.maximum(held, 1)[:, None], jnp.arange(size)
-    if flat:
+    if equal_gain:
         rise = 0.5 - 0.5 * jnp.cos(jnp.pi * (place + 0.5) / count)
         return rise, 1 - rise
     hamming = lambda n: 0.54 - 0.46 * jnp.cos(2 * jnp.pi * n / (2 * count - 1))

@@ -12,7 +12,7 @@ from sa2jax.inference.prefix_cache import PrefixCache
 from sa2jax.inference.repetition import RepetitionGuard
 from sa2jax.inference.requests import GenerationConfig, Request
 from sa2jax.pipeline.reply import FinishReason, ReplyPiece, Timings
-from sa2jax.speech.worker import Speaker
+from sa2jax.speech.worker import SynthesisWorker
 
 
 class AnswerStep:
@@ -44,7 +44,7 @@ class AnswerStep:
         options: GenerationConfig,
         *,
         number: int,
-        speaker: Speaker | None = None,
+        speaker: SynthesisWorker | None = None,
     ) -> Generator[ReplyPiece]:
         """Generate tokens, and synthesise speech at the same time.
 
@@ -64,8 +64,8 @@ class AnswerStep:
                 if text:
                     yield ReplyPiece(text=text)
                 if speaker is not None:
-                    speaker.say(codes)
-                    yield from map(self._emit_audio, speaker.ready())
+                    speaker.put(codes)
+                    yield from map(self._emit_audio, speaker.poll())
                 if finish_reason is not None:
                     made.close()
                     break

@@ -17,7 +17,7 @@ from sa2jax.pipeline.answer import AnswerStep, Stopwatch, ThinkingStep
 from sa2jax.pipeline.chat_state import ChatState
 from sa2jax.pipeline.reply import NO_SOUND, FinishReason, Reply, ReplyPiece
 from sa2jax.speech.voices import Voice
-from sa2jax.speech.worker import Speaker
+from sa2jax.speech.worker import SynthesisWorker
 
 
 class Stream(Iterator[ReplyPiece]):
@@ -171,7 +171,7 @@ class Stream(Iterator[ReplyPiece]):
             self._steps.append((len(self._turns), step))
             speaker = None
             if self._voice is not None:
-                speaker = Speaker(
+                speaker = SynthesisWorker(
                     chat.model.token2wav(chat.replica), self._voice, chunk=self._chunk,
                     first=self._first, seed=self._options.seed,
                 )  # fmt: skip

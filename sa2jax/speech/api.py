@@ -21,13 +21,15 @@ from sa2jax import audio
 from sa2jax.errors import ConfigError
 from sa2jax.runtime import enable_compilation_cache
 from sa2jax.sharding import make_mesh
-from sa2jax.speech.layout import SPEAKING
+from sa2jax.speech.layout import SYNTHESIS
 from sa2jax.speech.store import SpeechFolder
 from sa2jax.speech.token2wav import CHUNK, Codes, Token2Wav
 from sa2jax.speech.voices import MAX_SECONDS, Voice
 
 AnyVoice = Voice | str | Path
-WHOLE = 1500  # codes (a minute) of a reply that is spoken in one piece; longer ones are streamed
+MAX_WHOLE_CODES = (
+    1500  # codes (a minute) of a reply that is spoken in one piece; longer ones are streamed
+)
 
 
 class Speech:
@@ -78,7 +80,7 @@ class Speech:
     @cached_property
     def token2wav(self) -> Token2Wav:
         """Flow and vocoder, loaded."""
-        return Token2Wav(self.folder.cfg, self.folder.params(SPEAKING), **self._options)
+        return Token2Wav(self.folder.cfg, self.folder.params(SYNTHESIS), **self._options)
 
     @cached_property
     def replicas(self) -> list[Token2Wav]:
@@ -157,13 +159,13 @@ class Speech:
         """
         chosen = self.voice(voice)
         waves = [np.zeros(0, np.float32) for _ in replies]
-        short = [n for n, codes in enumerate(replies) if 0 < len(codes) <= WHOLE]
+        short = [n for n, codes in enumerate(replies) if 0 < len(codes) <= MAX_WHOLE_CODES]
         if short:
             spoken = self.vocode([list(replies[n]) for n in short], chosen, seed=seed)
             for n, wave in zip(short, spoken, strict=True):
                 waves[n] = wave
         for n, codes in enumerate(replies):
-            if len(codes) > WHOLE:
+            if len(codes) > MAX_WHOLE_CODES:
                 waves[n] = np.concatenate([*self.stream(codes, chosen, seed=seed)])
         return waves
 

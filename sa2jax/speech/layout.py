@@ -1,4 +1,4 @@
-"""Where a detokenizer and its voices lie on disk.
+"""Layout of a detokenizer and its voices on disk.
 
 A model folder of this library holds
 
@@ -18,8 +18,8 @@ from sa2jax import checkpoint
 KIND = "token2wav"
 YAML = "flow.yaml"
 VOICES, RECORDINGS = "voices", "assets"
-SPEAKING, HEARING = ("flow", "vocoder"), ("speech_tokenizer", "speaker_encoder")
-DEFAULT_VOICE = "default_voice"  # in a folder's facts: the name of one of its voices
+SYNTHESIS, ANALYSIS = ("flow", "vocoder"), ("speech_tokenizer", "speaker_encoder")
+DEFAULT_VOICE = "default_voice"  # in a folder's metadata: the name of one of its voices
 DEFAULTS = ("default", "default_female", "default_male")  # what voice "default" stands for
 
 
@@ -28,7 +28,7 @@ def is_official(folder: str | Path) -> bool:
     return (Path(folder) / YAML).is_file() and not checkpoint.is_checkpoint(folder)
 
 
-def is_ours(folder: str | Path) -> bool:
+def is_converted(folder: str | Path) -> bool:
     """Whether a folder holds a converted detokenizer."""
     return checkpoint.is_checkpoint(folder) and checkpoint.read_info(folder).get("kind") == KIND
 
@@ -37,4 +37,4 @@ def find(home: str | Path) -> Path | None:
     """The detokenizer's folder, released or converted: in a model's folder, or that folder."""
     home = Path(home)
     choices = (home / KIND, home)
-    return next((choice for choice in choices if is_official(choice) or is_ours(choice)), None)
+    return next((choice for choice in choices if is_official(choice) or is_converted(choice)), None)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from sa2jax.models.flow import Flow, FlowState, rows_of
+from sa2jax.models.flow import Flow, FlowState, batch_axes
 from sa2jax.models.vocoder import Vocoder
 from sa2jax.models.vocoder_stream import VocoderState, vocoder_step
 from sa2jax.nn import Functional
@@ -28,7 +28,7 @@ class Networks:
     Attributes:
         flow: codes to mel frames.
         vocoder: mel frames to sound.
-        look: codes that a stream's newest ones need to hear.
+        lookahead: codes that a stream's newest ones need to hear.
         upsample: mel frames of a code.
         steps: Euler steps of the flow.
         mesh: the devices.
@@ -36,7 +36,7 @@ class Networks:
 
     flow: Functional[Flow]
     vocoder: Functional[Vocoder]
-    look: int
+    lookahead: int
     upsample: int
     steps: int
     mesh: Mesh | None
@@ -71,7 +71,7 @@ def wave(nets: Networks, params, mel, frames, noise, seed) -> Float[Array, "B N"
 
 
 def start(
-    nets: Networks, params, prompt, frames, speaker, prompts, guidance, noise, seed, *, keep,
+    nets: Networks, params, prompt, frames, speaker, prompts, guidance, noise, seed, *, keep_frames,
     capacity, parity,
 ) -> FlowState:  # fmt: skip
     """Streams that have said nothing; see `Flow.start`."""
@@ -80,33 +80,40 @@ def start(
     def run(params, prompt, frames, speaker, prompts, guidance, noise, seed):
         return nets.flow.bind(params).start(
             prompt, frames, speaker, prompts, steps=nets.steps, guidance=guidance, noise=noise,
-            seed=seed, keep=keep, capacity=capacity, parity=parity,
+            seed=seed, keep_frames=keep_frames, capacity=capacity, parity=parity,
         )  # fmt: skip
 
     axes = (ALL, 0, 0, 0, 0, ALL, ALL, ALL)
-    rows = shard_rows(run, nets.mesh, axes, rows_of(keep, parity))
+    rows = shard_rows(run, nets.mesh, axes, batch_axes(keep_frames, parity))
     return rows(params, prompt, frames, speaker, prompts, guidance, noise, seed)
 
 
 def step(
     nets: Networks, params, flow, vocoder, codes, lengths, last, guidance, flow_noise,
-    source_noise, seed, *, hop, parity,
+    source_noise, seed, *, max_codes, parity,
 ) -> tuple[FlowState, VocoderState, Float[Array, "B N"], Int[Array, "B"]]:  # fmt: skip
     """The next codes of each stream as sound; see `Flow.step` and `vocoder_step`."""
     TRACES["step"] += 1
 
     def run(params, flow, vocoder, codes, lengths, last, guidance, flow_noise, source_noise, seed):
         flow, mel = nets.flow.bind(params["flow"]).step(
-            flow, codes, lengths, last, hop=hop, guidance=guidance, noise=flow_noise, seed=seed
+            flow,
+            codes,
+            lengths,
+            last,
+            max_codes=max_codes,
+            guidance=guidance,
+            noise=flow_noise,
+            seed=seed,
         )
-        spoken = jnp.where(last, lengths, jnp.maximum(lengths - nets.look, 0))
+        spoken = jnp.where(last, lengths, jnp.maximum(lengths - nets.lookahead, 0))
         net = nets.vocoder.bind(params["vocoder"])
         return flow, *vocoder_step(
             net, vocoder, mel, nets.upsample * spoken, last=last, noise=source_noise,
-            flat=not parity,
+            equal_gain=not parity,
         )  # fmt: skip
 
-    states = rows_of(flow.keep, parity), 0
+    states = batch_axes(flow.keep_frames, parity), 0
     axes = (ALL, *states, 0, 0, 0, ALL, ALL, 0, 0)
     rows = shard_rows(run, nets.mesh, axes, (*states, 0, 0))
     flow, vocoder, speech, counts = rows(

@@ -9,9 +9,9 @@ from sa2jax.assets import model_folder
 from sa2jax.errors import AudioError, CheckpointError, VoiceError
 from sa2jax.nn import Params
 from sa2jax.speech.layout import (
+    ANALYSIS,
     DEFAULT_VOICE,
     DEFAULTS,
-    HEARING,
     RECORDINGS,
     VOICES,
     find,
@@ -53,10 +53,10 @@ class SpeechFolder:
         return Token2WavConfig.from_dict(self._info["config"])
 
     @cached_property
-    def analysis(self) -> str:
+    def analysis_hash(self) -> str:
         """Hash of the weights that analyse voices."""
         if self.official:
-            return checkpoint.content_hash({name: self._official[1][name] for name in HEARING})
+            return checkpoint.content_hash({name: self._official[1][name] for name in ANALYSIS})
         return self._info["analysis"]
 
     def params(self, names: Sequence[str]) -> Params:
@@ -70,8 +70,8 @@ class SpeechFolder:
 
     @cached_property
     def analyzer(self) -> VoiceAnalyzer:
-        """The networks that hear voices."""
-        return VoiceAnalyzer(self.cfg, self.params(HEARING), self.analysis)
+        """The networks that analyse voices."""
+        return VoiceAnalyzer(self.cfg, self.params(ANALYSIS), self.analysis_hash)
 
     @property
     def voices(self) -> dict[str, Path]:
@@ -98,7 +98,7 @@ class SpeechFolder:
         if name == "default" and (default := self._default(known)):
             name = default
         if name in known:
-            path, name = known[name], name
+            path = known[name]
         elif path.suffix and path.is_file():
             name = path.stem
         else:
@@ -110,7 +110,7 @@ class SpeechFolder:
         if path.suffix != SUFFIX:
             return Voice.from_wav(path, self.analyzer)
         voice = Voice.load(path)
-        if voice.analysis != self.analysis:
+        if voice.analysis_hash != self.analysis_hash:
             raise VoiceError(
                 f"voice {name} was analysed by another checkpoint's weights, its codes mean "
                 f"something else here: add it again from its recording"
@@ -133,7 +133,7 @@ class SpeechFolder:
         voice.save(path)
         return voice
 
-    def adopt(self) -> list[str]:
+    def add_recordings(self) -> list[str]:
         """Make a voice of each recording in assets/ that has none yet.
 
         Returns:

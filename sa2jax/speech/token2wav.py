@@ -32,21 +32,28 @@ from jaxtyping import Float, Int
 from sa2jax import sharding
 from sa2jax.audio.rates import CODE_RATE
 from sa2jax.errors import CodeError
-from sa2jax.models.flow import KEEP, STEPS, flow_model, reserve, rows_of, unstack_flow
+from sa2jax.models.flow import (
+    KEEP_FRAMES,
+    STEPS,
+    batch_axes,
+    flow_model,
+    grow_streams,
+    unstack_flow,
+)
 from sa2jax.models.vocoder import vocoder
 from sa2jax.models.vocoder_stream import vocoder_state
 from sa2jax.nn import Params, Policy
 from sa2jax.runtime import round_up, uses_scan
 from sa2jax.speech import programs
 from sa2jax.speech.programs import Networks, row_keys
-from sa2jax.speech.state import StreamState, join
+from sa2jax.speech.state import StreamState, concat_streams
 from sa2jax.speech.voices import Voice
 from sa2jax.speech_config import Token2WavConfig
 
 CHUNK = 25  # codes of a stream's chunk
 SHORT_CHUNKS = (1, 5, 10, 15, 20)  # sizes of a step's program below a second
-ROOM = 512  # codes that a stream holds at first: 20 s, the prompt's included
-STARTS = 4  # voices whose started streams are kept
+INITIAL_CAPACITY = 512  # codes that a stream holds at first: 20 s, the prompt's included
+MAX_STARTS = 4  # voices whose started streams are kept
 
 Codes = Sequence[int] | Int[np.ndarray, "T"]
 
@@ -92,9 +99,9 @@ class Token2Wav:
         }
         self.flow = flow_model(cfg.flow, Policy(param=dtype, compute=dtype), stacked=stacked)
         self.vocoder = vocoder(cfg.vocoder)
-        self._settle(mesh)
+        self._place_on(mesh)
 
-    def _settle(self, mesh: Mesh | None) -> None:
+    def _place_on(self, mesh: Mesh | None) -> None:
         """Move to these devices: parameters, programs, and no stream started yet."""
         self._mesh = sharding.local_mesh(mesh)
         if self._mesh is not None:
@@ -105,10 +112,14 @@ class Token2Wav:
             self.flow, self.vocoder, encoder.lookahead, encoder.upsample, self.steps, self._mesh
         )
         jit = lambda f, **options: jax.jit(partial(f, nets), **options)
-        self._mel, self._wave = jit(programs.mel), jit(programs.wave)
-        self._begin = jit(programs.start, static_argnames=("keep", "capacity", "parity"))
-        self._advance = jit(
-            programs.step, static_argnames=("hop", "parity"), donate_argnames=("flow", "vocoder")
+        self._mel_program, self._wave_program = jit(programs.mel), jit(programs.wave)
+        self._start_program = jit(
+            programs.start, static_argnames=("keep_frames", "capacity", "parity")
+        )
+        self._step_program = jit(
+            programs.step,
+            static_argnames=("max_codes", "parity"),
+            donate_argnames=("flow", "vocoder"),
         )
 
     def replicas(self) -> list[Self]:
@@ -117,7 +128,7 @@ class Token2Wav:
         for mesh in sharding.replicas(self.mesh):
             other = copy(self)
             other.mesh, other.params = mesh, sharding.replica_of(self.params, mesh)
-            other._settle(mesh)
+            other._place_on(mesh)
             found.append(other)
         return found or [self]
 
@@ -150,7 +161,7 @@ class Token2Wav:
             CodeError: for codes that no recording has, or none at all.
         """
         many = isinstance(voice, Sequence) or _is_nested(codes)
-        replies = [self.clean(c) for c in (codes if many else [codes])]
+        replies = [self.validate_codes(c) for c in (codes if many else [codes])]
         voices = list(voice) if isinstance(voice, Sequence) else [voice] * len(replies)
         if len(voices) != len(replies):
             raise CodeError(f"expected one voice or {len(replies)}, got {len(voices)}")
@@ -175,12 +186,14 @@ class Token2Wav:
         prompts = self._prompts(voices)
         frames = self.cfg.flow.encoder.upsample * lengths
         with sharding.use_mesh(self._mesh):
-            mel = self._mel(
+            mel = self._mel_program(
                 self.params["flow"], *prompts, codes, lengths, self._guidance, self._flow_noise,
                 seed,
             )  # fmt: skip
-            noise = _widen(source_noise, self.cfg.vocoder.samples * mel.shape[1])
-            speech = np.asarray(self._wave(self.params["vocoder"], mel, frames, noise, seed))
+            noise = _pad_noise(source_noise, self.cfg.vocoder.samples * mel.shape[1])
+            speech = np.asarray(
+                self._wave_program(self.params["vocoder"], mel, frames, noise, seed)
+            )
         samples = self.cfg.vocoder.samples * frames
         return [row[:n] for row, n in zip(speech[:count], samples, strict=False)]
 
@@ -204,8 +217,8 @@ class Token2Wav:
         found: list[np.ndarray] = [np.empty(0, np.float32)] * len(codes)
         for rows in self._batches(codes):
             padded, lengths = _pad([codes[i] for i in rows])
-            prompts = self._prompts([_no_recording(speakers[i], self.cfg.flow.mels) for i in rows])
-            mel = self._mel(
+            prompts = self._prompts([_speaker_only(speakers[i], self.cfg.flow.mels) for i in rows])
+            mel = self._mel_program(
                 self.params["flow"], *prompts, padded, lengths, self._guidance, self._flow_noise,
                 seed,
             )  # fmt: skip
@@ -217,7 +230,12 @@ class Token2Wav:
     # --- streams ---------------------------------------------------------------------------
 
     def start(
-        self, voices: Sequence[Voice], *, seed: int = 0, parity: bool = False, keep: int = KEEP
+        self,
+        voices: Sequence[Voice],
+        *,
+        seed: int = 0,
+        parity: bool = False,
+        keep_frames: int = KEEP_FRAMES,
     ) -> StreamState:
         """Streams that have said nothing yet, one for each voice.
 
@@ -227,9 +245,9 @@ class Token2Wav:
             voices: the voice of each stream.
             seed: another one gives another reading.
             parity: stream exactly as the official code does.
-            keep: mel frames of a reply that the flow looks back on, beside the prompt.
+            keep_frames: mel frames of a reply that the flow looks back on, beside the prompt.
         """
-        return join([self._started(voice, seed, parity, keep) for voice in voices])
+        return concat_streams([self._started(voice, seed, parity, keep_frames) for voice in voices])
 
     def step(
         self,
@@ -253,35 +271,39 @@ class Token2Wav:
         Raises:
             CodeError: for codes that no recording has, or another number of rows.
         """
-        rows = len(state.waiting)
+        rows = len(state.num_pending)
         if len(codes) != rows:
             raise CodeError(f"expected codes for {rows} streams, got {len(codes)}")
         ends = np.broadcast_to(np.asarray(last, bool), (rows,))
-        look = self.cfg.flow.encoder.lookahead
-        waiting = [row[:n] for row, n in zip(state.pending, state.waiting, strict=True)]
+        lookahead = self.cfg.flow.encoder.lookahead
+        waiting = [row[:n] for row, n in zip(state.pending, state.num_pending, strict=True)]
         lines = [
-            np.concatenate([held, self.clean(row, empty=True)])
+            np.concatenate([held, self.validate_codes(row, empty=True)])
             for held, row in zip(waiting, codes, strict=True)
         ]
         present = np.array([len(line) for line in lines], np.int32)
-        spoken = np.where(ends, present, np.maximum(present - look, 0))
-        pending = np.zeros((rows, look), np.int32)
+        spoken = np.where(ends, present, np.maximum(present - lookahead, 0))
+        pending = np.zeros((rows, lookahead), np.int32)
         for row, line, count in zip(pending, lines, spoken, strict=True):
             row[: len(line) - count] = line[count:]
-        after = {"pending": pending, "waiting": present - spoken, "seen": state.seen + spoken}
+        after = {
+            "pending": pending,
+            "num_pending": present - spoken,
+            "num_codes": state.num_codes + spoken,
+        }
         if not (spoken.any() or ends.any()):
             return replace(state, **after), [self._silence(0)] * rows
-        hop = _hop(int(spoken.max()))
-        frames = self.cfg.vocoder.carry + self.cfg.flow.encoder.upsample * hop
-        noise = _widen(source_noise, self.cfg.vocoder.samples * frames)
-        flow = reserve(state.flow, int(state.seen.max()) + hop)
-        axes = rows_of(flow.keep, state.parity), 0
+        max_codes = _chunk_bucket(int(spoken.max()))
+        frames = self.cfg.vocoder.carry + self.cfg.flow.encoder.upsample * max_codes
+        noise = _pad_noise(source_noise, self.cfg.vocoder.samples * frames)
+        flow = grow_streams(state.flow, int(state.num_codes.max()) + max_codes)
+        axes = batch_axes(flow.keep_frames, state.parity), 0
         flow, vocoder = sharding.device_put_rows((flow, state.vocoder), self._mesh, rows, axes)
         with sharding.use_mesh(self._mesh):
-            flow, voc, speech, counts = self._advance(
-                self.params, flow, vocoder, _pad(lines, hop + look)[0],
-                present, ends, self._guidance, self._flow_noise, noise, state.seed, hop=hop,
-                parity=state.parity,
+            flow, voc, speech, counts = self._step_program(
+                self.params, flow, vocoder, _pad(lines, max_codes + lookahead)[0],
+                present, ends, self._guidance, self._flow_noise, noise, state.seed,
+                max_codes=max_codes, parity=state.parity,
             )  # fmt: skip
         pieces = [row[:n] for row, n in zip(np.asarray(speech), np.asarray(counts), strict=True)]
         return replace(state, flow=flow, vocoder=voc, **after), pieces
@@ -315,10 +337,10 @@ class Token2Wav:
         if chunk < 1 or (first is not None and first < 1):
             raise CodeError(f"expected chunks of at least 1 code, got {chunk} and {first}")
         state = self.start([voice], seed=seed, parity=parity)
-        look = self.cfg.flow.encoder.lookahead
-        given, waiting, wanted = 0, [], look + (first or chunk)
+        lookahead = self.cfg.flow.encoder.lookahead
+        given, waiting, wanted = 0, [], lookahead + (first or chunk)
         for code in codes:
-            waiting.extend(self.clean([code], first=given))
+            waiting.extend(self.validate_codes([code], first=given))
             given += 1
             if len(waiting) == wanted:
                 state, (piece,) = self.step(state, [waiting])
@@ -327,10 +349,12 @@ class Token2Wav:
         if not given:
             raise CodeError("no codes: expected at least one")
         state, (piece,) = self.step(state, [waiting], last=True)
-        nothing = int(state.seen[0]) == len(voice.codes)
+        nothing = int(state.num_codes[0]) == len(voice.codes)
         yield self._silence(given) if nothing else piece
 
-    def clean(self, codes: Codes, *, empty: bool = False, first: int = 0) -> Int[np.ndarray, "T"]:
+    def validate_codes(
+        self, codes: Codes, *, empty: bool = False, first: int = 0
+    ) -> Int[np.ndarray, "T"]:
         """Codes without pads.
 
         Args:
@@ -364,28 +388,28 @@ class Token2Wav:
         for start in range(0, len(order), self.batch_size):
             yield order[start : start + self.batch_size]
 
-    def _started(self, voice: Voice, seed: int, parity: bool, keep: int) -> StreamState:
+    def _started(self, voice: Voice, seed: int, parity: bool, keep_frames: int) -> StreamState:
         """A stream of one row that has said nothing; kept, so only copies of it may be stepped."""
-        key = voice.hash, seed, parity, keep
+        key = voice.hash, seed, parity, keep_frames
         if key not in self._starts:
             prompts = self._prompts([voice])
             with sharding.use_mesh(self._mesh):
-                flow = self._begin(
+                flow = self._start_program(
                     self.params["flow"], *prompts, self._guidance, self._flow_noise, seed,
-                    keep=keep, capacity=ROOM, parity=parity,
+                    keep_frames=keep_frames, capacity=INITIAL_CAPACITY, parity=parity,
                 )  # fmt: skip
-            look = self.cfg.flow.encoder.lookahead
+            lookahead = self.cfg.flow.encoder.lookahead
             state = StreamState(
                 flow=flow,
                 vocoder=vocoder_state(self.cfg.vocoder, 1, row_keys(seed, 1)),
-                pending=np.zeros((1, look), np.int32),
-                waiting=np.zeros(1, np.int32),
-                seen=np.array([len(voice.codes)], np.int32),
+                pending=np.zeros((1, lookahead), np.int32),
+                num_pending=np.zeros(1, np.int32),
+                num_codes=np.array([len(voice.codes)], np.int32),
                 seed=np.array([seed]),
                 parity=parity,
             )
             self._starts[key] = state
-            while len(self._starts) > STARTS:
+            while len(self._starts) > MAX_STARTS:
                 self._starts.popitem(last=False)
         self._starts.move_to_end(key)
         return self._starts[key]
@@ -404,19 +428,19 @@ class Token2Wav:
         return np.zeros(codes * self.sample_rate // CODE_RATE, np.float32)
 
 
-def _no_recording(speaker: Float[np.ndarray, "C"], mels: int) -> Voice:
+def _speaker_only(speaker: Float[np.ndarray, "C"], mels: int) -> Voice:
     """A voice of which there is a vector alone."""
     return Voice("", np.zeros(0, np.int32), speaker, np.zeros((0, mels), np.float32), "", "")
 
 
-def _widen(noise: Float[np.ndarray, "B N H"] | None, samples: int) -> np.ndarray | None:
+def _pad_noise(noise: Float[np.ndarray, "B N H"] | None, samples: int) -> np.ndarray | None:
     """Draws for all samples of a program; nothing if it makes its own."""
     if noise is None:
         return None
     return np.pad(noise, ((0, 0), (0, samples - noise.shape[1]), (0, 0)))
 
 
-def _hop(codes: int) -> int:
+def _chunk_bucket(codes: int) -> int:
     """Codes that a step's program speaks at most."""
     return next((size for size in SHORT_CHUNKS if size >= codes), round_up(codes, CHUNK))
 

@@ -1,11 +1,11 @@
-"""Voices: what the detokenizer has to know of a speaker, from one short recording.
+"""Voices: the speaker prompt of the detokenizer, made from one short recording.
 
 analyzer = VoiceAnalyzer(cfg, params)
 voice = Voice.from_wav("me.wav", analyzer)
 voice.save("me.safetensors")
 
-Source: the official `Token2wav._prepare_prompt`. A voice is keyed by what was heard and by the
-weights that heard it, never by a path.
+Source: the official `Token2wav._prepare_prompt`. A voice is keyed by a hash of the
+recording and one of the weights that analysed it, never by a path.
 """
 
 import hashlib
@@ -58,16 +58,16 @@ class Voice:
         codes: codes (25 Hz) of the recording.
         speaker: speaker vector, not normalised.
         mel: log-mel frames (50 Hz) of the recording, two for each code.
-        audio: SHA-256 of the samples that were heard.
-        analysis: hash of the weights that heard them, see `checkpoint.content_hash`.
+        audio_hash: SHA-256 of the samples that were analysed.
+        analysis_hash: hash of the weights that analysed them, see `checkpoint.content_hash`.
     """
 
     name: str
     codes: Int[np.ndarray, "P"]
     speaker: Float[np.ndarray, "C"]
     mel: Float[np.ndarray, "Q M"]
-    audio: str
-    analysis: str
+    audio_hash: str
+    analysis_hash: str
 
     @classmethod
     def from_wav(
@@ -80,7 +80,7 @@ class Voice:
 
         Args:
             source: the recording.
-            analyzer: the networks that hear it.
+            analyzer: the networks that analyse it.
             name: what to call the voice; by default after the file.
 
         Raises:
@@ -114,8 +114,8 @@ class Voice:
         frames = 2 * len(codes)
         mel = audio.mel_24k(high).T[:frames]  # [Q, M]
         mel = np.pad(mel, ((0, frames - len(mel)), (0, 0)), mode="edge")
-        heard = hashlib.sha256(low.tobytes() + high.tobytes()).hexdigest()
-        return cls(name, codes, analyzer.speaker_of(low), mel, heard, analyzer.analysis)
+        audio_hash = hashlib.sha256(low.tobytes() + high.tobytes()).hexdigest()
+        return cls(name, codes, analyzer.speaker_of(low), mel, audio_hash, analyzer.analysis_hash)
 
     @property
     def seconds(self) -> float:
@@ -125,7 +125,7 @@ class Voice:
     @cached_property
     def hash(self) -> str:
         """SHA-256 of the numbers: equal for voices that sound alike, whatever their names."""
-        digest = hashlib.sha256(self.analysis.encode())
+        digest = hashlib.sha256(self.analysis_hash.encode())
         for array in (self.codes, self.speaker, self.mel):
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
@@ -137,7 +137,7 @@ class Voice:
             CheckpointError: if it cannot be written.
         """
         path = Path(path)
-        described = {"name": self.name, "audio": self.audio, "analysis": self.analysis}
+        described = {"name": self.name, "audio": self.audio_hash, "analysis": self.analysis_hash}
         described |= {"format": FORMAT, "hash": self.hash}
         arrays = {"codes": self.codes, "speaker": self.speaker, "mel": self.mel}
         data = save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, metadata=described)
@@ -171,29 +171,31 @@ class Voice:
                 described["name"], arrays["codes"], arrays["speaker"], arrays["mel"],
                 described["audio"], described["analysis"],
             )  # fmt: skip
-            whole = described["hash"] == voice.hash
+            intact = described["hash"] == voice.hash
         except KeyError as error:
             raise VoiceError(f"{path} lacks {error}: add the voice again") from None
-        if not whole:
+        if not intact:
             raise VoiceError(f"{path} is damaged (its hash differs): add the voice again")
         return voice
 
 
 class VoiceAnalyzer:
-    """The two networks that hear a voice: S3 speech tokenizer and CAM++.
+    """The two networks that analyse a voice: S3 speech tokenizer and CAM++.
 
     Args:
         cfg: sizes.
         params: parameters under `speech_tokenizer` and `speaker_encoder`.
-        analysis: hash of these parameters.
+        analysis_hash: hash of these parameters.
     """
 
-    def __init__(self, cfg: Token2WavConfig, params: Params, analysis: str):
-        self.cfg, self.analysis = cfg, analysis
+    def __init__(self, cfg: Token2WavConfig, params: Params, analysis_hash: str):
+        self.cfg, self.analysis_hash = cfg, analysis_hash
         stacked = uses_scan()
-        heard = params["speech_tokenizer"]
+        tokenizer_params = params["speech_tokenizer"]
         self._params = {
-            "speech_tokenizer": heard if stacked else unstack_speech_tokenizer(heard),
+            "speech_tokenizer": tokenizer_params
+            if stacked
+            else unstack_speech_tokenizer(tokenizer_params),
             "speaker_encoder": params["speaker_encoder"],
         }
         tokenizer = speech_tokenizer(cfg.speech_tokenizer, stacked=stacked)
@@ -220,7 +222,7 @@ class VoiceAnalyzer:
         return self.codes_of_mels([self.mel_of(clip) for clip in clips])
 
     def mel_of(self, clip: Float[np.ndarray, "T"]) -> Float[np.ndarray, "M F"]:
-        """What the tokenizer hears of samples at 16 kHz: log-mel frames (100 Hz)."""
+        """Input of the tokenizer, log-mel frames (100 Hz), of samples at 16 kHz."""
         if len(clip) < 2 * audio.HOP:
             raise AudioError(f"expected at least {2 * audio.HOP} samples, got {len(clip)}")
         return audio.s3_log_mel(clip, n_mels=self.cfg.speech_tokenizer.mels)
@@ -231,8 +233,8 @@ class VoiceAnalyzer:
         codes: list[np.ndarray] = [np.empty(0, np.int32)] * len(mels)
         for start in range(0, len(order), CLIPS_AT_ONCE):
             chosen = order[start : start + CLIPS_AT_ONCE]
-            room = _room(max(mels[i].shape[1] for i in chosen))
-            batch, frames = audio.pad_mels([mels[i] for i in chosen], room)
+            size = _bucket(max(mels[i].shape[1] for i in chosen))
+            batch, frames = audio.pad_mels([mels[i] for i in chosen], size)
             found, _ = self._tokenize(self._params["speech_tokenizer"], batch, frames)
             for i, row, count in zip(chosen, np.asarray(found), code_length(frames), strict=True):
                 codes[i] = row[:count].astype(np.int32)
@@ -244,7 +246,7 @@ class VoiceAnalyzer:
             samples, n_mels=self.cfg.speaker_encoder.mels, subtract_mean=True
         )  # [T, M]
         frames = np.array([len(energies)], np.int32)
-        padded = np.pad(energies, ((0, _room(len(energies)) - len(energies)), (0, 0)))
+        padded = np.pad(energies, ((0, _bucket(len(energies)) - len(energies)), (0, 0)))
         return np.asarray(self._identify(self._params["speaker_encoder"], padded[None], frames))[0]
 
 
@@ -271,12 +273,12 @@ def describe(voice: Voice) -> dict[str, object]:
         "different codes": len(set(voice.codes.tolist())),
         "speaker vector": f"{voice.speaker.size} numbers, norm {np.linalg.norm(voice.speaker):.2f}",
         "mean mel level": f"{level:.1f} dB",
-        "recording": voice.audio,
-        "analysed by": voice.analysis,
+        "recording": voice.audio_hash,
+        "analysed by": voice.analysis_hash,
         "hash": voice.hash,
     }
 
 
-def _room(frames: int) -> int:
+def _bucket(frames: int) -> int:
     """Frames (100 Hz) that a clip is padded to."""
     return round_up(frames, 100) if frames <= WINDOW else round_up(frames, WINDOW // 3)

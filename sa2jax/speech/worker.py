@@ -1,4 +1,4 @@
-"""A voice that speaks in a thread of its own while the codes are still being made."""
+"""Background synthesis: a thread that turns codes into sound while they are still generated."""
 
 import atexit
 import queue
@@ -12,11 +12,11 @@ from jaxtyping import Float
 from sa2jax.speech.token2wav import CHUNK, Token2Wav
 from sa2jax.speech.voices import Voice
 
-_SPEAKING: "weakref.WeakSet[Speaker]" = weakref.WeakSet()
+_WORKERS: "weakref.WeakSet[SynthesisWorker]" = weakref.WeakSet()
 
 
-class Speaker:
-    """Speaks one reply; the sound is that of `Token2Wav.stream`, whenever the codes come.
+class SynthesisWorker:
+    """A thread that speaks one reply; the sound is that of `Token2Wav.stream`, whenever codes come.
 
     Args:
         token2wav: flow and vocoder.
@@ -38,20 +38,20 @@ class Speaker:
         self._codes: queue.SimpleQueue[Sequence[int] | None] = queue.SimpleQueue()
         self._pieces: queue.SimpleQueue[np.ndarray | BaseException | None] = queue.SimpleQueue()
         self._stopped = threading.Event()
-        self._pieces_of = token2wav.stream(
-            self._arriving(), voice, chunk=chunk, first=first, seed=seed
+        self._stream = token2wav.stream(
+            self._arriving_codes(), voice, chunk=chunk, first=first, seed=seed
         )
-        self._thread = threading.Thread(target=self._work, name="sa2jax-speaker", daemon=True)
-        _SPEAKING.add(self)
+        self._thread = threading.Thread(target=self._run, name="sa2jax-synthesis", daemon=True)
+        _WORKERS.add(self)
         self._thread.start()
 
-    def say(self, codes: Sequence[int]) -> None:
-        """Speak these codes next."""
+    def put(self, codes: Sequence[int]) -> None:
+        """Append these codes to the queue."""
         if codes:
             self._codes.put(codes)
 
-    def ready(self) -> Iterator[Float[np.ndarray, "N"]]:
-        """What was spoken since the last time; does not wait.
+    def poll(self) -> Iterator[Float[np.ndarray, "N"]]:
+        """Pieces of sound that are ready; does not wait.
 
         Raises:
             Sa2jaxError: if speaking failed.
@@ -63,21 +63,21 @@ class Speaker:
                 return
             if piece is None:
                 return
-            yield _checked(piece)
+            yield _raise_if_error(piece)
 
     def finish(self) -> Iterator[Float[np.ndarray, "N"]]:
-        """The reply is complete: what is still to be spoken, as it is."""
+        """Close the queue and yield the remaining pieces of sound."""
         self._codes.put(None)
         while (piece := self._pieces.get()) is not None:
-            yield _checked(piece)
+            yield _raise_if_error(piece)
         self._thread.join()
 
     def stop(self) -> None:
-        """Be silent: no chunk is begun any more; the one under way is not waited for."""
+        """Cancel: no further chunk is begun; the one in flight is not waited for."""
         self._stopped.set()
         self._codes.put(None)
 
-    def _arriving(self) -> Iterator[int]:
+    def _arriving_codes(self) -> Iterator[int]:
         nothing = True
         while (codes := self._codes.get()) is not None:
             for code in codes:
@@ -88,13 +88,13 @@ class Speaker:
         if nothing or self._stopped.is_set():
             raise _StoppedError
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         try:
-            for piece in self._pieces_of:
+            for piece in self._stream:
                 self._pieces.put(piece)
         except _StoppedError:
             pass
-        except BaseException as error:  # for the thread that listens
+        except BaseException as error:  # re-raised by the consumer
             self._pieces.put(error)
         finally:
             self._pieces.put(None)
@@ -102,19 +102,19 @@ class Speaker:
 
 @atexit.register
 def _end_all() -> None:
-    """Let no thread be inside a computation when Python goes."""
-    speaking = [*_SPEAKING]
-    for speaker in speaking:
-        speaker.stop()
-    for speaker in speaking:
-        speaker._thread.join()
+    """Join all threads before the interpreter shuts down."""
+    workers = [*_WORKERS]
+    for worker in workers:
+        worker.stop()
+    for worker in workers:
+        worker._thread.join()
 
 
 class _StoppedError(Exception):
     """Nothing more is to be spoken."""
 
 
-def _checked(piece: np.ndarray | BaseException) -> np.ndarray:
+def _raise_if_error(piece: np.ndarray | BaseException) -> np.ndarray:
     if isinstance(piece, BaseException):
         raise piece
     return piece

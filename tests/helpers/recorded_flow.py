@@ -15,7 +15,7 @@ class RecordedFlow:
         self.folder = golden / "t2w_golden"
         self.cfg, self.params = load(golden / "token2wav")
         self.model = flow_model(self.cfg)
-        self.look = self.cfg.encoder.lookahead
+        self.lookahead = self.cfg.encoder.lookahead
         self.ratio = self.cfg.encoder.upsample
         self.step_traces = 0
 

@@ -37,7 +37,7 @@ def recorded_voice(golden: Path) -> Voice:
     prompt = np.load(golden / "t2w_golden" / "prepare_prompt.npz")
     return Voice(
         "recorded", prompt["prompt_tokens"][0], prompt["spk_emb"][0],
-        prompt["prompt_mel_padded"][0], audio="", analysis="",
+        prompt["prompt_mel_padded"][0], audio_hash="", analysis_hash="",
     )  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def other_voice(seed: int, codes: int, cfg: Token2WavConfig) -> Voice:
     mel = rng.normal(-5, 2, (2 * codes, cfg.flow.mels)).astype(np.float32)
     speaker = rng.normal(size=cfg.flow.speaker).astype(np.float32)
     line = rng.integers(0, cfg.flow.codes, codes).astype(np.int32)
-    return Voice(f"voice{seed}", line, speaker, mel, audio="", analysis="")
+    return Voice(f"voice{seed}", line, speaker, mel, audio_hash="", analysis_hash="")
 
 
 def start_noise(golden: Path) -> np.ndarray:

@@ -117,7 +117,7 @@ class Token2Wav:
 
 def voice_called(name: str) -> Voice:
     numbers = np.zeros(1, np.int32), np.zeros(2, np.float32), np.zeros((2, 3), np.float32)
-    return Voice(name, *numbers, audio=name, analysis="")
+    return Voice(name, *numbers, audio_hash=name, analysis_hash="")
 
 
 class Speech:

@@ -15,7 +15,7 @@ from jax import jit
 
 from sa2jax.models.flow import flow_model
 from sa2jax.models.flow.flow_matching import schedule, start_noise
-from sa2jax.models.flow.upsample_conformer import by_key, distances
+from sa2jax.models.flow.upsample_conformer import relative_positions, relative_shift
 from sa2jax.nn import Policy
 
 ATOL = 1e-4  # measured: 2e-5; the official code itself is 1.2e-5 from its float64 run
@@ -80,8 +80,8 @@ def test_every_stage_of_the_estimator(flow, recording):
     @jit
     def run(params):
         net, trace = flow.model.bind(params), {}
-        blocks, final = net.estimator.at(give["t"], trace=trace)
-        _, state = net._empty(1, 1)
+        blocks, final = net.estimator.timestep_modulation(give["t"], trace=trace)
+        _, state = net._empty_states(1, 1)
         out, _ = net.estimator(
             inputs, (blocks[0], final[0]), give["mask"][:, 0] > 0, counts, state, 0, trace=trace
         )
@@ -155,10 +155,10 @@ def test_shift_of_distances(new, cached):
     """Query i sits at place `cached + i`; what it sees at key j is their distance."""
     columns = cached + 2 * new - 1
     table = (cached + new - 1) - jnp.arange(columns)
-    seen = by_key(jnp.broadcast_to(table, (1, 1, new, columns)), cached + new)[0, 0]
+    seen = relative_shift(jnp.broadcast_to(table, (1, 1, new, columns)), cached + new)[0, 0]
     i, j = np.indices((new, cached + new))
     np.testing.assert_array_equal(seen, cached + i - j)
-    sinusoids = np.asarray(distances(new, cached, 6))
+    sinusoids = np.asarray(relative_positions(new, cached, 6))
     np.testing.assert_allclose(sinusoids[:, 0], np.sin(table), atol=1e-6)
     np.testing.assert_allclose(sinusoids[:, 3], np.cos(table * 10000 ** (-2 / 6)), atol=1e-6)
 

@@ -16,8 +16,8 @@ from helpers.recorded import first_difference
 from helpers.recorded_flow import RecordedFlow, stack_rows
 from jax import jit
 
-from sa2jax.models.flow import KEEP, join, pick, reserve
-from sa2jax.models.flow.dit import admit
+from sa2jax.models.flow import KEEP_FRAMES, concat_streams, grow_streams, select_streams
+from sa2jax.models.flow.dit import assign_slots
 from sa2jax.models.flow.state import capacity_for
 
 ATOL = 1e-4  # measured: 2.2e-5
@@ -57,14 +57,14 @@ def speak(flow, state, codes, last, width):
     """One chunk of one stream, padded to the common width; gives its own frames only."""
     padded, lengths = stack_rows([np.reshape(codes, (1, -1))], width)
     state, mel, mu = flow.step(state, padded, lengths, np.array([last]))
-    frames, mel = flow.ratio * (lengths[0] - (0 if last else flow.look)), np.asarray(mel)
+    frames, mel = flow.ratio * (lengths[0] - (0 if last else flow.lookahead)), np.asarray(mel)
     assert not np.any(mel[:, frames:])
     return state, mel[:, :frames], np.asarray(mu)[:, :frames]
 
 
 def entries(state):
     """Keys and values of the estimator in the official order: [E, L, 2, N, T, 2·H]."""
-    order = np.asarray(state.estimator.order[0])
+    order = np.asarray(state.estimator.slot_order[0])
     filled = int(state.estimator.filled[0])
     places = [int(np.flatnonzero(order == i)[0]) for i in range(filled)]
     keys, values = np.moveaxis(np.asarray(state.estimator.kv)[:, :, :, :, 0][..., places, :], 2, 0)
@@ -78,7 +78,7 @@ def caches(state, attention):
     low = np.concatenate(np.moveaxis(np.asarray(encoder.kv), 1, 0), -1)[..., -seen:, :]
     high = np.concatenate(np.moveaxis(np.asarray(encoder.up_kv), 1, 0), -1)[..., -ratio * seen :, :]
     both = np.concatenate([np.tile(low, (1, 1, 1, ratio, 1)), high])
-    convs = np.concatenate([encoder.look_conv, encoder.up_conv], 1).swapaxes(1, 2)
+    convs = np.concatenate([encoder.lookahead_conv, encoder.up_conv], 1).swapaxes(1, 2)
     est_convs = np.asarray(state.estimator.conv)[:, :, :, 0].swapaxes(-1, -2)
     head = attention.shape[-1] // 2
     shapes = {
@@ -111,7 +111,7 @@ def compare(recording, name, state, attention):
 def test_every_chunk_and_cache(flow, recording, chunks, width):
     """Trimming is active from the third chunk on."""
     tokens = flow.voice[0]
-    ahead = np.concatenate([tokens, tokens[:, : flow.look]], 1)
+    ahead = np.concatenate([tokens, tokens[:, : flow.lookahead]], 1)
     np.testing.assert_array_equal(recording["setup_tokens"], ahead)
     state = begin_alone(flow, flow.voice)
     before = entries(state)
@@ -131,7 +131,7 @@ def test_every_chunk_and_cache(flow, recording, chunks, width):
         assert mel.shape[1] <= prompt
         whole = np.concatenate([after[..., : mel.shape[1], :], before], -2)
         compare(recording, name, state, whole)
-        if whole.shape[-2] > prompt + KEEP:
+        if whole.shape[-2] > prompt + KEEP_FRAMES:
             kept = recording[f"{name}_trimmed_est_att_t0_l0_k0"]
             np.testing.assert_allclose(after[0, 0, ..., 0], kept, atol=ATOL)
             trimmed += 1
@@ -147,11 +147,11 @@ def voices_and_replies(flow, width):
     return voices, [flow.codes(10 + i, 3 * width + 5 * i) for i in range(3)]
 
 
-def in_chunks(codes, hops, look):
+def in_chunks(codes, hops, lookahead):
     """A reply cut as a stream sends it: each chunk with its look-ahead, the rest at the end."""
     start = 0
     for hop in hops:
-        yield codes[0, start : start + hop + look], False
+        yield codes[0, start : start + hop + lookahead], False
         start += hop
     yield codes[0, start:], True
 
@@ -161,7 +161,7 @@ def test_many_streams_in_one_call(flow, width):
     voices, replies = voices_and_replies(flow, width)
     longest = width - flow.look
     plans = [[longest] * 3, [2, longest - 6, 4, longest - 4, 5, longest], [longest - 1] * 3]
-    plans = [list(in_chunks(r, p, flow.look)) for r, p in zip(replies, plans, strict=True)]
+    plans = [list(in_chunks(r, p, flow.lookahead)) for r, p in zip(replies, plans, strict=True)]
     # A row waits where its plan has None.
     plans[0] = [plans[0][0], None, None, *plans[0][1:]]
     plans[2] = [None, *plans[2]]
@@ -185,7 +185,7 @@ def test_many_streams_in_one_call(flow, width):
         last = np.array([c is not None and c[1] for c in now])
         state, mel, _ = flow.step(state, codes, lengths, last)
         mel = np.asarray(mel)
-        spoken = flow.ratio * np.where(last, lengths, np.maximum(lengths - flow.look, 0))
+        spoken = flow.ratio * np.where(last, lengths, np.maximum(lengths - flow.lookahead, 0))
         for row, frames in enumerate(spoken):
             together[row].append(mel[row, :frames])
             assert not np.any(mel[row, frames:])
@@ -199,7 +199,10 @@ def test_interleaved_streams_do_not_feel_each_other(flow, chunks, width):
     """Two streams in turns, from one start; each is what it is alone, and a state can be reused."""
     begin = begin_alone(flow, flow.voice)
     other = flow.codes(5, 3 * width)
-    plans = [[chunk[1:] for chunk in chunks], list(in_chunks(other, [width - 9] * 3, flow.look))]
+    plans = [
+        [chunk[1:] for chunk in chunks],
+        list(in_chunks(other, [width - 9] * 3, flow.lookahead)),
+    ]
 
     def whole(plan):
         state, pieces = begin, []
@@ -220,16 +223,16 @@ def test_interleaved_streams_do_not_feel_each_other(flow, chunks, width):
 def test_join_and_pick(flow, width):
     """Streams of different sizes become a batch and come apart again."""
     small = begin_alone(flow, flow.voice)
-    grown = reserve(small, 2 * small.encoder.capacity)
+    grown = grow_streams(small, 2 * small.encoder.capacity)
     assert grown.encoder.capacity == 2 * small.encoder.capacity
-    assert reserve(grown, 5).encoder.capacity == grown.encoder.capacity
-    both = join([small, grown])
+    assert grow_streams(grown, 5).encoder.capacity == grown.encoder.capacity
+    both = concat_streams([small, grown])
     assert both.encoder.capacity == grown.encoder.capacity
-    again = pick(both, [1])
+    again = select_streams(both, [1])
     jax.tree.map(np.testing.assert_array_equal, again, grown)
     ahead, _, _ = speak(flow, small, flow.codes(9, width), False, width)
-    swapped = pick(join([small, ahead]), [1, 0])
-    jax.tree.map(np.testing.assert_array_equal, pick(swapped, [0]), ahead)
+    swapped = select_streams(concat_streams([small, ahead]), [1, 0])
+    jax.tree.map(np.testing.assert_array_equal, select_streams(swapped, [0]), ahead)
     assert capacity_for(1) == capacity_for(256) == 256
     assert capacity_for(257) == 512
 
@@ -247,10 +250,10 @@ def test_default_mode(flow, chunks, width):
             assert np.abs(ours - theirs).max() > 0.1
         else:
             np.testing.assert_allclose(ours, theirs, atol=BATCH)
-        held = np.sort(np.asarray(state.estimator.order[0]))
+        held = np.sort(np.asarray(state.estimator.slot_order[0]))
         held = held[held >= 0]
         prompt, end = int(state.prompt[0]), seen + ours.shape[1]
-        first = max(prompt, end - KEEP)
+        first = max(prompt, end - KEEP_FRAMES)
         np.testing.assert_array_equal(held, [*range(prompt), *range(first, end)])
     assert full
 
@@ -263,7 +266,7 @@ def test_which_frames_stay(parity, rng):
     held = np.where(np.asarray(order) >= 0, np.arange(30), -1)  # frame in each slot
     lists = [list(range(prompt)) for prompt in prompts]
     seen = prompts.copy()
-    step = jit(admit, static_argnums=(1, 5, 6))
+    step = jit(assign_slots, static_argnums=(1, 5, 6))
     for _ in range(12):
         counts = rng.integers(0, 25, len(prompts)) * rng.integers(0, 2, len(prompts))
         order, places = step(order, 24, counts, prompts, seen, keep, parity)

@@ -47,11 +47,11 @@ def test_whole_reply(golden, recordings, speak, name):
 def test_every_chunk_of_a_stream(golden, recordings, speak, chunks, zero):
     """The third chunk is the first whose attention cache was trimmed, the fourth the last."""
     state = speak.start([recorded_voice(golden)], parity=True)
-    look = speak.cfg.flow.encoder.lookahead
+    lookahead = speak.cfg.flow.encoder.lookahead
     for i, codes in enumerate(chunks):
         last = i == len(chunks) - 1
-        fresh = codes if i == 0 else codes[look:]  # the state holds the others
-        spoken = len(codes) - (0 if last else look)
+        fresh = codes if i == 0 else codes[lookahead:]  # the state holds the others
+        spoken = len(codes) - (0 if last else lookahead)
         carried = 0 if i == 0 else speak.cfg.vocoder.carry
         seed = None if zero else recordings[f"stream{i}_rng_seed"].tolist()
         noise = draws(seed, 480 * (carried + 2 * spoken), HARMONICS)

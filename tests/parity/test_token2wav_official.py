@@ -100,10 +100,10 @@ def test_any_partition(golden, official, monkeypatch, hops):
         make = torch.zeros_like if name.endswith("like") else torch.zeros
         monkeypatch.setattr(torch, name, lambda *size, _make=make, **_: _make(*size))
     cfg, params = recorded_token2wav(golden)
-    voice, look = recorded_voice(golden), cfg.flow.encoder.lookahead
+    voice, lookahead = recorded_voice(golden), cfg.flow.encoder.lookahead
     codes = np.random.default_rng(1).integers(0, cfg.flow.codes, sum(hops)).astype(np.int32)
     places = np.cumsum((0, *hops))
-    ends = [*(places[1:-1] + look), len(codes)]
+    ends = [*(places[1:-1] + lookahead), len(codes)]
     chunks = [codes[start:end] for start, end in zip(places[:-1], ends, strict=True)]
     expected = stream(official, voice, chunks)
     speak = Token2Wav(cfg, params, flow_noise=start_noise(golden))

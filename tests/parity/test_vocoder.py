@@ -15,8 +15,8 @@ from helpers.recorded import first_difference
 
 from sa2jax.convert.vocoder import load
 from sa2jax.models.vocoder import Vocoder, vocoder
-from sa2jax.models.vocoder_signal import square_of_sine
-from sa2jax.models.vocoder_stream import fade, to_int16, vocoder_state, vocoder_step
+from sa2jax.models.vocoder_signal import sine_squared
+from sa2jax.models.vocoder_stream import crossfade_weights, to_int16, vocoder_state, vocoder_step
 from sa2jax.nn import Policy, functional
 from sa2jax.speech_config import VocoderConfig
 
@@ -151,7 +151,7 @@ def test_decode_of_a_given_source(run, cfg, recording):
 
 def test_sines(model, recording):
     net, params = model
-    sines = jax.jit(lambda params, f0: net.bind(params).sines(f0))(params, recording["i_f0"])
+    sines = jax.jit(lambda params, f0: net.bind(params).harmonics(f0))(params, recording["i_f0"])
     first, last = recording["sines_first960"], recording["sines_last480"]
     np.testing.assert_allclose(sines[:, : first.shape[1]], first, atol=ATOL)  # measured: 2e-6
     np.testing.assert_allclose(sines[:, -last.shape[1] :], last, atol=ATOL)  # 2e-4: theirs drifts
@@ -163,8 +163,8 @@ def test_phase_stays_exact_for_a_minute(model, cfg):
     f0 = np.full((1, 50 * 60), 233.1, np.float32)
     f0[:, ::3] += 7.7
     end = 10 * cfg.samples
-    sines = jax.jit(lambda params, f0: net.bind(params).sines(f0)[0, -end:])(params, f0)
-    ratio = np.asarray(jax.jit(lambda params, f0: net.bind(params).turns(f0))(params, f0))
+    sines = jax.jit(lambda params, f0: net.bind(params).harmonics(f0)[0, -end:])(params, f0)
+    ratio = np.asarray(jax.jit(lambda params, f0: net.bind(params).phase_increment(f0))(params, f0))
     place = (np.arange(f0.shape[1] * cfg.samples) + 0.5) / cfg.samples - 0.5
     place = np.clip(place, 0, f0.shape[1] - 1)[-end:]
 
@@ -180,7 +180,7 @@ def test_phase_stays_exact_for_a_minute(model, cfg):
 @pytest.mark.parametrize("size", [1, 100, 1e4])
 def test_square_of_sine(rng, size):
     x = (size * rng.normal(size=10_000)).astype(np.float32)
-    error = np.abs(jax.jit(square_of_sine)(x) - np.sin(x.astype(float)) ** 2).max()
+    error = np.abs(jax.jit(sine_squared)(x) - np.sin(x.astype(float)) ** 2).max()
     assert error < 1e-6  # measured: 5e-7 at 1e4, else 3e-7
 
 
@@ -195,10 +195,10 @@ def test_second_chunk_with_cached_source(run, cfg, recording):
 
 def test_crossfade(cfg, recording):
     size = cfg.carry * cfg.samples
-    rise, fall = fade(jnp.array([size]), size)
+    rise, fall = crossfade_weights(jnp.array([size]), size)
     window = np.concatenate([rise, fall], axis=1)[0]
     np.testing.assert_allclose(window, recording["speech_window"], atol=1e-6)
-    rise, fall = fade(jnp.array([size, 100]), size, flat=True)
+    rise, fall = crossfade_weights(jnp.array([size, 100]), size, equal_gain=True)
     np.testing.assert_allclose(rise + fall, 1, atol=1e-6)
     assert float(rise[0, 0]) < 1e-6
     assert np.all(np.diff(rise[1, :100]) > 0)

@@ -6,14 +6,14 @@ import soundfile
 from helpers.recorded_speech import recorded_token2wav
 
 from sa2jax.checkpoint import content_hash
-from sa2jax.speech.layout import HEARING
+from sa2jax.speech.layout import ANALYSIS
 from sa2jax.speech.voices import Voice, VoiceAnalyzer
 
 
 @pytest.fixture(scope="module")
 def analyzer(golden):
     cfg, params = recorded_token2wav(golden)
-    params = {name: params[name] for name in HEARING}
+    params = {name: params[name] for name in ANALYSIS}
     return VoiceAnalyzer(cfg, params, content_hash(params))
 
 

@@ -77,9 +77,9 @@ def test_a_stream_that_nobody_ends_does_not_keep_python_alive(tmp_path):
 import sys
 sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 from helpers.scripted import Speech, Token2Wav
-from sa2jax.speech.worker import Speaker
-speaker = Speaker(Token2Wav(), Speech().voice())
-speaker.say([1, 2, 3])
+from sa2jax.speech.worker import SynthesisWorker
+speaker = SynthesisWorker(Token2Wav(), Speech().voice())
+speaker.put([1, 2, 3])
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
@@ -230,7 +230,7 @@ def test_an_interrupt_in_a_stream_is_a_barge_in(slow, model, monkeypatch):
     stream = chat.stream("a", speak=True)
     heard_so_far += until_sound(stream)
     with monkeypatch.context() as patch:
-        patch.setattr("sa2jax.speech.worker.Speaker.say", interrupt)
+        patch.setattr("sa2jax.speech.worker.SynthesisWorker.put", interrupt)
         with pytest.raises(KeyboardInterrupt):
             list(stream)
     assert stream.cancel().codes == tuple(range(25))
@@ -266,7 +266,7 @@ def test_taking_more_after_an_interrupt_is_a_cancel(slow, model, monkeypatch):
     stream = chat.stream("a", speak=True)
     until_sound(stream)
     with monkeypatch.context() as patch:
-        patch.setattr("sa2jax.speech.worker.Speaker.say", interrupt)
+        patch.setattr("sa2jax.speech.worker.SynthesisWorker.put", interrupt)
         with pytest.raises(KeyboardInterrupt):
             list(stream)
     assert list(stream) == []

@@ -7,7 +7,7 @@ import soundfile
 from sa2jax import testing
 from sa2jax.convert.hf import convert
 from sa2jax.errors import CheckpointError, VoiceError
-from sa2jax.speech.layout import HEARING, SPEAKING
+from sa2jax.speech.layout import ANALYSIS, SYNTHESIS
 from sa2jax.speech.store import SpeechFolder
 from sa2jax.speech.voices import Voice
 
@@ -35,8 +35,8 @@ def test_released_and_converted_are_the_same(golden, converted_detokenizer):
     released, ours = SpeechFolder(golden / "token2wav"), SpeechFolder(converted_detokenizer)
     assert (released.official, ours.official) == (True, False)
     assert released.cfg == ours.cfg
-    assert released.analysis == ours.analysis
-    for name in (*SPEAKING, *HEARING):
+    assert released.analysis_hash == ours.analysis_hash
+    for name in (*SYNTHESIS, *ANALYSIS):
         one, other = released.params([name]), ours.params([name])
         leaf = {"flow": "table", "vocoder": "pre", "speech_tokenizer": "conv1"}.get(name, "tdnn")
         first, second = one[name][leaf], other[name][leaf]
@@ -93,7 +93,7 @@ def test_recordings_of_a_release_are_voices(golden, tmp_path, recording):
 def test_voice_of_other_weights(home, recording):
     folder = SpeechFolder(home)
     made = Voice.from_wav(recording, folder.analyzer, "anna")
-    strange = Voice("anna", made.codes, made.speaker, made.mel, made.audio, "f" * 64)
+    strange = Voice("anna", made.codes, made.speaker, made.mel, made.audio_hash, "f" * 64)
     strange.save(home / "voices" / "anna.safetensors")
     with pytest.raises(VoiceError, match=r"another checkpoint's weights.* add it again"):
         folder.voice("anna")
@@ -134,7 +134,7 @@ def test_voices_of_a_conversion(golden, tmp_path, recording):
     folder = SpeechFolder(ours)
     assert folder.voice().name == "default_male"
     made = folder.add("anna", recording)
-    foreign = Voice("bert", made.codes, made.speaker, made.mel, made.audio, "f" * 64)
+    foreign = Voice("bert", made.codes, made.speaker, made.mel, made.audio_hash, "f" * 64)
     foreign.save(ours / "voices" / "bert.safetensors")
     report = convert(released, ours, overwrite=True)
     assert "voice bert was analysed by other weights: not kept" in report.notes

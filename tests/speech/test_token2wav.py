@@ -10,7 +10,7 @@ from sa2jax.errors import CodeError, ConfigError
 from sa2jax.runtime import round_up
 from sa2jax.speech import token2wav
 from sa2jax.speech.programs import TRACES
-from sa2jax.speech.state import join, pick
+from sa2jax.speech.state import concat_streams, select_streams
 from sa2jax.speech.token2wav import Token2Wav
 
 CLOSE = 1e-4
@@ -177,9 +177,9 @@ def test_a_started_voice_is_kept(speak, voices):
     np.testing.assert_array_equal(run(speak, speak.start(voices[:1]), codes, (20,)), first)
     assert before == TRACES
     assert np.abs(run(speak, speak.start(voices[:1], seed=1), codes, (20,)) - first).max() > 1e-3
-    for seed in range(2 * token2wav.STARTS):
+    for seed in range(2 * token2wav.MAX_STARTS):
         speak.start(voices[1:2], seed=seed)
-    assert len(speak._starts) <= token2wav.STARTS
+    assert len(speak._starts) <= token2wav.MAX_STARTS
 
 
 def test_join_and_pick(speak, voices):
@@ -190,7 +190,7 @@ def test_join_and_pick(speak, voices):
     ]
     pair, heads = speak.step(speak.start(voices[:2]), [c[:28] for c in codes[:2]])
     late, late_head = speak.step(speak.start(voices[2:]), [codes[2][:28]])
-    state = join([pick(pair, [1]), late, pick(pair, [0])])
+    state = concat_streams([select_streams(pair, [1]), late, select_streams(pair, [0])])
     order = [1, 2, 0]
     state, tails = speak.step(state, [codes[i][28:] for i in order], last=True)
     heads = [*heads, *late_head]
@@ -202,15 +202,15 @@ def test_join_and_pick(speak, voices):
 
 def test_only_streams_of_one_kind_are_joined(speak, voices):
     plain = speak.start(voices[:1])
-    for other in ({"parity": True}, {"keep": 50}):
-        with pytest.raises(ConfigError, match="same `parity` and `keep`"):
-            join([plain, speak.start(voices[:1], **other)])
+    for other in ({"parity": True}, {"keep_frames": 50}):
+        with pytest.raises(ConfigError, match="same `parity` and `keep_frames`"):
+            concat_streams([plain, speak.start(voices[:1], **other)])
 
 
 @pytest.mark.slow
 def test_long_stream(speak, voices, monkeypatch):
     """Beyond the official limits: 1000 mel frames of cache, 5000 frames of positions."""
-    monkeypatch.setattr(token2wav, "ROOM", 4096)
+    monkeypatch.setattr(token2wav, "INITIAL_CAPACITY", 4096)
     codes = reply(0, 2600)
     pieces = list(speak.stream(codes, voices[1], chunk=200, seed=77))
     wave = np.concatenate(pieces)
@@ -225,7 +225,7 @@ def test_room_grows(speak, voices, monkeypatch):
     codes = reply(0, 330)
     expected = np.concatenate(list(speak.stream(codes, voices[2], chunk=150, seed=5)))
     speak._starts.clear()
-    monkeypatch.setattr(token2wav, "ROOM", 1)
+    monkeypatch.setattr(token2wav, "INITIAL_CAPACITY", 1)
     grown = np.concatenate(list(speak.stream(codes, voices[2], chunk=150, seed=5)))
     speak._starts.clear()
     np.testing.assert_allclose(grown, expected, atol=CLOSE)

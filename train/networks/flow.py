@@ -25,7 +25,7 @@ from sa2jax.errors import TrainError
 from sa2jax.models.flow import flow_model
 from sa2jax.models.flow.dit import EstimatorState
 from sa2jax.models.flow.flow_matching import Flow, start_noise
-from sa2jax.models.flow.upsample_conformer import ConformerState, heard
+from sa2jax.models.flow.upsample_conformer import ConformerState, chunk_mask
 from sa2jax.nn import ArrayT, Functional, Params, Policy, init_params, length_mask
 from sa2jax.speech.token2wav import CHUNK
 from sa2jax.speech_config import FlowConfig
@@ -120,7 +120,7 @@ def flow_loss(
     net = model.bind(params)
     cfg, dtype = net.cfg, net.policy.compute
     batch_size, room = batch.codes.shape
-    ratio, look = cfg.encoder.upsample, cfg.encoder.lookahead
+    ratio, lookahead = cfg.encoder.upsample, cfg.encoder.lookahead
     lengths, frames = batch.lengths, ratio * batch.lengths
     valid = length_mask(frames, ratio * room)[..., None]  # [B, Q, 1]
     uniform, seeds = _random_draws(key, batch_size)
@@ -129,7 +129,7 @@ def flow_loss(
         codes = jnp.clip(batch.codes, 0, cfg.codes - 1)
         x = net.table[...][codes].astype(dtype)
         x = jnp.where(length_mask(lengths, room)[..., None], x, 0)
-        x = jnp.pad(x, [(0, 0), (0, look), (0, 0)])
+        x = jnp.pad(x, [(0, 0), (0, lookahead), (0, 0)])
         given = uniform[0] * config.max_prompt_fraction * frames
         prompted = uniform[1] < config.prompt_prob
         given = jnp.where(prompted, given.astype(jnp.int32), 0)
@@ -157,13 +157,13 @@ def flow_loss(
         target = mel - (1 - config.sigma_min) * noise
 
     with jax.named_scope("estimator"):
-        blocks, out = net.estimator.at(level)  # [B, L, 9, D], [B, 2, D]
+        blocks, out = net.estimator.timestep_modulation(level)  # [B, L, 9, D], [B, 2, D]
         # One level a row: what it means is a row's own, for all of its frames.
         parts = blocks.transpose(1, 2, 0, 3)[:, :, :, None], out.swapaxes(0, 1)[:, :, None]
         inputs = jnp.concatenate([path.astype(dtype), known], axis=-1)
         mask = valid[..., 0]
         if chunks is not None:
-            mask = mask[:, None] & heard(jnp.repeat(chunks, ratio, axis=1))
+            mask = mask[:, None] & chunk_mask(jnp.repeat(chunks, ratio, axis=1))
         velocity, _ = net.estimator(
             inputs, parts, mask, frames, _empty_estimator_state(net, batch_size), 0
         )
@@ -230,7 +230,7 @@ def _random_draws(key: Array, rows: int) -> tuple[Float[Array, "7 B"], Int[Array
 def _empty_estimator_state(net: Flow, rows: int) -> EstimatorState:
     """What the estimator remembers before a recording: nothing, and of one branch only."""
     empty = EstimatorState.zeros(net.cfg.estimator, 1, rows, 0, net.policy.compute)
-    return EstimatorState(empty.order, empty.conv[:, :, :1], empty.kv[:, :, :, :1])
+    return EstimatorState(empty.slot_order, empty.conv[:, :, :1], empty.kv[:, :, :, :1])
 
 
 # --- batches ------------------------------------------------------------------------------------

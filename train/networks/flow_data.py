@@ -108,7 +108,7 @@ def prepare_flow(
 
     def describe(lengths: list[int]) -> dict[str, Any]:
         seconds = sum(lengths) / CODE_RATE / (1 + perturbations)  # each piece is as long every time
-        about = {"format": FORMAT, "seconds": seconds, "speech_tokenizer": speech.analysis}
+        about = {"format": FORMAT, "seconds": seconds, "speech_tokenizer": speech.analysis_hash}
         return about | ({"perturbations": perturbations} if perturbations else {})
 
     heard = _analyze(items, speech, perturbations, progress)
@@ -255,8 +255,8 @@ class FlowData(BucketData[FlowBatch[np.ndarray]]):
         seed: of the order.
         host: which of the hosts this is; each gets other rows of the same batches.
         hosts: how many there are.
-        analysis: hash of the speech tokenizer in use (`SpeechFolder.analysis`), to be sure that
-            the codes are its own.
+        analysis: hash of the speech tokenizer in use (`SpeechFolder.analysis_hash`), to be sure
+            that the codes are its own.
 
     Raises:
         DataError: if the folder is not a prepared one, or does not fit.

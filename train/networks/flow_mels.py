@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int16
 
 from sa2jax import audio
-from sa2jax.speech.layout import SPEAKING
+from sa2jax.speech.layout import SYNTHESIS
 from sa2jax.speech.store import SpeechFolder
 from sa2jax.speech.token2wav import Token2Wav
 from sa2jax.train.networks.flow_data import speaker_vector
@@ -36,7 +36,7 @@ class FlowMelSynthesizer:
     def __init__(self, model: str | Path):
         folder = SpeechFolder(model)
         self._analyzer = folder.analyzer
-        self._talker = Token2Wav(folder.cfg, folder.params(SPEAKING), batch_size=_ROWS)
+        self._talker = Token2Wav(folder.cfg, folder.params(SYNTHESIS), batch_size=_ROWS)
         self._identify = lru_cache(64)(lambda path: speaker_vector(self._analyzer, path))
         self._calls = 0
 

@@ -31,7 +31,7 @@ from sa2jax.models.speaker_encoder import speaker_encoder
 from sa2jax.models.speech_tokenizer import speech_tokenizer
 from sa2jax.models.vocoder import vocoder
 from sa2jax.nn import Functional, Params, Policy, functional
-from sa2jax.speech.layout import HEARING, KIND, RECORDINGS, VOICES
+from sa2jax.speech.layout import ANALYSIS, KIND, RECORDINGS, VOICES
 from sa2jax.speech.store import SpeechFolder
 from sa2jax.speech_config import Token2WavConfig
 from sa2jax.train.language.model_io import BaseModel, open_base_model
@@ -129,7 +129,7 @@ class DetokenizerNetwork:
                 else:
                     array = read_stored(leaf, name)
                 arrays[name].write(array).result()
-            if self.name not in HEARING:
+            if self.name not in ANALYSIS:
                 return supply_voices(folder, out)
             _write_analysis_hash(folder, arrays)
             shutil.rmtree(folder / VOICES, ignore_errors=True)
@@ -248,7 +248,7 @@ def save_detokenizer(folder: Path, cfg: Token2WavConfig, params: Params) -> None
 
 def _write_analysis_hash(folder: Path, leaves: dict[str, Any]) -> None:
     """Write down the hash of what analyses voices."""
-    heard = {name: leaf for name, leaf in leaves.items() if name.startswith(HEARING)}
+    heard = {name: leaf for name, leaf in leaves.items() if name.startswith(ANALYSIS)}
     read = {name: read_stored(leaf, name) for name, leaf in heard.items()}
     analysis = checkpoint.content_hash(checkpoint.unflatten(read))
     _write_info(folder, checkpoint.read_info(folder) | {"analysis": analysis})

@@ -323,7 +323,7 @@ def _flow_data(
     network: DetokenizerNetwork, config: FlowDataConfig, *, seed: int, of: Any = None
 ) -> FlowData:
     del of
-    return FlowData(config, seed=seed, analysis=network.speech.analysis)
+    return FlowData(config, seed=seed, analysis=network.speech.analysis_hash)
 
 
 def _crops(network: Found, config: CropConfig, *, seed: int, of: Any = None) -> CropData:

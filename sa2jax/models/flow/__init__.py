@@ -1,9 +1,23 @@
 """Speech codes and a voice to mel frames, whole or as a stream; see `flow_matching`."""
 
-from sa2jax.models.flow.flow_matching import KEEP, STEPS, Flow, flow_model, unstack_flow
-from sa2jax.models.flow.state import FlowState, join, pick, reserve, rows_of
+from sa2jax.models.flow.flow_matching import KEEP_FRAMES, STEPS, Flow, flow_model, unstack_flow
+from sa2jax.models.flow.state import (
+    FlowState,
+    batch_axes,
+    concat_streams,
+    grow_streams,
+    select_streams,
+)
 
 __all__ = [
-    "KEEP", "STEPS", "Flow", "FlowState", "flow_model", "join", "pick", "reserve", "rows_of",
+    "KEEP_FRAMES",
+    "STEPS",
+    "Flow",
+    "FlowState",
+    "batch_axes",
+    "concat_streams",
+    "flow_model",
+    "grow_streams",
+    "select_streams",
     "unstack_flow",
 ]  # fmt: skip

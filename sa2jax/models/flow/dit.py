@@ -1,17 +1,17 @@
-"""The estimator of the flow: a diffusion transformer that knows its noise level.
+"""The estimator of the flow: a diffusion transformer (DiT) modulated by the noise level.
 
 Source: DiT (arXiv 2212.09748) as the official `cosyvoice2.flow.decoder_dit` has it: adaLN-zero
 with a third branch, two causal convolutions, full attention without positions.
 
 **Streaming.** Within a chunk attention is full; across chunks keys and values are cached, one set
-per Euler step and layer, and bounded: the prompt's frames and `keep` others of the reply stay.
-Attention without positions does not care where a key lies, so a cache is a bag of `A = prompt +
-keep` slots: a new frame takes the slot of one that is dropped and nothing moves. `order` says which
-slot holds what and so *is* the policy, as a few integers per row:
+per Euler step and layer, and bounded: the prompt's frames and `keep_frames` others of the reply
+stay. Attention without positions does not depend on where a key lies, so a cache is a set of
+`A = prompt + keep_frames` slots: a new frame takes the slot of an evicted one and nothing moves.
+`slot_order` says which slot holds what and so *is* the eviction policy, as a few integers per row:
 
-- default: `order` is the frame's number in time. The prompt and the NEWEST `keep` frames stay.
-- `parity=True`: `order` is the place in the official list, newest chunk first, from which
-  `[:prompt] + [-keep:]` remain: the newest `prompt` places and the OLDEST `keep`.
+- default: `slot_order` is the frame's number in time. The prompt and the NEWEST `keep_frames` stay.
+- `parity=True`: `slot_order` is the place in the official list, newest chunk first, from which
+  `[:prompt] + [-keep_frames:]` remain: the newest `prompt` places and the OLDEST `keep_frames`.
 """
 
 from dataclasses import dataclass, replace
@@ -31,23 +31,23 @@ from sa2jax.speech_config import EstimatorConfig
 
 EPS = 1e-6  # of the norms that adaLN modulates
 TIME_SCALE = 1000.0
-PARTS = 9  # shift, scale and gate of attention, MLP and convolution, in this order
+ADALN_PARTS = 9  # shift, scale and gate of attention, MLP and convolution, in this order
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["order", "conv", "kv"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["slot_order", "conv", "kv"], meta_fields=[])
 @dataclass(frozen=True)
 class EstimatorState:
-    """What the estimator remembers of each row, for each of E Euler steps and L layers.
+    """Key-value and convolution caches of each row, for each of E Euler steps and L layers.
 
     The axis of size 2 before the rows holds the conditional and the unconditional branch.
 
     Attributes:
-        order: which entry each slot holds, −1 for none.
+        slot_order: which entry each slot holds, −1 for none.
         conv: last inputs of both convolutions, side by side.
         kv: keys and values.
     """
 
-    order: Int[Array, "B A"]
+    slot_order: Int[Array, "B A"]
     conv: Float[Array, "E L 2 B K C"]
     kv: Float[Array, "E L 2 2 B N A H"]
 
@@ -55,79 +55,89 @@ class EstimatorState:
     def zeros(
         cls, cfg: EstimatorConfig, steps: int, batch: int, slots: int, dtype: DTypeLike
     ) -> Self:
-        """A state that has seen nothing."""
+        """Empty caches."""
         conv = (steps, cfg.layers, 2, batch, cfg.kernel - 1, 2 * cfg.embed)
         kv = (steps, cfg.layers, 2, 2, batch, cfg.heads, slots, cfg.head_dim)
         return cls(
-            order=jnp.full((batch, slots), -1, jnp.int32),
+            slot_order=jnp.full((batch, slots), -1, jnp.int32),
             conv=jnp.zeros(conv, dtype),
             kv=jnp.zeros(kv, dtype),
         )
 
     @property
     def slots(self) -> int:
-        """Frames that fit."""
-        return self.order.shape[1]
+        """Capacity in frames."""
+        return self.slot_order.shape[1]
 
     @property
     def filled(self) -> Int[Array, "B"]:
-        """Frames that are there."""
-        return jnp.sum(self.order >= 0, axis=1)
+        """Frames in the cache, of each row."""
+        return jnp.sum(self.slot_order >= 0, axis=1)
 
-    def grown(self, slots: int) -> Self:
-        """The same memory with at least this many slots."""
+    def grow(self, slots: int) -> Self:
+        """Grow the cache to at least this many slots."""
         extra = max(slots - self.slots, 0)
-        order = jnp.pad(self.order, [(0, 0), (0, extra)], constant_values=-1)
+        order = jnp.pad(self.slot_order, [(0, 0), (0, extra)], constant_values=-1)
         kv = jnp.pad(self.kv, [(0, 0)] * 6 + [(0, extra), (0, 0)])
-        return replace(self, order=order, kv=kv)
+        return replace(self, slot_order=order, kv=kv)
 
-    def admit(
+    def evict_and_insert(
         self,
-        new: "Fresh",
+        new: "CacheUpdate",
         counts: Int[Array, "B"],
         prompt: Int[Array, "B"],
         seen: Int[Array, "B"],
         *,
-        keep: int,
+        keep_frames: int,
         parity: bool,
     ) -> Self:
-        """Take in the first `counts` new frames of each row and drop what no longer stays.
+        """Evict frames that no longer stay and insert the first `counts` new ones of each row.
 
         Args:
-            new: what the estimator made of them.
+            new: entries of a chunk.
             counts: frames that count.
             prompt: frames of each row's prompt.
             seen: frames of each row before these.
-            keep: frames that stay beside the prompt.
+            keep_frames: frames that stay beside the prompt.
             parity: which ones stay, see the module's text.
         """
-        order, places = admit(self.order, new.kv.shape[5], counts, prompt, seen, keep, parity)
+        order, places = assign_slots(
+            self.slot_order, new.kv.shape[5], counts, prompt, seen, keep_frames, parity
+        )
         conv = new.conv.reshape(self.conv.shape).astype(self.conv.dtype)
         kv = new.kv.reshape(*self.kv.shape[:6], *new.kv.shape[5:]).astype(self.kv.dtype)
-        kv = jax.lax.platform_dependent(self.kv, kv, places, cpu=_put_in_turn, default=_put)
-        return replace(self, order=order, conv=conv, kv=kv)
+        kv = jax.lax.platform_dependent(
+            self.kv, kv, places, cpu=_write_slots_in_loop, default=_scatter_slots
+        )
+        return replace(self, slot_order=order, conv=conv, kv=kv)
 
 
-class Fresh(NamedTuple):
-    """What a chunk adds to the caches of each step and layer, for G = 2·B rows."""
+class CacheUpdate(NamedTuple):
+    """New entries of the caches of each step and layer, for G = 2·B rows."""
 
     conv: Float[Array, "*L G K C"]
     kv: Float[Array, "*L 2 G N T H"]
 
 
-def admit(
+def assign_slots(
     order: Int[Array, "B A"],
     new: int,
     counts: Int[Array, "B"],
     prompt: Int[Array, "B"],
     seen: Int[Array, "B"],
-    keep: int,
+    keep_frames: int,
     parity: bool,
 ) -> tuple[Int[Array, "B A"], Int[Array, "B T"]]:
-    """Where new entries go and what the slots hold then; see the module's text.
+    """Assign slots to new entries, those of evicted ones first; see the module's text.
+
+    Worked example, default policy, prompt 1, keep_frames 2, three slots, two new frames (3 and 4):
+
+        slot_order  [0 1 2]  frames 1 and 2 are evicted, as 3 and 4 are the newest two
+        slots       [1 2]    of frames 3 and 4
+        returned    [0 3 4]
 
     Returns:
-        The next `order`, and the slot of each new entry, beyond the last if it is not kept.
+        The next `slot_order`, and the slot of each new entry, beyond the last if it is not kept.
     """
     column = lambda x: x[:, None]
     fresh = jnp.broadcast_to(jnp.arange(new)[None], (len(order), new))
@@ -135,12 +145,12 @@ def admit(
     if parity:
         old = order + column(counts)
         filled = jnp.sum(order >= 0, axis=1) + counts
-        start, end = prompt, filled - keep
+        start, end = prompt, filled - keep_frames
         removed = column(jnp.maximum(end - start, 0))
         close_up = lambda o: jnp.where(o >= column(end), o - removed, o)
     else:
         old, fresh = order, fresh + column(seen)
-        start, end = prompt, seen + counts - keep
+        start, end = prompt, seen + counts - keep_frames
         close_up = lambda o: o
     stays = lambda o: (o < column(start)) | (o >= column(end))
     kept, taken = (order >= 0) & stays(old), real & stays(fresh)
@@ -156,7 +166,7 @@ def admit(
     return order, place
 
 
-def _put(
+def _scatter_slots(
     cache: Float[Array, "E L 2 2 B N A H"],
     new: Float[Array, "E L 2 2 B N T H"],
     places: Int[Array, "B T"],
@@ -166,7 +176,7 @@ def _put(
     return jax.vmap(put, in_axes=(4, 4, 0), out_axes=4)(cache, new, places)
 
 
-def _put_in_turn(cache, new, places):
+def _write_slots_in_loop(cache, new, places):
     """The same, one frame after the other: ten times as fast on a CPU."""
     rows, frames = places.shape
     size = (*cache.shape[:4], 1, cache.shape[5], 1, cache.shape[7])
@@ -239,7 +249,7 @@ class Block(nnx.Module):
         self.convs = CausalConvs(cfg, policy=policy, rngs=rngs)
         self.up = Linear(embed, wide, policy=policy, rngs=rngs)
         self.down = Linear(wide, embed, policy=policy, rngs=rngs)
-        parts = {"part": PARTS, "modulated": cfg.embed}
+        parts = {"part": ADALN_PARTS, "modulated": cfg.embed}
         self.modulation = Linear(embed, parts, policy=policy, rngs=rngs)
 
     def __call__(self, x, parts, mask, counts, cache, trace=None):
@@ -251,7 +261,7 @@ class Block(nnx.Module):
         y, conv_cache = self.convs(_modulate(x, *conv[:2]), counts, conv_cache)
         x = x + conv[2] * y
         y = self.down(jax.nn.gelu(self.up(_modulate(x, *mlp[:2])), approximate=True))
-        return x + mlp[2] * y, Fresh(conv_cache, kv)
+        return x + mlp[2] * y, CacheUpdate(conv_cache, kv)
 
 
 class DiT(nnx.Module):
@@ -282,10 +292,10 @@ class DiT(nnx.Module):
         self.modulation = Linear(embed, {"part": 2, "modulated": cfg.embed}, **common)
         self.out = Linear(embed, {"mels": mels}, **common)
 
-    def at(
+    def timestep_modulation(
         self, t: Float[np.ndarray, "E"], *, trace: dict[str, Array] | None = None
     ) -> tuple[Float[Array, "E L 9 D"], Float[Array, "E 2 D"]]:
-        """What noise levels mean to each block and to the output.
+        """AdaLN shift, scale and gate of each noise level, for each block and for the output.
 
         All steps at once: these matrices are half of the estimator's weights and are read once.
 
@@ -312,12 +322,12 @@ class DiT(nnx.Module):
         step: Int[Array, ""] | int,
         *,
         trace: dict[str, Array] | None = None,
-    ) -> tuple[Float[Array, "G T M"], Fresh]:
+    ) -> tuple[Float[Array, "G T M"], CacheUpdate]:
         """Velocity at one Euler step.
 
         Args:
             x: noisy mel, features, speaker and prompt mel of each frame, side by side.
-            parts: what `at` says of this step.
+            parts: what `timestep_modulation` gives for this step.
             mask: keys that exist, or those that each frame may see; cached ones first.
             counts: frames of each row that count.
             state: what the rows have seen.

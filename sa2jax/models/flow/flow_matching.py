@@ -11,22 +11,24 @@ features `mu`; a few Euler steps, with classifier-free guidance, carry noise to 
     state, mel = flow.bind(params).step(state, codes, last=True)          # the rest, flushed
 
 All of it is meant to be called under `jax.jit`. A state is an immutable pytree: nothing is shared
-between streams, several states `join` into one batch and a batch is taken apart by `pick`.
+between streams; `concat_streams` makes one batch of several states, `select_streams` takes some
+streams out of a batch.
 
 **Static shapes.** A step compiles once per (batch, columns of `codes`, capacity of the state).
-The estimator's caches have prompt + `keep` slots from the first chunk on. The conformer's cache
-grows without bound, as in the official code, through powers of two: `reserve(state, codes)` between
-steps; without it the oldest codes are forgotten. Every row has its own number of valid codes and
-may be the last of its reply or idle (0 codes: its state does not change). Donate the state to a
-jitted step (`donate_argnums`): its caches, by far the largest part, are written in place then.
+The estimator's caches have prompt + `keep_frames` slots from the first chunk on. The conformer's
+cache grows without bound, as in the official code, through powers of two: `grow_streams(state,
+codes)` between steps; without it the oldest codes are forgotten. Every row has its own number of
+valid codes and may be the last of its reply or idle (0 codes: its state does not change). Donate
+the state to a jitted step (`donate_argnums`): its caches, by far the largest part, are written in
+place then.
 
 **Two kinds of streaming**, chosen at `start` and part of the state's type:
 
 - `parity=True` is the official one, quirks included: the attention cache keeps the newest `prompt`
-  and the oldest `keep` frames, and the noise of a chunk starts at the cache's length, so that all
-  chunks have the same noise once the cache is full.
-- the default keeps the prompt and the newest `keep` frames, and each frame has the noise of its
-  place in time, as in a whole reply.
+  and the oldest `keep_frames` frames, and the noise of a chunk starts at the cache's length, so
+  that all chunks have the same noise once the cache is full.
+- the default keeps the prompt and the newest `keep_frames` frames, and each frame has the noise of
+  its place in time, as in a whole reply.
 """
 
 from dataclasses import replace
@@ -56,7 +58,7 @@ from sa2jax.nn import (
 from sa2jax.speech_config import FlowConfig
 
 STEPS = 10
-KEEP = 100  # mel frames of a reply that stay in the estimator's caches
+KEEP_FRAMES = 100  # mel frames of a reply that stay in the estimator's caches
 
 
 def schedule(steps: int) -> tuple[Float[np.ndarray, "E"], Float[np.ndarray, "E"]]:
@@ -144,20 +146,20 @@ class Flow(nnx.Module):
             Log-mel frames (50 Hz), `R = upsample · T`, zero beyond each row's own.
         """
         ratio, (batch, room) = self.cfg.encoder.upsample, codes.shape
-        prompts = _default(prompt_lengths, batch, prompt_codes.shape[1])
-        lengths = _default(lengths, batch, room)
-        joined = _after(prompt_codes, codes, prompts)
+        prompts = _lengths_or_full(prompt_lengths, batch, prompt_codes.shape[1])
+        lengths = _lengths_or_full(lengths, batch, room)
+        joined = _concat_ragged(prompt_codes, codes, prompts)
         total = prompts + lengths
-        encoder, estimator = self._empty(batch, steps)
+        encoder, estimator = self._empty_states(batch, steps)
         mu, _ = self._encode(joined, total, total, encoder, joined.shape[1], trace=trace)
-        levels = self.estimator.at(schedule(steps)[0], trace=trace)
+        levels = self.estimator.timestep_modulation(schedule(steps)[0], trace=trace)
         frames = mu.shape[1]
         given = prompt_mel.shape[1]
         cond = jnp.pad(prompt_mel, [(0, 0), (0, frames - given), (0, 0)])
         cond = jnp.where(length_mask(ratio * prompts, frames)[..., None], cond, 0)
-        x = self._noise(jnp.zeros(batch, jnp.int32), frames, noise, seed)
+        x = self._start_noise(jnp.zeros(batch, jnp.int32), frames, noise, seed)
         x, _ = self._euler(
-            x, mu, self._voice(speaker, trace), cond, ratio * total, estimator, levels,
+            x, mu, self._project_speaker(speaker, trace), cond, ratio * total, estimator, levels,
             guidance=guidance, record=False, trace=trace,
         )  # fmt: skip
         place = ratio * prompts[:, None] + jnp.arange(ratio * room)
@@ -176,12 +178,12 @@ class Flow(nnx.Module):
         guidance: float | Float[Array, ""] | None = None,
         noise: Float[Array, "S M"] | None = None,
         seed: int | Int[Array, "*B"] = 0,
-        keep: int = KEEP,
+        keep_frames: int = KEEP_FRAMES,
         capacity: int = 0,
         parity: bool = False,
         trace: dict[str, Array] | None = None,
     ) -> FlowState:
-        """Streams that have heard their voice and said nothing yet.
+        """Streams after the prefill of their voice prompt, before the first code of a reply.
 
         The state depends on the voice alone and may be kept and started from again (a copy of it,
         `jax.tree.map(jnp.copy, state)`, where steps are donated theirs).
@@ -197,35 +199,35 @@ class Flow(nnx.Module):
             guidance: see `__call__`.
             noise: see `__call__`.
             seed: see `__call__`.
-            keep: frames of the reply that stay in the estimator's caches.
+            keep_frames: frames of the reply that stay in the estimator's caches.
             capacity: codes that the conformer's caches shall hold, by default the prompt and some.
             parity: stream as the official code does, see the module's text.
             trace: filled with intermediate results by name.
         """
         batch, given = prompt_codes.shape
-        ratio, look = self.cfg.encoder.upsample, self.cfg.encoder.lookahead
-        prompts = _default(prompt_lengths, batch, given)
+        ratio, lookahead = self.cfg.encoder.upsample, self.cfg.encoder.lookahead
+        prompts = _lengths_or_full(prompt_lengths, batch, given)
         if ahead is None:
-            again = jnp.arange(look)[None] % jnp.maximum(prompts, 1)[:, None]
+            again = jnp.arange(lookahead)[None] % jnp.maximum(prompts, 1)[:, None]
             ahead = jnp.take_along_axis(prompt_codes, again, axis=1)
-        codes = _after(prompt_codes, ahead, prompts)
-        encoder, estimator = self._empty(batch, steps)
+        codes = _concat_ragged(prompt_codes, ahead, prompts)
+        encoder, estimator = self._empty_states(batch, steps)
         mu, encoder = self._encode(
-            codes, prompts + look, prompts, encoder, given,
+            codes, prompts + lookahead, prompts, encoder, given,
             capacity=max(capacity, capacity_for(given + 1)), trace=trace,
         )  # fmt: skip
-        levels = self.estimator.at(schedule(steps)[0], trace=trace)
+        levels = self.estimator.timestep_modulation(schedule(steps)[0], trace=trace)
         frames = ratio * prompts
-        x = self._noise(jnp.zeros(batch, jnp.int32), mu.shape[1], noise, seed)
-        voice = self._voice(speaker, trace)
+        x = self._start_noise(jnp.zeros(batch, jnp.int32), mu.shape[1], noise, seed)
+        voice = self._project_speaker(speaker, trace)
         _, fresh = self._euler(
             x, mu, voice, prompt_mel, frames, estimator, levels,
             guidance=guidance, record=True, trace=trace,
         )  # fmt: skip
-        estimator = estimator.grown(ratio * given + keep).admit(
-            fresh, frames, frames, jnp.zeros_like(frames), keep=keep, parity=parity
+        estimator = estimator.grow(ratio * given + keep_frames).evict_and_insert(
+            fresh, frames, frames, jnp.zeros_like(frames), keep_frames=keep_frames, parity=parity
         )
-        return FlowState(voice, frames, levels, encoder, estimator, keep, parity)
+        return FlowState(voice, frames, levels, encoder, estimator, keep_frames, parity)
 
     def step(
         self,
@@ -234,7 +236,7 @@ class Flow(nnx.Module):
         lengths: Int[Array, "B"] | None = None,
         last: bool | Bool[Array, "B"] = False,
         *,
-        hop: int | None = None,
+        max_codes: int | None = None,
         guidance: float | Float[Array, ""] | None = None,
         noise: Float[Array, "S M"] | None = None,
         seed: int | Int[Array, "*B"] = 0,
@@ -250,7 +252,7 @@ class Flow(nnx.Module):
             codes: next codes of each row, right-padded.
             lengths: valid codes of each row, by default all; 0 for a row that waits.
             last: whether these are a row's last codes, for all rows or each.
-            hop: most codes that a row speaks, by default all columns of `codes`, less the
+            max_codes: most codes that a row speaks, by default all columns of `codes`, less the
                 look-ahead if `last` is False.
             guidance: see `__call__`.
             noise: see `__call__`.
@@ -258,31 +260,31 @@ class Flow(nnx.Module):
             trace: filled with intermediate results by name.
 
         Returns:
-            The next state and log-mel frames (50 Hz), `R = upsample · hop`, zero beyond each row's
-            `upsample · spoken`.
+            The next state and log-mel frames (50 Hz), `R = upsample · max_codes`, zero beyond each
+            row's `upsample · spoken`.
         """
         batch, columns = codes.shape
-        ratio, look = self.cfg.encoder.upsample, self.cfg.encoder.lookahead
-        present = _default(lengths, batch, columns)
-        if hop is None:
-            hop = columns - look if last is False else columns
-        spoken = jnp.where(last, present, jnp.maximum(present - look, 0))
-        mu, encoder = self._encode(codes, present, spoken, state.encoder, hop, trace=trace)
+        ratio, lookahead = self.cfg.encoder.upsample, self.cfg.encoder.lookahead
+        present = _lengths_or_full(lengths, batch, columns)
+        if max_codes is None:
+            max_codes = columns - lookahead if last is False else columns
+        spoken = jnp.where(last, present, jnp.maximum(present - lookahead, 0))
+        mu, encoder = self._encode(codes, present, spoken, state.encoder, max_codes, trace=trace)
         frames = ratio * spoken
         seen = ratio * state.encoder.length
         first = state.estimator.filled if state.parity else seen
-        x = self._noise(first, mu.shape[1], noise, seed)
+        x = self._start_noise(first, mu.shape[1], noise, seed)
         x, fresh = self._euler(
-            x, mu, state.speaker, jnp.zeros_like(mu), frames, state.estimator, state.levels,
+            x, mu, state.speaker, jnp.zeros_like(mu), frames, state.estimator, state.modulation,
             guidance=guidance, record=True, trace=trace,
         )  # fmt: skip
-        estimator = state.estimator.admit(
-            fresh, frames, state.prompt, seen, keep=state.keep, parity=state.parity
+        estimator = state.estimator.evict_and_insert(
+            fresh, frames, state.prompt, seen, keep_frames=state.keep_frames, parity=state.parity
         )
         mel = jnp.where(length_mask(frames, x.shape[1])[..., None], x, 0)
         return replace(state, encoder=encoder, estimator=estimator), mel
 
-    def _empty(self, batch: int, steps: int) -> tuple[ConformerState, EstimatorState]:
+    def _empty_states(self, batch: int, steps: int) -> tuple[ConformerState, EstimatorState]:
         """States without room."""
         cfg, dtype = self.cfg, self.policy.compute
         return (
@@ -290,15 +292,15 @@ class Flow(nnx.Module):
             EstimatorState.zeros(cfg.estimator, steps, batch, 0, dtype),
         )
 
-    def _voice(self, speaker, trace):
+    def _project_speaker(self, speaker, trace):
         """Speaker vectors to what the estimator takes."""
         x = speaker.astype(jnp.float32)
         x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
         return tap(trace, "speaker", self.speaker(x))
 
-    def _encode(self, codes, present, counts, state, hop, *, capacity=None, trace=None):
-        """Codes to features, with zeros behind so that `hop` codes have their look-ahead."""
-        missing = hop + self.cfg.encoder.lookahead - codes.shape[1]
+    def _encode(self, codes, present, counts, state, max_codes, *, capacity=None, trace=None):
+        """Codes to features, with zeros behind so that `max_codes` codes have their look-ahead."""
+        missing = max_codes + self.cfg.encoder.lookahead - codes.shape[1]
         codes = jnp.clip(codes, 0, self.cfg.codes - 1)
         x = self.table[...][codes].astype(self.policy.compute)
         x = jnp.where(length_mask(present, x.shape[1])[..., None], x, 0)
@@ -307,7 +309,7 @@ class Flow(nnx.Module):
             x, state = self.encoder(x, present, counts, state, capacity=capacity, trace=trace)
         return tap(trace, "mu", self.to_mel(x)), state
 
-    def _noise(self, first, frames, noise, seed):
+    def _start_noise(self, first, frames, noise, seed):
         """Start noise of each row from its own first frame on."""
         if noise is None:
             return start_noise(first, frames, self.cfg.mels, seed)
@@ -323,7 +325,7 @@ class Flow(nnx.Module):
         both = lambda a: jnp.concatenate([a, jnp.zeros_like(a)])
         voice = jnp.broadcast_to(speaker[:, None], mu.shape)
         fixed = both(jnp.concatenate([mu, voice, cond.astype(mu.dtype)], axis=-1))
-        mask = jnp.concatenate([state.order >= 0, length_mask(counts, x.shape[1])], axis=1)
+        mask = jnp.concatenate([state.slot_order >= 0, length_mask(counts, x.shape[1])], axis=1)
         mask, counts = jnp.concatenate([mask, mask]), jnp.concatenate([counts, counts])
 
         def euler(x, step):
@@ -343,11 +345,11 @@ class Flow(nnx.Module):
         return x, fresh
 
 
-def _default(lengths: Int[Array, "B"] | None, batch: int, full: int) -> Int[Array, "B"]:
+def _lengths_or_full(lengths: Int[Array, "B"] | None, batch: int, full: int) -> Int[Array, "B"]:
     return jnp.full(batch, full, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
 
 
-def _after(
+def _concat_ragged(
     first: Int[Array, "B P"], second: Int[Array, "B T"], lengths: Int[Array, "B"]
 ) -> Int[Array, "B P+T"]:
     """Each row's second part right behind the valid codes of its first."""

@@ -1,4 +1,4 @@
-"""What both halves of the flow share: attention over cached keys, windows of ragged chunks."""
+"""Layers that both halves of the flow share: cached attention, windows of ragged chunks."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-SCORES = 4 * 2**20  # of attention that a CPU makes at a time: 16 MB
+MAX_SCORES = 4 * 2**20  # of attention that a CPU makes at a time: 16 MB
 
 
 def attend(
@@ -30,11 +30,11 @@ def attend(
     mask = jnp.repeat(mask if mask.ndim == 3 else mask[:, None], N, axis=0)  # [B*N, 1 or T, S]
     q, k, v = (x.reshape(B * N, -1, H) for x in (q, k, v))
     operands = (q, k, v, mask, None if bias is None else bias.reshape(B * N, T, -1))
-    y = jax.lax.platform_dependent(operands, cpu=_in_turns, default=_at_once)
+    y = jax.lax.platform_dependent(operands, cpu=_attend_in_blocks, default=_attend_all_heads)
     return y.reshape(B, N, T, H).swapaxes(1, 2)
 
 
-def _at_once(operands: tuple[Any, ...]) -> Float[Array, "G T H"]:
+def _attend_all_heads(operands: tuple[Any, ...]) -> Float[Array, "G T H"]:
     """All heads of all rows in one batch."""
     q, k, v, mask, bias = operands
     exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
@@ -48,15 +48,15 @@ def _at_once(operands: tuple[Any, ...]) -> Float[Array, "G T H"]:
     return (y / total).astype(v.dtype)
 
 
-def _in_turns(operands: tuple[Any, ...]) -> Float[Array, "G T H"]:
-    """A few heads at a time: more scores than `SCORES` are slow to come by on a CPU."""
+def _attend_in_blocks(operands: tuple[Any, ...]) -> Float[Array, "G T H"]:
+    """A few heads at a time: more scores than `MAX_SCORES` are slow to come by on a CPU."""
     (heads, frames, _), keys = operands[0].shape, operands[1].shape[1]
-    turns = -(-heads * frames * keys // SCORES)
-    turns = next(n for n in range(min(turns, heads), heads + 1) if heads % n == 0)
-    if turns == 1:
-        return _at_once(operands)
-    parts = jax.tree.map(lambda x: x.reshape(turns, heads // turns, *x.shape[1:]), operands)
-    return jax.lax.map(_at_once, parts).reshape(operands[0].shape)
+    blocks = -(-heads * frames * keys // MAX_SCORES)
+    blocks = next(n for n in range(min(blocks, heads), heads + 1) if heads % n == 0)
+    if blocks == 1:
+        return _attend_all_heads(operands)
+    parts = jax.tree.map(lambda x: x.reshape(blocks, heads // blocks, *x.shape[1:]), operands)
+    return jax.lax.map(_attend_all_heads, parts).reshape(operands[0].shape)
 
 
 def window(x: Array, start: Int[Array, "B"], size: int, *, time: int = 1, batch: int = 0) -> Array:

@@ -1,4 +1,4 @@
-"""What the flow remembers of streams, and how streams are put together and taken apart."""
+"""State of the flow's streams: its caches, growing them, batches of streams."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,72 +11,72 @@ from jaxtyping import Array, Float, Int
 from sa2jax.models.flow.dit import EstimatorState
 from sa2jax.models.flow.upsample_conformer import ConformerState
 
-SMALLEST = 256  # codes that fit a fresh conformer cache: ten seconds
+MIN_CAPACITY = 256  # codes that fit a fresh conformer cache: ten seconds
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["speaker", "prompt", "levels", "encoder", "estimator"],
-    meta_fields=["keep", "parity"],
+    data_fields=["speaker", "prompt", "modulation", "encoder", "estimator"],
+    meta_fields=["keep_frames", "parity"],
 )
 @dataclass(frozen=True)
 class FlowState:
-    """Everything that the flow remembers of B streams.
+    """Caches and constants of B streams, a pytree.
 
     Attributes:
         speaker: each row's voice, as the estimator takes it.
         prompt: mel frames of each row's prompt.
-        levels: what `DiT.at` says of the noise levels, the same for all rows.
+        modulation: `DiT.timestep_modulation` of all Euler steps, the same for all rows.
         encoder: codes seen and the conformer's caches.
         estimator: the caches of all Euler steps.
-        keep: frames of the reply that stay in the estimator's caches.
+        keep_frames: frames of the reply that stay in the estimator's caches.
         parity: whether this is the official streaming.
     """
 
     speaker: Float[Array, "B M"]
     prompt: Int[Array, "B"]
-    levels: tuple[Float[Array, "E L 9 D"], Float[Array, "E 2 D"]]
+    modulation: tuple[Float[Array, "E L 9 D"], Float[Array, "E 2 D"]]
     encoder: ConformerState
     estimator: EstimatorState
-    keep: int
+    keep_frames: int
     parity: bool
 
 
 _ROWS = FlowState(
     speaker=0,  # type: ignore[arg-type]
     prompt=0,  # type: ignore[arg-type]
-    levels=(-1, -1),  # type: ignore[arg-type]
+    modulation=(-1, -1),  # type: ignore[arg-type]
     encoder=ConformerState(0, 0, 0, 2, 2),  # type: ignore[arg-type]
     estimator=EstimatorState(0, 3, 4),  # type: ignore[arg-type]
-    keep=0,
+    keep_frames=0,
     parity=False,
 )
 
 
 def capacity_for(codes: int) -> int:
     """The smallest capacity of a conformer cache that holds this many codes."""
-    return max(SMALLEST, 1 << (codes - 1).bit_length())
+    return max(MIN_CAPACITY, 1 << (codes - 1).bit_length())
 
 
-def reserve(state: FlowState, codes: int) -> FlowState:
+def grow_streams(state: FlowState, codes: int) -> FlowState:
     """Make room for this many codes of a stream, its prompt included; nothing if there is."""
-    return replace(state, encoder=state.encoder.grown(capacity_for(codes)))
+    return replace(state, encoder=state.encoder.grow(capacity_for(codes)))
 
 
-def rows_of(keep: int, parity: bool) -> FlowState:
+def batch_axes(keep_frames: int, parity: bool) -> FlowState:
     """The axis of the rows in each array of a state; −1 for none."""
-    return replace(_ROWS, keep=keep, parity=parity)
+    return replace(_ROWS, keep_frames=keep_frames, parity=parity)
 
 
-def join(states: Sequence[FlowState]) -> FlowState:
-    """Several streams as one batch, in this order; caches are padded to the longest."""
+def concat_streams(states: Sequence[FlowState]) -> FlowState:
+    """Concatenate streams into one batch, in this order; caches are padded to the longest."""
     capacity = max(state.encoder.capacity for state in states)
     slots = max(state.estimator.slots for state in states)
     padded = [
-        replace(s, encoder=s.encoder.grown(capacity), estimator=s.estimator.grown(slots))
+        replace(s, encoder=s.encoder.grow(capacity), estimator=s.estimator.grow(slots))
         for s in states
     ]
-    axes = rows_of(states[0].keep, states[0].parity)
+    axes = batch_axes(states[0].keep_frames, states[0].parity)
 
     def line_up(axis, *parts):  # copies, so that a donated batch takes nothing from the parts
         alone = axis < 0 or len(parts) == 1
@@ -85,9 +85,9 @@ def join(states: Sequence[FlowState]) -> FlowState:
     return jax.tree.map(line_up, axes, *padded)
 
 
-def pick(state: FlowState, rows: Sequence[int] | Int[Array, "R"]) -> FlowState:
-    """Some streams of a batch, as a batch."""
-    axes = rows_of(state.keep, state.parity)
+def select_streams(state: FlowState, rows: Sequence[int] | Int[Array, "R"]) -> FlowState:
+    """Take some streams out of a batch, as a batch."""
+    axes = batch_axes(state.keep_frames, state.parity)
     rows = jnp.asarray(rows)
 
     def take(axis, part):

@@ -36,36 +36,36 @@ SLOTS = 4  # axis of the slots in the caches
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["length", "look_conv", "up_conv", "kv", "up_kv"],
+    data_fields=["length", "lookahead_conv", "up_conv", "kv", "up_kv"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
 class ConformerState:
-    """What the encoder remembers of each row.
+    """Key-value and convolution caches of the encoder, for each row.
 
     Attributes:
         length: codes seen so far.
-        look_conv: last inputs of the second look-ahead convolution.
+        lookahead_conv: last inputs of the second look-ahead convolution.
         up_conv: last inputs of the upsampling convolution.
         kv: keys and values of the first layers, the newest in the last slot.
         up_kv: those of the layers after the upsampling, with `upsample` times as many slots.
     """
 
     length: Int[Array, "B"]
-    look_conv: Float[Array, "B 2 D"]
+    lookahead_conv: Float[Array, "B 2 D"]
     up_conv: Float[Array, "B C D"]
     kv: Float[Array, "L 2 B N S H"]
     up_kv: Float[Array, "U 2 B N R H"]
 
     @classmethod
     def zeros(cls, cfg: ConformerConfig, batch: int, capacity: int, dtype: DTypeLike) -> Self:
-        """A state that has seen nothing, with room for `capacity` codes a row."""
+        """Empty caches with room for `capacity` codes a row."""
         up_capacity = cfg.upsample * capacity
         low = (cfg.layers, 2, batch, cfg.heads, capacity, cfg.head_dim)
         high = (cfg.up_layers, 2, batch, cfg.heads, up_capacity, cfg.head_dim)
         return cls(
             length=jnp.zeros(batch, jnp.int32),
-            look_conv=jnp.zeros((batch, cfg.look_kernel - 1, cfg.embed), dtype),
+            lookahead_conv=jnp.zeros((batch, cfg.look_kernel - 1, cfg.embed), dtype),
             up_conv=jnp.zeros((batch, cfg.up_kernel - 1, cfg.embed), dtype),
             kv=jnp.zeros(low, dtype),
             up_kv=jnp.zeros(high, dtype),
@@ -76,8 +76,8 @@ class ConformerState:
         """Codes that fit."""
         return self.kv.shape[SLOTS]
 
-    def grown(self, capacity: int) -> Self:
-        """The same memory with room for at least this many codes."""
+    def grow(self, capacity: int) -> Self:
+        """Grow the caches to hold at least this many codes."""
         extra = max(capacity - self.capacity, 0)
         if not extra:
             return self
@@ -86,8 +86,8 @@ class ConformerState:
         return replace(self, kv=pad(self.kv, extra), up_kv=pad(self.up_kv, up_extra))
 
 
-def distances(new: int, cached: int, size: int) -> Float[Array, "R D"]:
-    """Sinusoids of the distance from a query to a key, farthest first.
+def relative_positions(new: int, cached: int, size: int) -> Float[Array, "R D"]:
+    """Relative position encoding: sinusoids of the distance from a query to a key, farthest first.
 
     Args:
         new: queries, which are also the newest keys.
@@ -103,12 +103,12 @@ def distances(new: int, cached: int, size: int) -> Float[Array, "R D"]:
     return jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1).reshape(len(angle), size)
 
 
-def heard(chunks: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
-    """Which keys [B, queries, keys] a stream has by the time of each query's chunk."""
+def chunk_mask(chunks: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
+    """Chunk-causal mask [B, queries, keys]: keys of a query's own chunk and earlier ones."""
     return chunks[:, None] <= chunks[:, :, None]
 
 
-def by_key(scores: Float[Array, "B N T R"], keys: int) -> Float[Array, "B N T S"]:
+def relative_shift(scores: Float[Array, "B N T R"], keys: int) -> Float[Array, "B N T S"]:
     """Scores by distance, farthest first, to scores by key (the shift of Transformer-XL).
 
     Query i sees column `j + T − 1 − i` at key j.
@@ -119,7 +119,7 @@ def by_key(scores: Float[Array, "B N T R"], keys: int) -> Float[Array, "B N T S"
 
 
 class RelativeAttention(nnx.Module):
-    """Attention whose scores add what a query thinks of a distance."""
+    """Attention with a score for content and one for relative position (Transformer-XL)."""
 
     def __init__(self, cfg: ConformerConfig, *, policy: Policy, rngs: nnx.Rngs):
         embed, heads = {"embed": cfg.embed}, {"heads": cfg.heads, "head_dim": cfg.head_dim}
@@ -151,7 +151,7 @@ class RelativeAttention(nnx.Module):
             "bnth,nrh->bntr", place, position,
             precision=self.policy.precision, preferred_element_type=jnp.float32,
         )  # fmt: skip
-        return self.o(attend(content, k, v, mask, by_key(scores, k.shape[2]))), new
+        return self.o(attend(content, k, v, mask, relative_shift(scores, k.shape[2]))), new
 
 
 class ConformerLayer(nnx.Module):
@@ -172,8 +172,8 @@ class ConformerLayer(nnx.Module):
         return x + self.down(jax.nn.silu(self.up(self.mlp_norm(x)))), new
 
 
-class Entry(nnx.Module):
-    """Linear, norm and the factor √D that relative positions are trained with."""
+class InputProjection(nnx.Module):
+    """Input projection: linear, norm and the factor √D that relative positions are trained with."""
 
     def __init__(self, inputs: int, embed: int, *, policy: Policy, rngs: nnx.Rngs):
         self.scale = embed**0.5
@@ -204,12 +204,12 @@ class UpsampleConformer(nnx.Module):
                 stack(make, count, rngs) if stacked else nnx.List(make(rngs) for _ in range(count))
             )
 
-        self.embed = Entry(cfg.inputs, cfg.embed, **common)
+        self.embed = InputProjection(cfg.inputs, cfg.embed, **common)
         self.look_ahead = conv(cfg.lookahead + 1)
         self.look_back = conv(cfg.look_kernel)
         self.layers = layers(cfg.layers)
         self.up_conv = conv(cfg.up_kernel)
-        self.up_embed = Entry(cfg.inputs, cfg.embed, **common)
+        self.up_embed = InputProjection(cfg.inputs, cfg.embed, **common)
         self.up_layers = layers(cfg.up_layers)
         self.norm = LayerNorm(cfg.embed, policy=policy, rngs=rngs)
 
@@ -232,8 +232,8 @@ class UpsampleConformer(nnx.Module):
                 as at the end of a reply.
             counts: codes of each row to encode, of T at most; the others are looked at only.
             state: what the rows have seen.
-            chunks: number of the chunk in which a stream would hear each code, rising along a row:
-                none is seen by codes of earlier chunks. None if all are heard at once.
+            chunks: number of the chunk in which a stream would receive each code, rising along a
+                row: none is seen by codes of earlier chunks. None if all are there at once.
             capacity: room for codes in the state to return, by default as much as now.
             trace: filled with intermediate results by name.
 
@@ -248,8 +248,8 @@ class UpsampleConformer(nnx.Module):
             x = jnp.where(length_mask(present, x.shape[1])[..., None], x, 0)
             tap(trace, "embed", x[:, :new])
             y = jax.nn.leaky_relu(self.look_ahead(x), 0.01)
-            y = jnp.concatenate([state.look_conv.astype(y.dtype), y], axis=1)
-            look_conv = window(y, counts, state.look_conv.shape[1])
+            y = jnp.concatenate([state.lookahead_conv.astype(y.dtype), y], axis=1)
+            lookahead_conv = window(y, counts, state.lookahead_conv.shape[1])
             x = tap(trace, "look_ahead", self.look_back(y) + x[:, :new])
         with jax.named_scope("layers"):
             x, kv = self._attend(
@@ -271,7 +271,7 @@ class UpsampleConformer(nnx.Module):
         size = state.capacity if capacity is None else capacity
         state = ConformerState(
             length=state.length + counts,
-            look_conv=look_conv.astype(state.look_conv.dtype),
+            lookahead_conv=lookahead_conv.astype(state.lookahead_conv.dtype),
             up_conv=up_conv.astype(state.up_conv.dtype),
             kv=_append(state.kv, kv, counts, size),
             up_kv=_append(state.up_kv, up_kv, ratio * counts, ratio * size),
@@ -281,12 +281,12 @@ class UpsampleConformer(nnx.Module):
     def _attend(self, layers, x, counts, chunks, seen, cache, trace, name):
         """Run one stack of layers; gives the new keys and values of all of them."""
         new, cached = x.shape[1], cache.shape[SLOTS]
-        table = distances(new, cached, x.shape[2]).astype(x.dtype)
+        table = relative_positions(new, cached, x.shape[2]).astype(x.dtype)
         old = jnp.arange(cached)[None] >= cached - seen[:, None]
         mask = jnp.concatenate([old, length_mask(counts, new)], axis=1)[:, None]
         if chunks is not None:
             mask = mask & jnp.pad(
-                heard(chunks), [(0, 0), (0, 0), (cached, 0)], constant_values=True
+                chunk_mask(chunks), [(0, 0), (0, 0), (cached, 0)], constant_values=True
             )
 
         def layer(x, layer_and_index):

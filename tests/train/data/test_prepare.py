@@ -180,7 +180,7 @@ def test_codes_of_recordings(spoken, tmp_path, golden, monkeypatch):
     home = golden / "token2wav"
     about = prepare_dataset([spoken], tmp_path / "out", PrepareConfig(model=home))
     folder = SpeechFolder(home)
-    assert about["speech_tokenizer"] == folder.analysis
+    assert about["speech_tokenizer"] == folder.analysis_hash
     assert about["rejected"] == 0
     source = ShardSource(tmp_path / "out")
     clips = [audio.load_audio(spoken.parent / name) for name in ("b.flac", "a.wav")]

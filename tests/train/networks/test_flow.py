@@ -84,8 +84,8 @@ def test_the_loss_is_the_error_of_the_velocity_that_sampling_uses(recorded, loss
         voice = jnp.broadcast_to(trace["speaker"][:, None], trace["mu"].shape)
         known = [trace["mu"], voice, jnp.zeros_like(trace["mu"])]
         inputs = jnp.concatenate([x[None], *known], axis=-1)
-        parts = jax.tree.map(lambda part: part[0], net.estimator.at(level))
-        _, empty = net._empty(1, 1)
+        parts = jax.tree.map(lambda part: part[0], net.estimator.timestep_modulation(level))
+        _, empty = net._empty_states(1, 1)
         two = jnp.concatenate([inputs, inputs])  # as both branches
         mask, counts = np.ones((2, 2 * CODES), bool), np.full(2, 2 * CODES, np.int32)
         return net.estimator(two, parts, mask, counts, empty, 0)[0][0]
@@ -99,7 +99,7 @@ def test_the_loss_is_the_error_of_the_velocity_that_sampling_uses(recorded, loss
 
 def test_a_row_in_chunks_is_a_stream(recorded):
     """Encoder and estimator give at once what they give chunk by chunk, with what they remember."""
-    sizes, look = (4, 3, 5), recorded.cfg.encoder.lookahead
+    sizes, lookahead = (4, 3, 5), recorded.cfg.encoder.lookahead
     chunks = np.repeat(np.arange(3), sizes)[None]
     codes, mels = recorded.codes(1, CODES)[0], recorded.cfg.mels
     inputs = np.random.default_rng(0).normal(size=(2, 2 * CODES, 4 * mels)).astype(np.float32)
@@ -107,16 +107,16 @@ def test_a_row_in_chunks_is_a_stream(recorded):
     @jit
     def encoded(params):
         net = recorded.model.bind(params)
-        x = jnp.pad(net.table[...][codes][None], [(0, 0), (0, look), (0, 0)])
+        x = jnp.pad(net.table[...][codes][None], [(0, 0), (0, lookahead), (0, 0)])
         nothing = ConformerState.zeros(recorded.cfg.encoder, 1, 0, x.dtype)
         present = np.array([CODES])
         whole, _ = net.encoder(x, present, present, nothing)
         at_once, _ = net.encoder(x, present, present, nothing, chunks=chunks)
-        state, pieces, first = nothing.grown(0), [], 0
+        state, pieces, first = nothing.grow(0), [], 0
         for size in sizes:
-            piece = x[:, first : first + size + look]
+            piece = x[:, first : first + size + lookahead]
             count = np.array([size])
-            heard = np.array([min(size + look, CODES - first)])
+            heard = np.array([min(size + lookahead, CODES - first)])
             y, state = net.encoder(piece, heard, count, state, capacity=CODES)
             pieces.append(y)
             first += size
@@ -129,19 +129,23 @@ def test_a_row_in_chunks_is_a_stream(recorded):
     @jit
     def velocities(params):
         net = recorded.model.bind(params)
-        parts = jax.tree.map(lambda part: part[0], net.estimator.at(np.array([0.3], np.float32)))
-        _, empty = net._empty(1, 1)
+        parts = jax.tree.map(
+            lambda part: part[0], net.estimator.timestep_modulation(np.array([0.3], np.float32))
+        )
+        _, empty = net._empty_states(1, 1)
         counts = np.full(2, 2 * CODES)
         mask = jnp.repeat(heard_by(jnp.repeat(chunks, 2, axis=1)), 2, axis=0)
         at_once, _ = net.estimator(inputs, parts, mask, counts, empty, 0)
-        state, pieces, first = empty.grown(2 * CODES), [], 0
+        state, pieces, first = empty.grow(2 * CODES), [], 0
         for size in sizes:
             piece, count = inputs[:, first : first + 2 * size], np.full(2, 2 * size)
-            there = jnp.concatenate([state.order >= 0, jnp.ones((1, 2 * size), bool)], axis=1)
+            there = jnp.concatenate([state.slot_order >= 0, jnp.ones((1, 2 * size), bool)], axis=1)
             y, new = net.estimator(piece, parts, jnp.repeat(there, 2, axis=0), count, state, 0)
             new = jax.tree.map(lambda leaf: leaf[None], new)
             seen = np.array([first])
-            state = state.admit(new, count[:1], counts[:1], seen, keep=100, parity=False)
+            state = state.evict_and_insert(
+                new, count[:1], counts[:1], seen, keep_frames=100, parity=False
+            )
             pieces.append(y)
             first += 2 * size
         return at_once, jnp.concatenate(pieces, axis=1)

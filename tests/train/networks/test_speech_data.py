@@ -9,7 +9,7 @@ import soundfile
 from helpers.sound import tone
 
 from sa2jax.errors import DataError
-from sa2jax.speech.layout import SPEAKING
+from sa2jax.speech.layout import SYNTHESIS
 from sa2jax.speech.store import SpeechFolder
 from sa2jax.speech.token2wav import Token2Wav
 from sa2jax.train.networks.flow_data import speaker_vector
@@ -163,7 +163,7 @@ def test_mel_frames_that_a_flow_makes(source, golden, tmp_path):
     speech = SpeechFolder(home)
     speaker = speaker_vector(speech.analyzer, str(source.parent / "long.wav"))
     codes = speech.analyzer.codes([source.parent / row["audio"] for row in rows[:3]])
-    talker = Token2Wav(speech.cfg, speech.params(SPEAKING))
+    talker = Token2Wav(speech.cfg, speech.params(SYNTHESIS))
     own = talker.mels(codes, [speaker] * 3, seed=1)
     for row, mel in enumerate(own):
         count = int(batch.frames[row])

@@ -30,7 +30,7 @@ def model(converted_detokenizer, tmp_path):
 
 def voice(name, folder):
     arrays = np.zeros(25, np.int32), np.ones(192, np.float32), np.zeros((50, 80), np.float32)
-    return Voice(name, *arrays, "none", SpeechFolder(folder).analysis)
+    return Voice(name, *arrays, "none", SpeechFolder(folder).analysis_hash)
 
 
 def halved(flow):
