@@ -24,7 +24,7 @@ def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
 
 @pytest.fixture(autouse=True)
 def fresh_log():
-    sharding._say_once.cache_clear()
+    sharding._warn_once.cache_clear()
 
 
 # --- make_mesh ---
@@ -152,7 +152,7 @@ def test_every_parameter_of_the_released_model_has_a_place():
     total = sum(leaf.size for leaf in leaves)
     assert total > 8.3e9
     assert kept < 1.02 * total / 8
-    assert sharding._say_once.cache_info().currsize == 0
+    assert sharding._warn_once.cache_info().currsize == 0
 
 
 # --- a sharded model ---

@@ -15,7 +15,7 @@ from sa2jax.audio import (
     num_tokens,
     pad_mels,
     s3_log_mel,
-    split,
+    split_chunks,
 )
 from sa2jax.errors import AudioError
 
@@ -68,7 +68,7 @@ def test_log_mel_equals_official(golden, run):
     compared = 0
     for name in sorted(key for key in arrays if key.endswith("_i16")):
         stem = name.removesuffix("_i16")
-        for i, chunk in enumerate(split(wave(arrays[name]))):
+        for i, chunk in enumerate(split_chunks(wave(arrays[name]))):
             key = f"{stem}_chunk{i}"
             got = run(log_mel, chunk)
             assert got.dtype == np.float32

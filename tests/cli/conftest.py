@@ -9,7 +9,7 @@ from helpers.scripted import CTRL_C, Script, Speech
 from sa2jax import cli, testing
 from sa2jax.chat import tokenizer_files
 from sa2jax.chat.tokenizer import Tokenizer
-from sa2jax.cli import transcribe
+from sa2jax.cli import options
 from sa2jax.pipeline import StepAudio2, conversation
 from sa2jax.pipeline import model as pipeline
 
@@ -85,7 +85,7 @@ def script(monkeypatch, tiny, tmp_path) -> Script:
         return made
 
     monkeypatch.setattr(conversation, "PrefixCache", session)
-    monkeypatch.setattr(transcribe.ModelOptions, "load", lambda self: tiny)
+    monkeypatch.setattr(options.ModelOptions, "load", lambda self: tiny)
     monkeypatch.chdir(tmp_path)
     return script
 

@@ -14,7 +14,7 @@ from helpers.small_speech import SPEAKER, save_networks
 from matplotlib import image
 
 from sa2jax import cli, testing
-from sa2jax.cli import transcribe
+from sa2jax.cli import options
 from sa2jax.pipeline import StepAudio2
 from sa2jax.pipeline import model as pipeline
 
@@ -30,7 +30,7 @@ def real(tmp_path_factory) -> StepAudio2:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "enable_compilation_cache", lambda: None)
         patch.setattr("sa2jax.speech.api.enable_compilation_cache", lambda: None)
-        model = transcribe.ModelOptions(model=folder, detokenizer=speaker).load()
+        model = options.ModelOptions(model=folder, detokenizer=speaker).load()
         assert model.speech.sample_rate == 24_000
     return model
 
@@ -38,7 +38,7 @@ def real(tmp_path_factory) -> StepAudio2:
 @pytest.fixture
 def speaks(real, golden, monkeypatch, tmp_path) -> tuple:
     """Options with which commands use the real model."""
-    monkeypatch.setattr(transcribe.ModelOptions, "load", lambda self: real)
+    monkeypatch.setattr(options.ModelOptions, "load", lambda self: real)
     monkeypatch.chdir(tmp_path)
     voice = golden / "t2w_golden" / "prompt.wav"
     return ("--voice", voice, "--max-new-tokens", 30, *WHERE)

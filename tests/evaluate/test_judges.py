@@ -137,9 +137,9 @@ def test_the_network_is_resemblyzers(say):
     from resemblyzer import VoiceEncoder
     from resemblyzer.audio import normalize_volume
 
-    from sa2jax.evaluate.judges import heard
+    from sa2jax.evaluate.judges import to_16khz
 
-    wave = heard(*say("slt", "the small brown dog sleeps under the table and the cat plays"))
+    wave = to_16khz(*say("slt", "the small brown dog sleeps under the table and the cat plays"))
     theirs = VoiceEncoder("cpu", verbose=False).embed_utterance(
         normalize_volume(wave, -30, increase_only=True)
     )

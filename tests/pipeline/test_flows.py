@@ -29,11 +29,12 @@ from helpers.scripted import (
 
 from sa2jax import testing
 from sa2jax.chat import template, tokenizer_files
-from sa2jax.chat.template import TASKS, Task, Text
+from sa2jax.chat.template import TASKS, PromptTask, Text
 from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.errors import CheckpointError, PromptError, VoiceError
 from sa2jax.inference.engine import Engine
 from sa2jax.inference.requests import GenerationConfig
+from sa2jax.inference.sampling import SamplingParams
 from sa2jax.pipeline import StepAudio2, conversation
 from sa2jax.pipeline.task_runner import task_options
 
@@ -120,7 +121,7 @@ def test_audio_question(tiny, prompts):
 
 def test_a_task_of_ones_own(tiny, prompts, monkeypatch):
     """A new prompt is one entry in the table; it runs by its name, and as an object."""
-    task = Task(system="Whistle?", greedy=True, max_new_tokens=4)
+    task = PromptTask(system="Whistle?", sampling=SamplingParams(temperature=0.0), max_new_tokens=4)
     monkeypatch.setitem(template.TASKS, "whistle", task)
     by_name = tiny.run("whistle", [CLIP, Text("hm")], question="Yes?")
     assert by_name == tiny.run(task, [CLIP, Text("hm")], question="Yes?")

@@ -67,5 +67,5 @@ class ModelFolder:
             from sa2jax.runtime import enable_compilation_cache
 
             enable_compilation_cache()
-            self.analysis_hash = self._speech.analysis
+            self.analysis_hash = self._speech.analysis_hash
         return self._speech.analyzer.codes_of(clips)

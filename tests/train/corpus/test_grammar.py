@@ -250,7 +250,7 @@ def test_split_of_all_texts():
 
 def test_split_is_checked(monkeypatch):
     recipe = read_corpus("nano/corpus")
-    monkeypatch.setattr(conversations._Draw, "text", lambda self, transcribed=False: "a b c")
+    monkeypatch.setattr(conversations._Sampler, "text", lambda self, transcribed=False: "a b c")
     with pytest.raises(DataError, match="held-out texts are in the training data: a b c"):
         CorpusPlan.of(recipe, 0.001)
 
@@ -275,7 +275,7 @@ def test_wrong_recipes(change, message):
 
 def test_words_of_ones_own():
     config = read_corpus("words/corpus").dialogues
-    new = {word for words in config.words.values() for word in words.split()}
+    new = {word for words in config.slot_values.values() for word in words.split()}
     assert len(new) == 50
     assert not new & {*grammar.vocabulary()}
     planned = plan_dialogues(config, 0, 0.2)
