@@ -212,7 +212,7 @@ def test_full_disk(run, refused, source, ours, tmp_path, monkeypatch, command):
         yield tick
 
     with monkeypatch.context() as patch:
-        patch.setattr(common, "bar", bar)
+        patch.setattr(common, "progress_bar", bar)
         assert "the disk is full" in refused(command, folder, out)
     assert os.listdir(tmp_path) == []
     assert run(command, folder, out)[0] == 0

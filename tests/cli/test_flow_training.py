@@ -126,7 +126,7 @@ def test_an_interrupt_leaves_nothing(run, model, recordings, tmp_path, monkeypat
 
         yield tick
 
-    monkeypatch.setattr(common, "bar", bar)
+    monkeypatch.setattr(common, "progress_bar", bar)
     code, _, error = run("data", "prepare-flow", recordings, tmp_path / "out", "--model", model)
     assert (code, error) == (130, "interrupted\n")
     assert not list(tmp_path.iterdir())

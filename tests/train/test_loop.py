@@ -97,14 +97,14 @@ def test_a_run_leaves_a_model_that_answers(whole, model):
 
 KILLED = """
     import os, signal, sys, yaml
-    from sa2jax.train.language.task import optimizer_config, train
-    from sa2jax.train.language.recipe import read_recipe
+    from sa2jax.train.language.task import optimizer_config, train_language_model
+    from sa2jax.train.language.recipe import read_language_recipe
 
     def on_step(step):
         if step == int(sys.argv[3]):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    train_language_model(read_recipe(sys.argv[1]), sys.argv[2], quiet=True, on_step=on_step)
+    train_language_model(read_language_recipe(sys.argv[1]), sys.argv[2], quiet=True, on_step=on_step)
 """
 
 

@@ -157,13 +157,14 @@ SHARDED = """
     from sa2jax.models.step_audio import step_audio2
     from sa2jax.sharding import make_mesh
     from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
-    from sa2jax.train.step import (
-        TRACES, Batch, abstract_state, init_state, make_step, place_batch
+    from sa2jax.train.language.step import (
+        TRACES, LanguageBatch, make_language_step, place_batch
     )
+    from sa2jax.train.state import abstract_state, init_state
 
     cfg = testing.tiny_config(layers=1)
     model = step_audio2(cfg)
-    optimizer = make_optimizer(OptimizerConfig(rate=1e-2, warmup=0, eps=1e-4))
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=0, eps=1e-4))
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 256, (8, 25), np.int32)
     slots = np.full((8, 24), -1, np.int32)

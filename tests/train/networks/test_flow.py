@@ -318,7 +318,7 @@ SHARDED = """
     from helpers.recorded_flow import RecordedFlow
     from sa2jax.sharding import make_mesh
     from sa2jax.train.networks.flow import FlowBatch, flow_loss
-    from sa2jax.train.networks.step import make_loss_step, place_rows
+    from sa2jax.train.networks.step import make_loss_step, place_network_batch
     from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
     from sa2jax.train.state import init_state
 
@@ -329,7 +329,7 @@ SHARDED = """
         lengths=np.arange(8) % 7, speaker=rng.normal(size=(8, cfg.speaker)),
     )
     batch = jax.tree.map(lambda x: x.astype(np.float32 if x.ndim == 3 else x.dtype), batch)
-    optimizer = make_optimizer(OptimizerConfig(rate=1e-2, warmup=0, eps=1e-4))
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=0, eps=1e-4))
     found = {}
     for spec in ("", "data=2,fsdp=2"):
         mesh = make_mesh(spec) if spec else None

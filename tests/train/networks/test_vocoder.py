@@ -329,10 +329,10 @@ SHARDED = """
     from sa2jax.sharding import make_mesh
     from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
     from sa2jax.train.state import init_state
-    from sa2jax.train.networks.step import make_loss_step, place_rows
-    from sa2jax.train.networks.vocoder import fresh_vocoder, vocoder_loss
+    from sa2jax.train.networks.step import make_loss_step, place_network_batch
+    from sa2jax.train.networks.vocoder import init_vocoder, vocoder_loss
 
-    optimizer = make_optimizer(OptimizerConfig(rate=1e-3, warmup=0, eps=1e-4))
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3, warmup_steps=0, eps=1e-4))
     batch, found = rows((10, 4, 0, 7)), {}
     for spec in ("", "data=2,fsdp=2"):
         mesh = make_mesh(spec) if spec else None
