@@ -121,7 +121,7 @@ class TrainResult:
 
 def run_training(
     task: TrainingTask,
-    pace: Intervals,
+    intervals: Intervals,
     out: str | Path,
     *,
     steps: int,
@@ -136,7 +136,7 @@ def run_training(
 
     Args:
         task: what is trained.
-        pace: how often is logged, evaluated and saved.
+        intervals: how often is logged, evaluated and saved.
         out: the run's folder, made if need be.
         steps: updates in all.
         fresh: forget checkpoints that are there.
@@ -151,7 +151,7 @@ def run_training(
     """
     # --- begin, or go on ----------------------------------------------------------------------
     out, data = Path(out), task.data
-    saved = _open_checkpoints(task.metadata, pace, out, fresh)
+    saved = _open_checkpoints(task.metadata, intervals, out, fresh)
     done = saved.latest() or 0
     params = task.load_params()
     if done:
@@ -183,16 +183,16 @@ def run_training(
                 on_step(now)
 
             # Hosts ask each other at the steps that are logged.
-            logged = now % pace.log_every == 0 or now == steps
+            logged = now % intervals.log_every == 0 or now == steps
             halt = any_host(stop()) if logged or jax.process_count() == 1 else False
             if logged or halt:
                 metrics, window = _mean_metrics(window), []
                 log.write_metrics(now, metrics | _speed(task, now))
-            every = pace.evaluate_every or steps
+            every = intervals.evaluate_every or steps
             if task.evaluate is not None and now % every == 0 and now < steps:
                 log.write_metrics(now, task.evaluate(state))
                 _speed(task, now)  # what this took is not training's
-            if now % pace.save_every == 0 or halt:
+            if now % intervals.save_every == 0 or halt:
                 saved.save(now, task.optimizer, state, data.state())
             if halt:
                 break
@@ -274,13 +274,13 @@ def gather_to_host(tree: Any) -> Any:
 
 
 def _open_checkpoints(
-    facts: Mapping[str, Any], pace: Intervals, out: Path, fresh: bool
+    metadata: Mapping[str, Any], intervals: Intervals, out: Path, fresh: bool
 ) -> Checkpoints:
     """The checkpoints of this run; those of another one are refused."""
     problem = None
     if jax.process_index() == 0:  # the others must not see the folder half made
         try:
-            _claim_run_folder(out, facts, fresh)
+            _claim_run_folder(out, metadata, fresh)
         except Sa2jaxError as error:
             problem = error
     if jax.process_count() > 1:
@@ -289,10 +289,10 @@ def _open_checkpoints(
             problem = TrainError(f"the first host cannot use {out}: it says why")
     if problem is not None:
         raise problem
-    return Checkpoints(out / CHECKPOINTS, keep=pace.keep, keep_every=pace.keep_every)
+    return Checkpoints(out / CHECKPOINTS, keep=intervals.keep, keep_every=intervals.keep_every)
 
 
-def _claim_run_folder(out: Path, facts: Mapping[str, Any], fresh: bool) -> None:
+def _claim_run_folder(out: Path, metadata: Mapping[str, Any], fresh: bool) -> None:
     """Make a run's folder, or see that it is this run's."""
     path, states = out / RUN, out / CHECKPOINTS
     if out.is_dir() and any(out.iterdir()) and not (path.is_file() or (out / REJECTS).is_file()):
@@ -302,23 +302,23 @@ def _claim_run_folder(out: Path, facts: Mapping[str, Any], fresh: bool) -> None:
         if fresh:
             shutil.rmtree(states, ignore_errors=True)
     if states.is_dir() and any(step.name.isdigit() for step in states.iterdir()):
-        _require_same_run(path, facts)
+        _require_same_run(path, metadata)
     with disk_errors(path):
-        path.write_text(json.dumps(facts, indent=2, ensure_ascii=False), encoding="utf-8")
+        path.write_text(json.dumps(metadata, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-def _require_same_run(path: Path, facts: Mapping[str, Any]) -> None:
+def _require_same_run(path: Path, metadata: Mapping[str, Any]) -> None:
     """Refuse to go on with other data, another model or other numbers."""
     try:
         was = json.loads(path.read_text(encoding="utf-8"))
-        found = differences(was["recipe"], facts["recipe"])
+        found = differences(was["recipe"], metadata["recipe"])
     except (OSError, ValueError, KeyError, TypeError):
         raise TrainError(
             f"{path} is damaged: --fresh begins anew and forgets the checkpoints"
         ) from None
-    if was.get("model") != facts["model"]:
+    if was.get("model") != metadata["model"]:
         found.append("the model that it began with")
-    if was.get("data") != facts["data"] and not found:
+    if was.get("data") != metadata["data"] and not found:
         found.append("the contents of the data or the tokenizer")
     if found:
         raise TrainError(

@@ -211,7 +211,7 @@ def test_a_run_does_not_go_on_as_another(refused, home, config, whole, model, tm
     assert "the model that it began with" in refused(*words, "--model", whole / "model")
     copy = shutil.copytree(home / "ready", tmp_path / "ready")
     assert f"data.folder: {home / 'ready'} → {copy}" in refused(*words, "--data", copy)
-    assert "teaching.drop: 0.2 → 0.5" in refused(*words, "--set", "teaching.drop=0.5")
+    assert "loss.cfg_dropout: 0.2 → 0.5" in refused(*words, "--set", "loss.cfg_dropout=0.5")
 
 
 @pytest.mark.slow
@@ -224,7 +224,7 @@ def test_dry_run(run, config):
     total = sum(group["parameters"] for group in groups.values())
     assert found["memory"]["parameters"] == 4 * total
     assert found["memory"]["optimizer"] >= 8 * total
-    assert (found["tokens"], found["unit"], found["steps"]) == (100, "codes at most", 6)
+    assert (found["units_per_step"], found["unit"], found["steps"]) == (100, "codes at most", 6)
 
 
 def test_what_the_flow_cannot_be_trained_with(refused, golden, home, config, model, tmp_path):
@@ -244,13 +244,13 @@ def test_what_the_flow_cannot_be_trained_with(refused, golden, home, config, mod
             ["--set", "evaluate.draws=0", "--set", "intervals.keep=3"],
             "expected batches and draws of at least 1",
         ),
-        (["--set", "kind=vocoders"], "kind 'vocoders': expected language, encoder"),
+        (["--set", "kind=vocoders"], "kind 'vocoders': expected language, audio_encoder"),
         (["--set", "lora={rank: 2}"], "there is no lora; expected one of network,"),
         (
             ["--set", "network.dtype=int8"],
             "there is no network.dtype; expected one of folder, compute",
         ),
-        (["--set", "teaching.drop=2"], "drop=2.0: expected a number from 0 to 1"),
+        (["--set", "loss.cfg_dropout=2"], "cfg_dropout=2.0: expected a number from 0 to 1"),
         (["--set", "data.buckets=[25]"], "expected a bucket that large"),
         (["--set", "optimizer.learning_rate_overrides={'': 0}"], "nothing to train"),
         (["--mesh", "fsdp=3"], "3 devices"),

@@ -41,12 +41,16 @@ def test_dry_run(run, recipe):
         "adapter", "audio_encoder", "decoder.head", "decoder.layers", "decoder.norm",
         "decoder.table",
     }  # fmt: skip
-    assert groups["decoder.table"]["parameters"] == groups["decoder.table"]["decayed"] == 512 * 32
-    assert groups["decoder.norm"]["decayed"] == 0
+    assert (
+        groups["decoder.table"]["parameters"]
+        == groups["decoder.table"]["weight_decayed"]
+        == 512 * 32
+    )
+    assert groups["decoder.norm"]["weight_decayed"] == 0
     total = sum(group["parameters"] for group in found["groups"])
     assert found["memory"]["parameters"] == 4 * total
     assert found["memory"]["optimizer"] >= 8 * total
-    assert found["tokens"] == 2 * 192
+    assert found["units_per_step"] == 2 * 192
     code, said, _ = run("train", "--config", recipe, "--dry-run", "--set", "lora={rank: 4}")
     assert code == 0
     assert "lora" in said
@@ -56,7 +60,7 @@ def test_dry_run(run, recipe):
 @pytest.mark.both_pairs
 def test_an_adapter_is_merged_into_the_model_it_was_trained_beside(run, recipe, tmp_path):
     """The same as what the run itself merges."""
-    words = "--set", "lora={rank: 2, rate: 0.01}", "--steps", 2
+    words = "--set", "lora={rank: 2, learning_rate: 0.01}", "--steps", 2
     assert run("train", "--config", recipe, "--out", tmp_path / "run", *words)[0] == 0
     model, adapter = recipe.parent / "model", tmp_path / "run" / "adapter"
     code, said, _ = run("merge", model, adapter, tmp_path / "merged")
@@ -72,7 +76,7 @@ def test_an_adapter_is_merged_into_the_model_it_was_trained_beside(run, recipe, 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--set", "optimizer.speed=1"], "there is no optimizer.speed; expected one of rate"),
+        (["--set", "optimizer.speed=1"], "no optimizer.speed; expected one of learning_rate"),
         (["--set", "rate"], "expected key=value"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--data", "a=b"], "expected PATH or PATH=WEIGHT"),

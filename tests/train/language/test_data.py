@@ -429,10 +429,7 @@ def test_a_list_that_cannot_be_written(tmp_path):
     [
         ({"host": 2, "hosts": 2}, "host 2 of 2"),
         ({"rows": 3, "hosts": 2}, "host 0 of 2 for rows=3: expected .* rows as a multiple"),
-        (
-            {"rows": 4, "accumulation_steps": 4, "hosts": 2},
-            "rows=4 on 2 hosts: expected a multiple of 2 × ",
-        ),
+        ({"rows": 4, "accumulation_steps": 4, "hosts": 2}, "expected a multiple of 2 × "),
         ({"seed": -1}, "seed=-1: expected 0 or more"),
     ],
 )
@@ -447,7 +444,5 @@ def test_sources_that_cannot_be(tmp_path, ready):
     other = prepare(tmp_path / "other", ["a"], n_mels=8)
     with pytest.raises(DataError, match="8 mel bands, the model hears 16"):
         data_of(other)
-    with pytest.raises(
-        DataError, match="the tokenizer has 512 tokens, the model a vocabulary of 5"
-    ):
+    with pytest.raises(DataError, match="has 512 tokens, the model a vocabulary of 5"):
         make_language_data(config(ready), TOKENIZER, testing.tiny_config(vocab=500), seed=0)
