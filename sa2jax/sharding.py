@@ -1,4 +1,4 @@
-"""Logical axes to mesh axes: the one place that knows a device mesh.
+"""Sharding rules, from logical axes to mesh axes: the one place that knows a device mesh.
 
 Every parameter names its logical axes; `RULES` says on which mesh axis each is split. A dimension
 that its mesh axis does not divide stays replicated, and that is logged once.
@@ -20,18 +20,19 @@ from sa2jax.errors import ShardingError
 
 log = logging.getLogger(__name__)
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
+MODEL_AXES = (FSDP, TENSOR)  # those that a parameter may be split over
 ALL = -1  # the axis of the rows in what has none: each device has all of it
 
 # Logical axis -> mesh axis or axes. Axes that are not listed are never split.
 RULES: Mapping[str, str | tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
-    "rows": "data",  # a batch whose widths are split over fsdp, on their way
-    "embed": "fsdp",
-    "vocab": "tensor",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
+    "batch": (DATA, FSDP),
+    "rows": DATA,  # a batch whose widths are split over fsdp, on their way
+    "embed": FSDP,
+    "vocab": TENSOR,
+    "heads": TENSOR,
+    "kv_heads": TENSOR,
+    "mlp": TENSOR,
 }
 
 
@@ -51,7 +52,7 @@ def make_mesh(spec: str | Mapping[str, int] | None = None, devices: Any = None) 
     """
     devices = list(jax.devices() if devices is None else devices)
     if spec is None:
-        sizes = {"tensor": len(devices)}
+        sizes = {default_axis(training=False): len(devices)}
     elif isinstance(spec, str):
         sizes = parse_mesh(spec)
     else:
@@ -119,8 +120,15 @@ def is_sharded() -> bool:
 
 
 def axis_size(axis: str) -> int:
-    """Size of a mesh axis of the mesh in use; 1 without a mesh."""
-    return _axis_size(jax.sharding.get_abstract_mesh(), axis) if is_sharded() else 1
+    """Parts that a logical axis, such as "batch", has on the mesh in use; 1 without a mesh."""
+    if not is_sharded():
+        return 1
+    return _axis_size(jax.sharding.get_abstract_mesh(), RULES.get(axis))
+
+
+def default_axis(*, training: bool) -> str:
+    """The mesh axis that all devices are on if a user names none."""
+    return FSDP if training else TENSOR
 
 
 def use_mesh(mesh: Mesh | None) -> AbstractContextManager:
@@ -128,14 +136,19 @@ def use_mesh(mesh: Mesh | None) -> AbstractContextManager:
     return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def tensor_axis_size(mesh: Mesh | None) -> int:
+def tensor_axis_size(mesh: Mesh | AbstractMesh | None) -> int:
     """Shards of one matrix on a mesh."""
-    return 1 if mesh is None else _axis_size(mesh, "tensor")
+    return 1 if mesh is None else _axis_size(mesh, TENSOR)
 
 
-def batch_axis_size(mesh: Mesh | None) -> int:
+def batch_axis_size(mesh: Mesh | AbstractMesh | None) -> int:
     """Parts of a batch on a mesh."""
     return 1 if mesh is None else _axis_size(mesh, RULES["batch"])
+
+
+def model_axis_size(mesh: Mesh | AbstractMesh) -> int:
+    """Parts of a parameter that is split over all of `MODEL_AXES`."""
+    return _axis_size(mesh, MODEL_AXES)
 
 
 def per_device(
@@ -221,7 +234,7 @@ def with_shardings(abstract: Any, shardings: Any) -> Any:
 
 def replicas(mesh: Mesh | None) -> list[Mesh]:
     """One mesh for each index of the data axis that this host holds whole; none without others."""
-    if mesh is None or mesh.shape["data"] == 1:
+    if mesh is None or mesh.shape[DATA] == 1:
         return []
     parts = [_mesh(devices[None]) for devices in mesh.devices]
     return [part for part in parts if _is_here(part)]

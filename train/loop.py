@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 from sa2jax.atomic_io import disk_errors
 from sa2jax.errors import Sa2jaxError, TrainError
 from sa2jax.nn import Params
-from sa2jax.sharding import batch_axis_size, make_mesh
+from sa2jax.sharding import batch_axis_size, default_axis, make_mesh
 from sa2jax.train.checkpoints import Checkpoints
 from sa2jax.train.log import Meter, TrainingLog, plot_curves
 from sa2jax.train.optimizer import Optimizer
@@ -228,7 +228,8 @@ def mesh_from_spec(spec: str | None) -> Mesh | None:
         ShardingError: for a mesh that does not fit the devices.
     """
     if spec is None:
-        return make_mesh({"fsdp": jax.device_count()}) if jax.device_count() > 1 else None
+        count = jax.device_count()
+        return make_mesh({default_axis(training=True): count}) if count > 1 else None
     return make_mesh(spec)
 
 

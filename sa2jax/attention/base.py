@@ -13,7 +13,7 @@ LANES = 128  # the width of a TPU's registers
 HALF = (jnp.bfloat16, jnp.float16)
 HEADS = ("batch", None, "heads", None)
 KV_HEADS = ("batch", None, "kv_heads", None)
-CACHE = (None, "batch", "kv_heads", None, None)
+CACHE_AXES = (None, "batch", "kv_heads", None, None)  # layers, rows, heads, slots, head_dim
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["keys", "segments"], meta_fields=["causal"])
@@ -44,4 +44,4 @@ class Mask:
 
 def split_alike(heads: int, kv_heads: int) -> bool:
     """Whether every device has the key heads of its queries."""
-    return all(count % axis_size("tensor") == 0 for count in (heads, kv_heads))
+    return heads % axis_size("heads") == 0 and kv_heads % axis_size("kv_heads") == 0

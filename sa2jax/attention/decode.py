@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Shaped
 
-from sa2jax.attention.base import CACHE, HALF, HEADS, LANES, split_alike
+from sa2jax.attention.base import CACHE_AXES, HALF, HEADS, LANES, split_alike
 from sa2jax.sharding import per_device
 
 DECODE_BLOCK = 1024  # slots that the decode kernel reads at a time: 2 MB of four heads
@@ -45,7 +45,7 @@ def decode(
     size = k.shape[3]
     filled = jnp.where(positions[:, 0] < size, positions[:, 0] + 1, 0).astype(jnp.int32)
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
-    axes = ((None,), ("batch",), HEADS, CACHE, CACHE, CACHE[:4])
+    axes = ((None,), ("batch",), HEADS, CACHE_AXES, CACHE_AXES, CACHE_AXES[:4])
     run = per_device(partial(_decode, interpret=interpret), axes, HEADS)
     return run(layer, filled, q, k, v, scales)
 

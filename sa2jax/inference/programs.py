@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
+from sa2jax.attention.base import CACHE_AXES
 from sa2jax.inference.sampling import SamplingArrays, sample
-from sa2jax.models.decoder import CACHE_AXES, KVCache
+from sa2jax.models.decoder import KVCache
 from sa2jax.models.step_audio import StepAudio2Model
 from sa2jax.nn import Functional, Params
 from sa2jax.sharding import shard, sharding_of
@@ -154,9 +155,9 @@ def prefill(
     seen = seen.at[rows, jnp.where(valid, batch.ids, nowhere)].set(True, mode="drop")
 
     repeat = partial(jnp.repeat, repeats=samples, axis=0)
-    cache = cache.map_arrays(partial(jnp.repeat, repeats=samples, axis=1))
-    cache = replace(cache, length=repeat(cache.length))
-    return _first(net, cache, repeat(hidden), repeat(seen), keys, limit, stop_ids, sampling)
+    return _first(
+        net, cache.repeat(samples), repeat(hidden), repeat(seen), keys, limit, stop_ids, sampling
+    )
 
 
 def prefill_chunk(
@@ -212,8 +213,7 @@ def empty_cache(model: Functional[StepAudio2Model], *, rows: int, size: int) -> 
 def grow_cache(cache: KVCache, *, size: int) -> KVCache:
     """The same cache with more slots."""
     TRACES["grow_cache"] += 1
-    more = [(0, 0)] * 3 + [(0, size - cache.size), (0, 0)]
-    return cache.map_arrays(lambda x: jnp.pad(x, more[: x.ndim]))
+    return cache.grow(size)
 
 
 def abstract_state(

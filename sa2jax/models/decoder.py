@@ -16,14 +16,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
-from sa2jax.attention.base import Mask
+from sa2jax.attention.base import CACHE_AXES, Mask
 from sa2jax.attention.dispatch import attention, cached_attention
 from sa2jax.config import DecoderConfig
 from sa2jax.nn import Linear, Policy, Remat, RMSNorm, over_layers, param, rotary, stack
 from sa2jax.quantize import quantize_rows
 from sa2jax.sharding import per_device, shard
 
-CACHE_AXES = (None, "batch", "kv_heads", None, None)  # layers, rows, heads, slots, head_dim
 NEW_AXES = ("batch", None, "kv_heads", None)  # rows, new tokens, heads, head_dim
 
 
@@ -63,7 +62,17 @@ class KVCache:
         """Slots per row."""
         return self.k.shape[3]
 
-    def map_arrays(self, change: Callable[[Array], Array]) -> Self:
+    def grow(self, size: int) -> Self:
+        """The same cache with `size` slots per row, at least as many as it has."""
+        pads = [(0, 0)] * 3 + [(0, size - self.size), (0, 0)]
+        return self._map_arrays(lambda x: jnp.pad(x, pads[: x.ndim]))
+
+    def repeat(self, count: int) -> Self:
+        """Each row `count` times, one after the other: [B * count] rows."""
+        cache = self._map_arrays(partial(jnp.repeat, repeats=count, axis=1))
+        return replace(cache, length=jnp.repeat(self.length, count))
+
+    def _map_arrays(self, change: Callable[[Array], Array]) -> Self:
         """The same cache with `change` applied to all that has layers, rows and slots."""
         scales = None if self.scales is None else tuple(map(change, self.scales))
         return replace(self, k=change(self.k), v=change(self.v), scales=scales)

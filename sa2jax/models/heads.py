@@ -1,4 +1,4 @@
-"""Attention heads for a tensor axis that they do not divide over, as 28 and 4 over 8.
+"""Pad and repeat attention heads that a mesh's tensor axis does not divide, as 28 and 4 over 8.
 
 Key heads are repeated until each shard has one, and each group of queries is dealt out to the
 copies of its key head, padded with heads that are zero. The result is the same to the last bit of
@@ -16,7 +16,7 @@ from jaxtyping import Array
 from sa2jax.config import DecoderConfig, StepAudio2Config
 from sa2jax.errors import ShardingError
 from sa2jax.nn import Functional, Params
-from sa2jax.sharding import tensor_axis_size
+from sa2jax.sharding import MODEL_AXES, model_axis_size, tensor_axis_size
 
 
 def pad_heads_for_mesh(cfg: StepAudio2Config, mesh: Mesh | None) -> StepAudio2Config:
@@ -91,9 +91,9 @@ def loading_shardings(narrow: Functional, model: Functional, mesh: Mesh) -> Para
 def _on_the_way(name: str, kind: str, leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> NamedSharding:
     """Split over the model's width, which no head has a part in; vectors are whole."""
     entries: list[tuple[str, str] | None] = [None] * leaf.ndim
-    axis, ways = 1 if name == "o" else leaf.ndim - 1, mesh.shape["fsdp"] * mesh.shape["tensor"]
-    if kind == "kernel" and leaf.shape[axis] % ways == 0:
-        entries[axis] = ("fsdp", "tensor")
+    axis = 1 if name == "o" else leaf.ndim - 1
+    if kind == "kernel" and leaf.shape[axis] % model_axis_size(mesh) == 0:
+        entries[axis] = MODEL_AXES
     return NamedSharding(mesh, PartitionSpec(*entries))
 
 

@@ -26,7 +26,14 @@ from sa2jax.chips import Topology
 from sa2jax.errors import PlanError
 from sa2jax.plan import hlo
 from sa2jax.plan.workloads import TRAINING, WORKLOADS, Spec, Work, config, per_chip
-from sa2jax.sharding import MESH_AXES, make_mesh, parse_mesh
+from sa2jax.sharding import (
+    MESH_AXES,
+    batch_axis_size,
+    default_axis,
+    make_mesh,
+    parse_mesh,
+    tensor_axis_size,
+)
 
 PASSES = 6  # bfloat16 products that make one float32 product, as `Precision.HIGHEST` asks for
 
@@ -105,11 +112,12 @@ def plan(spec: Spec) -> Plan:
     """
     where = chips.topology(spec.topology)
     sizes = mesh_sizes(spec, where.chips)
-    if not spec.batch:
-        spec = replace(spec, batch=sizes["data"] * sizes["fsdp"])
     shape = tuple(sizes.values())
+    abstract = AbstractMesh(shape, MESH_AXES)
+    if not spec.batch:
+        spec = replace(spec, batch=batch_axis_size(abstract))
     if where.chip.kind == "gpu":
-        return _on_paper(spec, where, AbstractMesh(shape, MESH_AXES))
+        return _on_paper(spec, where, abstract)
     mesh = make_mesh(sizes, devices=chips.devices(where))
     work = WORKLOADS[spec.workload](spec, mesh)
     with tempfile.TemporaryDirectory(prefix="sa2jax-") as folder:
@@ -251,7 +259,7 @@ def mesh_sizes(spec: Spec, count: int) -> dict[str, int]:
     Raises:
         PlanError: if they do not multiply to the number of chips.
     """
-    usual = "fsdp" if spec.workload in TRAINING else "tensor"
+    usual = default_axis(training=spec.workload in TRAINING)
     given = {usual: count} if spec.mesh is None else parse_mesh(spec.mesh)
     if unknown := set(given) - set(MESH_AXES):
         raise PlanError(
@@ -314,9 +322,9 @@ def _on_paper(spec: Spec, where: Topology, mesh: AbstractMesh) -> Plan:
         )
     work = WORKLOADS[spec.workload](spec, mesh)
     cfg = config(spec).decoder
-    ways = mesh.shape["tensor"]
+    ways = tensor_axis_size(mesh)
     tokens = spec.length if spec.workload == "prefill" else 1
-    rows = spec.batch / (mesh.shape["data"] * mesh.shape["fsdp"])
+    rows = spec.batch / batch_axis_size(mesh)
     width = cfg.heads * cfg.head_dim
     layer = 2 * cfg.embed * width + 2 * cfg.embed * cfg.kv_heads * cfg.head_dim
     layer += 3 * cfg.embed * cfg.mlp

@@ -24,7 +24,7 @@ from sa2jax.inference.sampling import SamplingParams
 from sa2jax.models.heads import pad_heads_for_mesh
 from sa2jax.models.step_audio import StepAudio2Model, step_audio2
 from sa2jax.nn import Functional, Policy, functional
-from sa2jax.sharding import ALL, shard_rows
+from sa2jax.sharding import ALL, batch_axis_size, shard_rows
 
 Where = Any  # a Mesh, or an AbstractMesh where nothing is compiled
 
@@ -330,5 +330,4 @@ def _reading(spec: Spec, mesh: Where, reads: Any, tokens: int = 1) -> float:
     decoder = dict(reads["decoder"])
     table = decoder.pop("table")
     rows = spec.batch * tokens * table.shape[1] * table.dtype.itemsize
-    ways = math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
-    return per_chip(decoder) + min(per_chip(table), rows / ways)
+    return per_chip(decoder) + min(per_chip(table), rows / batch_axis_size(mesh))

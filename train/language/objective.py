@@ -96,7 +96,7 @@ def token_losses(
     more = -steps % chunk
     hidden = jnp.pad(hidden, ((0, 0), (0, more), (0, 0)))
     targets = jnp.pad(targets, ((0, 0), (0, more)))
-    groups = axis_size("data") * axis_size("fsdp")
+    groups = axis_size("batch")
     groups = groups if batch % groups == 0 else 1
 
     def chunks(x):  # [B, T, ...] to [T/C, G, B/G, C, ...]
