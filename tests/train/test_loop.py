@@ -104,7 +104,8 @@ KILLED = """
         if step == int(sys.argv[3]):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    train_language_model(read_language_recipe(sys.argv[1]), sys.argv[2], quiet=True, on_step=on_step)
+    recipe = read_language_recipe(sys.argv[1])
+    train_language_model(recipe, sys.argv[2], quiet=True, on_step=on_step)
 """
 
 
