@@ -120,7 +120,7 @@ class StepAudio2(Tasks):
             PromptError: for tools that cannot be understood, or a base model.
             VoiceError: if there is no such voice.
         """
-        if self.prompt_style == "raw":
+        if self.prompt_style == "base":
             raise PromptError(
                 "a base model knows no turns: expected prompt_style='chat', or `complete`"
             )

@@ -45,6 +45,7 @@ from sa2jax.models.vocoder_stream import vocoder_state
 from sa2jax.nn import Params, Policy
 from sa2jax.runtime import round_up, uses_scan
 from sa2jax.speech import programs
+from sa2jax.speech.padding import pad_codes, pad_noise
 from sa2jax.speech.programs import Networks, row_keys
 from sa2jax.speech.state import StreamState, concat_streams
 from sa2jax.speech.voices import Voice
@@ -182,7 +183,7 @@ class Token2Wav:
             replies, voices = [*replies, *replies[:1] * more], [*voices, *voices[:1] * more]
             if source_noise is not None:
                 source_noise = np.concatenate([source_noise, *[source_noise[:1]] * more])
-        codes, lengths = _pad(replies)
+        codes, lengths = pad_codes(replies)
         prompts = self._prompts(voices)
         frames = self.cfg.flow.encoder.upsample * lengths
         with sharding.use_mesh(self._mesh):
@@ -190,7 +191,7 @@ class Token2Wav:
                 self.params["flow"], *prompts, codes, lengths, self._guidance, self._flow_noise,
                 seed,
             )  # fmt: skip
-            noise = _pad_noise(source_noise, self.cfg.vocoder.samples * mel.shape[1])
+            noise = pad_noise(source_noise, self.cfg.vocoder.samples * mel.shape[1])
             speech = np.asarray(
                 self._wave_program(self.params["vocoder"], mel, frames, noise, seed)
             )
@@ -216,7 +217,7 @@ class Token2Wav:
         """
         found: list[np.ndarray] = [np.empty(0, np.float32)] * len(codes)
         for rows in self._batches(codes):
-            padded, lengths = _pad([codes[i] for i in rows])
+            padded, lengths = pad_codes([codes[i] for i in rows])
             prompts = self._prompts([_speaker_only(speakers[i], self.cfg.flow.mels) for i in rows])
             mel = self._mel_program(
                 self.params["flow"], *prompts, padded, lengths, self._guidance, self._flow_noise,
@@ -295,13 +296,13 @@ class Token2Wav:
             return replace(state, **after), [self._silence(0)] * rows
         max_codes = _chunk_bucket(int(spoken.max()))
         frames = self.cfg.vocoder.carry + self.cfg.flow.encoder.upsample * max_codes
-        noise = _pad_noise(source_noise, self.cfg.vocoder.samples * frames)
+        noise = pad_noise(source_noise, self.cfg.vocoder.samples * frames)
         flow = grow_streams(state.flow, int(state.num_codes.max()) + max_codes)
         axes = batch_axes(flow.keep_frames, state.parity), 0
         flow, vocoder = sharding.device_put_rows((flow, state.vocoder), self._mesh, rows, axes)
         with sharding.use_mesh(self._mesh):
             flow, voc, speech, counts = self._step_program(
-                self.params, flow, vocoder, _pad(lines, max_codes + lookahead)[0],
+                self.params, flow, vocoder, pad_codes(lines, max_codes + lookahead)[0],
                 present, ends, self._guidance, self._flow_noise, noise, state.seed,
                 max_codes=max_codes, parity=state.parity,
             )  # fmt: skip
@@ -417,7 +418,7 @@ class Token2Wav:
     def _prompts(self, voices: Sequence[Voice]) -> tuple[np.ndarray, ...]:
         """Codes, mel frames, speaker vectors and lengths of the voices' recordings."""
         ratio = self.cfg.flow.encoder.upsample
-        codes, lengths = _pad([voice.codes for voice in voices])
+        codes, lengths = pad_codes([voice.codes for voice in voices])
         mel = np.zeros((len(voices), ratio * codes.shape[1], self.cfg.flow.mels), np.float32)
         for row, voice in zip(mel, voices, strict=True):
             row[: len(voice.mel)] = voice.mel
@@ -433,28 +434,9 @@ def _speaker_only(speaker: Float[np.ndarray, "C"], mels: int) -> Voice:
     return Voice("", np.zeros(0, np.int32), speaker, np.zeros((0, mels), np.float32), "", "")
 
 
-def _pad_noise(noise: Float[np.ndarray, "B N H"] | None, samples: int) -> np.ndarray | None:
-    """Draws for all samples of a program; nothing if it makes its own."""
-    if noise is None:
-        return None
-    return np.pad(noise, ((0, 0), (0, samples - noise.shape[1]), (0, 0)))
-
-
 def _chunk_bucket(codes: int) -> int:
     """Codes that a step's program speaks at most."""
     return next((size for size in SHORT_CHUNKS if size >= codes), round_up(codes, CHUNK))
-
-
-def _pad(
-    rows: Sequence[Int[np.ndarray, "_"]], width: int | None = None
-) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
-    """Rows of codes side by side, right-padded to a bucket, and their lengths."""
-    lengths = np.array([len(row) for row in rows], np.int32)
-    width = round_up(max(int(lengths.max()), 1), CODE_RATE) if width is None else width
-    padded = np.zeros((len(rows), width), np.int32)
-    for line, row in zip(padded, rows, strict=True):
-        line[: len(row)] = row
-    return padded, lengths
 
 
 def _is_nested(codes: Any) -> bool:

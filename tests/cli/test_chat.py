@@ -245,7 +245,7 @@ def test_bad_tools(refused, script, text, message):
         ("tts --text hi -o x.mp3", "ending in .wav"),
         ("tts --text hi -o -", "add --stream"),
         (
-            "tts --text hi -o x.wav --stream --prompt-style raw",
+            "tts --text hi -o x.wav --stream --prompt-style base",
             "a base model cannot read aloud with",
         ),
         ("tts --text hi -o x.wav --voice nobody", "expected one of anna, bert"),

@@ -92,7 +92,7 @@ def test_any_task_by_name(run, refused, scripted, ours, recordings):
     script = scripted("ja")
     code, out, err = run("run", "mmau", recordings[0], "--question", "Who?", "--model", ours)
     assert (code, out, err) == (0, "ja\n", "")
-    ((request,), _), *_ = script.asked
+    *_, ((request,), _) = script.asked
     assert b"Who?" in bytes(i for i in request.ids.tolist() if i < 245)
     assert run("run", "caption", "--text", "hi", "--model", ours) == (0, "ja\n", "")
     for arguments, message in (
@@ -107,7 +107,7 @@ def test_any_task_by_name(run, refused, scripted, ours, recordings):
 
 def test_base_style(run, scripted, source, recordings):
     script = scripted("ja")
-    assert run("asr", recordings[0], "--model", source, "--prompt-style", "raw")[0] == 0
+    assert run("asr", recordings[0], "--model", source, "--prompt-style", "base")[0] == 0
     ((request,), _), *_ = script.asked
     assert request.ids.tolist()[:3] == list("请".encode())
 
@@ -126,7 +126,7 @@ def test_hugging_face_folder_is_taken_as_it_is(run, scripted, source, recordings
         (("--text", "x" * 2000), "expected 1 to 1023, since the model's context of 1024 must also"),
         (("--text", "x", "--temperature", "-1"), "temperature=-1.0: expected at least 0"),
         (("--text", "x", "--max-new-tokens", "0"), "max_new_tokens=0, samples=1: expected at lea"),
-        (("--text", "x", "--prompt-style", "raw"), "a base model knows no turns"),
+        (("--text", "x", "--prompt-style", "base"), "a base model knows no turns"),
         (("--text", "x", "--mesh", "tensor=999"), "needs 999 devices"),
         (("nowhere.wav",), "no such file: nowhere.wav"),
     ],

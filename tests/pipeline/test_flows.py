@@ -61,7 +61,7 @@ def base(tiny) -> StepAudio2:
         testing.tiny_params(tiny.cfg),
         tiny.tokenizer,
         speech=lambda: Speech(),
-        prompt_style="raw",
+        prompt_style="base",
     )
     model.engine = tiny.engine
     return model

@@ -39,7 +39,6 @@ from sa2jax.inference.programs import TRACES
 from sa2jax.inference.requests import Completion, GenerationConfig
 from sa2jax.pipeline import StepAudio2, conversation, reply
 from sa2jax.pipeline import model as pipeline
-from sa2jax.pipeline.model import enable_compilation_cache
 
 RATE = audio.SAMPLE_RATE
 SHORT = GenerationConfig(max_new_tokens=8)
@@ -431,20 +430,6 @@ def test_names_at_the_top():
     assert (sa2jax.Chat, sa2jax.Reply) == (conversation.Chat, reply.Reply)
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         _ = sa2jax.Nothing
-
-
-def test_compilation_cache_folder(monkeypatch, tmp_path):
-    before = jax.config.jax_compilation_cache_dir
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    try:
-        jax.config.update("jax_compilation_cache_dir", None)
-        enable_compilation_cache()
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "sa2jax" / "xla")
-        monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
-        enable_compilation_cache()  # what the user has chosen stays
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "sa2jax" / "xla")
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_a_long_neighbour_does_not_lengthen_an_answer(model):
