@@ -9,7 +9,7 @@ from helpers.recorded import first_difference
 
 from sa2jax.convert.voice_analysis import SPEECH_TOKENIZER_FILE, read_speech_tokenizer
 from sa2jax.models.speech_tokenizer import (
-    EDGE,
+    OVERLAP_EDGE,
     STRIDE,
     WINDOW,
     code_length,
@@ -136,10 +136,10 @@ def merged_by_hand(run, mel, official):
     for start in starts:
         mels, frames = batch_of([mel[:, start : start + WINDOW]], total=WINDOW)
         parts.append(list(np.asarray(run(mels, frames)["codes"])[0, : code_length(frames[0])]))
-    middle = [p[EDGE:-EDGE] for p in parts[1:-1]]
+    middle = [p[OVERLAP_EDGE:-OVERLAP_EDGE] for p in parts[1:-1]]
     if len(parts) == 1:
         return parts[0]
-    return sum(middle, parts[0][:-EDGE]) + parts[-1][EDGE:]
+    return sum(middle, parts[0][:-OVERLAP_EDGE]) + parts[-1][OVERLAP_EDGE:]
 
 
 @pytest.mark.parametrize("official", [False, True])
@@ -161,4 +161,4 @@ def test_windows_of_a_batch_join_as_those_of_single_clips(recording, net, run, o
         np.testing.assert_array_equal(row[:length], expected)
         assert not row[length:].any()
     lost = code_length(frames) - np.asarray(lengths)
-    assert lost.tolist() == ([EDGE, 0, 0, 0, 0] if official else [0] * 5)
+    assert lost.tolist() == ([OVERLAP_EDGE, 0, 0, 0, 0] if official else [0] * 5)

@@ -14,8 +14,7 @@ from helpers.recorded_flow import QUICK, RecordedFlow, jit
 
 from sa2jax.errors import TrainError
 from sa2jax.models.flow.flow_matching import flow_model, start_noise, unstack_flow
-from sa2jax.models.flow.upsample_conformer import ConformerState
-from sa2jax.models.flow.upsample_conformer import heard as heard_by
+from sa2jax.models.flow.upsample_conformer import ConformerState, chunk_mask
 from sa2jax.train.networks.flow import FlowBatch, Teaching, _chunks, _draws, flow_loss
 from sa2jax.train.networks.step import TRACES, make_loss_step, place_rows
 from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
@@ -133,7 +132,7 @@ def test_a_row_in_chunks_is_a_stream(recorded):
         )
         _, empty = net._empty_states(1, 1)
         counts = np.full(2, 2 * CODES)
-        mask = jnp.repeat(heard_by(jnp.repeat(chunks, 2, axis=1)), 2, axis=0)
+        mask = jnp.repeat(chunk_mask(jnp.repeat(chunks, 2, axis=1)), 2, axis=0)
         at_once, _ = net.estimator(inputs, parts, mask, counts, empty, 0)
         state, pieces, first = empty.grow(2 * CODES), [], 0
         for size in sizes:
