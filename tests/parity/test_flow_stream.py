@@ -159,7 +159,7 @@ def in_chunks(codes, hops, lookahead):
 def test_many_streams_in_one_call(flow, width):
     """Each row has its own voice, chunk sizes, pauses and end; its stream is what it is alone."""
     voices, replies = voices_and_replies(flow, width)
-    longest = width - flow.look
+    longest = width - flow.lookahead
     plans = [[longest] * 3, [2, longest - 6, 4, longest - 4, 5, longest], [longest - 1] * 3]
     plans = [list(in_chunks(r, p, flow.lookahead)) for r, p in zip(replies, plans, strict=True)]
     # A row waits where its plan has None.
