@@ -17,11 +17,11 @@ from sa2jax import audio, checkpoint
 from sa2jax.audio.recording import Recording
 from sa2jax.chat import template
 from sa2jax.chat.interleave import deinterleave
-from sa2jax.chat.template import Audio, Piece, PromptStyle
+from sa2jax.chat.template import PROMPT_STYLES, Audio, Piece, PromptStyle
 from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.checkpoint import Progress
 from sa2jax.config import StepAudio2Config
-from sa2jax.errors import CheckpointError
+from sa2jax.errors import CheckpointError, PromptError
 from sa2jax.inference.engine import Engine
 from sa2jax.inference.loading import resolve_policy
 from sa2jax.inference.requests import Completion, GenerationConfig, Request
@@ -43,7 +43,7 @@ class PipelineBase:
         speech: its detokenizer and voices, or a function that opens them when first needed.
         policy: its dtypes; by default those of the platform, see `loading.resolve_policy`.
         mesh: the device mesh the parameters are sharded over, heads spread as it needs them.
-        prompt_style: `chat` for models with turns, `raw` for the pre-trained model without.
+        prompt_style: `chat` for models with turns, `base` for the pre-trained model without.
         batch_size: prompts in a batch.
     """
 
@@ -59,6 +59,10 @@ class PipelineBase:
         prompt_style: PromptStyle = "chat",
         batch_size: int = 8,
     ):
+        if prompt_style not in PROMPT_STYLES:
+            raise PromptError(
+                f"prompt_style={prompt_style!r}: expected one of {', '.join(PROMPT_STYLES)}"
+            )
         self.cfg, self.prompt_style, self.batch_size = cfg, prompt_style, batch_size
         self._tokenizer, self._speech, self._conversations = tokenizer, speech, itertools.count()
         stacked = uses_scan(mesh)
@@ -162,7 +166,7 @@ class PipelineBase:
     def stop_ids(self) -> tuple[int, ...]:
         """The id that ends a reply in the model's prompt style."""
         special = self.tokenizer.special
-        return (special.end_of_text if self.prompt_style == "raw" else special.eot,)
+        return (special.end_of_text if self.prompt_style == "base" else special.eot,)
 
     def text_of(self, ids: Sequence[int]) -> str:
         """The text in generated ids: without audio codes and pads, with everything else."""

@@ -62,7 +62,7 @@ class StepAudio2(Tasks):
             int8_cache: keep what was read (keys and values) as int8: half the memory.
             tokenizer: folder of the tokenizer files, if not the model's own.
             speech: the detokenizer and its voices, or their folder, if not the model's own.
-            prompt_style: `chat`, or `raw` for a pre-trained model that knows no turns.
+            prompt_style: `chat`, or `base` for a pre-trained model that knows no turns.
             batch_size: prompts that are answered at once.
             progress: called with (bytes_done, bytes_total) while loading.
 

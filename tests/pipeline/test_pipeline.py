@@ -339,13 +339,15 @@ def test_text_is_without_audio_and_stops_at_the_end(model):
 
 
 def test_base_model(folder, scripted):
-    base = StepAudio2.from_pretrained(folder, prompt_style="raw")
+    base = StepAudio2.from_pretrained(folder, prompt_style="base")
     script = scripted(b"hello", model=base)
     assert base.transcribe((noise(1), RATE)) == "hello"
     assert script.prompts == [[*"请记录下你所听到的语音内容。".encode(), *heard(13)]]
     assert script.options[0].stop_ids == (END_OF_TEXT,)
     with pytest.raises(PromptError, match="knows no turns"):
         base.chat()
+    with pytest.raises(PromptError, match="prompt_style='raw': expected one of chat, base"):
+        StepAudio2.from_pretrained(folder, prompt_style="raw")
 
 
 # --- loading ---
