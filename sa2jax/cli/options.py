@@ -30,7 +30,7 @@ class ModelOptions(Devices):
     detokenizer: Path | None = None
     """Folder of the detokenizer and its voices, if not the model's own."""
     prompt_style: Literal["chat", "base"] = "chat"
-    """`raw` for a pre-trained model that knows no turns."""
+    """`base` for a pre-trained model that knows no turns."""
     batch_size: int = 8
     """Prompts that are answered at once."""
 
