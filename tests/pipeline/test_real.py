@@ -173,8 +173,8 @@ def test_fifty_turns_compile_nothing_new(model, speech):
     assert dropped > 0
     changed = (Counter(TRACES) - before[0], Counter(speech_programs.TRACES) - before[1])
     # A conversation's cache grows from size to size; that alone the warm-up has not done.
-    assert changed == (Counter(grow=changed[0]["grow"]), Counter())
-    assert changed[0]["grow"] <= 2
+    assert changed == (Counter(grow_cache=changed[0]["grow_cache"]), Counter())
+    assert changed[0]["grow_cache"] <= 2
 
 
 def test_spoken_tasks(model):

@@ -283,7 +283,7 @@ def test_an_old_answer_is_not_cut_while_a_new_one_comes(script, model):
     with pytest.raises(PromptError, match="only its newest answer can be cut"):
         old.cancel(played=0.16)
     list(new)
-    assert chat.read(chat.history[1])[1].codes == list(range(16))
+    assert chat.parse_answer(chat.history[1])[1].codes == list(range(16))
 
 
 def test_later_cuts_only_shorten(script, model):
