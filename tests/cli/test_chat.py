@@ -44,6 +44,7 @@ def speaks(real, golden, monkeypatch, tmp_path) -> tuple:
     return ("--voice", voice, "--max-new-tokens", 30, *WHERE)
 
 
+@pytest.mark.slow
 def test_spoken_answer(run, speaks, pcm):
     ask = ("chat", "--text", "hello", *speaks, "-o")
     code, out, err = run(*ask, "x.wav", "--json")
@@ -65,6 +66,7 @@ def test_spoken_answer(run, speaks, pcm):
     assert sorted(os.listdir()) == ["x.wav", "y.wav"]
 
 
+@pytest.mark.slow
 def test_raw_samples_are_those_of_the_file(speaks, capsysbinary, pcm):
     ask = ["chat", "--text", "hello", *map(str, speaks), "--stream", "-o"]
     cli.main([*ask, "x.wav"])
@@ -88,6 +90,7 @@ def test_read_aloud(run, speaks, pcm):
     assert pcm("y.wav").shape == pcm("x.wav").shape  # the same ids: one task, one seed
 
 
+@pytest.mark.slow
 def test_spoken_translation(run, speaks, recording, pcm):
     code, out, err = run("translate", recording, "--speech", "-o", "x.wav", *speaks)
     assert (code, out.endswith("\n")) == (0, True)

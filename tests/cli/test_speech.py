@@ -110,6 +110,7 @@ def test_voices(run, refused, model, recording):
     (model / "voices" / "bert.safetensors").unlink()
 
 
+@pytest.mark.slow
 def test_speech_of_a_released_folder(run, golden, codes, recording, tmp_path):
     """Not converted first."""
     wav = tmp_path / "out.wav"

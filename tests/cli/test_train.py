@@ -17,6 +17,7 @@ def recipe(tmp_path_factory):
 
 
 @pytest.mark.both_pairs
+@pytest.mark.slow
 def test_a_run_and_its_end(run, recipe, tmp_path):
     out = tmp_path / "run"
     code, said, progress = run("train", "--config", recipe, "--out", out, "--steps", 2)

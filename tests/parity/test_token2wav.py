@@ -44,6 +44,7 @@ def test_whole_reply(golden, recordings, speak, name):
 
 
 @pytest.mark.parametrize("zero", [False, True], ids=["draws", "zero noise"])
+@pytest.mark.slow
 def test_every_chunk_of_a_stream(golden, recordings, speak, chunks, zero):
     """The third chunk is the first whose attention cache was trimmed, the fourth the last."""
     state = speak.start([recorded_voice(golden)], parity=True)

@@ -104,6 +104,7 @@ def run_together(command, home):
     return [out for out, _ in results]
 
 
+@pytest.mark.slow
 def test_two_hosts_answer_as_one(tmp_path):
     """Batches run over both; each reads its part of the checkpoint, and has its own replica."""
     source = testing.save_tiny_checkpoint(tmp_path / "hf")
@@ -132,6 +133,7 @@ def test_two_hosts_answer_as_one(tmp_path):
     assert replies[0]["said"] == chat.say("hello").text
 
 
+@pytest.mark.slow
 def test_a_command_on_two_hosts_prints_once(tmp_path):
     source = testing.save_tiny_checkpoint(tmp_path / "hf")
     wav = Path(__file__).parents[1] / "golden" / "frontend" / "stereo48k.wav"
@@ -144,6 +146,7 @@ def test_a_command_on_two_hosts_prints_once(tmp_path):
     assert second == ""
 
 
+@pytest.mark.slow
 def test_two_hosts_train_as_one(tmp_path):
     """Each reads its own share of the data; checkpoints and the model are those of both."""
     plan = values(save_model(tmp_path / "hf"), save_pairs(tmp_path / "pairs"))
