@@ -14,6 +14,7 @@ from onnx import numpy_helper
 
 from sa2jax import checkpoint
 from sa2jax.convert import hf, token2wav, torch_file
+from sa2jax.convert.official import load_official
 from sa2jax.convert.verify import inspect, verify
 from sa2jax.convert.vocoder import SPELLINGS
 from sa2jax.models.speaker_encoder import speaker_encoder
@@ -99,7 +100,7 @@ def test_a_detokenizer_alone(official, tmp_path):
     assert len(report.notes) == 2  # on the recording and on the dtype
     shutil.rmtree(official / "assets")
     params = leaves(tmp_path / "ours")
-    cfg, loaded = official.load_official(official)
+    cfg, loaded = load_official(official)
     loaded = checkpoint.flatten(loaded)
     assert set(params) == set(loaded)
     for name, array in loaded.items():
@@ -195,7 +196,7 @@ def test_a_lost_flow_yaml_is_written_anew(official, ours, tmp_path):
 
 
 def test_leaves_are_those_of_the_networks(official):
-    cfg, params = official.load_official(official)
+    cfg, params = load_official(official)
     abstract = speaker_encoder(cfg.speaker_encoder).abstract
     assert jax.tree.structure(abstract) == jax.tree.structure(params["speaker_encoder"])
     assert sorted(params) == sorted(NETWORKS)
@@ -223,7 +224,7 @@ def test_hash_of_parameters():
 
 
 def test_analysis_is_the_hash_of_what_analyses_voices(official, ours, tmp_path):
-    _, params = official.load_official(official)
+    _, params = load_official(official)
     heard = {name: params[name] for name in ("speech_tokenizer", "speaker_encoder")}
     expected = checkpoint.content_hash(heard)
     assert checkpoint.read_info(ours)["analysis"] == expected
