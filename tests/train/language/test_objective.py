@@ -21,10 +21,10 @@ def inputs(rng):
     return matrix, hidden, targets, weights
 
 
-def chunked(matrix, hidden, targets, weights, chunk, **options):
+def chunked(matrix, hidden, targets, weights, loss_chunk, **options):
     product = partial(jnp.einsum, "vd,btd->btv", precision="highest")
     head = jax.tree_util.Partial(product, matrix)
-    return next_token_loss(head, hidden, targets, weights, loss_chunk=chunk, **options)
+    return next_token_loss(head, hidden, targets, weights, loss_chunk=loss_chunk, **options)
 
 
 def naive(matrix, hidden, targets, weights):

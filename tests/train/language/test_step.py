@@ -62,7 +62,7 @@ def test_it_learns_a_batch_by_heart():
     assert reports[0]["loss"] > 5
     assert reports[-1]["loss"] < 0.5
     assert reports[-1]["accuracy"] > 0.95
-    assert reports[0]["weight"] == 40
+    assert reports[0]["target_weight"] == 40
     assert reports[0]["learning_rate"] == pytest.approx(5e-3)
     assert all(np.isfinite(report["grad_norm"]) for report in reports)
     assert state.step == 40
