@@ -172,7 +172,7 @@ SHARDED = """
     batch = LanguageBatch(
         ids=ids[:, :-1], targets=ids[:, 1:], weights=rng.random((8, 24), np.float32),
         mels=rng.standard_normal((8, 16, 40), np.float32), frames=np.full((8, 1), 40, np.int32),
-        starts=np.zeros((8, 1), np.int32), slots=slots, metric_masks={"heard": slots >= 0},
+        starts=np.zeros((8, 1), np.int32), feature_index=slots, metric_masks={"heard": slots >= 0},
         segments=np.repeat([[1, 2, 3]], 8, 0).repeat(8, 1),  # three sequences of eight in each row
         positions=np.tile(np.arange(8, dtype=np.int32), (8, 3)),
     )

@@ -102,7 +102,7 @@ def test_an_epoch_has_every_piece_once(prepared):
 
 
 def test_an_epoch_has_some_buckets_more_often(prepared):
-    data = FlowData(config(prepared, buckets=(20, 50, 75), often=(3, 1, 2), epochs=1), seed=0)
+    data = FlowData(config(prepared, buckets=(20, 50, 75), oversample=(3, 1, 2), epochs=1), seed=0)
     lengths = [int(n) for batch in all_of(data) for n in batch.lengths if n]
     times = {int(n): (3 if n <= 20 else 1 if n <= 50 else 2) for n in data._lengths}
     assert set(times.values()) == {1, 2, 3}
