@@ -45,15 +45,14 @@ from sa2jax.models.flow import (
 from sa2jax.models.vocoder import vocoder
 from sa2jax.models.vocoder_stream import vocoder_state
 from sa2jax.nn import Params, Policy
-from sa2jax.runtime import round_up, scans_layers
+from sa2jax.runtime import scans_layers
 from sa2jax.speech import programs
+from sa2jax.speech.batching import CHUNK, chunk_bucket, pad_codes, pad_noise
 from sa2jax.speech.programs import Networks, row_keys
 from sa2jax.speech.state import StreamState, concat_streams
 from sa2jax.speech.voices import Voice
 from sa2jax.speech_config import Token2WavConfig
 
-CHUNK = 25  # codes of a stream's chunk
-SHORT_CHUNKS = (1, 5, 10, 15, 20)  # sizes of a step's program below a second
 INITIAL_CAPACITY = 512  # codes that a stream holds at first: 20 s, the prompt's included
 MAX_STARTS = 4  # voices whose started streams are kept
 
@@ -180,14 +179,14 @@ class Token2Wav:
             replies, voices = [*replies, *replies[:1] * more], [*voices, *voices[:1] * more]
             if source_noise is not None:
                 source_noise = np.concatenate([source_noise, *[source_noise[:1]] * more])
-        codes, lengths = _pad(replies)
+        codes, lengths = pad_codes(replies)
         prompt, options = self._prompt(voices), replace(self._options, seed=seed)
         frames = self.cfg.flow.encoder.upsample * lengths
         with sharding.using(self._mesh):
             mel = self._mel_program(
                 self.params["flow"], prompt, codes, lengths, options,
             )  # fmt: skip
-            noise = _pad_noise(source_noise, self.cfg.vocoder.samples * mel.shape[1])
+            noise = pad_noise(source_noise, self.cfg.vocoder.samples * mel.shape[1])
             speech = np.asarray(
                 self._wave_program(self.params["vocoder"], mel, frames, noise, seed)
             )
@@ -213,7 +212,7 @@ class Token2Wav:
         """
         found: list[np.ndarray] = [np.empty(0, np.float32)] * len(codes)
         for rows in self._batches(codes):
-            padded, lengths = _pad([codes[i] for i in rows])
+            padded, lengths = pad_codes([codes[i] for i in rows])
             prompt = self._prompt([_speaker_only(speakers[i], self.cfg.flow.mels) for i in rows])
             mel = self._mel_program(
                 self.params["flow"], prompt, padded, lengths, replace(self._options, seed=seed),
@@ -289,16 +288,16 @@ class Token2Wav:
         }
         if not (spoken.any() or ends.any()):
             return replace(state, **after), [self._silence(0)] * rows
-        max_codes = _chunk_bucket(int(spoken.max()))
+        max_codes = chunk_bucket(int(spoken.max()))
         frames = self.cfg.vocoder.carry + self.cfg.flow.encoder.upsample * max_codes
-        noise = _pad_noise(source_noise, self.cfg.vocoder.samples * frames)
+        noise = pad_noise(source_noise, self.cfg.vocoder.samples * frames)
         flow = grow_streams(state.flow, int(state.num_codes.max()) + max_codes)
         options = replace(self._options, seed=state.seed)
         axes = batch_axes(flow), 0
         flow, vocoder = sharding.deal_out((flow, state.vocoder), self._mesh, rows, axes)
         with sharding.using(self._mesh):
             flow, voc, speech, counts = self._step_program(
-                self.params, flow, vocoder, _pad(lines, max_codes + lookahead)[0],
+                self.params, flow, vocoder, pad_codes(lines, max_codes + lookahead)[0],
                 present, ends, options, noise, max_codes=max_codes,
             )  # fmt: skip
         pieces = [row[:n] for row, n in zip(np.asarray(speech), np.asarray(counts), strict=True)]
@@ -415,7 +414,7 @@ class Token2Wav:
     def _prompt(self, voices: Sequence[Voice]) -> VoicePrompt[np.ndarray]:
         """The voices' recordings as one batch."""
         ratio = self.cfg.flow.encoder.upsample
-        codes, lengths = _pad([voice.codes for voice in voices])
+        codes, lengths = pad_codes([voice.codes for voice in voices])
         mel = np.zeros((len(voices), ratio * codes.shape[1], self.cfg.flow.mels), np.float32)
         for row, voice in zip(mel, voices, strict=True):
             row[: len(voice.mel)] = voice.mel
@@ -429,30 +428,6 @@ class Token2Wav:
 def _speaker_only(speaker: Float[np.ndarray, "C"], mels: int) -> Voice:
     """A voice of which there is a vector alone."""
     return Voice("", np.zeros(0, np.int32), speaker, np.zeros((0, mels), np.float32), "", "")
-
-
-def _pad_noise(noise: Float[np.ndarray, "B N H"] | None, samples: int) -> np.ndarray | None:
-    """Draws for all samples of a program; nothing if it makes its own."""
-    if noise is None:
-        return None
-    return np.pad(noise, ((0, 0), (0, samples - noise.shape[1]), (0, 0)))
-
-
-def _chunk_bucket(codes: int) -> int:
-    """Codes that a step's program speaks at most."""
-    return next((size for size in SHORT_CHUNKS if size >= codes), round_up(codes, CHUNK))
-
-
-def _pad(
-    rows: Sequence[Int[np.ndarray, "_"]], width: int | None = None
-) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
-    """Rows of codes side by side, right-padded to a bucket, and their lengths."""
-    lengths = np.array([len(row) for row in rows], np.int32)
-    width = round_up(max(int(lengths.max()), 1), CODE_RATE) if width is None else width
-    padded = np.zeros((len(rows), width), np.int32)
-    for line, row in zip(padded, rows, strict=True):
-        line[: len(row)] = row
-    return padded, lengths
 
 
 def _is_nested(codes: Any) -> bool:
