@@ -17,7 +17,7 @@ from sa2jax import audio
 from sa2jax.audio.rates import CODE_RATE
 from sa2jax.bench.common import OURS, REFERENCE, Bench, Row, Times, machine, row, take_turns
 from sa2jax.errors import ConfigError
-from sa2jax.models.flow import flow_model
+from sa2jax.models.flow import VoicePrompt, flow_model
 from sa2jax.models.speaker_encoder import speaker_encoder
 from sa2jax.models.speech_tokenizer import speech_tokenizer
 from sa2jax.models.vocoder import vocoder
@@ -114,7 +114,7 @@ class Ours:
         self.codes = self._codes(codes)
         self.voice, self.prompt = self._voice(codes), self._voice(prompt)
         flow, vocode = self.speak.flow, self.speak.vocoder
-        self._mel = jax.jit(lambda params, *args: flow.bind(params)(*args))
+        self._mel = jax.jit(lambda params, prompt, codes: flow.bind(params)(prompt, codes))
         self._wave = jax.jit(lambda params, mel: vocode.bind(params)(mel)[0])
         self.mel: Any = None
         self.fresh: StreamState | None = None
@@ -135,8 +135,9 @@ class Ours:
     def flow(self) -> None:
         """The reply's mel frames."""
         voice = (self.voice.codes, self.voice.mel, self.voice.speaker)
-        args = (x[None] for x in (*voice, self.codes))
-        self.mel = jax.block_until_ready(self._mel(self.speak.params["flow"], *args))
+        prompt = VoicePrompt(*(x[None] for x in voice))
+        mel = self._mel(self.speak.params["flow"], prompt, self.codes[None])
+        self.mel = jax.block_until_ready(mel)
 
     def vocoder(self) -> None:
         """The reply's sound."""

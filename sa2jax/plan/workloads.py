@@ -208,7 +208,7 @@ def encode(spec: Spec, mesh: Where) -> Work:
 
 def token2wav(spec: Spec, mesh: Where) -> Work:
     """Codes of `length` seconds to sound, with a voice of `VOICE_SECONDS`."""
-    from sa2jax.models.flow import flow_model
+    from sa2jax.models.flow import VoicePrompt, flow_model
     from sa2jax.models.vocoder import vocoder
     from sa2jax.speech_config import Token2WavConfig
 
@@ -222,19 +222,21 @@ def token2wav(spec: Spec, mesh: Where) -> Work:
     rows, codes, voice = spec.batch, CODE_RATE * spec.length, CODE_RATE * VOICE_SECONDS
     ratio = cfg.flow.encoder.upsample
 
-    def run(weights, prompt, mel, speaker, codes, lengths):
-        made = flow.bind(weights["flow"])(prompt, mel, speaker, codes, None, lengths)
+    def run(weights, prompt, codes, lengths):
+        made = flow.bind(weights["flow"])(prompt, codes, lengths)
         keys = jax.random.split(jax.random.key(0), len(codes))
         return vocode.bind(weights["vocoder"])(made, ratio * lengths, key=keys)[0]
 
     def lower() -> jax.stages.Lowered:
-        dealt = shard_rows(run, mesh, (ALL, 0, 0, 0, 0, 0), 0)
-        return jax.jit(dealt).lower(
-            weights, _everywhere(mesh, rows, voice),
+        dealt = shard_rows(run, mesh, (ALL, 0, 0, 0), 0)
+        prompt = VoicePrompt(
+            _everywhere(mesh, rows, voice),
             _everywhere(mesh, rows, ratio * voice, cfg.flow.mels, dtype=jnp.float32),
             _everywhere(mesh, rows, cfg.flow.speaker, dtype=jnp.float32),
-            _everywhere(mesh, rows, codes), _everywhere(mesh, rows),
-        )  # fmt: skip
+        )
+        return jax.jit(dealt).lower(
+            weights, prompt, _everywhere(mesh, rows, codes), _everywhere(mesh, rows)
+        )
 
     return Work(
         lower=lower, weights=weights, ideal=per_chip(weights), made=rows * spec.length,

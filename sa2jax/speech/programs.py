@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from sa2jax.models.flow import Flow, FlowState, batch_axes
+from sa2jax.models.flow import Flow, FlowOptions, FlowState, VoicePrompt, batch_axes
 from sa2jax.models.vocoder import Vocoder
 from sa2jax.models.vocoder_stream import VocoderState, vocoder_step
 from sa2jax.nn import Functional
@@ -30,7 +30,6 @@ class Networks:
         vocoder: mel frames to sound.
         lookahead: codes that a stream's newest ones need to hear.
         upsample: mel frames of a code.
-        steps: Euler steps of the flow.
         mesh: the devices.
     """
 
@@ -38,24 +37,17 @@ class Networks:
     vocoder: Functional[Vocoder]
     lookahead: int
     upsample: int
-    steps: int
     mesh: Mesh | None
 
 
 def mel(
-    nets: Networks, params, prompt, frames, speaker, prompts, codes, lengths, guidance, noise, seed
+    nets: Networks, params, prompt: VoicePrompt, codes, lengths, options: FlowOptions
 ) -> Float[Array, "B R M"]:
     """Whole replies as mel frames; see `Flow.__call__`."""
     TRACES["mel"] += 1
-
-    def run(params, prompt, frames, speaker, prompts, codes, lengths, guidance, noise, seed):
-        return nets.flow.bind(params)(
-            prompt, frames, speaker, codes, prompts, lengths, steps=nets.steps,
-            guidance=guidance, noise=noise, seed=seed,
-        )  # fmt: skip
-
-    rows = shard_rows(run, nets.mesh, (ALL, 0, 0, 0, 0, 0, 0, ALL, ALL, ALL), 0)
-    return rows(params, prompt, frames, speaker, prompts, codes, lengths, guidance, noise, seed)
+    run = lambda params, *inputs: nets.flow.bind(params)(*inputs)
+    rows = shard_rows(run, nets.mesh, (ALL, 0, 0, 0, ALL), 0)
+    return rows(params, prompt, codes, lengths, options)
 
 
 def wave(nets: Networks, params, mel, frames, noise, seed) -> Float[Array, "B N"]:
@@ -70,54 +62,48 @@ def wave(nets: Networks, params, mel, frames, noise, seed) -> Float[Array, "B N"
     return shard(rows(params, mel, frames, noise, seed), None, None)
 
 
-def start(
-    nets: Networks, params, prompt, frames, speaker, prompts, guidance, noise, seed, *, keep_frames,
-    capacity, parity,
-) -> FlowState:  # fmt: skip
+def start(nets: Networks, params, prompt: VoicePrompt, options: FlowOptions) -> FlowState:
     """Streams that have said nothing; see `Flow.start`."""
     TRACES["start"] += 1
-
-    def run(params, prompt, frames, speaker, prompts, guidance, noise, seed):
-        return nets.flow.bind(params).start(
-            prompt, frames, speaker, prompts, steps=nets.steps, guidance=guidance, noise=noise,
-            seed=seed, keep_frames=keep_frames, capacity=capacity, parity=parity,
-        )  # fmt: skip
-
-    axes = (ALL, 0, 0, 0, 0, ALL, ALL, ALL)
-    rows = shard_rows(run, nets.mesh, axes, batch_axes(keep_frames, parity))
-    return rows(params, prompt, frames, speaker, prompts, guidance, noise, seed)
+    run = lambda params, prompt, options: nets.flow.bind(params).start(prompt, options)
+    if nets.mesh is None:
+        return run(params, prompt, options)
+    axes = batch_axes(jax.eval_shape(run, params, prompt, options))
+    return shard_rows(run, nets.mesh, (ALL, 0, ALL), axes)(params, prompt, options)
 
 
 def step(
-    nets: Networks, params, flow, vocoder, codes, lengths, last, guidance, flow_noise,
-    source_noise, seed, *, max_codes, parity,
-) -> tuple[FlowState, VocoderState, Float[Array, "B N"], Int[Array, "B"]]:  # fmt: skip
+    nets: Networks,
+    params,
+    flow: FlowState,
+    vocoder: VocoderState,
+    codes,
+    lengths,
+    last,
+    options: FlowOptions,
+    source_noise,
+    *,
+    max_codes: int,
+) -> tuple[FlowState, VocoderState, Float[Array, "B N"], Int[Array, "B"]]:
     """The next codes of each stream as sound; see `Flow.step` and `vocoder_step`."""
     TRACES["step"] += 1
 
-    def run(params, flow, vocoder, codes, lengths, last, guidance, flow_noise, source_noise, seed):
+    def run(params, flow, vocoder, codes, lengths, last, options, source_noise):
         flow, mel = nets.flow.bind(params["flow"]).step(
-            flow,
-            codes,
-            lengths,
-            last,
-            max_codes=max_codes,
-            guidance=guidance,
-            noise=flow_noise,
-            seed=seed,
+            flow, codes, lengths, last, max_codes=max_codes, options=options
         )
         spoken = jnp.where(last, lengths, jnp.maximum(lengths - nets.lookahead, 0))
-        net = nets.vocoder.bind(params["vocoder"])
+        net, frames = nets.vocoder.bind(params["vocoder"]), nets.upsample * spoken
+        equal_gain = not flow.parity
         return flow, *vocoder_step(
-            net, vocoder, mel, nets.upsample * spoken, last=last, noise=source_noise,
-            equal_gain=not parity,
-        )  # fmt: skip
+            net, vocoder, mel, frames, last=last, noise=source_noise, equal_gain=equal_gain
+        )
 
-    states = batch_axes(flow.keep_frames, parity), 0
-    axes = (ALL, *states, 0, 0, 0, ALL, ALL, 0, 0)
+    states = batch_axes(flow), 0
+    axes = (ALL, *states, 0, 0, 0, batch_axes(options), 0)
     rows = shard_rows(run, nets.mesh, axes, (*states, 0, 0))
     flow, vocoder, speech, counts = rows(
-        params, flow, vocoder, codes, lengths, last, guidance, flow_noise, source_noise, seed
+        params, flow, vocoder, codes, lengths, last, options, source_noise
     )
     return flow, vocoder, shard(speech, None, None), shard(counts, None)
 

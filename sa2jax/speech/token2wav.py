@@ -35,6 +35,8 @@ from sa2jax.errors import CodeError
 from sa2jax.models.flow import (
     KEEP_FRAMES,
     STEPS,
+    FlowOptions,
+    VoicePrompt,
     batch_axes,
     flow_model,
     grow_streams,
@@ -43,16 +45,14 @@ from sa2jax.models.flow import (
 from sa2jax.models.vocoder import vocoder
 from sa2jax.models.vocoder_stream import vocoder_state
 from sa2jax.nn import Params, Policy
-from sa2jax.runtime import round_up, uses_scan
+from sa2jax.runtime import uses_scan
 from sa2jax.speech import programs
-from sa2jax.speech.padding import pad_codes, pad_noise
+from sa2jax.speech.batching import CHUNK, chunk_bucket, pad_codes, pad_noise
 from sa2jax.speech.programs import Networks, row_keys
 from sa2jax.speech.state import StreamState, concat_streams
 from sa2jax.speech.voices import Voice
 from sa2jax.speech_config import Token2WavConfig
 
-CHUNK = 25  # codes of a stream's chunk
-SHORT_CHUNKS = (1, 5, 10, 15, 20)  # sizes of a step's program below a second
 INITIAL_CAPACITY = 512  # codes that a stream holds at first: 20 s, the prompt's included
 MAX_STARTS = 4  # voices whose started streams are kept
 
@@ -87,10 +87,10 @@ class Token2Wav:
         batch_size: int = 8,
         mesh: Mesh | None = None,
     ):
-        self.cfg, self.steps, self.batch_size, self.mesh = cfg, steps, batch_size, mesh
+        self.cfg, self.batch_size, self.mesh = cfg, batch_size, mesh
         self.sample_rate = cfg.vocoder.sample_rate
-        self._guidance = cfg.flow.guidance if guidance is None else guidance
-        self._flow_noise = flow_noise
+        guidance = cfg.flow.guidance if guidance is None else guidance
+        self._options = FlowOptions(guidance=guidance, noise=flow_noise, steps=steps)
         dtype = jnp.dtype(dtype)
         stacked = uses_scan(mesh)
         flow = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params["flow"])
@@ -109,17 +109,13 @@ class Token2Wav:
             self.params = jax.device_put(self.params, NamedSharding(self._mesh, PartitionSpec()))
         self._starts: OrderedDict[tuple, StreamState] = OrderedDict()
         encoder = self.cfg.flow.encoder
-        nets = Networks(
-            self.flow, self.vocoder, encoder.lookahead, encoder.upsample, self.steps, self._mesh
-        )
+        nets = Networks(self.flow, self.vocoder, encoder.lookahead, encoder.upsample, self._mesh)
         jit = lambda f, **options: jax.jit(partial(f, nets), **options)
         self._mel_program, self._wave_program = jit(programs.mel), jit(programs.wave)
-        self._start_program = jit(
-            programs.start, static_argnames=("keep_frames", "capacity", "parity")
-        )
+        self._start_program = jit(programs.start)
         self._step_program = jit(
             programs.step,
-            static_argnames=("max_codes", "parity"),
+            static_argnames=("max_codes",),
             donate_argnames=("flow", "vocoder"),
         )
 
@@ -184,12 +180,11 @@ class Token2Wav:
             if source_noise is not None:
                 source_noise = np.concatenate([source_noise, *[source_noise[:1]] * more])
         codes, lengths = pad_codes(replies)
-        prompts = self._prompts(voices)
+        prompt, options = self._prompt(voices), replace(self._options, seed=seed)
         frames = self.cfg.flow.encoder.upsample * lengths
         with sharding.use_mesh(self._mesh):
             mel = self._mel_program(
-                self.params["flow"], *prompts, codes, lengths, self._guidance, self._flow_noise,
-                seed,
+                self.params["flow"], prompt, codes, lengths, options,
             )  # fmt: skip
             noise = pad_noise(source_noise, self.cfg.vocoder.samples * mel.shape[1])
             speech = np.asarray(
@@ -218,10 +213,9 @@ class Token2Wav:
         found: list[np.ndarray] = [np.empty(0, np.float32)] * len(codes)
         for rows in self._batches(codes):
             padded, lengths = pad_codes([codes[i] for i in rows])
-            prompts = self._prompts([_speaker_only(speakers[i], self.cfg.flow.mels) for i in rows])
+            prompt = self._prompt([_speaker_only(speakers[i], self.cfg.flow.mels) for i in rows])
             mel = self._mel_program(
-                self.params["flow"], *prompts, padded, lengths, self._guidance, self._flow_noise,
-                seed,
+                self.params["flow"], prompt, padded, lengths, replace(self._options, seed=seed),
             )  # fmt: skip
             counts = self.cfg.flow.encoder.upsample * lengths
             for i, row, count in zip(rows, np.asarray(mel), counts, strict=True):
@@ -294,17 +288,17 @@ class Token2Wav:
         }
         if not (spoken.any() or ends.any()):
             return replace(state, **after), [self._silence(0)] * rows
-        max_codes = _chunk_bucket(int(spoken.max()))
+        max_codes = chunk_bucket(int(spoken.max()))
         frames = self.cfg.vocoder.carry + self.cfg.flow.encoder.upsample * max_codes
         noise = pad_noise(source_noise, self.cfg.vocoder.samples * frames)
         flow = grow_streams(state.flow, int(state.num_codes.max()) + max_codes)
-        axes = batch_axes(flow.keep_frames, state.parity), 0
+        options = replace(self._options, seed=state.seed)
+        axes = batch_axes(flow), 0
         flow, vocoder = sharding.device_put_rows((flow, state.vocoder), self._mesh, rows, axes)
         with sharding.use_mesh(self._mesh):
             flow, voc, speech, counts = self._step_program(
                 self.params, flow, vocoder, pad_codes(lines, max_codes + lookahead)[0],
-                present, ends, self._guidance, self._flow_noise, noise, state.seed,
-                max_codes=max_codes, parity=state.parity,
+                present, ends, options, noise, max_codes=max_codes,
             )  # fmt: skip
         pieces = [row[:n] for row, n in zip(np.asarray(speech), np.asarray(counts), strict=True)]
         return replace(state, flow=flow, vocoder=voc, **after), pieces
@@ -393,11 +387,13 @@ class Token2Wav:
         """A stream of one row that has said nothing; kept, so only copies of it may be stepped."""
         key = voice.hash, seed, parity, keep_frames
         if key not in self._starts:
-            prompts = self._prompts([voice])
+            options = replace(
+                self._options, seed=seed, keep_frames=keep_frames, capacity=INITIAL_CAPACITY,
+                parity=parity,
+            )  # fmt: skip
             with sharding.use_mesh(self._mesh):
                 flow = self._start_program(
-                    self.params["flow"], *prompts, self._guidance, self._flow_noise, seed,
-                    keep_frames=keep_frames, capacity=INITIAL_CAPACITY, parity=parity,
+                    self.params["flow"], self._prompt([voice]), options
                 )  # fmt: skip
             lookahead = self.cfg.flow.encoder.lookahead
             state = StreamState(
@@ -415,15 +411,15 @@ class Token2Wav:
         self._starts.move_to_end(key)
         return self._starts[key]
 
-    def _prompts(self, voices: Sequence[Voice]) -> tuple[np.ndarray, ...]:
-        """Codes, mel frames, speaker vectors and lengths of the voices' recordings."""
+    def _prompt(self, voices: Sequence[Voice]) -> VoicePrompt[np.ndarray]:
+        """The voices' recordings as one batch."""
         ratio = self.cfg.flow.encoder.upsample
         codes, lengths = pad_codes([voice.codes for voice in voices])
         mel = np.zeros((len(voices), ratio * codes.shape[1], self.cfg.flow.mels), np.float32)
         for row, voice in zip(mel, voices, strict=True):
             row[: len(voice.mel)] = voice.mel
         speakers = np.stack([voice.speaker for voice in voices]).astype(np.float32)
-        return codes, mel, speakers, lengths
+        return VoicePrompt(codes, mel, speakers, lengths)
 
     def _silence(self, codes: int) -> Float[np.ndarray, "N"]:
         return np.zeros(codes * self.sample_rate // CODE_RATE, np.float32)
@@ -432,11 +428,6 @@ class Token2Wav:
 def _speaker_only(speaker: Float[np.ndarray, "C"], mels: int) -> Voice:
     """A voice of which there is a vector alone."""
     return Voice("", np.zeros(0, np.int32), speaker, np.zeros((0, mels), np.float32), "", "")
-
-
-def _chunk_bucket(codes: int) -> int:
-    """Codes that a step's program speaks at most."""
-    return next((size for size in SHORT_CHUNKS if size >= codes), round_up(codes, CHUNK))
 
 
 def _is_nested(codes: Any) -> bool:

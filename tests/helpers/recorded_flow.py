@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from sa2jax.convert.flow import load
-from sa2jax.models.flow import flow_model, unstack_flow
+from sa2jax.models.flow import STEPS, FlowOptions, VoicePrompt, flow_model, unstack_flow
 
 
 class RecordedFlow:
@@ -47,7 +47,7 @@ class RecordedFlow:
 
         def run(params, *args, **kwargs):
             trace = {}
-            mel = self.model.bind(params)(*args, noise=self.noise, trace=trace, **kwargs)
+            mel = self._whole(self.model, params, trace, *args, **kwargs)
             return mel, trace
 
         call = jax.jit(run, static_argnames="steps")
@@ -57,13 +57,21 @@ class RecordedFlow:
     def offline_batch(self):
         """Many replies, with layers in a loop."""
         model, params = flow_model(self.cfg, stacked=False), unstack_flow(self.params)
-        call = jax.jit(lambda params, *args: model.bind(params)(*args, noise=self.noise))
+        call = jax.jit(lambda params, *args: self._whole(model, params, None, *args))
         return lambda *args: call(params, *args)
+
+    def _whole(self, model, params, trace, *args, steps=STEPS):
+        codes, mel, speaker, reply, *lengths = args
+        given, lengths = lengths or (None, None)
+        options = FlowOptions(noise=self.noise, steps=steps)
+        prompt = VoicePrompt(codes, mel, speaker, given)
+        return model.bind(params)(prompt, reply, lengths, options, trace=trace)
 
     @cached_property
     def start(self):
-        def run(params, *args):
-            return self.model.bind(params).start(*args, noise=self.noise, parity=True)
+        def run(params, *voice):
+            options = FlowOptions(noise=self.noise, parity=True)
+            return self.model.bind(params).start(VoicePrompt(*voice), options)
 
         call = jax.jit(run)
         return lambda *args: call(self.params, *args)
@@ -75,7 +83,8 @@ class RecordedFlow:
         def run(params, state, codes, lengths, last):
             self.step_traces += 1
             trace, bound = {}, self.model.bind(params)
-            state, mel = bound.step(state, codes, lengths, last, noise=self.noise, trace=trace)
+            options = FlowOptions(noise=self.noise)
+            state, mel = bound.step(state, codes, lengths, last, options=options, trace=trace)
             return state, mel, trace["mu"]
 
         call = jax.jit(run)

@@ -13,7 +13,7 @@ from helpers.recorded import first_difference
 from helpers.recorded_flow import RecordedFlow, stack_rows
 from jax import jit
 
-from sa2jax.models.flow import flow_model
+from sa2jax.models.flow import VoicePrompt, flow_model
 from sa2jax.models.flow.flow_matching import schedule, start_noise
 from sa2jax.models.flow.upsample_conformer import relative_positions, relative_shift
 from sa2jax.nn import Policy
@@ -169,8 +169,9 @@ def test_bfloat16_traces(flow, case):
 
     def run(params):
         net = model.bind(params)
-        state = net.start(*case[:3])
-        return net(*case[:4]), net.step(state, case[3])
+        prompt = VoicePrompt(*case[:3])
+        state = net.start(prompt)
+        return net(prompt, case[3]), net.step(state, case[3])
 
     mel, (state, streamed) = jax.eval_shape(run, model.abstract)
     assert mel.dtype == streamed.dtype == jnp.float32

@@ -1,6 +1,7 @@
 """Speech codes and a voice to mel frames, whole or as a stream; see `flow_matching`."""
 
-from sa2jax.models.flow.flow_matching import KEEP_FRAMES, STEPS, Flow, flow_model, unstack_flow
+from sa2jax.models.flow.flow_matching import Flow, flow_model, unstack_flow
+from sa2jax.models.flow.inputs import KEEP_FRAMES, STEPS, FlowOptions, VoicePrompt
 from sa2jax.models.flow.state import (
     FlowState,
     batch_axes,
@@ -13,11 +14,13 @@ __all__ = [
     "KEEP_FRAMES",
     "STEPS",
     "Flow",
+    "FlowOptions",
     "FlowState",
+    "VoicePrompt",
     "batch_axes",
     "concat_streams",
     "flow_model",
     "grow_streams",
     "select_streams",
     "unstack_flow",
-]  # fmt: skip
+]

@@ -14,8 +14,7 @@ stay. Attention without positions does not depend on where a key lies, so a cach
   `[:prompt] + [-keep_frames:]` remain: the newest `prompt` places and the OLDEST `keep_frames`.
 """
 
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Self
 
 import jax
@@ -34,7 +33,7 @@ TIME_SCALE = 1000.0
 ADALN_PARTS = 9  # shift, scale and gate of attention, MLP and convolution, in this order
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["slot_order", "conv", "kv"], meta_fields=[])
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class EstimatorState:
     """Key-value and convolution caches of each row, for each of E Euler steps and L layers.
@@ -48,8 +47,8 @@ class EstimatorState:
     """
 
     slot_order: Int[Array, "B A"]
-    conv: Float[Array, "E L 2 B K C"]
-    kv: Float[Array, "E L 2 2 B N A H"]
+    conv: Float[Array, "E L 2 B K C"] = field(metadata={"batch_axis": 3})
+    kv: Float[Array, "E L 2 2 B N A H"] = field(metadata={"batch_axis": 4})
 
     @classmethod
     def zeros(

@@ -4,11 +4,12 @@ Source: CosyVoice 2 (arXiv 2412.10117), the official `CausalMaskedDiffWithXvec`:
 features `mu`; a few Euler steps, with classifier-free guidance, carry noise to mel frames.
 
     flow = flow_model(cfg)                                    # structure, no numbers
-    mel = flow.bind(params)(prompt_codes, prompt_mel, speaker, codes)     # whole replies, batched
+    prompt = VoicePrompt(codes, mel, speaker)                     # a recording of each voice
+    mel = flow.bind(params)(prompt, codes)                        # whole replies, batched
 
-    state = flow.bind(params).start(prompt_codes, prompt_mel, speaker)    # one state for B streams
-    state, mel = flow.bind(params).step(state, codes)                     # codes incl. look-ahead
-    state, mel = flow.bind(params).step(state, codes, last=True)          # the rest, flushed
+    state = flow.bind(params).start(prompt)                       # one state for B streams
+    state, mel = flow.bind(params).step(state, codes)             # codes incl. look-ahead
+    state, mel = flow.bind(params).step(state, codes, last=True)  # the rest, flushed
 
 All of it is meant to be called under `jax.jit`. A state is an immutable pytree: nothing is shared
 between streams; `concat_streams` makes one batch of several states, `select_streams` takes some
@@ -42,6 +43,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from sa2jax.models.flow.dit import DiT, EstimatorState
+from sa2jax.models.flow.inputs import FlowOptions, VoicePrompt
 from sa2jax.models.flow.state import FlowState, capacity_for
 from sa2jax.models.flow.upsample_conformer import ConformerState, UpsampleConformer
 from sa2jax.nn import (
@@ -56,9 +58,6 @@ from sa2jax.nn import (
     unstack,
 )
 from sa2jax.speech_config import FlowConfig
-
-STEPS = 10
-KEEP_FRAMES = 100  # mel frames of a reply that stay in the estimator's caches
 
 
 def schedule(steps: int) -> tuple[Float[np.ndarray, "E"], Float[np.ndarray, "E"]]:
@@ -114,53 +113,42 @@ class Flow(nnx.Module):
 
     def __call__(
         self,
-        prompt_codes: Int[Array, "B P"],
-        prompt_mel: Float[Array, "B Q M"],
-        speaker: Float[Array, "B C"],
+        prompt: VoicePrompt[Array],
         codes: Int[Array, "B T"],
-        prompt_lengths: Int[Array, "B"] | None = None,
         lengths: Int[Array, "B"] | None = None,
+        options: FlowOptions | None = None,
         *,
-        steps: int = STEPS,
-        guidance: float | Float[Array, ""] | None = None,
-        noise: Float[Array, "S M"] | None = None,
-        seed: int | Int[Array, "*B"] = 0,
         trace: dict[str, Array] | None = None,
     ) -> Float[Array, "B R M"]:
         """Mel frames of whole replies; a row's result does not depend on the others.
 
         Args:
-            prompt_codes: codes (25 Hz) of each row's voice recording, right-padded.
-            prompt_mel: log-mel frames (50 Hz) of that recording, `Q = upsample · P`.
-            speaker: speaker vectors, of any length.
+            prompt: voice of each row.
             codes: codes to speak, right-padded; negative ones are read as 0.
-            prompt_lengths: valid codes of each prompt, by default all.
             lengths: valid codes of each row, by default all.
-            steps: Euler steps.
-            guidance: weight of what the condition changes, by default the config's.
-            noise: start noise of each frame from the prompt's first on, by default seeded.
-            seed: for the default noise, of all rows or of each.
+            options: steps, guidance and noise; by default `FlowOptions()`.
             trace: filled with intermediate results by name, to compare implementations.
 
         Returns:
             Log-mel frames (50 Hz), `R = upsample · T`, zero beyond each row's own.
         """
         ratio, (batch, room) = self.cfg.encoder.upsample, codes.shape
-        prompts = _lengths_or_full(prompt_lengths, batch, prompt_codes.shape[1])
+        options = options or FlowOptions()
+        prompts = _lengths_or_full(prompt.lengths, batch, prompt.codes.shape[1])
         lengths = _lengths_or_full(lengths, batch, room)
-        joined = _concat_ragged(prompt_codes, codes, prompts)
+        joined = _concat_ragged(prompt.codes, codes, prompts)
         total = prompts + lengths
-        encoder, estimator = self._empty_states(batch, steps)
+        encoder, estimator = self._empty_states(batch, options.steps)
         mu, _ = self._encode(joined, total, total, encoder, joined.shape[1], trace=trace)
-        levels = self.estimator.timestep_modulation(schedule(steps)[0], trace=trace)
+        levels = self.estimator.timestep_modulation(schedule(options.steps)[0], trace=trace)
         frames = mu.shape[1]
-        given = prompt_mel.shape[1]
-        cond = jnp.pad(prompt_mel, [(0, 0), (0, frames - given), (0, 0)])
+        given = prompt.mel.shape[1]
+        cond = jnp.pad(prompt.mel, [(0, 0), (0, frames - given), (0, 0)])
         cond = jnp.where(length_mask(ratio * prompts, frames)[..., None], cond, 0)
-        x = self._start_noise(jnp.zeros(batch, jnp.int32), frames, noise, seed)
+        x = self._start_noise(jnp.zeros(batch, jnp.int32), frames, options)
         x, _ = self._euler(
-            x, mu, self._project_speaker(speaker, trace), cond, ratio * total, estimator, levels,
-            guidance=guidance, record=False, trace=trace,
+            x, mu, self._project_speaker(prompt.speaker, trace), cond, ratio * total, estimator,
+            levels, guidance=options.guidance, record=False, trace=trace,
         )  # fmt: skip
         place = ratio * prompts[:, None] + jnp.arange(ratio * room)
         mel = jnp.take_along_axis(x, place[..., None], axis=1)
@@ -168,19 +156,10 @@ class Flow(nnx.Module):
 
     def start(
         self,
-        prompt_codes: Int[Array, "B P"],
-        prompt_mel: Float[Array, "B Q M"],
-        speaker: Float[Array, "B C"],
-        prompt_lengths: Int[Array, "B"] | None = None,
+        prompt: VoicePrompt[Array],
+        options: FlowOptions | None = None,
         *,
         ahead: Int[Array, "B A"] | None = None,
-        steps: int = STEPS,
-        guidance: float | Float[Array, ""] | None = None,
-        noise: Float[Array, "S M"] | None = None,
-        seed: int | Int[Array, "*B"] = 0,
-        keep_frames: int = KEEP_FRAMES,
-        capacity: int = 0,
-        parity: bool = False,
         trace: dict[str, Array] | None = None,
     ) -> FlowState:
         """Streams after the prefill of their voice prompt, before the first code of a reply.
@@ -189,45 +168,37 @@ class Flow(nnx.Module):
         `jax.tree.map(jnp.copy, state)`, where steps are donated theirs).
 
         Args:
-            prompt_codes: codes (25 Hz) of each row's voice recording, right-padded.
-            prompt_mel: log-mel frames (50 Hz) of that recording, `Q = upsample · P`.
-            speaker: speaker vectors.
-            prompt_lengths: valid codes of each prompt, by default all.
+            prompt: voice of each row.
+            options: of this stream, by default `FlowOptions()`.
             ahead: codes that follow the prompt, by default the prompt's first ones again, as the
                 official code has it.
-            steps: Euler steps of this stream.
-            guidance: see `__call__`.
-            noise: see `__call__`.
-            seed: see `__call__`.
-            keep_frames: frames of the reply that stay in the estimator's caches.
-            capacity: codes that the conformer's caches shall hold, by default the prompt and some.
-            parity: stream as the official code does, see the module's text.
             trace: filled with intermediate results by name.
         """
-        batch, given = prompt_codes.shape
+        options = options or FlowOptions()
+        batch, given = prompt.codes.shape
         ratio, lookahead = self.cfg.encoder.upsample, self.cfg.encoder.lookahead
-        prompts = _lengths_or_full(prompt_lengths, batch, given)
+        prompts = _lengths_or_full(prompt.lengths, batch, given)
         if ahead is None:
             again = jnp.arange(lookahead)[None] % jnp.maximum(prompts, 1)[:, None]
-            ahead = jnp.take_along_axis(prompt_codes, again, axis=1)
-        codes = _concat_ragged(prompt_codes, ahead, prompts)
-        encoder, estimator = self._empty_states(batch, steps)
+            ahead = jnp.take_along_axis(prompt.codes, again, axis=1)
+        codes = _concat_ragged(prompt.codes, ahead, prompts)
+        encoder, estimator = self._empty_states(batch, options.steps)
         mu, encoder = self._encode(
             codes, prompts + lookahead, prompts, encoder, given,
-            capacity=max(capacity, capacity_for(given + 1)), trace=trace,
+            capacity=max(options.capacity, capacity_for(given + 1)), trace=trace,
         )  # fmt: skip
-        levels = self.estimator.timestep_modulation(schedule(steps)[0], trace=trace)
-        frames = ratio * prompts
-        x = self._start_noise(jnp.zeros(batch, jnp.int32), mu.shape[1], noise, seed)
-        voice = self._project_speaker(speaker, trace)
+        levels = self.estimator.timestep_modulation(schedule(options.steps)[0], trace=trace)
+        frames, keep = ratio * prompts, options.keep_frames
+        x = self._start_noise(jnp.zeros(batch, jnp.int32), mu.shape[1], options)
+        voice = self._project_speaker(prompt.speaker, trace)
         _, fresh = self._euler(
-            x, mu, voice, prompt_mel, frames, estimator, levels,
-            guidance=guidance, record=True, trace=trace,
+            x, mu, voice, prompt.mel, frames, estimator, levels,
+            guidance=options.guidance, record=True, trace=trace,
         )  # fmt: skip
-        estimator = estimator.grow(ratio * given + keep_frames).evict_and_insert(
-            fresh, frames, frames, jnp.zeros_like(frames), keep_frames=keep_frames, parity=parity
+        estimator = estimator.grow(ratio * given + keep).evict_and_insert(
+            fresh, frames, frames, jnp.zeros_like(frames), keep_frames=keep, parity=options.parity
         )
-        return FlowState(voice, frames, levels, encoder, estimator, keep_frames, parity)
+        return FlowState(voice, frames, levels, encoder, estimator, keep, options.parity)
 
     def step(
         self,
@@ -237,9 +208,7 @@ class Flow(nnx.Module):
         last: bool | Bool[Array, "B"] = False,
         *,
         max_codes: int | None = None,
-        guidance: float | Float[Array, ""] | None = None,
-        noise: Float[Array, "S M"] | None = None,
-        seed: int | Int[Array, "*B"] = 0,
+        options: FlowOptions | None = None,
         trace: dict[str, Array] | None = None,
     ) -> tuple[FlowState, Float[Array, "B R M"]]:
         """Speak the next codes of each stream.
@@ -254,15 +223,14 @@ class Flow(nnx.Module):
             last: whether these are a row's last codes, for all rows or each.
             max_codes: most codes that a row speaks, by default all columns of `codes`, less the
                 look-ahead if `last` is False.
-            guidance: see `__call__`.
-            noise: see `__call__`.
-            seed: see `__call__`.
+            options: guidance and noise; steps and caches are those that `start` was given.
             trace: filled with intermediate results by name.
 
         Returns:
             The next state and log-mel frames (50 Hz), `R = upsample · max_codes`, zero beyond each
             row's `upsample · spoken`.
         """
+        options = options or FlowOptions()
         batch, columns = codes.shape
         ratio, lookahead = self.cfg.encoder.upsample, self.cfg.encoder.lookahead
         present = _lengths_or_full(lengths, batch, columns)
@@ -273,10 +241,10 @@ class Flow(nnx.Module):
         frames = ratio * spoken
         seen = ratio * state.encoder.length
         first = state.estimator.filled if state.parity else seen
-        x = self._start_noise(first, mu.shape[1], noise, seed)
+        x = self._start_noise(first, mu.shape[1], options)
         x, fresh = self._euler(
             x, mu, state.speaker, jnp.zeros_like(mu), frames, state.estimator, state.modulation,
-            guidance=guidance, record=True, trace=trace,
+            guidance=options.guidance, record=True, trace=trace,
         )  # fmt: skip
         estimator = state.estimator.evict_and_insert(
             fresh, frames, state.prompt, seen, keep_frames=state.keep_frames, parity=state.parity
@@ -309,12 +277,12 @@ class Flow(nnx.Module):
             x, state = self.encoder(x, present, counts, state, capacity=capacity, trace=trace)
         return tap(trace, "mu", self.to_mel(x)), state
 
-    def _start_noise(self, first, frames, noise, seed):
+    def _start_noise(self, first, frames, options):
         """Start noise of each row from its own first frame on."""
-        if noise is None:
-            return start_noise(first, frames, self.cfg.mels, seed)
+        if options.noise is None:
+            return start_noise(first, frames, self.cfg.mels, options.seed)
         number = first[:, None] + jnp.arange(frames)
-        return jnp.asarray(noise, jnp.float32)[number % noise.shape[0]]
+        return jnp.asarray(options.noise, jnp.float32)[number % options.noise.shape[0]]
 
     def _euler(
         self, x, mu, speaker, cond, counts, state, levels, *, guidance, record, trace

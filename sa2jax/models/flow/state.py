@@ -1,11 +1,12 @@
 """State of the flow's streams: its caches, growing them, batches of streams."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sa2jax.models.flow.dit import EstimatorState
@@ -14,11 +15,7 @@ from sa2jax.models.flow.upsample_conformer import ConformerState
 MIN_CAPACITY = 256  # codes that fit a fresh conformer cache: ten seconds
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["speaker", "prompt", "modulation", "encoder", "estimator"],
-    meta_fields=["keep_frames", "parity"],
-)
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FlowState:
     """Caches and constants of B streams, a pytree.
@@ -35,22 +32,13 @@ class FlowState:
 
     speaker: Float[Array, "B M"]
     prompt: Int[Array, "B"]
-    modulation: tuple[Float[Array, "E L 9 D"], Float[Array, "E 2 D"]]
+    modulation: tuple[Float[Array, "E L 9 D"], Float[Array, "E 2 D"]] = field(
+        metadata={"batch_axis": -1}
+    )
     encoder: ConformerState
     estimator: EstimatorState
-    keep_frames: int
-    parity: bool
-
-
-_ROWS = FlowState(
-    speaker=0,  # type: ignore[arg-type]
-    prompt=0,  # type: ignore[arg-type]
-    modulation=(-1, -1),  # type: ignore[arg-type]
-    encoder=ConformerState(0, 0, 0, 2, 2),  # type: ignore[arg-type]
-    estimator=EstimatorState(0, 3, 4),  # type: ignore[arg-type]
-    keep_frames=0,
-    parity=False,
-)
+    keep_frames: int = field(metadata={"static": True})
+    parity: bool = field(metadata={"static": True})
 
 
 def capacity_for(codes: int) -> int:
@@ -63,9 +51,24 @@ def grow_streams(state: FlowState, codes: int) -> FlowState:
     return replace(state, encoder=state.encoder.grow(capacity_for(codes)))
 
 
-def batch_axes(keep_frames: int, parity: bool) -> FlowState:
-    """The axis of the rows in each array of a state; −1 for none."""
-    return replace(_ROWS, keep_frames=keep_frames, parity=parity)
+def batch_axes(tree: Any) -> Any:
+    """The axis of the rows in each array of a dataclass pytree, in the same tree; −1 for none.
+
+    It is 0, or what a field says as its metadata's `batch_axis`; an array without that axis is
+    shared by all rows.
+
+    Args:
+        tree: a `FlowState` or `FlowOptions`, of arrays or of their shapes.
+    """
+    found = {}
+    for part in fields(tree):
+        if not part.metadata.get("static"):
+            value, axis = getattr(tree, part.name), part.metadata.get("batch_axis", 0)
+            axis_of = lambda x, axis=axis: axis if np.ndim(x) > axis else -1
+            found[part.name] = (
+                batch_axes(value) if is_dataclass(value) else jax.tree.map(axis_of, value)
+            )
+    return replace(tree, **found)
 
 
 def concat_streams(states: Sequence[FlowState]) -> FlowState:
@@ -76,7 +79,7 @@ def concat_streams(states: Sequence[FlowState]) -> FlowState:
         replace(s, encoder=s.encoder.grow(capacity), estimator=s.estimator.grow(slots))
         for s in states
     ]
-    axes = batch_axes(states[0].keep_frames, states[0].parity)
+    axes = batch_axes(states[0])
 
     def line_up(axis, *parts):  # copies, so that a donated batch takes nothing from the parts
         alone = axis < 0 or len(parts) == 1
@@ -87,7 +90,7 @@ def concat_streams(states: Sequence[FlowState]) -> FlowState:
 
 def select_streams(state: FlowState, rows: Sequence[int] | Int[Array, "R"]) -> FlowState:
     """Take some streams out of a batch, as a batch."""
-    axes = batch_axes(state.keep_frames, state.parity)
+    axes = batch_axes(state)
     rows = jnp.asarray(rows)
 
     def take(axis, part):

@@ -15,8 +15,7 @@ is what keeps the number of compiled programs small. Beyond it the oldest codes 
 Positions are computed for the distances at hand, so there is no cap on length.
 """
 
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import jax
@@ -34,11 +33,7 @@ LAYER_EPS = 1e-12  # of the norms inside layers; the others have 1e-5
 SLOTS = 4  # axis of the slots in the caches
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["length", "lookahead_conv", "up_conv", "kv", "up_kv"],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ConformerState:
     """Key-value and convolution caches of the encoder, for each row.
@@ -54,8 +49,8 @@ class ConformerState:
     length: Int[Array, "B"]
     lookahead_conv: Float[Array, "B 2 D"]
     up_conv: Float[Array, "B C D"]
-    kv: Float[Array, "L 2 B N S H"]
-    up_kv: Float[Array, "U 2 B N R H"]
+    kv: Float[Array, "L 2 B N S H"] = field(metadata={"batch_axis": 2})
+    up_kv: Float[Array, "U 2 B N R H"] = field(metadata={"batch_axis": 2})
 
     @classmethod
     def zeros(cls, cfg: ConformerConfig, batch: int, capacity: int, dtype: DTypeLike) -> Self:

@@ -14,6 +14,7 @@ from helpers.recorded_flow import RecordedFlow
 from jax import jit
 
 from sa2jax.errors import TrainError
+from sa2jax.models.flow import FlowOptions, VoicePrompt
 from sa2jax.models.flow.flow_matching import flow_model, start_noise, unstack_flow
 from sa2jax.models.flow.upsample_conformer import ConformerState, chunk_mask
 from sa2jax.train.networks.flow import FlowBatch, FlowLossConfig, _chunks, _random_draws, flow_loss
@@ -79,7 +80,8 @@ def test_the_loss_is_the_error_of_the_velocity_that_sampling_uses(recorded, loss
     def velocity(params, x, level):
         net, trace = recorded.model.bind(params), {}
         nothing = np.zeros((1, 0), np.int32), np.zeros((1, 0, recorded.cfg.mels), np.float32)
-        net(*nothing, batch.speaker, batch.codes, steps=1, noise=x, trace=trace)
+        prompt = VoicePrompt(*nothing, batch.speaker)
+        net(prompt, batch.codes, options=FlowOptions(steps=1, noise=x), trace=trace)
         voice = jnp.broadcast_to(trace["speaker"][:, None], trace["mu"].shape)
         known = [trace["mu"], voice, jnp.zeros_like(trace["mu"])]
         inputs = jnp.concatenate([x[None], *known], axis=-1)
