@@ -163,7 +163,7 @@ def test_a_run(kind, home, model, clips):
         assert (leaf.shape, leaf.dtype) == (new[name].shape, new[name].dtype)
         learnt = name.startswith(expected.part) and not name.startswith(expected.stays)
         assert np.array_equal(leaf, new[name]) != learnt, name
-    again = leaves(subject.open(str(made), "float32").load(None))
+    again = leaves(subject.open(str(made), "float32").load_params(None))
     for name, leaf in again.items():
         np.testing.assert_array_equal(leaf, new[expected.part + name], err_msg=name)
 
