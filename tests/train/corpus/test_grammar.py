@@ -211,7 +211,7 @@ def test_the_clock_in_writing(planned):
 
 
 def test_short_answers_in_all_voices():
-    config = read_corpus("nano/corpus", {"answers": 2})
+    config = read_corpus("nano/corpus", {"short_reply_words": 2})
     said = {name: job for name, job in CorpusPlan.of(config, 0.02).jobs.items() if "/said/" in name}
     own = {name: job for name, job in said.items() if name.count("/") == 2}
     short = {
@@ -225,7 +225,7 @@ def test_short_answers_in_all_voices():
         more = {job.text for name, job in said.items() if f"/said/{voice}/" in name}
         assert more == short
         assert {j.style.speaker for n, j in said.items() if f"/{voice}/" in n} == {voice}
-    without = CorpusPlan.of(read_corpus("nano/corpus", {"answers": 0}), 0.02).jobs
+    without = CorpusPlan.of(read_corpus("nano/corpus", {"short_reply_words": 0}), 0.02).jobs
     assert {name for name in without if "/said/" in name} == {*own}
 
 

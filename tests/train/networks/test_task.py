@@ -34,7 +34,7 @@ def voice(name, folder):
 
 
 def halved(flow):
-    return jax.tree.map(lambda leaf: leaf / 2, jax.device_get(flow.load(None)))
+    return jax.tree.map(lambda leaf: leaf / 2, jax.device_get(flow.load_params(None)))
 
 
 def leaves(folder):
