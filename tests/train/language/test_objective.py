@@ -44,7 +44,7 @@ def test_value_and_gradients_are_those_of_whole_logits(inputs, chunk):
     (expected, hits), gradients = gradient(naive, *inputs)
     (loss, sums), found = gradient(partial(chunked, loss_chunk=chunk), *inputs)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
-    np.testing.assert_allclose(sums["all"].hits, hits, rtol=1e-5)
+    np.testing.assert_allclose(sums["all"].correct, hits, rtol=1e-5)
     np.testing.assert_allclose(sums["all"].weight, weights.sum(), rtol=1e-6)
     for one, other in zip(found, gradients, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
