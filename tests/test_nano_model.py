@@ -64,11 +64,13 @@ def test_a_folder_of_its_name_is_never_passed_over(run, refused, held_out, tmp_p
 
 
 @pytest.mark.parametrize("key", BOUNDS)
+@pytest.mark.slow
 def test_rows_of_the_table(scores, key):
     metric, bound = scores[key], BOUNDS[key]
     assert metric.value <= bound if metric.lower_is_better else metric.value >= bound
 
 
+@pytest.mark.slow
 def test_int8_matrices_hear_as_well(nano, held_out):
     """Of thirty recordings, not more than one is written down in other words than by floats."""
     items = [str(item.audio) for item in held_out.items("asr_seen")]
@@ -77,6 +79,7 @@ def test_int8_matrices_hear_as_well(nano, held_out):
     assert sum(a != b for a, b in zip(texts, others, strict=True)) <= 1
 
 
+@pytest.mark.slow
 def test_the_clock_is_asked_and_read(nano, held_out):
     """What is said aloud at half past three on a Monday."""
     said = []
@@ -93,6 +96,7 @@ def test_the_clock_is_asked_and_read(nano, held_out):
     assert any("three thirty" in text for text in said)
 
 
+@pytest.mark.slow
 def test_voices_differ_and_words_do_not(nano):
     assert list(nano.speech.folder.voices) == ["anna", "rob", "sue"]
     assert nano.speech.voice().name == "anna"

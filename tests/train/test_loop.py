@@ -109,6 +109,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_uninterrupted(home, model, pairs, whole):
     """Bit for bit, the order of the data included, wherever it was killed."""
     step = int(np.random.default_rng().integers(3, 6))
@@ -188,6 +189,7 @@ def test_a_run_refuses_to_go_on_as_another(home, model, pairs, whole, tmp_path):
         train_language_model(plan, out, quiet=True)
 
 
+@pytest.mark.slow
 def test_low_rank_matrices_alone_are_trained_and_merged(home, model, pairs):
     """The adapter's folder and the merged model say the same as what was trained."""
     plan = recipe(model, pairs, lora={"rank": 4, "alpha": 8.0, "learning_rate": 1e-2})

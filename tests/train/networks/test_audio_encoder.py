@@ -52,6 +52,7 @@ def test_positions_are_sines_and_cosines_of_slower_and_slower_waves():
     assert sinusoids(3, 5).shape == (3, 5)
 
 
+@pytest.mark.slow
 def test_padding_and_empty_rows_change_nothing(params, losses):
     (loss, report), gradient = losses(params, tones(), None, PLAIN)
     (wide, also), same = losses(params, tones(room=800, rows=1), None, PLAIN)

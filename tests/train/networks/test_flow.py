@@ -162,6 +162,7 @@ def test_chunks_follow_what_is_given():
     np.testing.assert_array_equal(found[2, :16], 2 * [0] + 3 * [1] + 5 * [2] + 5 * [3] + [4])
 
 
+@pytest.mark.slow
 def test_rows_that_are_heard_in_chunks(recorded, losses):
     batch = rows(recorded, (60,))
     whole, part = (float(losses(batch, 1, replace(PLAIN, streaming_prob=s))[0]) for s in (0.0, 1.0))

@@ -94,8 +94,6 @@ KINDS = {
     ),
 }
 
-SLOW = {"speech_tokenizer": pytest.mark.slow}  # its draws and heads are many to compile
-
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
@@ -139,7 +137,8 @@ def leaves(params) -> dict[str, np.ndarray]:
     return checkpoint.flatten(jax.device_get(params))
 
 
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=SLOW.get(k, ())) for k in KINDS])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_a_run(kind, home, model, clips):
     expected, subject, plan = KINDS[kind], TRAINERS[kind], recipe(kind, home, model)
 

@@ -81,6 +81,7 @@ def test_likeness_is_over_pairs_of_different_real_clips():
     assert float(alone.same) == 0
 
 
+@pytest.mark.slow
 def test_padding_and_empty_rows_change_nothing(params, losses):
     (loss, report), gradient = losses(params, voices(), None, PLAIN)
     (wide, also), same = losses(params, voices(room=900, rows=2), None, PLAIN)
@@ -93,6 +94,7 @@ def test_padding_and_empty_rows_change_nothing(params, losses):
     assert np.abs(gradient["model"]["conv_in"]["kernel"]).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_a_part_of_a_long_clip_is_heard(params, losses):
     """Without a key its beginning, with one another part for another key."""
     short = replace(PLAIN, max_seconds=0.25)
@@ -120,6 +122,7 @@ def test_vectors_are_those_of_the_encoder_in_use(params):
     np.testing.assert_allclose(heard.vectors, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_encoder_learns_voices_and_keeps_given_statistics(params):
     rates = OptimizerConfig(
         learning_rate=1e-2,

@@ -85,6 +85,7 @@ def test_the_first_convolution_learns_through_the_codes_alone(params, losses):
     assert np.abs(gradient["heads"]["early"]["letters"]["kernel"]).max() == 0
 
 
+@pytest.mark.slow
 def test_padding_and_empty_rows_change_nothing(params, losses):
     (loss, report), gradient = losses(params, tones(), None, PLAIN)
     (wide, also), same = losses(params, tones(room=800, rows=1), None, PLAIN)
@@ -115,6 +116,7 @@ def test_a_tokenizer_learns_to_spell(params):
     assert [letters_to_text(row) for row in np.asarray(heard.letters)] == list(TEXTS)
 
 
+@pytest.mark.slow
 def test_a_seed_is_a_run(params, losses):
     key = lambda seed: jax.random.key(seed)
     config = SpeechTokenizerLossConfig()
