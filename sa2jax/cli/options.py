@@ -1,4 +1,4 @@
-"""GenerationConfig that commands share: which model, and how it runs."""
+"""Options that commands share: which model, and how it runs."""
 
 from dataclasses import dataclass
 from pathlib import Path
