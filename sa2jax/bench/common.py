@@ -70,7 +70,7 @@ def take_turns(
     Args:
         sides: by name, the parts of each; what a part needs from another comes after it.
         repeats: rounds that count.
-        progress: told about rounds done and rounds in all.
+        progress: called with (rounds done, rounds in all).
     """
     times: Times = {}
     for round_ in range(repeats + 1):

@@ -62,7 +62,7 @@ def bench(
             of the matrices; the reference has the dtype of the computation.
         mesh: devices to spread over, such as `tensor=4`.
         reference: time transformers as well, if torch is installed.
-        progress: told about rounds done and rounds in all.
+        progress: called with (rounds done, rounds in all).
 
     Raises:
         ConfigError: for an unknown size, or lengths that cannot be timed.

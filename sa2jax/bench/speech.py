@@ -57,7 +57,7 @@ def bench_speech(
         dtype: of the flow's weights and computation; the other networks are float32.
         mesh: devices to deal streams out to, such as `data=4`.
         reference: time the official code as well, if it is installed.
-        progress: told about rounds done and rounds in all.
+        progress: called with (rounds done, rounds in all).
         cfg: sizes, by default the released ones.
 
     Raises:

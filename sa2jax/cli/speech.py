@@ -65,10 +65,10 @@ class SpeechOptions(ModelFolderOptions, Devices):
 
 
 Folder = Annotated[ModelFolderOptions, tyro.conf.arg(name="")]
-GenerationConfig = Annotated[SpeechOptions, tyro.conf.arg(name="")]
+Options = Annotated[SpeechOptions, tyro.conf.arg(name="")]
 
 
-def vocode(codes: CodesFile, options: GenerationConfig, *, out: WavOut, voice: str = "default"):
+def vocode(codes: CodesFile, options: Options, *, out: WavOut, voice: str = "default"):
     """Speak audio codes: a JSON list of numbers, as `sa2jax tokenize` prints it.
 
     Args:
@@ -106,7 +106,7 @@ def tokenize(files: Files, options: Folder, *, json: bool = False):
         print(json_module.dumps(found if len(files) > 1 else found[0]))
 
 
-def reconstruct(wav: Recording, options: GenerationConfig, *, out: WavOut):
+def reconstruct(wav: Recording, options: Options, *, out: WavOut):
     """Turn a recording into codes and back, in its own voice.
 
     Args:

@@ -88,7 +88,7 @@ def evaluate_nano(
         other: the same model with int8 weights; without it that metric is not measured.
         is_int8: whether `model` itself has int8 weights, and `other` float ones.
         judges: who judges; by default those of the extra `judges`.
-        progress: told about recordings and replies done and in all.
+        progress: called with (recordings and replies done, in all).
 
     Raises:
         DataError: if a judge or the held-out set is missing.

@@ -49,7 +49,7 @@ class TaskRunner(PipelineBase):
             max_new_tokens: limit of each reply; by default the task's, in a written task for each
                 25 s of a recording. A second of speech takes 31.
             seed: same seed, same replies, where the task samples.
-            progress: told about prompts done and how many in all.
+            progress: called with (prompts done, prompts in all).
 
         Returns:
             A `Reply` for each source.

@@ -202,7 +202,7 @@ def search(spec: Spec, progress: Callable[[Plan], None] | None = None) -> list[P
     Args:
         spec: its topology names the kinds of chip to try, such as `v5e` or `v5e,v6e`; a mesh, if
             there is one, is the only one tried.
-        progress: told about each plan.
+        progress: called with each plan.
 
     Returns:
         All plans that were made, the best first.

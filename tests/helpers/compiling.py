@@ -14,6 +14,7 @@ import hashlib
 import os
 import platform
 import sys
+import threading
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -63,7 +64,7 @@ def write_whole_programs() -> None:
     def put_whole(cache, key: str, value: bytes) -> None:
         final = Path(str(cache.path)) / f"{key}{lru_cache._CACHE_SUFFIX}"
         if not final.exists():
-            part = final.with_name(f"{os.getpid()}.part")
+            part = final.with_name(f"{os.getpid()}-{threading.get_ident()}.part")
             part.write_bytes(value)
             part.replace(final)
 
