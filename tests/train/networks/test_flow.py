@@ -253,12 +253,10 @@ def test_a_flow_learns_a_recording_and_says_it(recorded):
         OptimizerConfig(learning_rate=5e-3, warmup_steps=5, steps=150, weight_decay=0.0)
     )
     step = make_loss_step(flow_loss, model, optimizer, FlowLossConfig(), seed=1)
-    say = jit(
-        lambda params: model.bind(params)(
-            np.zeros((1, 0), np.int32), np.zeros((1, 0, recorded.cfg.mels), np.float32),
-            one.speaker, one.codes,
-        )
-    )  # fmt: skip
+    no_voice = VoicePrompt(
+        np.zeros((1, 0), np.int32), np.zeros((1, 0, recorded.cfg.mels), np.float32), one.speaker
+    )
+    say = jit(lambda params: model.bind(params)(no_voice, one.codes))
 
     def distance(params):
         return float(np.abs(np.asarray(say(params)) - one.mels).mean())
