@@ -1,32 +1,21 @@
-"""What a recipe would train, and what that takes of each device; nothing is loaded or run."""
+"""Dry runs: parameters and memory of each device, of any kind of training.
+
+Each kind has a `dry_run` of its own beside its task, which compiles its step for shapes alone and
+makes a `DryRun` of what `parameter_groups` and `memory_per_device` find.
+"""
 
 import re
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from sa2jax.train.data.examples import TOKEN_KINDS
-from sa2jax.train.language.model_io import open_base_model
-from sa2jax.train.language.recipe import LanguageRecipe
-from sa2jax.train.language.step import abstract_language_batch, make_language_step
-from sa2jax.train.language.task import optimizer_config
-from sa2jax.train.loop import describe_mesh, mesh_from_spec, micro_batch_rows
 from sa2jax.train.lora import LORA_PATTERN
-from sa2jax.train.networks.recipes import NetworkRecipe
-from sa2jax.train.networks.step import make_loss_step
-from sa2jax.train.networks.task import TRAINERS
-from sa2jax.train.optimizer import (
-    MATRICES,
-    OptimizerConfig,
-    make_optimizer,
-    param_name,
-)
-from sa2jax.train.state import TrainState, TrainStep, abstract_state
+from sa2jax.train.optimizer import MATRICES, OptimizerConfig, param_name
+from sa2jax.train.state import TrainState, TrainStep
 
 GIB = 2**30
 
@@ -98,78 +87,17 @@ class DryRun:
         )
 
 
-def dry_run_language(recipe: LanguageRecipe) -> DryRun:
-    """Compile the step of a recipe for the devices at hand, and count.
-
-    Raises:
-        ConfigError: if the model's config is not understood.
-        ShardingError: for a mesh that does not fit the devices.
-        TrainError: if nothing would be trained, or rows do not divide by the mesh.
-    """
-    mesh, base = mesh_from_spec(recipe.mesh), open_base_model(recipe.model, recipe.lora)
-    config = optimizer_config(recipe)
-    optimizer = make_optimizer(config)
-    state = abstract_state(base.model, optimizer, mesh)
-    accumulation = recipe.data.accumulation_steps
-    rows = micro_batch_rows(recipe.data.rows, recipe.data.accumulation_steps, mesh)
-    batch = abstract_language_batch(
-        base.cfg,
-        mesh,
-        rows,
-        recipe.data.length,
-        clips=rows * recipe.data.mel_rows,
-        frames=recipe.data.mel_frames,
-        packed=recipe.data.clips,
-        accumulation_steps=accumulation,
-        metric_masks=TOKEN_KINDS,
-    )
-    step = make_language_step(
-        base.model,
-        optimizer,
-        mesh,
-        remat=recipe.remat,
-        loss_chunk=recipe.loss_chunk,
-        grad_dtype=recipe.grad_dtype,
-        unroll=recipe.unroll,
-    )
-    trained, _ = optimizer.partition(state.params)
-    added_up = sum(map(_size, jax.tree.leaves(trained))) * jnp.dtype(recipe.grad_dtype).itemsize
-    memory = _memory_per_device(step, state, batch, added_up * bool(accumulation))
-    tokens = rows * max(accumulation, 1) * recipe.data.length
-    return DryRun(
-        _parameter_groups(config, state), describe_mesh(mesh), memory, tokens, config.steps
-    )
-
-
-def dry_run_network(recipe: NetworkRecipe) -> DryRun:
-    """The same for a single network, with a batch of the longest rows.
-
-    Raises:
-        CheckpointError: if the folder has no such network.
-        DataError: if the data cannot be read, where sizes depend on it.
-        ShardingError: for a mesh that does not fit the devices.
-        TrainError: if nothing would be trained, the detokenizer is not converted, or rows do not
-            divide by the mesh.
-    """
-    mesh, subject = mesh_from_spec(recipe.mesh), TRAINERS[recipe.kind]
-    network = subject.open(recipe.network.folder, recipe.network.compute_dtype)
-    optimizer, model = make_optimizer(recipe.optimizer), subject.model(network, recipe.data)
-    state = abstract_state(model, optimizer, mesh)
-    rows = micro_batch_rows(recipe.data.rows, 0, mesh)
-    step = make_loss_step(
-        subject.loss, model, optimizer, recipe.loss, mesh, seed=recipe.seed,
-        unroll=recipe.unroll,
-    )  # fmt: skip
-    memory = _memory_per_device(step, state, subject.batch(network, recipe, mesh, rows))
-    units, unit = rows * subject.longest(recipe.data), f"{subject.unit} at most"
-    groups = _parameter_groups(recipe.optimizer, state)
-    return DryRun(groups, describe_mesh(mesh), memory, units, recipe.optimizer.steps, unit)
-
-
-def _memory_per_device(
+def memory_per_device(
     step: TrainStep, state: TrainState, batch: Any, gradients: int = 0
 ) -> dict[str, int]:
-    """Bytes of each device; `gradients` are those that are added up over parts of a batch."""
+    """Bytes of each device by what they are for; the step is compiled for it.
+
+    Args:
+        step: of the training.
+        state: as `state.abstract_state` gives it.
+        batch: shapes and places of one.
+        gradients: bytes of those that are added up over parts of a batch.
+    """
     found = step.lower(state, batch).compile().memory_analysis()
     memory = {
         "parameters": _bytes(state.params),
@@ -184,7 +112,8 @@ def _memory_per_device(
     return memory | {"in all": sum(memory.values())}
 
 
-def _parameter_groups(config: OptimizerConfig, state: TrainState) -> tuple[ParameterGroup, ...]:
+def parameter_groups(config: OptimizerConfig, state: TrainState) -> tuple[ParameterGroup, ...]:
+    """Parameters of an abstract state by part and learning rate."""
     found: dict[tuple[str, float], list[tuple[str, Any]]] = {}
     for path, leaf in jax.tree.leaves_with_path(state.params):
         name = param_name(path)
@@ -209,10 +138,10 @@ def _part_of(name: str) -> str:
 
 
 def _bytes(tree: Any) -> int:
-    return sum(_size(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return sum(device_size(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _size(leaf: Any) -> int:
+def device_size(leaf: Any) -> int:
     """Numbers of an abstract array on each device."""
     place = getattr(leaf, "sharding", None)
     return int(np.prod(leaf.shape if place is None else place.shard_shape(leaf.shape)))

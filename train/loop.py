@@ -118,6 +118,11 @@ class TrainResult:
     metrics: dict[str, float]
     results: dict[str, Path] = field(default_factory=dict)
 
+    @property
+    def progress(self) -> str:
+        """What is done."""
+        return f"step {self.step}"
+
 
 def run_training(
     task: TrainingTask,

@@ -24,7 +24,6 @@ from typing import Any
 
 from sa2jax.atomic_io import disk_errors
 from sa2jax.errors import ConfigError, TrainError
-from sa2jax.train.recipe import build_config
 
 DONE = "stages.json"
 INTERRUPTED = 130
@@ -68,14 +67,19 @@ class StagesResult:
     done: Mapping[str, float]
     finished: bool
 
+    @property
+    def progress(self) -> str:
+        """How many stages are done."""
+        return f"{len(self.done)} stages"
 
-def build_stages_recipe(values: Mapping[str, Any], where: str) -> StagesRecipe:
-    """A recipe from its values.
+    @property
+    def results(self) -> Mapping[str, Path]:
+        """Nothing: what was written, each stage has said itself."""
+        return {}
 
-    Raises:
-        ConfigError: for a key that does not exist, or a command that is none.
-    """
-    return build_config(StagesRecipe, values, where)
+
+def _print_line(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def run_stages(
@@ -83,7 +87,7 @@ def run_stages(
     out: str | Path,
     *,
     fresh: bool = False,
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] = _print_line,
 ) -> StagesResult:
     """Run all stages that are not done.
 
@@ -91,7 +95,7 @@ def run_stages(
         recipe: which.
         out: folder of all that they make.
         fresh: forget what is done.
-        say: told about each stage.
+        say: told about each stage; by default prints to stderr.
 
     Raises:
         TrainError: if a stage fails, or was done with another command.

@@ -2,9 +2,8 @@
 
 import sys
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -31,10 +30,10 @@ def train(
 ):
     """Train as a recipe says; the same command again goes on from the last checkpoint.
 
-    What is trained is the language model, or what the `kind` of a recipe names: the audio
-    `encoder`; of the detokenizer the `flow`, the `vocoder`, the speech `tokenizer` or the `speaker`
-    encoder, on what `sa2jax data prepare-flow` or `prepare-speech` made; or `stages`, several
-    commands one after the other.
+    What is trained is the language model, or what the `kind` of a recipe names: the
+    `audio_encoder`; of the detokenizer the `flow`, the `vocoder`, the `speech_tokenizer` or the
+    `speaker_encoder`, on what `sa2jax data prepare-flow` or `prepare-speech` made; or `stages`,
+    several commands one after the other.
 
     A first Ctrl-C ends the run after the step at hand, with a checkpoint.
 
@@ -54,10 +53,8 @@ def train(
     """
     devices.join_hosts()
     from sa2jax.runtime import enable_compilation_cache
-    from sa2jax.train.language.recipe import LanguageRecipe
+    from sa2jax.train.kinds import find_kind
     from sa2jax.train.recipe import (
-        LANGUAGE,
-        STAGES,
         apply_overrides,
         build_config,
         parse_overrides,
@@ -65,53 +62,29 @@ def train(
         split_kind,
     )
 
-    kind, values = split_kind(
-        apply_overrides(read_recipe_values(config), parse_overrides(set)), config
-    )
-    name = Path(config).stem if Path(config).suffix else config  # a file's, or a recipe's
-    folder = Path("runs") / name if out is None else out
-    if kind == STAGES:
-        given = {"--model": model, "--data": data, "--steps": steps, "--mesh": devices.mesh,
-                 "--dry-run": dry_run, "--profile": profile}  # fmt: skip
-        _run_stages(values, config, folder, [k for k, v in given.items() if v], fresh, json)
-        return
+    values = apply_overrides(read_recipe_values(config), parse_overrides(set))
+    kind_name, values = split_kind(values)
+    kind = find_kind(kind_name, config)
+    options = {"model": model, "data": data or None, "steps": steps, "mesh": devices.mesh}
+    options = {name: value for name, value in options.items() if value is not None}
+    run_options = {"fresh": fresh, "profile": profile}
+    run_options = {name: value for name, value in run_options.items() if value}
+    kind.require_options((*options, *run_options, *(["dry_run"] if dry_run else [])), config)
+    recipe = build_config(kind.recipe, apply_overrides(values, kind.option_values(options)), config)
     enable_compilation_cache()
-    whole = kind == LANGUAGE
-    changes: dict[str, Any] = {}
-    if model is not None:
-        own = {"model.folder": str(model), "model.preset": None}
-        changes |= own if whole else {"network.folder": str(model)}
-    if data:
-        changes |= {"data.sources": _weights(data)} if whole else {"data.folder": _only(data, kind)}
-    if steps is not None:
-        changes["optimizer.steps"] = steps
-    if devices.mesh is not None:
-        changes["mesh"] = devices.mesh
-    values = apply_overrides(values, changes)
-    if whole:
-        from sa2jax.train.language.task import train_language_model
-
-        recipe = build_config(LanguageRecipe, values, config)
-        start = partial(train_language_model, recipe)
-    else:
-        from sa2jax.train.networks.task import TRAINERS, train_network
-
-        recipe = build_config(TRAINERS[kind].recipe, values, config)
-        start = partial(train_network, recipe)
-    if dry_run:
-        from sa2jax.train.dry_run import dry_run_language, dry_run_network
-
-        found = (dry_run_language if whole else dry_run_network)(recipe)
+    if dry_run and kind.dry_run is not None:
+        found = kind.dry_run(recipe)
         common.print_json(asdict(found)) if json else found.print(common.wide_console())
         return
-    outcome = start(folder, fresh=fresh, profile=profile)
+    name = Path(config).stem if Path(config).suffix else config  # a file's, or a recipe's
+    outcome = kind.run(recipe, Path("runs") / name if out is None else out, **run_options)
     if json:
         common.print_json(asdict(outcome))
     else:
         for name, path in outcome.results.items():
             print(f"{name}: {path}")
     if not outcome.finished:
-        common.log(f"stopped after step {outcome.step}: the same command goes on")
+        common.log(f"stopped after {outcome.progress}: the same command goes on")
         sys.exit(130)
 
 
@@ -142,50 +115,3 @@ def merge(
     )
     base.save(params, out, overwrite=overwrite)
     print(f"model: {out}")
-
-
-def _run_stages(
-    values: Any, config: str, out: Path, others: list[str], fresh: bool, json: bool
-) -> None:
-    """Run a recipe of several commands, which have options of their own."""
-    from sa2jax.errors import ConfigError
-    from sa2jax.train.stages import build_stages_recipe, run_stages
-
-    if others:
-        raise ConfigError(
-            f"{config} is a recipe of stages, it takes no {', '.join(others)}: run a stage's own "
-            "command with it"
-        )
-    outcome = run_stages(build_stages_recipe(values, config), out, fresh=fresh, say=common.log)
-    if json:
-        common.print_json(asdict(outcome))
-    if not outcome.finished:
-        common.log("stopped: the same command goes on")
-        sys.exit(130)
-
-
-def _only(data: tuple[str, ...], kind: str) -> str:
-    """The one folder that a single network learns from."""
-    from sa2jax.errors import ConfigError
-
-    if len(data) != 1:
-        command = "prepare-flow" if kind == "flow" else "prepare-speech"
-        raise ConfigError(
-            f"--data {' '.join(data)}: the {kind} learns from one folder; `sa2jax data {command}` "
-            "makes one of many sources"
-        )
-    return data[0]
-
-
-def _weights(data: tuple[str, ...]) -> dict[str, float]:
-    """`PATH=WEIGHT` words; a path alone has the weight 1."""
-    from sa2jax.errors import ConfigError
-
-    found = {}
-    for word in data:
-        path, equals, weight = word.rpartition("=")
-        try:
-            found[path if equals else word] = float(weight) if equals else 1.0
-        except ValueError:
-            raise ConfigError(f"--data {word}: expected PATH or PATH=WEIGHT") from None
-    return found

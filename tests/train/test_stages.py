@@ -6,7 +6,8 @@ import pytest
 
 from sa2jax.errors import ConfigError, TrainError
 from sa2jax.train import stages
-from sa2jax.train.stages import build_stages_recipe, run_stages
+from sa2jax.train.recipe import build_config
+from sa2jax.train.stages import StagesRecipe, run_stages
 
 THREE = {
     "first": "data show {out}/one --json",
@@ -30,7 +31,7 @@ def ran(monkeypatch):
 
 def test_stages_are_run_in_order_once(ran, tmp_path):
     lines, _ = ran
-    recipe = build_stages_recipe({"stages": THREE, "seed": 4}, "x")
+    recipe = build_config(StagesRecipe, {"stages": THREE, "seed": 4}, "x")
     said = []
     outcome = run_stages(recipe, tmp_path, say=said.append)
     assert outcome.finished
@@ -48,7 +49,7 @@ def test_stages_are_run_in_order_once(ran, tmp_path):
 
 def test_a_stage_that_fails_is_tried_again(ran, tmp_path):
     lines, codes = ran
-    recipe = build_stages_recipe({"stages": THREE}, "x")
+    recipe = build_config(StagesRecipe, {"stages": THREE}, "x")
     codes["train"] = 2
     with pytest.raises(TrainError, match=r"stage 2 of 3, second failed \(exit code 2\)"):
         run_stages(recipe, tmp_path)
@@ -62,12 +63,12 @@ def test_a_stage_that_fails_is_tried_again(ran, tmp_path):
 
 
 def test_what_was_done_otherwise_is_told(ran, tmp_path):
-    run_stages(build_stages_recipe({"stages": THREE, "seed": 1}, "x"), tmp_path)
+    run_stages(build_config(StagesRecipe, {"stages": THREE, "seed": 1}, "x"), tmp_path)
     with pytest.raises(TrainError, match=r"stage 2 of 3, second was done as .*seed=1.*seed=2"):
-        run_stages(build_stages_recipe({"stages": THREE, "seed": 2}, "x"), tmp_path)
+        run_stages(build_config(StagesRecipe, {"stages": THREE, "seed": 2}, "x"), tmp_path)
     (tmp_path / stages.DONE).write_text("[1]")
     with pytest.raises(TrainError, match="damaged: --fresh does all stages again"):
-        run_stages(build_stages_recipe({"stages": THREE}, "x"), tmp_path)
+        run_stages(build_config(StagesRecipe, {"stages": THREE}, "x"), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -83,15 +84,15 @@ def test_what_was_done_otherwise_is_told(ran, tmp_path):
 )
 def test_bad_recipes(values, said):
     with pytest.raises(ConfigError, match=said):
-        build_stages_recipe(values, "x")
+        build_config(StagesRecipe, values, "x")
 
 
 def test_a_command_is_really_run(tmp_path, capfd):
-    recipe = build_stages_recipe({"stages": {"show": "data show {out}/nothing"}}, "x")
+    recipe = build_config(StagesRecipe, {"stages": {"show": "data show {out}/nothing"}}, "x")
     with pytest.raises(TrainError, match="stage 1 of 1, show failed"):
         run_stages(recipe, tmp_path)
     assert "dataset.json" in capfd.readouterr().err
     assert not (tmp_path / stages.DONE).exists()
-    recipe = build_stages_recipe({"stages": {"help": "init --help"}}, "x")
+    recipe = build_config(StagesRecipe, {"stages": {"help": "init --help"}}, "x")
     assert run_stages(recipe, tmp_path).finished
     assert list(json.loads((tmp_path / stages.DONE).read_text())) == ["help"]

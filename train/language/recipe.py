@@ -1,7 +1,7 @@
 """The recipe of a training run of the language model; see `train.recipe` for recipes in general."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,7 @@ from sa2jax.train.language.data_config import DataConfig
 from sa2jax.train.language.objective import LOSS_CHUNK
 from sa2jax.train.lora import DECODER_MATRICES
 from sa2jax.train.optimizer import OptimizerConfig
-from sa2jax.train.recipe import LANGUAGE, Intervals, build_config, recipe_values_of_kind
+from sa2jax.train.recipe import DEFAULT_KIND, Intervals, build_config, recipe_values_of_kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,5 +132,26 @@ def read_language_recipe(
         ConfigError: for a key that does not exist, or a value of another kind.
     """
     return build_config(
-        LanguageRecipe, recipe_values_of_kind(LANGUAGE, source, changes), str(source)
+        LanguageRecipe, recipe_values_of_kind(DEFAULT_KIND, source, changes), str(source)
     )
+
+
+def model_values(folder: Path) -> dict[str, Any]:
+    """Recipe values of the command's `--model`: a folder, in place of a preset, too."""
+    return {"model.folder": str(folder), "model.preset": None}
+
+
+def source_values(words: Sequence[str]) -> dict[str, Any]:
+    """Recipe values of the command's `--data`: `PATH=WEIGHT` words; a path alone has weight 1.
+
+    Raises:
+        ConfigError: for a weight that is no number.
+    """
+    weights = {}
+    for word in words:
+        path, equals, weight = word.rpartition("=")
+        try:
+            weights[path if equals else word] = float(weight) if equals else 1.0
+        except ValueError:
+            raise ConfigError(f"--data {word}: expected PATH or PATH=WEIGHT") from None
+    return {"data.sources": weights}

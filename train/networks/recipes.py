@@ -5,6 +5,7 @@ model its audio encoder. What they are taught with: `task`.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -13,14 +14,7 @@ from sa2jax.train.networks import audio_encoder, flow, speaker_encoder, speech_t
 from sa2jax.train.networks.flow_data import FlowDataConfig
 from sa2jax.train.networks.speech_data import ClipConfig, CropConfig
 from sa2jax.train.optimizer import OptimizerConfig
-from sa2jax.train.recipe import (
-    AUDIO_ENCODER,
-    FLOW,
-    SPEAKER_ENCODER,
-    SPEECH_TOKENIZER,
-    VOCODER,
-    Intervals,
-)
+from sa2jax.train.recipe import Intervals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +84,26 @@ class NetworkRecipe:
         return {"kind": self.kind, **json.loads(json.dumps(asdict(self), default=str))}
 
 
+def folder_values(kind: str, folders: Sequence[str]) -> dict[str, Any]:
+    """Recipe values of the command's `--data`: the one folder that a network of a kind learns from.
+
+    Raises:
+        ConfigError: if there are several.
+    """
+    if len(folders) != 1:
+        command = "prepare-flow" if kind == "flow" else "prepare-speech"
+        raise ConfigError(
+            f"--data {' '.join(folders)}: the {kind} learns from one folder; `sa2jax data "
+            f"{command}` makes one of many sources"
+        )
+    return {"data.folder": folders[0]}
+
+
 @dataclass(frozen=True, kw_only=True)
 class FlowRecipe(NetworkRecipe):
     """Of the flow; its parts are `table`, `speaker`, `encoder`, `to_mel` and `estimator`."""
 
-    kind = FLOW
+    kind = "flow"
     data: FlowDataConfig
     loss: flow.FlowLossConfig = field(default_factory=flow.FlowLossConfig)
 
@@ -103,7 +112,7 @@ class FlowRecipe(NetworkRecipe):
 class VocoderRecipe(NetworkRecipe):
     """Of the vocoder; its parts are `f0_predictor`, `merge`, `pre`, `stage0` …, `post`."""
 
-    kind = VOCODER
+    kind = "vocoder"
     data: CropConfig
     loss: vocoder.VocoderLossConfig = field(default_factory=vocoder.VocoderLossConfig)
 
@@ -112,7 +121,7 @@ class VocoderRecipe(NetworkRecipe):
 class SpeechTokenizerRecipe(NetworkRecipe):
     """Of the speech tokenizer."""
 
-    kind = SPEECH_TOKENIZER
+    kind = "speech_tokenizer"
     data: ClipConfig
     loss: speech_tokenizer.SpeechTokenizerLossConfig = field(
         default_factory=speech_tokenizer.SpeechTokenizerLossConfig
@@ -123,7 +132,7 @@ class SpeechTokenizerRecipe(NetworkRecipe):
 class SpeakerEncoderRecipe(NetworkRecipe):
     """Of the speaker encoder."""
 
-    kind = SPEAKER_ENCODER
+    kind = "speaker_encoder"
     data: ClipConfig
     loss: speaker_encoder.SpeakerEncoderLossConfig = field(
         default_factory=speaker_encoder.SpeakerEncoderLossConfig
@@ -134,7 +143,7 @@ class SpeakerEncoderRecipe(NetworkRecipe):
 class AudioEncoderRecipe(NetworkRecipe):
     """Of a model's audio encoder."""
 
-    kind = AUDIO_ENCODER
+    kind = "audio_encoder"
     data: ClipConfig
     loss: audio_encoder.AudioEncoderLossConfig = field(
         default_factory=audio_encoder.AudioEncoderLossConfig

@@ -71,20 +71,12 @@ from sa2jax.train.networks.step import (
     place_network_batch,
 )
 from sa2jax.train.optimizer import make_optimizer
-from sa2jax.train.recipe import (
-    AUDIO_ENCODER,
-    FLOW,
-    SPEAKER_ENCODER,
-    SPEECH_TOKENIZER,
-    VOCODER,
-    build_config,
-    recipe_values_of_kind,
-)
+from sa2jax.train.recipe import build_config, recipe_values_of_kind
 from sa2jax.train.state import TrainState, abstract_state, init_state
 
 
 def read_network_recipe(
-    source: str | Path, changes: Mapping[str, Any] | None = None, *, kind: str = FLOW
+    source: str | Path, changes: Mapping[str, Any] | None = None, *, kind: str = "flow"
 ) -> NetworkRecipe:
     """A recipe by its name or file; see `language.recipe.read_language_recipe`.
 
@@ -369,9 +361,9 @@ def _beside(fresh: Callable[[Any, Any, int], Params]) -> Callable[..., Params]:
 
 
 TRAINERS: Mapping[str, NetworkTrainer[Any]] = {
-    FLOW: NetworkTrainer(
+    "flow": NetworkTrainer(
         recipe=FlowRecipe,
-        open=partial(open_detokenizer_network, FLOW),
+        open=partial(open_detokenizer_network, "flow"),
         data=_flow_data,
         batch=_flow_batch,
         loss=flow.flow_loss,
@@ -379,9 +371,9 @@ TRAINERS: Mapping[str, NetworkTrainer[Any]] = {
         unit="codes",
         longest=lambda data: data.buckets[-1],
     ),
-    VOCODER: NetworkTrainer(
+    "vocoder": NetworkTrainer(
         recipe=VocoderRecipe,
-        open=partial(open_detokenizer_network, VOCODER),
+        open=partial(open_detokenizer_network, "vocoder"),
         data=_crops,
         batch=_crop_batch,
         loss=vocoder.vocoder_loss,
@@ -389,7 +381,7 @@ TRAINERS: Mapping[str, NetworkTrainer[Any]] = {
         unit="frames",
         longest=lambda data: data.crop,
     ),
-    SPEECH_TOKENIZER: NetworkTrainer(
+    "speech_tokenizer": NetworkTrainer(
         recipe=SpeechTokenizerRecipe,
         open=partial(open_detokenizer_network, "speech_tokenizer"),
         data=_clips,
@@ -408,7 +400,7 @@ TRAINERS: Mapping[str, NetworkTrainer[Any]] = {
         ),
         learnt=recognition.network_params,
     ),
-    SPEAKER_ENCODER: NetworkTrainer(
+    "speaker_encoder": NetworkTrainer(
         recipe=SpeakerEncoderRecipe,
         open=partial(open_detokenizer_network, "speaker_encoder"),
         data=_clips,
@@ -427,7 +419,7 @@ TRAINERS: Mapping[str, NetworkTrainer[Any]] = {
         ),
         learnt=recognition.network_params,
     ),
-    AUDIO_ENCODER: NetworkTrainer(
+    "audio_encoder": NetworkTrainer(
         recipe=AudioEncoderRecipe,
         open=open_audio_encoder,
         data=_clips,

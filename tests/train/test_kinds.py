@@ -1,0 +1,226 @@
+"""Kinds of training: the one table, and a kind that is added to it, which the command then runs."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+import yaml
+from flax import nnx
+
+from sa2jax.errors import ConfigError
+from sa2jax.nn import functional, init_params, param
+from sa2jax.train import loop
+from sa2jax.train.dry_run import DryRun, memory_per_device, parameter_groups
+from sa2jax.train.kinds import KINDS, LOOP_OPTIONS, TrainingKind, find_kind, option_key
+from sa2jax.train.log import Meter, read_metrics
+from sa2jax.train.networks.step import make_loss_step
+from sa2jax.train.networks.task import TRAINERS
+from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
+from sa2jax.train.recipe import DEFAULT_KIND, Intervals
+from sa2jax.train.state import abstract_state, init_state
+
+# --- a kind: two numbers that are brought near another one ----------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyRecipe:
+    target: float
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: str | None = None
+    intervals: Intervals = field(default_factory=Intervals)
+
+    def to_dict(self) -> dict[str, Any]:
+        return json.loads(json.dumps(asdict(self)))
+
+
+class Toy(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.kernel = param(rngs, (2,), ("embed",), constant=0.0)
+
+
+class ToyData:
+    """One number again and again."""
+
+    fingerprint, tokens, audio_seconds, data_wait_seconds = "one", 0, 0.0, 0.0
+
+    def __init__(self, target: float):
+        self._batch = {"target": jnp.asarray(target)}
+
+    def __next__(self) -> Any:
+        self.tokens += 1
+        return self._batch
+
+    def empty_batch(self) -> Any:
+        return self._batch
+
+    def state(self) -> dict[str, Any]:
+        return {"tokens": self.tokens}
+
+    def restore(self, state: Any) -> None:
+        self.tokens = state["tokens"]
+
+    def close(self) -> None:
+        pass
+
+
+MODEL = functional(lambda: Toy(nnx.Rngs(0)))
+
+
+def toy_loss(model, params, batch, key, config):
+    error = params["kernel"] - batch["target"]
+    return jnp.mean(jnp.square(error)), {}
+
+
+def run_toy(recipe: ToyRecipe, out: str | Path, **options: Any) -> loop.TrainResult:
+    optimizer = make_optimizer(recipe.optimizer)
+
+    def write_results(state, out, log):
+        (out / "toy.json").write_text(json.dumps(state.params["kernel"].tolist()))
+        return {"toy": out / "toy.json"}
+
+    task = loop.TrainingTask(
+        title="toy",
+        metadata={"recipe": recipe.to_dict(), "model": "toy", "data": "one"},
+        data=ToyData(recipe.target),
+        optimizer=optimizer,
+        abstract_state=abstract_state(MODEL, optimizer),
+        load_params=lambda: init_params(lambda: Toy(nnx.Rngs(0))),
+        init_state=partial(init_state, MODEL, optimizer, None),
+        step=make_loss_step(toy_loss, MODEL, optimizer),
+        place_batch=lambda batch: batch,
+        write_results=write_results,
+        meter=Meter((0.0, 0.0), 0.0),
+    )
+    return loop.run_training(task, recipe.intervals, out, steps=recipe.optimizer.steps, **options)
+
+
+def dry_run_toy(recipe: ToyRecipe) -> DryRun:
+    optimizer = make_optimizer(recipe.optimizer)
+    state = abstract_state(MODEL, optimizer)
+    step = make_loss_step(toy_loss, MODEL, optimizer)
+    memory = memory_per_device(step, state, {"target": jnp.asarray(0.0)})
+    groups = parameter_groups(recipe.optimizer, state)
+    return DryRun(groups, "one device", memory, 1, recipe.optimizer.steps, "numbers")
+
+
+def toy_kind() -> TrainingKind[ToyRecipe]:
+    options = {"data": lambda words: {"target": float(words[0])}, **LOOP_OPTIONS}
+    return TrainingKind(recipe=ToyRecipe, run=run_toy, dry_run=dry_run_toy, options=options)
+
+
+@pytest.fixture
+def toy(monkeypatch, tmp_path) -> Path:
+    """A recipe of a kind that a row of the table adds."""
+    monkeypatch.setitem(KINDS, "toy", toy_kind)
+    file = tmp_path / "toy.yaml"
+    optimizer = {"learning_rate": 0.1, "warmup_steps": 0, "weight_decay": 0.0, "steps": 9}
+    values = {"kind": "toy", "target": 3, "optimizer": optimizer, "intervals": {"log_every": 1}}
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def test_the_command_trains_a_kind_that_was_added(run, toy, tmp_path):
+    out = tmp_path / "run"
+    code, said, progress = run("train", "--config", toy, "--out", out, "--steps", 3)
+    assert code == 0
+    assert f"toy: {out / 'toy.json'}" in said.splitlines()
+    assert "step 3/3  loss" in progress
+    losses = [line["loss"] for line in read_metrics(out / "metrics.jsonl")]
+    assert losses[0] == pytest.approx(9.0)
+    assert losses[2] < losses[1] < losses[0]
+    assert all(0.2 < number < 0.4 for number in json.loads((out / "toy.json").read_text()))
+    code, said, _ = run("train", "--config", toy, "--out", out, "--steps", 3, "--json")
+    assert json.loads(said)["step"] == 3
+    code, _, error = run("train", "--config", toy, "--out", out, "--steps", 3, "--data", 4)
+    assert code == 2
+    assert "target: 3.0 → 4.0" in error
+
+
+def test_a_dry_run_of_a_kind_that_was_added(run, toy):
+    code, said, _ = run("train", "--config", toy, "--steps", 3, "--dry-run", "--json")
+    assert code == 0
+    found = json.loads(said)
+    assert [group["parameters"] for group in found["groups"]] == [2]
+    assert found["memory"]["parameters"] == 8
+    assert (found["steps"], found["unit"]) == (3, "numbers")
+    assert "3 updates of 1 numbers" in run("train", "--config", toy, "--steps", 3, "--dry-run")[1]
+
+
+def test_the_end_of_a_run_that_was_stopped(run, toy, monkeypatch, tmp_path):
+    stopped = loop.TrainResult(2, False, {})
+    kind = TrainingKind(recipe=ToyRecipe, run=lambda recipe, out, **options: stopped)
+    monkeypatch.setitem(KINDS, "toy", lambda: kind)
+    code, said, error = run("train", "--config", toy, "--out", tmp_path / "run")
+    assert (code, said) == (130, "")
+    assert error == "stopped after step 2: the same command goes on\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model", "mini"], "toy.yaml: a recipe of this kind takes no --model; expected --data"),
+        (["--set", "kind=toi"], "kind 'toi': expected language, audio_encoder, speech_tokenizer"),
+        (["--set", "kind=[]"], "kind []: expected language"),
+        (["--set", "speed=1"], "there is no speed; expected one of target, optimizer"),
+    ],
+)
+def test_mistakes(refused, toy, words, said):
+    assert said in refused("train", "--config", toy, *words)
+
+
+def test_stages_take_few_options(refused, tmp_path):
+    file = tmp_path / "all.yaml"
+    file.write_text("kind: stages\nstages: {show: data show nothing}\n")
+    words = "--steps", 3, "--data", "a", "--dry-run", "--profile", 2
+    error = refused("train", "--config", file, *words)
+    assert "takes no --data, --steps, --profile, --dry-run; expected --fresh at most" in error
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_can_be_had(name):
+    kind = find_kind(name, "x")
+    if name in TRAINERS:
+        assert kind.recipe.kind == name
+    assert kind.options.keys() <= {"model", "data", "steps", "mesh"}
+    if name != "stages":
+        values = kind.option_values({"model": Path("m"), "steps": 4, "mesh": "data=2"})
+        assert {"m", 4, "data=2"} <= set(values.values())
+        assert kind.dry_run is not None
+
+
+def test_networks_and_the_language_model_are_in_the_table():
+    assert {DEFAULT_KIND, "stages", *TRAINERS} == set(KINDS)
+
+
+def test_values_of_options():
+    language, flow = (find_kind(name, "x").options["data"] for name in ("language", "flow"))
+    assert language(("a.jsonl", "b=2")) == {"data.sources": {"a.jsonl": 1.0, "b": 2.0}}
+    with pytest.raises(ConfigError, match="--data a=b: expected PATH or PATH=WEIGHT"):
+        language(("a=b",))
+    assert flow(("ready",)) == {"data.folder": "ready"}
+    with pytest.raises(ConfigError, match=r"flow learns from one folder; .* prepare-flow` makes"):
+        flow(("a", "b"))
+    assert option_key("a.b")(Path("c")) == {"a.b": "c"}
+
+
+def test_the_table_and_recipes_import_no_trainer():
+    """Help and reading a recipe stay cheap."""
+    code = (
+        "import sys, sa2jax.cli; assert 'sa2jax.train' not in sys.modules; "
+        "import sa2jax.train.kinds, sa2jax.train.recipe; "
+        "loaded = [m for m in sys.modules if m.startswith(('sa2jax.train.language', "
+        "'sa2jax.train.networks', 'sa2jax.train.stages'))]; assert not loaded, loaded"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
