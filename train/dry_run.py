@@ -6,7 +6,7 @@ makes a `DryRun` of what `parameter_groups` and `memory_per_device` find.
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from sa2jax.train.optimizer import MATRICES, OptimizerConfig, param_name
 from sa2jax.train.state import TrainState, TrainStep
 
 GIB = 2**30
+BatchT = TypeVar("BatchT")
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class DryRun:
 
 
 def memory_per_device(
-    step: TrainStep, state: TrainState, batch: Any, gradients: int = 0
+    step: TrainStep[BatchT], state: TrainState, batch: BatchT, gradients: int = 0
 ) -> dict[str, int]:
     """Bytes of each device by what they are for; the step is compiled for it.
 

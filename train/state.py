@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,9 @@ from jaxtyping import Array, Float, Int
 from sa2jax.nn import Functional, Params, unrolling
 from sa2jax.sharding import use_mesh, with_shardings
 from sa2jax.train.optimizer import Optimizer, apply_updates, combine
+
+BatchT = TypeVar("BatchT")
+Report = dict[str, Float[Array, ""]]  # float32 scalars of a step
 
 
 @partial(
@@ -43,16 +46,14 @@ class TrainState:
 
 
 @dataclass(frozen=True)
-class TrainStep:
+class TrainStep(Generic[BatchT]):
     """A compiled step: `state, report = step(state, batch)`; the old state is used up."""
 
     function: Any
     mesh: Mesh | None
     unroll: bool = False
 
-    def __call__(
-        self, state: TrainState, batch: Any
-    ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    def __call__(self, state: TrainState, batch: BatchT) -> tuple[TrainState, Report]:
         """One update.
 
         Returns:
@@ -63,7 +64,7 @@ class TrainStep:
         with use_mesh(self.mesh), unrolling(self.unroll):
             return self.function(state, batch)
 
-    def lower(self, state: TrainState, batch: Any) -> Any:
+    def lower(self, state: TrainState, batch: BatchT) -> Any:
         """For a state as `abstract_state` gives it and an abstract batch; then `.compile()`."""
         # Devices may be a topology's, which nothing can run on; constants are made meanwhile.
         with _abstract_mesh(self.mesh), unrolling(self.unroll):
@@ -87,13 +88,13 @@ def apply_gradient(
 
 
 def jit_step(
-    step: Callable[..., Any],
+    step: Callable[[TrainState, BatchT], tuple[TrainState, Report]],
     model: Functional[Any],
     optimizer: Optimizer,
     mesh: Mesh | None,
     *,
     unroll: bool = False,
-) -> TrainStep:
+) -> TrainStep[BatchT]:
     """A step that uses up its state and leaves the new one in the same places."""
     options: dict[str, Any] = {"donate_argnums": 0}
     if mesh is not None:

@@ -22,8 +22,9 @@ from sa2jax.speech_config import (
     Token2WavConfig,
     VocoderConfig,
 )
+from sa2jax.train.networks.batches import SoundBatch
 from sa2jax.train.networks.model_io import STRUCTURES, save_detokenizer
-from sa2jax.train.networks.recognition import SoundBatch, letter_ids
+from sa2jax.train.networks.recognition import letter_ids
 from sa2jax.train.networks.step import TRACES, make_loss_step
 from sa2jax.train.optimizer import param_name
 from sa2jax.train.state import init_state

@@ -13,7 +13,7 @@ from sa2jax.train.corpus.plan import read_corpus
 from sa2jax.train.language.model_io import open_base_model
 from sa2jax.train.language.recipe import LanguageRecipe, read_language_recipe
 from sa2jax.train.language.task import optimizer_config
-from sa2jax.train.networks.recipes import FlowRecipe
+from sa2jax.train.networks.flow import FlowRecipe
 from sa2jax.train.networks.task import read_network_recipe
 from sa2jax.train.optimizer import make_optimizer
 from sa2jax.train.recipe import (

@@ -123,7 +123,7 @@ def make_language_step(
     loss_chunk: int = LOSS_CHUNK,
     grad_dtype: DTypeLike = jnp.float32,
     unroll: bool = False,
-) -> TrainStep:
+) -> TrainStep[LanguageBatch[Array]]:
     """The step of a model and an optimizer on a mesh.
 
     Only what the optimizer trains has gradients: with `lora.ONLY_LORA` the base is only read.

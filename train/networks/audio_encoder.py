@@ -30,11 +30,13 @@ from sa2jax.audio.features import log_mel, num_frames
 from sa2jax.config import AudioEncoderConfig
 from sa2jax.models.audio_encoder import AudioEncoder, encoder_length
 from sa2jax.nn import Functional, Params, Policy, functional, init_params
+from sa2jax.train.networks.batches import SoundBatch
+from sa2jax.train.networks.model_io import EncoderNetwork, open_audio_encoder
+from sa2jax.train.networks.recipes import NetworkRecipe
 from sa2jax.train.networks.recognition import (
     Augmentation,
     CTCHead,
     RecognitionOutput,
-    SoundBatch,
     augment_waveform,
     ctc_greedy_decode,
     ctc_loss,
@@ -42,6 +44,8 @@ from sa2jax.train.networks.recognition import (
     scale_conv_init,
     spec_augment,
 )
+from sa2jax.train.networks.speech_data import ClipConfig
+from sa2jax.train.networks.trainer import ClipTrainer
 
 FROZEN: Mapping[str, float] = {"model.positions": 0.0}  # rates: sinusoids stay what they are
 WAVELENGTH = 10_000.0  # longest of the sinusoids, over 2π
@@ -130,3 +134,40 @@ def audio_encoder_forward(
 
 
 audio_encoder_loss = loss_from_forward(audio_encoder_forward)
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioEncoderRecipe(NetworkRecipe):
+    """Of a model's audio encoder."""
+
+    kind = "audio_encoder"
+    data: ClipConfig
+    loss: AudioEncoderLossConfig = field(default_factory=AudioEncoderLossConfig)
+
+
+class AudioEncoderTrainer(ClipTrainer[EncoderNetwork, AudioEncoderRecipe]):
+    """How a model's audio encoder is trained."""
+
+    recipe = AudioEncoderRecipe
+    loss = staticmethod(audio_encoder_loss)
+    forward = staticmethod(audio_encoder_forward)
+
+    def open(self, folder: str, compute_dtype: str) -> EncoderNetwork:
+        """The network of a folder, without its numbers."""
+        return open_audio_encoder(folder, compute_dtype)
+
+    def model(
+        self, network: EncoderNetwork, recipe: AudioEncoderRecipe
+    ) -> Functional[AudioEncoderWithHeads]:
+        """The structure of the network and its heads."""
+        return audio_encoder_with_heads(network.cfg, network.policy)
+
+    def init_heads(self, network: EncoderNetwork, recipe: AudioEncoderRecipe) -> Params:
+        """Fresh numbers of the heads."""
+        return init_audio_encoder(network.cfg, seed=recipe.seed)["heads"]
+
+
+AUDIO_ENCODER_TRAINER = AudioEncoderTrainer()

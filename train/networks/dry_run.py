@@ -19,16 +19,16 @@ def dry_run_network(recipe: NetworkRecipe) -> DryRun:
         TrainError: if nothing would be trained, the detokenizer is not converted, or rows do not
             divide by the mesh.
     """
-    mesh, subject = mesh_from_spec(recipe.mesh), TRAINERS[recipe.kind]
-    network = subject.open(recipe.network.folder, recipe.network.compute_dtype)
-    optimizer, model = make_optimizer(recipe.optimizer), subject.model(network, recipe.data)
+    mesh, trainer = mesh_from_spec(recipe.mesh), TRAINERS[recipe.kind]
+    network = trainer.open(recipe.network.folder, recipe.network.compute_dtype)
+    optimizer, model = make_optimizer(recipe.optimizer), trainer.model(network, recipe)
     state = abstract_state(model, optimizer, mesh)
     rows = micro_batch_rows(recipe.data.rows, 0, mesh)
     step = make_loss_step(
-        subject.loss, model, optimizer, recipe.loss, mesh, seed=recipe.seed,
+        trainer.loss, model, optimizer, recipe.loss, mesh, seed=recipe.seed,
         unroll=recipe.unroll,
     )  # fmt: skip
-    memory = memory_per_device(step, state, subject.batch(network, recipe, mesh, rows))
-    units, unit = rows * subject.longest(recipe.data), f"{subject.unit} at most"
+    memory = memory_per_device(step, state, trainer.abstract_batch(network, recipe, mesh, rows))
+    units, unit = rows * trainer.longest_row(recipe), f"{trainer.unit} at most"
     groups = parameter_groups(recipe.optimizer, state)
     return DryRun(groups, describe_mesh(mesh), memory, units, recipe.optimizer.steps, unit)

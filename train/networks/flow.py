@@ -12,8 +12,8 @@ classifier-free guidance, and the beginning of a recording given as that of a pr
 heard chunk by chunk, so that a stream sounds like a whole reply (section 2.3 there).
 """
 
-from dataclasses import dataclass
-from typing import Any, Generic
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +26,14 @@ from sa2jax.models.flow import flow_model
 from sa2jax.models.flow.dit import EstimatorState
 from sa2jax.models.flow.flow_matching import Flow, start_noise
 from sa2jax.models.flow.upsample_conformer import ConformerState, chunk_mask
-from sa2jax.nn import ArrayT, Functional, Params, Policy, init_params, length_mask
+from sa2jax.nn import Functional, Params, Policy, init_params, length_mask
 from sa2jax.speech.token2wav import CHUNK
 from sa2jax.speech_config import FlowConfig
-from sa2jax.train.networks.step import abstract_network_batch
+from sa2jax.train.networks.batches import FlowBatch, abstract_flow_batch
+from sa2jax.train.networks.flow_data import FlowData, FlowDataConfig
+from sa2jax.train.networks.model_io import DetokenizerNetwork, open_detokenizer_network
+from sa2jax.train.networks.recipes import NetworkRecipe
+from sa2jax.train.networks.trainer import Measure, NetworkTrainer
 
 _MIN_CHUNK = 5  # codes of the shortest chunks; a reply begins after 0.2 s
 
@@ -71,24 +75,6 @@ class FlowLossConfig:
                 raise TrainError(f"{name}={getattr(self, name)}: expected a number from 0 to 1")
         if self.prior_weight < 0:
             raise TrainError(f"prior_weight={self.prior_weight}: expected a number of 0 or more")
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class FlowBatch(Generic[ArrayT]):
-    """Recordings of one padded length.
-
-    Attributes:
-        codes: codes (25 Hz), right-padded, [B, P].
-        mels: log-mel frames (50 Hz), `upsample` for each code, [B, upsample · P, M].
-        lengths: codes of each row, 0 for an empty one, [B].
-        speaker: speaker vectors, of any length, [B, C].
-    """
-
-    codes: Int[ArrayT, "B P"]
-    mels: Float[ArrayT, "B Q M"]
-    lengths: Int[ArrayT, "B"]
-    speaker: Float[ArrayT, "B C"]
 
 
 def flow_loss(
@@ -233,25 +219,52 @@ def _empty_estimator_state(net: Flow, rows: int) -> EstimatorState:
     return EstimatorState(empty.slot_order, empty.conv[:, :, :1], empty.kv[:, :, :, :1])
 
 
-# --- batches ------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
-def abstract_flow_batch(cfg: FlowConfig, mesh: Mesh | None, rows: int, codes: int) -> FlowBatch:
-    """A batch's shapes and places.
+@dataclass(frozen=True, kw_only=True)
+class FlowRecipe(NetworkRecipe):
+    """Of the flow; its parts are `table`, `speaker`, `encoder`, `to_mel` and `estimator`."""
 
-    Args:
-        cfg: the flow's sizes.
-        mesh: devices; None for one.
-        rows: of all devices together.
-        codes: of each row.
-    """
+    kind = "flow"
+    data: FlowDataConfig
+    loss: FlowLossConfig = field(default_factory=FlowLossConfig)
 
-    def make():
-        return FlowBatch(
-            codes=jnp.zeros((rows, codes), jnp.int32),
-            mels=jnp.zeros((rows, cfg.encoder.upsample * codes, cfg.mels), jnp.float32),
-            lengths=jnp.zeros(rows, jnp.int32),
-            speaker=jnp.zeros((rows, cfg.speaker), jnp.float32),
-        )
 
-    return abstract_network_batch(make, mesh)
+class FlowTrainer(NetworkTrainer[DetokenizerNetwork, FlowRecipe, FlowData]):
+    """How the flow is trained."""
+
+    recipe = FlowRecipe
+    loss = staticmethod(flow_loss)
+    unit = "codes"
+
+    def open(self, folder: str, compute_dtype: str) -> DetokenizerNetwork:
+        """The flow of a folder, without its numbers."""
+        return open_detokenizer_network("flow", folder, compute_dtype)
+
+    def open_data(
+        self,
+        network: DetokenizerNetwork,
+        recipe: FlowRecipe,
+        *,
+        seed: int,
+        training: FlowData | None = None,
+    ) -> FlowData:
+        """Recordings that were heard by the networks beside this flow."""
+        return FlowData(recipe.data, seed=seed, analysis=network.speech.analysis_hash)
+
+    def abstract_batch(
+        self, network: DetokenizerNetwork, recipe: FlowRecipe, mesh: Mesh | None, rows: int
+    ) -> FlowBatch:
+        """Shapes and places of a batch of the longest rows."""
+        return abstract_flow_batch(network.cfg, mesh, rows, self.longest_row(recipe))
+
+    def make_measure(
+        self, model: Functional[Flow], recipe: FlowRecipe, mesh: Mesh | None = None
+    ) -> Measure:
+        """The mean loss, of which no condition is dropped."""
+        whole = replace(recipe, loss=replace(recipe.loss, cfg_dropout=0.0))
+        return super().make_measure(model, whole, mesh)
+
+
+FLOW_TRAINER = FlowTrainer()

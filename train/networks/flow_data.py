@@ -41,7 +41,7 @@ from sa2jax.train.data.recordings import (
     write_samples,
 )
 from sa2jax.train.data.samples import Reject
-from sa2jax.train.networks.flow import FlowBatch
+from sa2jax.train.networks.batches import FlowBatch
 from sa2jax.train.networks.perturbation import perturb
 
 FORMAT = "flow 1"

@@ -1,7 +1,7 @@
-"""Recipes of single networks: everything that a training run of one depends on.
+"""Recipes of single networks: what those of all networks have, beside their `data` and `loss`.
 
-Of the detokenizer that is the flow, the vocoder, the speech tokenizer or the speaker encoder; of a
-model its audio encoder. What they are taught with: `task`.
+Each network's own recipe lies in its module: `flow`, `vocoder`, `speech_tokenizer`,
+`speaker_encoder`, `audio_encoder`.
 """
 
 import json
@@ -10,9 +10,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
 from sa2jax.errors import ConfigError
-from sa2jax.train.networks import audio_encoder, flow, speaker_encoder, speech_tokenizer, vocoder
-from sa2jax.train.networks.flow_data import FlowDataConfig
-from sa2jax.train.networks.speech_data import ClipConfig, CropConfig
 from sa2jax.train.optimizer import OptimizerConfig
 from sa2jax.train.recipe import Intervals
 
@@ -97,54 +94,3 @@ def folder_values(kind: str, folders: Sequence[str]) -> dict[str, Any]:
             f"{command}` makes one of many sources"
         )
     return {"data.folder": folders[0]}
-
-
-@dataclass(frozen=True, kw_only=True)
-class FlowRecipe(NetworkRecipe):
-    """Of the flow; its parts are `table`, `speaker`, `encoder`, `to_mel` and `estimator`."""
-
-    kind = "flow"
-    data: FlowDataConfig
-    loss: flow.FlowLossConfig = field(default_factory=flow.FlowLossConfig)
-
-
-@dataclass(frozen=True, kw_only=True)
-class VocoderRecipe(NetworkRecipe):
-    """Of the vocoder; its parts are `f0_predictor`, `merge`, `pre`, `stage0` …, `post`."""
-
-    kind = "vocoder"
-    data: CropConfig
-    loss: vocoder.VocoderLossConfig = field(default_factory=vocoder.VocoderLossConfig)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpeechTokenizerRecipe(NetworkRecipe):
-    """Of the speech tokenizer."""
-
-    kind = "speech_tokenizer"
-    data: ClipConfig
-    loss: speech_tokenizer.SpeechTokenizerLossConfig = field(
-        default_factory=speech_tokenizer.SpeechTokenizerLossConfig
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpeakerEncoderRecipe(NetworkRecipe):
-    """Of the speaker encoder."""
-
-    kind = "speaker_encoder"
-    data: ClipConfig
-    loss: speaker_encoder.SpeakerEncoderLossConfig = field(
-        default_factory=speaker_encoder.SpeakerEncoderLossConfig
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class AudioEncoderRecipe(NetworkRecipe):
-    """Of a model's audio encoder."""
-
-    kind = "audio_encoder"
-    data: ClipConfig
-    loss: audio_encoder.AudioEncoderLossConfig = field(
-        default_factory=audio_encoder.AudioEncoderLossConfig
-    )

@@ -10,19 +10,20 @@ network and of heads that only teach it:
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Generic, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from sa2jax.errors import TrainError
-from sa2jax.nn import ArrayT, Functional, Linear, Params, Policy, length_mask
-from sa2jax.train.networks.step import LossFunction, Report, abstract_network_batch
+from sa2jax.nn import Functional, Linear, Params, Policy, length_mask
+from sa2jax.train.networks.batches import SoundBatch
+from sa2jax.train.networks.step import LossFunction
+from sa2jax.train.state import Report
 
 LETTERS = " abcdefghijklmnopqrstuvwxyz'"  # ids from 1 on; 0 is CTC's blank
 SYMBOLS = len(LETTERS) + 1
@@ -31,26 +32,6 @@ SYMBOLS_PER_FRAME = (
 )
 CONV_GAIN = 3.0  # measured on speech: deviations of 1.0 and 1.9 behind the convolutions
 NOISE_TAPS = 8  # of the filter that colours noise
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class SoundBatch(Generic[ArrayT]):
-    """Clips of one padded length.
-
-    Attributes:
-        sound: samples in [-1, 1] at 16 kHz, right-padded, [B, N].
-        lengths: samples of each clip, 0 for an empty row, [B].
-        letters: what is said, see `letter_ids`, right-padded with 0, [B, U].
-        letter_counts: letters of each clip, [B].
-        speaker: number of the voice, [B].
-    """
-
-    sound: Float[ArrayT, "B N"]
-    lengths: Int[ArrayT, "B"]
-    letters: Int[ArrayT, "B U"]
-    letter_counts: Int[ArrayT, "B"]
-    speaker: Int[ArrayT, "B"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,7 +255,7 @@ class RecognitionOutput(NamedTuple):
     vectors: Float[Array, "B D"] | None = None
 
 
-def loss_from_forward(hear: Callable[..., RecognitionOutput]) -> LossFunction:
+def loss_from_forward(hear: Callable[..., RecognitionOutput]) -> LossFunction[Any]:
     """The loss, and what it reports, of a function that hears a batch: what a step makes small."""
 
     def loss(
@@ -288,28 +269,3 @@ def loss_from_forward(hear: Callable[..., RecognitionOutput]) -> LossFunction:
         return found.loss, found.report
 
     return loss
-
-
-# --- batches ----------------------------------------------------------------------------------
-
-
-def abstract_sound_batch(mesh: Mesh | None, rows: int, samples: int, letters: int) -> SoundBatch:
-    """A batch's shapes and places.
-
-    Args:
-        mesh: devices; None for one.
-        rows: of all devices together.
-        samples: of each row.
-        letters: of each row.
-    """
-
-    def make():
-        return SoundBatch(
-            sound=jnp.zeros((rows, samples), jnp.float32),
-            lengths=jnp.zeros(rows, jnp.int32),
-            letters=jnp.zeros((rows, letters), jnp.int32),
-            letter_counts=jnp.zeros(rows, jnp.int32),
-            speaker=jnp.zeros(rows, jnp.int32),
-        )
-
-    return abstract_network_batch(make, mesh)

@@ -25,6 +25,7 @@ use are then the same arithmetic, and no running means have to be carried along.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -38,14 +39,18 @@ from sa2jax.errors import TrainError
 from sa2jax.models.speaker_encoder import SpeakerEncoder
 from sa2jax.nn import Functional, Params, Policy, functional, init_params, param
 from sa2jax.speech_config import SpeakerEncoderConfig
+from sa2jax.train.networks.batches import SoundBatch
+from sa2jax.train.networks.model_io import DetokenizerNetwork, open_detokenizer_network
+from sa2jax.train.networks.recipes import NetworkRecipe
 from sa2jax.train.networks.recognition import (
     Augmentation,
     RecognitionOutput,
-    SoundBatch,
     augment_waveform,
     loss_from_forward,
     spec_augment,
 )
+from sa2jax.train.networks.speech_data import ClipConfig, read_speech_info
+from sa2jax.train.networks.trainer import ClipTrainer
 from sa2jax.train.optimizer import param_name
 
 # Rates of what is given, not learnt: statistics of norms, but for the mean of vectors, which is the
@@ -230,3 +235,47 @@ def speaker_similarity(
     same = speaker[:, None] == speaker
     mean = lambda which: jnp.sum(jnp.where(which, cosines, 0)) / jnp.maximum(which.sum(), 1)
     return SpeakerSimilarity(mean(pairs & same), mean(pairs & ~same))
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeakerEncoderRecipe(NetworkRecipe):
+    """Of the speaker encoder."""
+
+    kind = "speaker_encoder"
+    data: ClipConfig
+    loss: SpeakerEncoderLossConfig = field(default_factory=SpeakerEncoderLossConfig)
+
+
+class SpeakerEncoderTrainer(ClipTrainer[DetokenizerNetwork, SpeakerEncoderRecipe]):
+    """How the speaker encoder is trained."""
+
+    recipe = SpeakerEncoderRecipe
+    loss = staticmethod(speaker_encoder_loss)
+    forward = staticmethod(speaker_encoder_forward)
+
+    def open(self, folder: str, compute_dtype: str) -> DetokenizerNetwork:
+        """The network of a folder, without its numbers."""
+        return open_detokenizer_network("speaker_encoder", folder, compute_dtype)
+
+    def model(
+        self, network: DetokenizerNetwork, recipe: SpeakerEncoderRecipe
+    ) -> Functional[SpeakerEncoderWithHeads]:
+        """The structure of the network and its heads."""
+        speakers = _count_speakers(recipe.data)
+        return speaker_encoder_with_heads(network.cfg, network.policy, speakers=speakers)
+
+    def init_heads(self, network: DetokenizerNetwork, recipe: SpeakerEncoderRecipe) -> Params:
+        """Fresh numbers of the heads."""
+        speakers = _count_speakers(recipe.data)
+        return init_speaker_encoder(network.cfg, speakers=speakers, seed=recipe.seed)["heads"]
+
+
+def _count_speakers(config: ClipConfig) -> int:
+    """How many speakers a folder knows."""
+    return len(read_speech_info(Path(config.folder), SAMPLE_RATE)[0]["speakers"])
+
+
+SPEAKER_ENCODER_TRAINER = SpeakerEncoderTrainer()

@@ -37,9 +37,9 @@ from sa2jax.train.data.recordings import (
     write_samples,
 )
 from sa2jax.train.data.samples import Reject
+from sa2jax.train.networks.batches import VOCODER_MELS, SoundBatch, VocoderBatch
 from sa2jax.train.networks.flow_mels import FlowMelSynthesizer
-from sa2jax.train.networks.recognition import SoundBatch, letter_ids
-from sa2jax.train.networks.vocoder import MELS, VocoderBatch
+from sa2jax.train.networks.recognition import letter_ids
 
 FORMAT = "speech 1"
 # Samples of a frame: 10 ms for what hears, 20 ms for the vocoder.
@@ -401,7 +401,7 @@ class CropData(BucketData[VocoderBatch[np.ndarray]]):
         hop, rows = HOPS[SPEECH_SAMPLE_RATE], len(chosen)
         sound = np.zeros((rows, room * hop), np.float32)
         pitch, frames = np.full((rows, room), -1, np.float32), np.zeros(rows, np.int32)
-        mel = np.zeros((rows, room, MELS), np.float32) if self.about.get("mel") else None
+        mel = np.zeros((rows, room, VOCODER_MELS), np.float32) if self.about.get("mel") else None
         for row, piece in enumerate(chosen):
             if piece < 0:
                 continue

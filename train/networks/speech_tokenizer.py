@@ -41,12 +41,14 @@ from sa2jax.nn import (
     stack,
 )
 from sa2jax.speech_config import SpeechTokenizerConfig
+from sa2jax.train.networks.batches import SoundBatch
+from sa2jax.train.networks.model_io import DetokenizerNetwork, open_detokenizer_network
+from sa2jax.train.networks.recipes import NetworkRecipe
 from sa2jax.train.networks.recognition import (
     Augmentation,
     CTCHead,
     CTCLogits,
     RecognitionOutput,
-    SoundBatch,
     augment_waveform,
     ctc_greedy_decode,
     ctc_loss,
@@ -54,6 +56,8 @@ from sa2jax.train.networks.recognition import (
     scale_conv_init,
     spec_augment,
 )
+from sa2jax.train.networks.speech_data import ClipConfig
+from sa2jax.train.networks.trainer import ClipTrainer
 
 FRAMES = 4  # mel frames (100 Hz) of a code (25 Hz)
 
@@ -298,3 +302,44 @@ def codebook_usage(codes: Int[np.ndarray, "N"]) -> dict[str, float]:
         "codes": float(len(counts)),
         "perplexity": float(np.exp(-(share * np.log(share)).sum())),
     }
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeechTokenizerRecipe(NetworkRecipe):
+    """Of the speech tokenizer."""
+
+    kind = "speech_tokenizer"
+    data: ClipConfig
+    loss: SpeechTokenizerLossConfig = field(default_factory=SpeechTokenizerLossConfig)
+
+
+class SpeechTokenizerTrainer(ClipTrainer[DetokenizerNetwork, SpeechTokenizerRecipe]):
+    """How the speech tokenizer is trained."""
+
+    recipe = SpeechTokenizerRecipe
+    loss = staticmethod(speech_tokenizer_loss)
+    forward = staticmethod(speech_tokenizer_forward)
+
+    def open(self, folder: str, compute_dtype: str) -> DetokenizerNetwork:
+        """The network of a folder, without its numbers."""
+        return open_detokenizer_network("speech_tokenizer", folder, compute_dtype)
+
+    def model(
+        self, network: DetokenizerNetwork, recipe: SpeechTokenizerRecipe
+    ) -> Functional[SpeechTokenizerWithHeads]:
+        """The structure of the network and its heads."""
+        return speech_tokenizer_with_heads(network.cfg, network.policy)
+
+    def init_heads(self, network: DetokenizerNetwork, recipe: SpeechTokenizerRecipe) -> Params:
+        """Fresh numbers of the heads."""
+        return init_speech_tokenizer(network.cfg, seed=recipe.seed)["heads"]
+
+    def code_metrics(self, codes: Int[np.ndarray, "N"]) -> dict[str, float]:
+        """How much of the codebook is used."""
+        return codebook_usage(codes)
+
+
+SPEECH_TOKENIZER_TRAINER = SpeechTokenizerTrainer()

@@ -21,17 +21,19 @@ from jaxtyping import Array, Float
 from sa2jax.nn import Functional, Params
 from sa2jax.sharding import sharding_of, use_mesh, with_shardings
 from sa2jax.train.optimizer import Optimizer, combine
-from sa2jax.train.state import TrainState, TrainStep, apply_gradient, jit_step
+from sa2jax.train.state import Report, TrainState, TrainStep, apply_gradient, jit_step
 
 TRACES: Counter[str] = Counter()  # how often steps and evaluations have been traced
 
 BatchT = TypeVar("BatchT")
-Report = dict[str, Float[Array, ""]]
-LossFunction = Callable[..., tuple[Float[Array, ""], Report]]
+# Of a structure, parameters, a batch, a key, and how is taught.
+LossFunction = Callable[
+    [Functional[Any], Params, BatchT, Array, Any], tuple[Float[Array, ""], Report]
+]
 
 
 def make_loss_step(
-    loss: LossFunction,
+    loss: LossFunction[BatchT],
     model: Functional[Any],
     optimizer: Optimizer,
     config: Any = None,
@@ -39,7 +41,7 @@ def make_loss_step(
     *,
     seed: int = 0,
     unroll: bool = False,
-) -> TrainStep:
+) -> TrainStep[BatchT]:
     """The step of a loss: `state, report = step(state, batch)`; see `train.state`.
 
     What is drawn depends on the seed and on `state.step`, so a run that goes on from a checkpoint
@@ -57,7 +59,7 @@ def make_loss_step(
     """
     places = None if mesh is None else optimizer.partition(model.shardings(mesh))[0]
 
-    def step(state: TrainState, batch: Any):
+    def step(state: TrainState, batch: BatchT) -> tuple[TrainState, Report]:
         TRACES["step"] += 1
         trained, frozen = optimizer.partition(state.params)
         key = jax.random.fold_in(jax.random.key(seed), state.step)

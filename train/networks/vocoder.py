@@ -15,24 +15,31 @@ source is mostly made from the recording's own pitch, so that the network behind
 from the mistakes of a pitch predictor that is still bad.
 """
 
-from dataclasses import dataclass
-from typing import Generic
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from sa2jax.audio import mel_24k
 from sa2jax.errors import TrainError
 from sa2jax.models.vocoder import Vocoder, vocoder
-from sa2jax.nn import ArrayT, Functional, Params, Policy, init_params, length_mask
+from sa2jax.nn import Functional, Params, Policy, init_params, length_mask
 from sa2jax.speech_config import VocoderConfig
-from sa2jax.train.networks.step import abstract_network_batch
+from sa2jax.train.networks.batches import (
+    VOCODER_HOP,
+    VOCODER_MELS,
+    VocoderBatch,
+    abstract_vocoder_batch,
+)
+from sa2jax.train.networks.model_io import DetokenizerNetwork, open_detokenizer_network
+from sa2jax.train.networks.recipes import NetworkRecipe
+from sa2jax.train.networks.speech_data import CropConfig, CropData
 from sa2jax.train.networks.stft_loss import masked_mean, multi_resolution_stft_loss
+from sa2jax.train.networks.trainer import NetworkTrainer
 
-HOP, MELS = 480, 80  # samples and bands of a mel frame
 # Layers that are given mel frames. These have a mean far from 0, so an update moves all of them at
 # once: a tenth of the usual rate learns faster.
 FIRST_LAYERS = ("pre", "f0_predictor.conv0")
@@ -83,25 +90,6 @@ class VocoderLossConfig:
             raise TrainError(
                 f"teacher_forcing_prob={self.teacher_forcing_prob}: expected a number from 0 to 1"
             )
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class VocoderBatch(Generic[ArrayT]):
-    """Recordings, or pieces of recordings, of one padded length.
-
-    Attributes:
-        sound: samples at 24 kHz, right-padded, [B, 480 · T].
-        f0: pitch in Hz in the middle of each mel frame (20 ms), 0 where there is none, −1 where it
-            is not known, [B, T].
-        frames: mel frames of each row, 0 for an empty one, [B].
-        mel: log-mel frames that the vocoder hears, [B, T, M]; None for those of the sound.
-    """
-
-    sound: Float[ArrayT, "B N"]
-    f0: Float[ArrayT, "B T"]
-    frames: Int[ArrayT, "B"]
-    mel: Float[ArrayT, "B T M"] | None = None
 
 
 def init_vocoder(
@@ -155,17 +143,18 @@ def vocoder_loss(
     """
     config = VocoderLossConfig() if config is None else config
     net = model.bind(params)
-    if (net.cfg.samples, net.cfg.mels) != (HOP, MELS):
+    if (net.cfg.samples, net.cfg.mels) != (VOCODER_HOP, VOCODER_MELS):
         raise TrainError(
             f"the vocoder makes {net.cfg.samples} samples of {net.cfg.mels} mel bands: expected "
-            f"{HOP} of {MELS}, as audio.mel_24k has them"
+            f"{VOCODER_HOP} of {VOCODER_MELS}, as audio.mel_24k has them"
         )
     frames, room = batch.frames, batch.f0.shape[1]
     valid = length_mask(frames, room)  # [B, T]
-    sound = jnp.where(length_mask(frames * HOP, room * HOP), batch.sound.astype(jnp.float32), 0)
+    own = length_mask(frames * VOCODER_HOP, room * VOCODER_HOP)
+    sound = jnp.where(own, batch.sound.astype(jnp.float32), 0)
 
     with jax.named_scope("hear"):
-        true = mel_24k(sound, frames * HOP).swapaxes(1, 2)  # [B, T, M]
+        true = mel_24k(sound, frames * VOCODER_HOP).swapaxes(1, 2)  # [B, T, M]
         mel = true if batch.mel is None else batch.mel
     with jax.named_scope("f0"):
         found = net.f0(mel, frames)
@@ -187,9 +176,9 @@ def vocoder_loss(
         first = jnp.full_like(frames, config.edge_frames)
         last = frames - config.edge_frames
         convergence, magnitude = multi_resolution_stft_loss(
-            made, sound, first * HOP, last * HOP, config.resolutions
+            made, sound, first * VOCODER_HOP, last * VOCODER_HOP, config.resolutions
         )
-        again = mel_24k(made, frames * HOP).swapaxes(1, 2)
+        again = mel_24k(made, frames * VOCODER_HOP).swapaxes(1, 2)
         judged = length_mask(last, room) & ~length_mask(first, room)
         timbre = masked_mean(jnp.mean(jnp.abs(again - true), -1), judged.astype(jnp.float32))
         loss = config.convergence_weight * convergence + config.magnitude_weight * magnitude
@@ -211,23 +200,48 @@ def _random_draws(key: Array, rows: int, share: float) -> tuple[Bool[Array, "B"]
     return jax.vmap(jax.random.uniform)(keys[:, 0]) < share, keys[:, 1]
 
 
-# --- batches ------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
-def abstract_vocoder_batch(mesh: Mesh | None, rows: int, frames: int) -> VocoderBatch:
-    """A batch's shapes and places.
+@dataclass(frozen=True, kw_only=True)
+class VocoderRecipe(NetworkRecipe):
+    """Of the vocoder; its parts are `f0_predictor`, `merge`, `pre`, `stage0` …, `post`."""
 
-    Args:
-        mesh: devices; None for one.
-        rows: of all devices together.
-        frames: mel frames of each row.
-    """
+    kind = "vocoder"
+    data: CropConfig
+    loss: VocoderLossConfig = field(default_factory=VocoderLossConfig)
 
-    def make():
-        return VocoderBatch(
-            sound=jnp.zeros((rows, HOP * frames), jnp.float32),
-            f0=jnp.zeros((rows, frames), jnp.float32),
-            frames=jnp.zeros(rows, jnp.int32),
-        )
 
-    return abstract_network_batch(make, mesh)
+class VocoderTrainer(NetworkTrainer[DetokenizerNetwork, VocoderRecipe, CropData]):
+    """How the vocoder is trained."""
+
+    recipe = VocoderRecipe
+    loss = staticmethod(vocoder_loss)
+
+    def open(self, folder: str, compute_dtype: str) -> DetokenizerNetwork:
+        """The vocoder of a folder, without its numbers."""
+        return open_detokenizer_network("vocoder", folder, compute_dtype)
+
+    def open_data(
+        self,
+        network: DetokenizerNetwork,
+        recipe: VocoderRecipe,
+        *,
+        seed: int,
+        training: CropData | None = None,
+    ) -> CropData:
+        """Pieces of clips."""
+        return CropData(recipe.data, seed=seed)
+
+    def abstract_batch(
+        self, network: DetokenizerNetwork, recipe: VocoderRecipe, mesh: Mesh | None, rows: int
+    ) -> VocoderBatch:
+        """Shapes and places of a batch of whole pieces."""
+        return abstract_vocoder_batch(mesh, rows, self.longest_row(recipe))
+
+    def longest_row(self, recipe: VocoderRecipe) -> int:
+        """Frames of a piece."""
+        return recipe.data.crop
+
+
+VOCODER_TRAINER = VocoderTrainer()

@@ -17,7 +17,8 @@ from sa2jax.errors import TrainError
 from sa2jax.models.flow import FlowOptions, VoicePrompt
 from sa2jax.models.flow.flow_matching import flow_model, start_noise, unstack_flow
 from sa2jax.models.flow.upsample_conformer import ConformerState, chunk_mask
-from sa2jax.train.networks.flow import FlowBatch, FlowLossConfig, _chunks, _random_draws, flow_loss
+from sa2jax.train.networks.batches import FlowBatch
+from sa2jax.train.networks.flow import FlowLossConfig, _chunks, _random_draws, flow_loss
 from sa2jax.train.networks.step import TRACES, make_loss_step, place_network_batch
 from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
 from sa2jax.train.state import init_state
@@ -318,7 +319,8 @@ SHARDED = """
     from pathlib import Path
     from helpers.recorded_flow import RecordedFlow
     from sa2jax.sharding import make_mesh
-    from sa2jax.train.networks.flow import FlowBatch, flow_loss
+    from sa2jax.train.networks.batches import FlowBatch
+    from sa2jax.train.networks.flow import flow_loss
     from sa2jax.train.networks.step import make_loss_step, place_network_batch
     from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
     from sa2jax.train.state import init_state

@@ -14,7 +14,8 @@ from sa2jax import audio
 from sa2jax.errors import DataError, Sa2jaxError
 from sa2jax.speech.store import SpeechFolder
 from sa2jax.train.networks import flow_data
-from sa2jax.train.networks.flow import FlowBatch, flow_loss
+from sa2jax.train.networks.batches import FlowBatch
+from sa2jax.train.networks.flow import flow_loss
 from sa2jax.train.networks.flow_data import FlowData, FlowDataConfig, prepare_flow
 
 

@@ -10,12 +10,11 @@ import pytest
 from jax import jit
 
 from sa2jax.errors import TrainError
+from sa2jax.train.networks.batches import SoundBatch, abstract_sound_batch
 from sa2jax.train.networks.recognition import (
     LETTERS,
     SYMBOLS,
     Augmentation,
-    SoundBatch,
-    abstract_sound_batch,
     augment_waveform,
     ctc_greedy_decode,
     ctc_loss,

@@ -140,7 +140,7 @@ def leaves(params) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.slow
 def test_a_run(kind, home, model, clips):
-    expected, subject, plan = KINDS[kind], TRAINERS[kind], recipe(kind, home, model)
+    expected, trainer, plan = KINDS[kind], TRAINERS[kind], recipe(kind, home, model)
 
     # --- what it reports
     whole = train_network(plan, home / kind, quiet=True)
@@ -155,14 +155,14 @@ def test_a_run(kind, home, model, clips):
         assert 1 <= found["perplexity"] <= found["codes"] <= 24
 
     # --- what it leaves
-    source, made = subject.open(str(model), "float32"), whole.results["model"]
+    source, made = trainer.open(str(model), "float32"), whole.results["model"]
     old, new = (leaves(checkpoint.load_params(folder)) for folder in (source.folder, made))
     assert old.keys() == new.keys()
     for name, leaf in old.items():
         assert (leaf.shape, leaf.dtype) == (new[name].shape, new[name].dtype)
         learnt = name.startswith(expected.part) and not name.startswith(expected.stays)
         assert np.array_equal(leaf, new[name]) != learnt, name
-    again = leaves(subject.open(str(made), "float32").load_params(None))
+    again = leaves(trainer.open(str(made), "float32").load_params(None))
     for name, leaf in again.items():
         np.testing.assert_array_equal(leaf, new[expected.part + name], err_msg=name)
 

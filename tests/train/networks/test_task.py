@@ -10,9 +10,10 @@ from sa2jax import checkpoint, testing
 from sa2jax.errors import CheckpointError, TrainError
 from sa2jax.speech.store import SpeechFolder
 from sa2jax.speech.voices import Voice
+from sa2jax.train.networks.flow import FlowRecipe
 from sa2jax.train.networks.flow_data import FlowDataConfig
 from sa2jax.train.networks.model_io import open_detokenizer_network
-from sa2jax.train.networks.recipes import FlowRecipe, NetworkSpec
+from sa2jax.train.networks.recipes import NetworkSpec
 from sa2jax.train.networks.task import make_network_task
 
 

@@ -18,6 +18,7 @@ from jax import jit
 from sa2jax import audio
 from sa2jax.errors import TrainError
 from sa2jax.models.vocoder import vocoder
+from sa2jax.train.networks.batches import VocoderBatch, abstract_vocoder_batch
 from sa2jax.train.networks.step import (
     TRACES,
     make_loss_evaluation,
@@ -26,9 +27,7 @@ from sa2jax.train.networks.step import (
 )
 from sa2jax.train.networks.vocoder import (
     FIRST_LAYERS,
-    VocoderBatch,
     VocoderLossConfig,
-    abstract_vocoder_batch,
     init_vocoder,
     vocoder_loss,
 )
