@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 from rich.console import Console
@@ -111,6 +111,22 @@ class TrainingLog:
         self.print(f"step {step}/{self.steps}  {shown}")
 
 
+class RunCounts(NamedTuple):
+    """What a run has done so far.
+
+    Attributes:
+        steps: updates.
+        tokens: learnt from, of all hosts.
+        audio_seconds: of sound, of all hosts.
+        data_wait_seconds: that this host has waited for data.
+    """
+
+    steps: int
+    tokens: int
+    audio_seconds: float
+    data_wait_seconds: float
+
+
 class Meter:
     """How fast a run is, and how full its rows are, between two lines of its log.
 
@@ -124,39 +140,40 @@ class Meter:
         self, flops: tuple[float, float], peak: float, room: tuple[float, float] = (0.0, 0.0)
     ):
         self._flops, self._peak, self._room = flops, peak, room
-        self._mark: tuple[float, ...] | None = None
+        self._mark: tuple[float, RunCounts] | None = None
 
-    def measure(self, steps: int, tokens: int, heard: float, waited: float) -> dict[str, float]:
-        """Rates since the last reading; none at the first.
+    def skip(self, now: RunCounts) -> None:
+        """Begin anew here: what was done since the last reading is in no rate."""
+        self._mark = time.perf_counter(), now
 
-        Args:
-            steps: done so far.
-            tokens: learnt from so far, of all hosts.
-            heard: seconds of sound so far, of all hosts.
-            waited: seconds that this host has waited for data so far.
-        """
-        now = (time.perf_counter(), steps, tokens, heard, waited)
-        before, self._mark = self._mark, now
-        if before is None:
+    def measure(self, now: RunCounts) -> dict[str, float]:
+        """Rates since the last reading, or the last `skip`; none at the first."""
+        mark = self._mark
+        self._mark = time.perf_counter(), now
+        if mark is None:
             return {}
-        seconds, steps_, tokens_, heard_, waited_ = (
-            b - a for a, b in zip(before, now, strict=True)
+        began, before = mark
+        seconds = self._mark[0] - began
+        done = RunCounts(
+            now.steps - before.steps,
+            now.tokens - before.tokens,
+            now.audio_seconds - before.audio_seconds,
+            now.data_wait_seconds - before.data_wait_seconds,
         )
-        if seconds <= 0 or not steps_:
+        if seconds <= 0 or not done.steps:
             return {}
         rates = {
-            "step_seconds": seconds / steps_,
-            "tokens_per_second": tokens_ / seconds,
-            "audio_hours_per_second": heard_ / 3600 / seconds,
-            "data_wait_fraction": waited_ / seconds,
+            "step_seconds": seconds / done.steps,
+            "tokens_per_second": done.tokens / seconds,
+            "audio_hours_per_second": done.audio_seconds / 3600 / seconds,
+            "data_wait_fraction": done.data_wait_seconds / seconds,
         }
-        for name, used, room in zip(
-            ("token_utilization", "audio_utilization"), (tokens_, heard_), self._room, strict=True
-        ):
+        used = ("token_utilization", done.tokens), ("audio_utilization", done.audio_seconds)
+        for (name, amount), room in zip(used, self._room, strict=True):
             if room:
-                rates[name] = used / steps_ / room
+                rates[name] = amount / done.steps / room
         if self._peak:
-            work = self._flops[0] * tokens_ + self._flops[1] * heard_
+            work = self._flops[0] * done.tokens + self._flops[1] * done.audio_seconds
             rates["mfu"] = work / seconds / self._peak
         return rates
 

@@ -30,7 +30,7 @@ from sa2jax.errors import Sa2jaxError, TrainError
 from sa2jax.nn import Params
 from sa2jax.sharding import batch_axis_size, default_axis, make_mesh
 from sa2jax.train.checkpoints import Checkpoints
-from sa2jax.train.log import Meter, TrainingLog, plot_curves
+from sa2jax.train.log import Meter, RunCounts, TrainingLog, plot_curves
 from sa2jax.train.optimizer import Optimizer
 from sa2jax.train.recipe import Intervals, differences
 from sa2jax.train.state import TrainState
@@ -192,11 +192,11 @@ def run_training(
             halt = any_host(stop()) if logged or jax.process_count() == 1 else False
             if logged or halt:
                 metrics, window = _mean_metrics(window), []
-                log.write_metrics(now, metrics | _speed(task, now))
+                log.write_metrics(now, metrics | task.meter.measure(_run_counts(task, now)))
             every = intervals.evaluate_every or steps
             if task.evaluate is not None and now % every == 0 and now < steps:
                 log.write_metrics(now, task.evaluate(state))
-                _speed(task, now)  # what this took is not training's
+                task.meter.skip(_run_counts(task, now))  # what this took is not training's
             if now % intervals.save_every == 0 or halt:
                 saved.save(now, task.optimizer, state, data.state())
             if halt:
@@ -207,7 +207,7 @@ def run_training(
         finished = not halt
         if window:  # the data ended between two lines
             metrics = _mean_metrics(window)
-            log.write_metrics(last, metrics | _speed(task, last))
+            log.write_metrics(last, metrics | task.meter.measure(_run_counts(task, last)))
         if finished:
             if task.evaluate is not None and last > done:
                 found = task.evaluate(state)
@@ -333,10 +333,10 @@ def _require_same_run(path: Path, metadata: Mapping[str, Any]) -> None:
         )
 
 
-def _speed(task: TrainingTask, now: int) -> dict[str, float]:
+def _run_counts(task: TrainingTask, steps: int) -> RunCounts:
     data = task.data
-    return task.meter.measure(
-        now,
+    return RunCounts(
+        steps,
         data.tokens * task.data_shards,
         data.audio_seconds * task.data_shards,
         data.data_wait_seconds,

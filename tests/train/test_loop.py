@@ -23,7 +23,7 @@ from sa2jax.train.language.model_io import open_base_model
 from sa2jax.train.language.peft import load_adapter
 from sa2jax.train.language.recipe import Evaluation, ModelSpec
 from sa2jax.train.language.task import optimizer_config, train_language_model
-from sa2jax.train.log import Meter, read_metrics, training_flops
+from sa2jax.train.log import Meter, RunCounts, read_metrics, training_flops
 from sa2jax.train.optimizer import make_optimizer
 from sa2jax.train.recipe import Intervals
 from sa2jax.train.state import abstract_state
@@ -279,13 +279,24 @@ def test_flops_and_rates():
     assert second == 2 * 50 * e.layers * (4 * 16 * 16 + 2 * 16 * 64)
     assert training_flops(cfg, base_trained=False, encoder_trained=False)[0] == 4 * matrices
     meter = Meter((token, second), peak=1e12, room=(160, 0))
-    assert meter.measure(1, 100, 1.0, 0.0) == {}
-    rates = meter.measure(3, 300, 3.0, 0.0)
+    assert meter.measure(RunCounts(1, 100, 1.0, 0.0)) == {}
+    rates = meter.measure(RunCounts(3, 300, 3.0, 0.0))
     seconds = 2 * rates["step_seconds"]
     assert rates["tokens_per_second"] == pytest.approx(200 / seconds)
     assert rates["mfu"] == pytest.approx((200 * token + 2 * second) / seconds / 1e12)
     assert rates["token_utilization"] == pytest.approx(100 / 160)
     assert "audio_utilization" not in rates
+
+
+def test_a_meter_leaves_out_what_is_skipped():
+    meter = Meter((0.0, 0.0), peak=0.0, room=(100, 0))
+    meter.measure(RunCounts(1, 100, 0.0, 0.0))
+    meter.skip(RunCounts(2, 1000, 0.0, 0.0))
+    rates = meter.measure(RunCounts(4, 1100, 0.0, 0.0))
+    assert rates["token_utilization"] == pytest.approx(50 / 100)
+    assert rates["tokens_per_second"] == pytest.approx(50 / rates["step_seconds"])
+    meter.skip(RunCounts(4, 1100, 0.0, 0.0))
+    assert meter.measure(RunCounts(4, 1100, 0.0, 0.0)) == {}
 
 
 def test_a_cut_line_of_metrics_does_not_count(tmp_path):
