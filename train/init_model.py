@@ -70,14 +70,10 @@ def init_model(
         save_files(scratch, describe(codes, merges=words))
         base = open_base_model(ModelSpec(preset=preset, tokenizer=scratch))
         with atomic_io.new_folder(out, overwrite=overwrite) as folder:
-            whole = folder / "model"
             params = base.load_params(None, seed)
             encoder = init_audio_encoder(cfg.audio_encoder, seed=seed)["model"]
-            base.save(params | {"audio_encoder": encoder}, whole)
-            save_detokenizer(whole / SPEECH, speech, init_networks(speech, seed))
-            for path in list(whole.iterdir()):
-                path.rename(folder / path.name)
-            whole.rmdir()
+            base.write_into(folder, params | {"audio_encoder": encoder})
+            save_detokenizer(folder / SPEECH, speech, init_networks(speech, seed))
     return out
 
 

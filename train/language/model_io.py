@@ -1,7 +1,7 @@
 """Where a training run begins and what it leaves: model folders in and out.
 
-base = open_base_model(recipe.model, recipe.lora, mesh)   # shapes only
-params = base.load(mesh, seed)                      # numbers, LoRA's included
+base = open_base_model(recipe.model, recipe.lora)   # shapes only
+params = base.load_params(mesh, seed)               # numbers, LoRA's included
 base.save(params, "runs/talk/model")                # a folder that `from_pretrained` takes
 """
 
@@ -151,6 +151,22 @@ class BaseModel:
             CheckpointError: if the folder cannot be made.
             TrainError: if low-rank matrices would have to be merged into int8 ones.
         """
+        with _shared_folder(out, overwrite) as folder:
+            self.write_into(folder, params)
+            if jax.process_index() == 0:
+                _copy_voices(Path(out), folder)
+
+    def write_into(self, folder: Path, params: Params) -> None:
+        """Write what a model folder has into a folder that is there; all hosts call it.
+
+        Args:
+            folder: such as `atomic_io.new_folder` gives.
+            params: as trained; low-rank matrices are merged.
+
+        Raises:
+            CheckpointError: if the folder cannot be written.
+            TrainError: if low-rank matrices would have to be merged into int8 ones.
+        """
         dtype = self._stored_dtype()
         cast = jax.jit(lambda leaf: leaf.astype(dtype))
         floating = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)
@@ -158,11 +174,9 @@ class BaseModel:
             lambda leaf: cast(leaf) if floating(leaf) and leaf.dtype != dtype else leaf,
             self.merged(params),
         )
-        with _shared_folder(out, overwrite) as folder:
-            checkpoint.save_params(folder / checkpoint.PARAMS, params)
-            if jax.process_index() == 0:
-                self._write_side_files(folder, dtype)
-                _copy_voices(Path(out), folder)
+        checkpoint.save_params(folder / checkpoint.PARAMS, params)
+        if jax.process_index() == 0:
+            self._write_side_files(folder, dtype)
 
     def with_adapter(
         self, folder: str | Path, mesh: Mesh | None = None
