@@ -1,5 +1,8 @@
 """Batches of samples of like length, in an order that depends on a seed alone.
 
+Data of single networks: prepared folders of clips, in batches of like length. The language model
+has another system, samples in shards that are packed into rows: `data.samples`, `language.data`.
+
 What a sample is, and how a batch is made of some, says a subclass; see `flow_data` and
 `speech_data`. The order is planned an epoch at a time, so a place in it is two numbers.
 """

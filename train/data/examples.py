@@ -1,5 +1,8 @@
 r"""Examples: samples as the tokens that are learnt, exactly as a conversation would build them.
 
+Data of the language model: samples in shards, packed into rows (`language.data`). Single networks
+have another system, prepared folders of clips in batches of like length: `data.recordings`.
+
     example = make_example(sample, tokenizer, cfg, prompt_style="chat", loss_weights={"text": 1.0,
     ...})
 

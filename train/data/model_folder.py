@@ -1,4 +1,8 @@
-"""The model folder that data is prepared for: its mel bands, tokenizer and speech tokenizer."""
+"""The model folder that data is prepared for: its mel bands, tokenizer and speech tokenizer.
+
+Data of the language model: samples in shards, packed into rows (`language.data`). Single networks
+have another system, prepared folders of clips in batches of like length: `data.recordings`.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path

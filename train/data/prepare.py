@@ -1,5 +1,8 @@
 """Records and recordings become shards that training reads at once.
 
+Data of the language model: samples in shards, packed into rows (`language.data`). Single networks
+have another system, prepared folders of clips in batches of like length: `data.recordings`.
+
     about = prepare_dataset(["talks.jsonl"], "ready", PrepareConfig(model="mini"))
 
 Recordings become log-mel frames, spoken answers audio codes, in the order of the records. What

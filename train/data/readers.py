@@ -1,7 +1,10 @@
 """Who reads recordings for `sa2jax data prepare`: libsndfile here, or tensorflow-io elsewhere.
 
+Data of the language model: samples in shards, packed into rows (`language.data`). Single networks
+have another system, prepared folders of clips in batches of like length: `data.recordings`.
+
 tensorflow-io cannot be installed beside jax, so it runs in an environment of its own, as a process
-that is asked for one file after another (train/tfio_reader.py). It opens what libsndfile does not,
+that is asked for one file after another (`tfio_reader`). It opens what libsndfile does not,
 URLs such as gs:// and TFRecord files; resampling and features are this library's either way.
 """
 

@@ -1,5 +1,8 @@
 """Lists of recordings, and folders of one ArrayRecord file made of them.
 
+Data of single networks: prepared folders of clips, in batches of like length. The language model
+has another system, samples in shards that are packed into rows: `data.samples`, `language.data`.
+
 What the networks of the detokenizer learn from is kept alike: see `flow_data` and `speech_data`.
 
     OUT/samples.array_record   each record one sample, safetensors

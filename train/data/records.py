@@ -1,5 +1,8 @@
 """Training data as users have it: one line of jsonl, checked, before anything is read for it.
 
+Data of the language model: samples in shards, packed into rows (`language.data`). Single networks
+have another system, prepared folders of clips in batches of like length: `data.recordings`.
+
 The format is ms-swift's: `messages` with roles and text, `<audio>` where a clip goes, the clips'
 files in `audios`. One key is this library's own: an assistant's message may have `speech`, what it
 sounds like, as a recording or as audio codes.

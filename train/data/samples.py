@@ -1,5 +1,8 @@
 """Samples: records together with their sound, from jsonl files or from prepared shards.
 
+Data of the language model: samples in shards, packed into rows (`language.data`). Single networks
+have another system, prepared folders of clips in batches of like length: `data.recordings`.
+
     source = open_source("talks.jsonl")  # or a folder of them, or one of `sa2jax data prepare`
     sample = source[3]  # a Sample, or a Reject that says what is wrong with it
 

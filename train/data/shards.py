@@ -1,5 +1,8 @@
 """Shards: how prepared samples are written, counted and drawn.
 
+Data of the language model: samples in shards, packed into rows (`language.data`). Single networks
+have another system, prepared folders of clips in batches of like length: `data.recordings`.
+
 OUT/samples-00000.array_record …   each record one sample, see `samples.encode_sample`
 OUT/dataset.json                   how many there are, what is in them, their SHA-256
 """

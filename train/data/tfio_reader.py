@@ -1,5 +1,8 @@
 """Reads recordings with tensorflow-io, as a process of its own in an environment of its own.
 
+Data of the language model: samples in shards, packed into rows (`language.data`). Single networks
+have another system, prepared folders of clips in batches of like length: `data.recordings`.
+
     /path/to/tfio/bin/python tfio_reader.py
 
 It imports TensorFlow, tensorflow-io and numpy, never sa2jax or jax, and answers on standard output

@@ -1,5 +1,8 @@
 """The data of a training: from files to batches, in an order that can be gone back to exactly.
 
+Data of the language model: samples in shards, packed into rows. Single networks have another
+system, prepared folders of clips in batches of like length: `data.recordings`.
+
     data = make_language_data(DataConfig(sources={"talks": 1.0}, rows=8), tokenizer, cfg, seed=0)
     for batch in data:
         state, report = step(state, place_batch(batch, mesh))

@@ -1,4 +1,8 @@
-"""Configuration of the language model's training data: sources, row sizes and packing."""
+"""Configuration of the language model's training data: sources, row sizes and packing.
+
+Data of the language model: samples in shards, packed into rows (`language.data`). Single networks
+have another system, prepared folders of clips in batches of like length: `data.recordings`.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,5 +1,8 @@
 """Packing: many examples in few rows of one size, each whole, and nothing lost by an interruption.
 
+Data of the language model: samples in shards, packed into rows (`language.data`). Single networks
+have another system, prepared folders of clips in batches of like length: `data.recordings`.
+
 Two things have to fit. An example of T+1 tokens takes T positions of a row (each predicts the next
 token), and each chunk it hears takes a stretch of one of the row's W mel rows:
 

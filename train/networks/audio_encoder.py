@@ -7,10 +7,10 @@
             learning_rate=2e-3, steps=1500, weight_decay=0.01, learning_rate_overrides=FROZEN
         )
     )
-    step = make_loss_step(encoder_loss, model, optimizer)
+    step = make_loss_step(audio_encoder_loss, model, optimizer)
     state = init_state(model, optimizer, None, params)
     state, report = step(state, batch)
-    language = language_params | {"audio_encoder": network(state.params)}
+    language = language_params | {"audio_encoder": network_params(state.params)}
 
 Step-Audio 2 (arXiv 2507.16632, section 2) takes its encoder from a trained recogniser and keeps it
 frozen. One from scratch has to learn what speech is first: a linear head spells from the features

@@ -1,9 +1,12 @@
 """Recordings for fine-tuning the detokenizer: heard once, kept, and given out in padded batches.
 
+Data of single networks: prepared folders of clips, in batches of like length. The language model
+has another system, samples in shards that are packed into rows: `data.samples`, `language.data`.
+
     prepare_flow(["speech/", "more.jsonl"], "ready", "step-audio-2-mini")
     data = FlowData(FlowDataConfig(folder="ready", rows=8), seed=0)
     for batch in data:
-        state, report = step(state, place_rows(batch, mesh))
+        state, report = step(state, place_network_batch(batch, mesh))
 
 A recording becomes its audio codes, its mel frames (24 kHz, 50 Hz, two a code) and a speaker
 vector, all as `Voice.from_wav` hears them. A line of a .jsonl file is `{"audio": "a.wav"}`, with

@@ -1,7 +1,10 @@
 """Mel frames as a flow makes them of a recording's codes: what a vocoder hears at run time.
 
+Data of single networks: prepared folders of clips, in batches of like length. The language model
+has another system, samples in shards that are packed into rows: `data.samples`, `language.data`.
+
     maker = FlowMelSynthesizer("runs/flow/model")
-    mels = maker.make([sound], [maker.speaker_in("a.wav")])
+    mels = maker.synthesize([sound], [maker.speaker_vector("a.wav")])
 
 A flow that has not learnt everything leaves fine lines of the spectrum out, pitch among them. A
 vocoder that knows true mel frames alone whispers then; one that has heard the flow's does not.

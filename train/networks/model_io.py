@@ -1,7 +1,7 @@
 """The detokenizer's networks, one at a time: where training begins, and what it leaves.
 
 network = open_detokenizer_network("flow", "mini")
-params = network.load(mesh)
+params = network.load_params(mesh)
 network.save(params, "runs/anna/model")   # a whole detokenizer: the others are as they were
 """
 

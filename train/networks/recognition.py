@@ -2,8 +2,8 @@
 
 Batches hold sound. Each step disturbs it anew, computes the network's own front-end on the device,
 hides bands and moments (SpecAugment, arXiv 1904.08779), and compares letters by CTC (Graves et al.,
-ICML 2006). `tokenizer`, `encoder` and `speaker` say what is learnt; parameters are those of a
-network and of heads that only teach it:
+ICML 2006). `speech_tokenizer`, `audio_encoder` and `speaker_encoder` say what is learnt;
+parameters are those of a network and of heads that only teach it:
 
     params = {"model": ..., "heads": ...}     # `network_params(params)` is what a user gets
 """

@@ -7,10 +7,10 @@
             learning_rate=2e-3, warmup_steps=50, steps=600, learning_rate_overrides=FROZEN
         )
     )
-    step = make_loss_step(speaker_loss, model, optimizer)
+    step = make_loss_step(speaker_encoder_loss, model, optimizer)
     state = init_state(model, optimizer, None, params)
     state, report = step(state, batch)
-    vectors = speaker_encoder(config).bind(network(state.params))(fbank, frames)
+    vectors = speaker_encoder(config).bind(network_params(state.params))(fbank, frames)
 
 Source: CAM++ (arXiv 2303.00332), here with a softmax of additive margin (AM-softmax, arXiv
 1801.05599): a clip's cosine with its own voice has to win by a margin. What is drawn: loudness,

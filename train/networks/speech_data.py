@@ -1,5 +1,8 @@
 """Recordings for the networks that hear and the vocoder: prepared once, given out in batches.
 
+Data of single networks: prepared folders of clips, in batches of like length. The language model
+has another system, samples in shards that are packed into rows: `data.samples`, `language.data`.
+
     prepare_speech(["speech.jsonl"], "ready/16k", rate=16_000)
     data = ClipData(ClipConfig(folder="ready/16k", rows=16), seed=0)     # whole clips
     prepare_speech(["speech.jsonl"], "ready/24k", rate=24_000, pitch=True)

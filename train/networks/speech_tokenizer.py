@@ -3,10 +3,10 @@
     model = speech_tokenizer_with_heads(config)
     params = init_speech_tokenizer(config)
     optimizer = make_optimizer(OptimizerConfig(learning_rate=2e-3, steps=1500))
-    step = make_loss_step(tokenizer_loss, model, optimizer)
+    step = make_loss_step(speech_tokenizer_loss, model, optimizer)
     state = init_state(model, optimizer, None, params)
     state, report = step(state, batch)
-    codes = speech_tokenizer(config).bind(network(state.params))
+    codes = speech_tokenizer(config).bind(network_params(state.params))
 
 Source: CosyVoice 2 (arXiv 2412.10117), section 2.2: finite scalar quantization (arXiv 2309.15505)
 inside a speech recogniser, with gradients that pass the rounding unchanged. There the recogniser's
