@@ -70,7 +70,7 @@ class StagesResult:
     @property
     def progress(self) -> str:
         """How many stages are done."""
-        return f"{len(self.done)} stages"
+        return f"{len(self.done)} stage{'s' * (len(self.done) != 1)}"
 
     @property
     def results(self) -> Mapping[str, Path]:

@@ -15,7 +15,7 @@ from flax import nnx
 
 from sa2jax.errors import ConfigError
 from sa2jax.nn import functional, init_params, param
-from sa2jax.train import loop
+from sa2jax.train import loop, stages
 from sa2jax.train.dry_run import DryRun, memory_per_device, parameter_groups
 from sa2jax.train.kinds import KINDS, LOOP_OPTIONS, TrainingKind, find_kind, option_key
 from sa2jax.train.log import Meter, read_metrics
@@ -185,6 +185,22 @@ def test_stages_take_few_options(refused, tmp_path):
     assert "takes no --data, --steps, --profile, --dry-run; expected --fresh at most" in error
 
 
+def test_stages_run_and_stop(run, tmp_path, monkeypatch):
+    file, codes = tmp_path / "all.yaml", {"show": stages.INTERRUPTED}
+    file.write_text("kind: stages\nstages: {first: data show one, second: init show}\n")
+    monkeypatch.setattr(stages, "_run_command", lambda words: codes.get(words[-1], 0))
+    words = "train", "--config", file, "--out", tmp_path / "run"
+    code, said, log = run(*words)
+    assert (code, said) == (130, "")
+    assert "stage 1 of 2, first: sa2jax data show one" in log
+    assert log.endswith("stopped after 1 stage: the same command goes on\n")
+    codes.clear()
+    code, said, _ = run(*words, "--json")
+    assert code == 0
+    found = json.loads(said)
+    assert (list(found["done"]), found["finished"]) == (["first", "second"], True)
+
+
 # --- the table ------------------------------------------------------------------------------------
 
 
@@ -194,14 +210,14 @@ def test_every_kind_can_be_had(name):
     if name in TRAINERS:
         assert kind.recipe.kind == name
     assert kind.options.keys() <= {"model", "data", "steps", "mesh"}
-    if name != "stages":
-        values = kind.option_values({"model": Path("m"), "steps": 4, "mesh": "data=2"})
-        assert {"m", 4, "data=2"} <= set(values.values())
-        assert kind.dry_run is not None
+    given = {"model": Path("m"), "steps": 4, "mesh": "data=2"}
+    given = {option: value for option, value in given.items() if option in kind.options}
+    values = kind.option_values(given)
+    assert {str(value) for value in given.values()} <= {str(value) for value in values.values()}
 
 
 def test_networks_and_the_language_model_are_in_the_table():
-    assert {DEFAULT_KIND, "stages", *TRAINERS} == set(KINDS)
+    assert {DEFAULT_KIND, *TRAINERS} <= set(KINDS)
 
 
 def test_values_of_options():

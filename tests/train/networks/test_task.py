@@ -14,7 +14,8 @@ from sa2jax.train.networks.flow import FlowRecipe
 from sa2jax.train.networks.flow_data import FlowDataConfig
 from sa2jax.train.networks.model_io import open_detokenizer_network
 from sa2jax.train.networks.recipes import NetworkSpec
-from sa2jax.train.networks.task import make_network_task
+from sa2jax.train.networks.task import TRAINERS, make_network_task
+from sa2jax.train.recipe import build_config
 
 
 @pytest.fixture
@@ -99,3 +100,22 @@ def test_several_processes_are_refused(converted_detokenizer, tmp_path, monkeypa
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(TrainError, match="2 processes: a single network is trained by one"):
         make_network_task(recipe, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "unit"),
+    [
+        ("flow", {"buckets": [20, 50]}, "codes"),
+        ("vocoder", {"crop": 50}, "frames"),
+        ("speech_tokenizer", {"buckets": [20, 50]}, "frames"),
+        ("speaker_encoder", {"buckets": [20, 50]}, "frames"),
+    ],
+)
+def test_a_trainer_knows_its_network_and_the_longest_rows(converted_detokenizer, kind, data, unit):
+    trainer, folder = TRAINERS[kind], str(converted_detokenizer)
+    values = {"network": {"folder": folder}, "data": {"folder": "none", **data}}
+    recipe = build_config(trainer.recipe, values, "small")
+    network = trainer.open(folder, "float32")
+    assert (network.name, trainer.unit, trainer.longest_row(recipe)) == (kind, unit, 50)
+    leaves = jax.tree.leaves(trainer.abstract_batch(network, recipe, None, 3))
+    assert {leaf.shape[0] for leaf in leaves} == {3}
