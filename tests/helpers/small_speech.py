@@ -12,6 +12,7 @@ import numpy as np
 import soundfile
 from jax import jit
 
+from sa2jax.models.flow import flow_model
 from sa2jax.nn import Policy
 from sa2jax.speech_config import (
     ConformerConfig,
@@ -59,18 +60,30 @@ SPEAKER = replace(
 )
 
 
-def small_networks(cfg: Token2WavConfig = SPEAKER) -> dict[str, Any]:
-    """Random numbers for every network of a detokenizer."""
+def small_networks(cfg: Token2WavConfig = SPEAKER, scale: float = 0.1) -> dict[str, Any]:
+    """Random numbers of this scale for every network of a detokenizer."""
     rng = np.random.default_rng(0)
 
     def numbers(path, leaf):
         middle = param_name(path).endswith(("scale", "variance"))
-        return (middle + 0.1 * rng.standard_normal(leaf.shape)).astype(np.float32)
+        return (middle + scale * rng.standard_normal(leaf.shape)).astype(np.float32)
 
     return {
         name: jax.tree.map_with_path(numbers, make(getattr(cfg, name), Policy()).abstract)
         for name, make in STRUCTURES.items()
     }
+
+
+class SmallFlow:
+    """The smallest flow, with random numbers; the estimator's output is not 0."""
+
+    def __init__(self) -> None:
+        self.cfg = SMALL.flow
+        self.model = flow_model(self.cfg)
+        self.params = small_networks(SMALL, 0.4)["flow"]
+
+    def codes(self, seed: int, count: int) -> np.ndarray:
+        return np.random.default_rng(seed).integers(0, self.cfg.codes, (1, count))
 
 
 def save_networks(folder: Path, cfg: Token2WavConfig = SMALL) -> Path:
