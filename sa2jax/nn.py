@@ -32,7 +32,7 @@ ArrayT = TypeVar("ArrayT", Array, np.ndarray)
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """Which dtype a number has where.
+    """Which dtype a number has where, and what computes attention.
 
     Attributes:
         param: dtype of stored parameters.
@@ -41,6 +41,8 @@ class Policy:
             float32 scale for each output, see `quantize`.
         head: dtype of the matrix that makes logits, by default that of the other matrices.
         cache: dtype of cached keys and values, by default that of activations; int8 likewise.
+        attention: what computes the decoder's attention, a name of
+            `attention.dispatch.IMPLEMENTATIONS`; by default chosen by platform and shapes.
     Norms, softmax, rotary angles and losses are always float32.
     """
 
@@ -49,6 +51,7 @@ class Policy:
     kernel: DTypeLike | None = None
     head: DTypeLike | None = None
     cache: DTypeLike | None = None
+    attention: str | None = None
 
     @property
     def of_head(self) -> "Policy":
