@@ -28,6 +28,7 @@ Params = dict[Any, Any]
 Remat = Literal["full", "dots"]
 Padding = Literal["same", "causal", "none"]
 M = TypeVar("M", bound=nnx.Module)
+ModelT = TypeVar("ModelT", covariant=True)
 ArrayT = TypeVar("ArrayT", Array, np.ndarray)
 """Arrays of a batch: `Array` on devices, `np.ndarray` as the host made them."""
 
@@ -68,7 +69,7 @@ class Policy:
 
 
 @dataclass(frozen=True)
-class Functional(Generic[M]):
+class Functional(Generic[ModelT]):
     """A model without its numbers: what `jax.jit` may close over.
 
     Attributes:
@@ -81,7 +82,7 @@ class Functional(Generic[M]):
     abstract: Params
     axes: Params
 
-    def bind(self, params: Params) -> M:
+    def bind(self, params: Params) -> ModelT:
         """The module with these parameters; cheap, meant to be called inside a traced function."""
         return nnx.merge(self.graphdef, params)
 

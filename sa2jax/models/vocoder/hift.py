@@ -11,9 +11,9 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from sa2jax.models.vocoder_signal import (
+from sa2jax.models.vocoder.signal import (
     RowMask,
     apply_mask,
     istft,
@@ -22,6 +22,7 @@ from sa2jax.models.vocoder_signal import (
     sine_squared,
     stft,
 )
+from sa2jax.models.vocoder.stream import HiFTState, vocoder_state, vocoder_step
 from sa2jax.nn import Conv, Functional, Linear, Policy, conv, functional, length_mask, param, tap
 from sa2jax.speech_config import VocoderConfig
 
@@ -29,10 +30,10 @@ MAX_MAGNITUDE = 100.0
 LAST_SLOPE = 0.01  # of the leaky relu before the last convolution
 
 
-def vocoder(cfg: VocoderConfig, policy: Policy | None = None) -> Functional["Vocoder"]:
+def vocoder(cfg: VocoderConfig, policy: Policy | None = None) -> Functional["HiFT"]:
     """The vocoder of these sizes, without its numbers."""
     policy = policy or Policy()
-    return functional(lambda: Vocoder(cfg, policy=policy, rngs=nnx.Rngs(0)))
+    return functional(lambda: HiFT(cfg, policy=policy, rngs=nnx.Rngs(0)))
 
 
 class Upsample(nnx.Module):
@@ -166,8 +167,8 @@ class F0Predictor(nnx.Module):
         return jnp.abs(self.out(x)[..., 0].astype(jnp.float32))
 
 
-class Vocoder(nnx.Module):
-    """Mel frames to a waveform."""
+class HiFT(nnx.Module):
+    """Mel frames to a waveform; a `Vocoder`."""
 
     def __init__(self, cfg: VocoderConfig, *, policy: Policy, rngs: nnx.Rngs):
         self.cfg, self.policy = cfg, policy
@@ -218,6 +219,27 @@ class Vocoder(nnx.Module):
                 source = jnp.concatenate([head, source[:, size:]], axis=1)
             tap(trace, "source", source)
         return self.decode(mel, source, frames, trace=trace), source
+
+    def start(
+        self, rows: int = 1, key: Key[Array, ""] | Key[Array, "B"] | None = None
+    ) -> HiFTState:
+        """Streams that have not begun, see `vocoder_state`."""
+        return vocoder_state(self.cfg, rows, key)
+
+    def step(
+        self,
+        state: HiFTState,
+        mel: Float[Array, "B T M"],
+        frames: Int[Array, "B"] | None = None,
+        *,
+        last: bool | Bool[Array, "B"] = False,
+        noise: Float[Array, "B N H"] | None = None,
+        equal_gain: bool = False,
+    ) -> tuple[HiFTState, Float[Array, "B N"], Int[Array, "B"]]:
+        """Advance every stream by one chunk of mel frames, see `vocoder_step`."""
+        return vocoder_step(
+            self, self.cfg, state, mel, frames, last=last, noise=noise, equal_gain=equal_gain
+        )
 
     def f0(
         self, mel: Float[Array, "B T M"], frames: Int[Array, "B"] | None = None
