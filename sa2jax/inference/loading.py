@@ -14,8 +14,8 @@ from sa2jax.attention.dispatch import check_implementation
 from sa2jax.checkpoint import Progress
 from sa2jax.config import StepAudio2Config
 from sa2jax.errors import CheckpointError, ConfigError
+from sa2jax.families import family_of, read_config
 from sa2jax.models.heads import loading_shardings, pad_heads_for_mesh, pad_params_for_mesh
-from sa2jax.models.step_audio import step_audio2
 from sa2jax.nn import Params, Policy
 from sa2jax.runtime import default_dtype
 from sa2jax.sharding import make_mesh, with_shardings
@@ -31,7 +31,7 @@ class LoadedModel:
         cfg: its config, as the checkpoint has it.
         policy: its dtypes.
         params: its parameters, layers stacked, as
-            `step_audio2(pad_heads_for_mesh(cfg, mesh), policy)` takes them.
+            `family_of(cfg).model(pad_heads_for_mesh(cfg, mesh), policy)` takes them.
         mesh: what they are spread over.
     """
 
@@ -106,13 +106,14 @@ def load_language_model(
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"no folder {folder}: expected a model folder")
-    cfg = StepAudio2Config.from_hf(folder)
+    cfg = read_config(folder)
     policy = resolve_policy(
         dtype, stored=stored_int8(folder), int8_cache=int8_cache, attention=attention
     )
     mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
     wide = pad_heads_for_mesh(cfg, mesh)
-    narrow, model = step_audio2(cfg, policy), step_audio2(wide, policy)
+    make = family_of(cfg).model
+    narrow, model = make(cfg, policy), make(wide, policy)
     like = narrow.abstract
     if mesh is not None:
         like = with_shardings(like, loading_shardings(narrow, model, mesh))

@@ -21,6 +21,7 @@ from sa2jax.chat.tool_schema import TIMEOUT
 from sa2jax.chat.toolbox import Toolbox
 from sa2jax.checkpoint import Progress
 from sa2jax.errors import PromptError
+from sa2jax.families import family_of
 from sa2jax.inference.loading import load_language_model
 from sa2jax.inference.requests import GenerationConfig
 from sa2jax.pipeline.conversation import Chat, Overflow
@@ -85,8 +86,9 @@ class StepAudio2(Tasks):
             progress=progress,
         )
         home = folder if speech is None else speech
+        special = family_of(found.cfg).special_tokens
         return cls(
-            found.cfg, found.params, lambda: Tokenizer.from_folder(tokenizer or folder),
+            found.cfg, found.params, lambda: Tokenizer.from_folder(tokenizer or folder, special),
             speech=home if isinstance(home, Speech)
             else lambda: Speech.from_pretrained(home, mesh=found.mesh),
             policy=found.policy, mesh=found.mesh, prompt_style=prompt_style, batch_size=batch_size,
