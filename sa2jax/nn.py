@@ -355,8 +355,7 @@ class Conv(nnx.Module):
         self.groups, self.policy = groups, policy
         shape = (*taps, inputs // groups, outputs)
         scale = math.prod(shape[:-1]) ** -0.5
-        axes = (None,) * len(shape)
-        self.kernel = param(rngs, shape, axes, dtype=policy.param, scale=scale)
+        self.kernel = param(rngs, shape, (None,) * len(shape), dtype=policy.param, scale=scale)
         self.bias = (
             param(rngs, (outputs,), (None,), dtype=policy.param, scale=0.02) if bias else None
         )

@@ -64,9 +64,12 @@ def test_the_table():
 
 @pytest.mark.parametrize(
     ("raw", "named"),
-    [({"architectures": ["Qwen2ForCausalLM"]}, "['Qwen2ForCausalLM']"),
-     ({"model_type": "qwen2"}, "['qwen2']"), ({}, "[None]")],
-)  # fmt: skip
+    [
+        ({"architectures": ["Qwen2ForCausalLM"]}, "['Qwen2ForCausalLM']"),
+        ({"model_type": "qwen2"}, "['qwen2']"),
+        ({}, "[None]"),
+    ],
+)
 def test_an_unknown_architecture_is_refused_with_the_known_ones(raw, named):
     with pytest.raises(ConfigError) as error:
         read_config(raw)

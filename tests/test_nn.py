@@ -32,12 +32,18 @@ def written_out(x, net, stride, dilation, before, after, groups):
 
 @pytest.mark.parametrize(
     ("options", "ends"),
-    [({"kernel": 3}, (1, 1)), ({"kernel": 5, "dilation": 2}, (4, 4)),
-     ({"kernel": 3, "stride": 2}, (1, 1)), ({"kernel": 3, "padding": "causal"}, (2, 0)),
-     ({"kernel": 3, "dilation": 3, "padding": "causal"}, (6, 0)),
-     ({"kernel": 4, "padding": "none"}, (0, 0)), ({"kernel": 6, "stride": 3, "padding": 1}, (1, 1)),
-     ({"kernel": 3, "groups": 2}, (1, 1)), ({"kernel": 3, "groups": 4, "bias": False}, (1, 1))],
-)  # fmt: skip
+    [
+        ({"kernel": 3}, (1, 1)),
+        ({"kernel": 5, "dilation": 2}, (4, 4)),
+        ({"kernel": 3, "stride": 2}, (1, 1)),
+        ({"kernel": 3, "padding": "causal"}, (2, 0)),
+        ({"kernel": 3, "dilation": 3, "padding": "causal"}, (6, 0)),
+        ({"kernel": 4, "padding": "none"}, (0, 0)),
+        ({"kernel": 6, "stride": 3, "padding": 1}, (1, 1)),
+        ({"kernel": 3, "groups": 2}, (1, 1)),
+        ({"kernel": 3, "groups": 4, "bias": False}, (1, 1)),
+    ],
+)
 def test_sums(options, ends):
     net = make(4, 8, **options)
     x = np.asarray(jax.random.normal(jax.random.key(1), (2, 13, 4)))
@@ -80,9 +86,11 @@ def test_parameters():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"groups": 3}, "3 groups: expected a divisor of 4 and 8"),
-     ({"padding": "valid"}, "padding 'valid': expected same, causal, none or a number")],
-)  # fmt: skip
+    [
+        ({"groups": 3}, "3 groups: expected a divisor of 4 and 8"),
+        ({"padding": "valid"}, "padding 'valid': expected same, causal, none or a number"),
+    ],
+)
 def test_refused(options, message):
     with pytest.raises(ConfigError) as error:
         make(4, 8, kernel=3, **options)

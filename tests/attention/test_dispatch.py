@@ -64,10 +64,12 @@ def test_a_name_is_what_computes_and_the_default_of_a_cpu_is_per_head(implementa
 
 @pytest.mark.parametrize(
     ("implementation", "message"),
-    [("flash", "attention 'flash': expected one of cudnn, decode, per_head, splash, xla"),
-     ("splash", "attention 'splash' runs on tpu, not on cpu"),
-     ("cudnn", "attention 'cudnn' runs on gpu, not on cpu")],
-)  # fmt: skip
+    [
+        ("flash", "attention 'flash': expected one of cudnn, decode, per_head, splash, xla"),
+        ("splash", "attention 'splash' runs on tpu, not on cpu"),
+        ("cudnn", "attention 'cudnn' runs on gpu, not on cpu"),
+    ],
+)
 def test_a_name_that_cannot_be_had_is_refused_in_one_line(implementation, message):
     for refused in (
         lambda: attention(Q, K, V, CAUSAL, implementation=implementation),
