@@ -20,6 +20,7 @@ from sa2jax import testing
 from sa2jax.config import AudioEncoderConfig, DecoderConfig, StepAudio2Config
 from sa2jax.convert.hf import load_hf
 from sa2jax.convert.verify import compare_logits
+from sa2jax.families import family_of, read_config
 from sa2jax.inference.engine import Engine
 from sa2jax.inference.requests import Request
 from sa2jax.models.step_audio import step_audio2
@@ -72,7 +73,7 @@ def trained():
 
 def untrained(folder):
     """A checkpoint of random weights, and random prompts."""
-    cfg = StepAudio2Config.from_hf(folder)
+    cfg = read_config(folder)
     rng = np.random.default_rng(0)
     prompts = [Request(rng.integers(0, cfg.decoder.vocab, 400).astype(np.int32)) for _ in range(4)]
     return cfg, load_hf(folder, dtype=np.float32), prompts
@@ -81,7 +82,7 @@ def untrained(folder):
 def logits(cfg, params, prompts, **kinds):
     compute = jnp.bfloat16 if kinds else jnp.float32
     own = {name: kind for name, kind in kinds.items() if name != "compute"}
-    model = step_audio2(cfg, Policy(param=compute, compute=compute, **own))
+    model = family_of(cfg).model(cfg, Policy(param=compute, compute=compute, **own))
     if own:
         params = quantize_params(params, model.abstract)
     else:

@@ -20,7 +20,6 @@ from sa2jax.checkpoint import Progress
 from sa2jax.config import StepAudio2Config
 from sa2jax.convert import token2wav
 from sa2jax.convert import tokenizer as tokenizers
-from sa2jax.convert.rules import Rule, Split, Transpose, rule
 from sa2jax.convert.transfer import (
     Report,
     StoredTensors,
@@ -44,77 +43,23 @@ from sa2jax.convert.weights import (
     write_safetensors,
 )
 from sa2jax.errors import CheckpointError
-from sa2jax.models.step_audio import step_audio2
+from sa2jax.families import family_of, read_config
 from sa2jax.nn import Policy
 from sa2jax.quantize import quantized_leaves, scale_of
 
 SPEECH = token2wav.KIND
 
 
-def llm_rules(cfg: StepAudio2Config) -> list[Rule]:
-    """The table for encoder, adapter and decoder: released name, our leaf, what happens between."""
-    d, e = cfg.decoder, cfg.audio_encoder
-    q, kv, heads = (d.heads, d.head_dim), (d.kv_heads, d.head_dim), (e.heads, e.head_dim)
-    conv = Transpose(2, 1, 0)  # torch keeps [out, in, time]
-    dec, hf_dec = "decoder.layers", "model.layers.{layer}"
-    enc, hf_enc = "audio_encoder.layers", "encoder.blocks.{layer}"
-    return [
-        rule("model.embed_tokens.weight", "decoder.table"),
-        rule(f"{hf_dec}.input_layernorm.weight", f"{dec}.attn_norm.scale"),
-        rule(f"{hf_dec}.self_attn.q_proj.weight", f"{dec}.attn.q.kernel", Split(0, q)),
-        rule(f"{hf_dec}.self_attn.q_proj.bias", f"{dec}.attn.q.bias", Split(0, q)),
-        rule(f"{hf_dec}.self_attn.k_proj.weight", f"{dec}.attn.k.kernel", Split(0, kv)),
-        rule(f"{hf_dec}.self_attn.k_proj.bias", f"{dec}.attn.k.bias", Split(0, kv)),
-        rule(f"{hf_dec}.self_attn.v_proj.weight", f"{dec}.attn.v.kernel", Split(0, kv)),
-        rule(f"{hf_dec}.self_attn.v_proj.bias", f"{dec}.attn.v.bias", Split(0, kv)),
-        rule(f"{hf_dec}.self_attn.o_proj.weight", f"{dec}.attn.o.kernel"),
-        rule(f"{hf_dec}.post_attention_layernorm.weight", f"{dec}.mlp_norm.scale"),
-        rule(f"{hf_dec}.mlp.gate_proj.weight", f"{dec}.mlp.gate.kernel"),
-        rule(f"{hf_dec}.mlp.up_proj.weight", f"{dec}.mlp.up.kernel"),
-        rule(f"{hf_dec}.mlp.down_proj.weight", f"{dec}.mlp.down.kernel"),
-        rule("model.norm.weight", "decoder.norm.scale"),
-        rule("lm_head.weight", "decoder.head.kernel"),
-        rule("encoder.conv1.weight", "audio_encoder.conv1.kernel", conv),
-        rule("encoder.conv1.bias", "audio_encoder.conv1.bias"),
-        rule("encoder.conv2.weight", "audio_encoder.conv2.kernel", conv),
-        rule("encoder.conv2.bias", "audio_encoder.conv2.bias"),
-        rule("encoder.positional_embedding.weight", "audio_encoder.positions"),
-        rule(f"{hf_enc}.attn_ln.weight", f"{enc}.attn_norm.scale"),
-        rule(f"{hf_enc}.attn_ln.bias", f"{enc}.attn_norm.bias"),
-        rule(f"{hf_enc}.attn.query.weight", f"{enc}.attn.q.kernel", Split(0, heads)),
-        rule(f"{hf_enc}.attn.query.bias", f"{enc}.attn.q.bias", Split(0, heads)),
-        rule(f"{hf_enc}.attn.key.weight", f"{enc}.attn.k.kernel", Split(0, heads)),
-        rule(f"{hf_enc}.attn.value.weight", f"{enc}.attn.v.kernel", Split(0, heads)),
-        rule(f"{hf_enc}.attn.value.bias", f"{enc}.attn.v.bias", Split(0, heads)),
-        rule(f"{hf_enc}.attn.out.weight", f"{enc}.attn.o.kernel"),
-        rule(f"{hf_enc}.attn.out.bias", f"{enc}.attn.o.bias"),
-        rule(f"{hf_enc}.mlp_ln.weight", f"{enc}.mlp_norm.scale"),
-        rule(f"{hf_enc}.mlp_ln.bias", f"{enc}.mlp_norm.bias"),
-        rule(f"{hf_enc}.mlp.0.weight", f"{enc}.mlp.up.kernel"),
-        rule(f"{hf_enc}.mlp.0.bias", f"{enc}.mlp.up.bias"),
-        rule(f"{hf_enc}.mlp.2.weight", f"{enc}.mlp.down.kernel"),
-        rule(f"{hf_enc}.mlp.2.bias", f"{enc}.mlp.down.bias"),
-        rule("encoder.after_norm.weight", "audio_encoder.norm.scale"),
-        rule("encoder.after_norm.bias", "audio_encoder.norm.bias"),
-        rule("adapter.conv.weight", "adapter.conv.kernel", conv),
-        rule("adapter.conv.bias", "adapter.conv.bias"),
-        rule("adapter.linear1.weight", "adapter.up.kernel"),
-        rule("adapter.linear1.bias", "adapter.up.bias"),
-        rule("adapter.linear2.weight", "adapter.down.kernel"),
-        rule("adapter.linear2.bias", "adapter.down.bias"),
-    ]
-
-
 def leaf_shapes(cfg: StepAudio2Config) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter of a model by dotted path; nothing is allocated."""
-    leaves = checkpoint.flatten(step_audio2(cfg).abstract)
+    leaves = checkpoint.flatten(family_of(cfg).model(cfg).abstract)
     return {name: tuple(leaf.shape) for name, leaf in leaves.items()}
 
 
 def int8_kernels(cfg: StepAudio2Config, *, float_head: bool = False) -> list[str]:
     """The leaves that `dtype="int8"` quantizes."""
     policy = Policy(kernel=np.int8, head=np.float32 if float_head else None)
-    return quantized_leaves(checkpoint.flatten(step_audio2(cfg, policy).abstract))
+    return quantized_leaves(checkpoint.flatten(family_of(cfg).model(cfg, policy).abstract))
 
 
 def convert(
@@ -161,7 +106,7 @@ def convert(
     if token2wav.is_standalone(source):
         done = token2wav.convert(source, out, overwrite=overwrite, progress=progress)
         return replace(done, notes=(*done.notes, *_kept(cast)))
-    cfg = StepAudio2Config.from_hf(source)
+    cfg = read_config(source)
     found = tokenizers.find_tokenizer(source, tokenizer, cfg)
     speaks = token2wav.is_official(source / SPEECH)
     with SafetensorsFolder(source) as weights:
@@ -315,7 +260,7 @@ class ModelFolder(StoredTensors):
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         info = checkpoint.read_info(folder)
-        cfg = StepAudio2Config.from_hf(folder)
+        cfg = read_config(folder)
         leaves = checkpoint.open_leaves(folder)
         shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
         int8_info = info.get("int8")
@@ -324,13 +269,13 @@ class ModelFolder(StoredTensors):
             kernels = int8_kernels(cfg, float_head=not int8_info["head"])
             wanted |= {scale_of(name): wanted[name][:-1] for name in kernels}
         checkpoint.require_fit(folder, shapes, wanted)
-        super().__init__(leaves, llm_rules(cfg))
+        super().__init__(leaves, family_of(cfg).rules(cfg))
         self.source_dtypes = unpack_dtypes(info.get("source_dtypes"), self.tensors)
 
 
 def _plan(folder: Path, weights: SafetensorsFolder, cast: np.dtype | None) -> TransferPlan:
-    cfg = StepAudio2Config.from_hf(folder)
-    return make_plan(llm_rules(cfg), weights, leaf_shapes(cfg), str(folder), cast=cast)
+    cfg = read_config(folder)
+    return make_plan(family_of(cfg).rules(cfg), weights, leaf_shapes(cfg), str(folder), cast=cast)
 
 
 def _own(

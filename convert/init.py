@@ -28,7 +28,7 @@ from sa2jax.convert.extend_tokenizer import (
     read_vocab,
     write_json,
 )
-from sa2jax.convert.hf import leaf_shapes, llm_rules
+from sa2jax.convert.hf import leaf_shapes
 from sa2jax.convert.rules import Rule, Split, Transpose, expand, rule
 from sa2jax.convert.transfer import (
     Report,
@@ -42,6 +42,7 @@ from sa2jax.convert.transfer import (
 )
 from sa2jax.convert.weights import SafetensorsFolder, TensorInfo, Weights, parse_dtype
 from sa2jax.errors import CheckpointError, ConfigError
+from sa2jax.families import family_of
 
 VOCAB = 158720  # rows of the released table
 CONTEXT = 16384  # tokens of the released context
@@ -323,7 +324,7 @@ def _plans(
 ) -> list[TransferPlan]:
     """What goes where from which source; all that is wrong with any is said at once."""
     plans, problems = [], []
-    shapes, rules = leaf_shapes(cfg), llm_rules(cfg)
+    shapes, rules = leaf_shapes(cfg), family_of(cfg).rules(cfg)
     drawn = expand(rules, {n: s for n, s in shapes.items() if n.startswith("adapter.")})
     dtype = np.dtype(cfg.dtype)
     fresh = _RandomWeights({p.sources[0]: TensorInfo(p.shapes[0], dtype) for p in drawn}, seed)
@@ -354,7 +355,7 @@ def _only(plan: TransferPlan, names: set[str]) -> TransferPlan:
 
 def _released(cfg: StepAudio2Config, leaves: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """The tensors of the model that was made, as an export would have them."""
-    places = expand(llm_rules(cfg), {name: info.shape for name, info in leaves.items()})
+    places = expand(family_of(cfg).rules(cfg), {name: info.shape for name, info in leaves.items()})
     return {
         name: TensorInfo(shape, leaves[p.leaf].dtype)
         for p in places

@@ -8,6 +8,7 @@ from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.chat.tokenizer_files import save_tokenizer_files
 from sa2jax.config import StepAudio2Config
 from sa2jax.errors import TokenizerError
+from sa2jax.families import family_of
 
 FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
@@ -33,7 +34,7 @@ def find_tokenizer(source: Path, given: str | Path | None, cfg: StepAudio2Config
     folder = source if given is None else Path(given)
     if given is None and not any((folder / name).is_file() for name in FILES[:3]):
         return None
-    size = Tokenizer.from_folder(folder).size
+    size = Tokenizer.from_folder(folder, family_of(cfg).special_tokens).size
     if size > cfg.decoder.vocab:
         raise TokenizerError(
             f"the tokenizer in {folder} has ids up to {size - 1}, the model a vocabulary of "

@@ -15,15 +15,15 @@ from rich.console import Console
 from rich.table import Table
 
 from sa2jax import checkpoint
-from sa2jax.chat.template import Audio, Message, Text, render, reply_turn
+from sa2jax.chat.template import Audio, Message, Text, reply_turn
 from sa2jax.checkpoint import Progress
-from sa2jax.config import StepAudio2Config
 from sa2jax.convert import token2wav
 from sa2jax.convert.hf import ModelFolder
 from sa2jax.convert.rules import fold
 from sa2jax.convert.tokenizer import find_tokenizer
 from sa2jax.convert.weights import SafetensorsFolder, TensorInfo, Weights, blocks
 from sa2jax.errors import CheckpointError
+from sa2jax.families import read_config
 from sa2jax.pipeline import StepAudio2
 from sa2jax.quantize import round_to_int8
 from sa2jax.speech.layout import find as find_speech
@@ -274,11 +274,11 @@ def compare_prompt(
     content = [*([Audio(wav)] if wav is not None else []), *([Text(text)] if text else [])]
     turns = [Message("human", content), reply_turn()]
     a, b = Path(a), Path(b)
-    speaker = a if find_tokenizer(a, None, StepAudio2Config.from_hf(a)) else b
+    speaker = a if find_tokenizer(a, None, read_config(a)) else b
     logits = []
     for folder in (a, b):
         model = StepAudio2.from_pretrained(folder, dtype="float32", tokenizer=speaker)
-        logits.append(model.engine.logits(model.request(render(turns))))
+        logits.append(model.engine.logits(model.request(model.family.chat_template(turns))))
     return compare_logits(*logits)
 
 

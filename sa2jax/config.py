@@ -10,14 +10,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import yaml
 
 from sa2jax.errors import ConfigError
-
-ARCHITECTURE = "StepAudio2ForCausalLM"
-MODEL_TYPE = "step_audio_2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +87,12 @@ class StepAudio2Config:
         dtype: the dtype the released weights are stored in.
         hf: keys of `config.json` that say nothing about sizes, kept word for word for export.
         flat: whether `config.json` held the text fields at its top level (the 32 B siblings).
+        architecture: what `config.json` calls it under `architectures`.
+        model_type: and under `model_type`.
     """
+
+    architecture: ClassVar[str] = "StepAudio2ForCausalLM"
+    model_type: ClassVar[str] = "step_audio_2"
 
     decoder: DecoderConfig
     audio_encoder: AudioEncoderConfig
@@ -110,12 +112,11 @@ class StepAudio2Config:
             ConfigError: for another architecture, an unknown or missing key, or a setting that
                 this implementation does not compute (a scaled rotary embedding, say).
         """
-        raw = dict(source) if isinstance(source, Mapping) else _read_json(Path(source))
-        named = raw.get("architectures") or raw.get("model_type")
-        named = named if isinstance(named, list | tuple) else [named]
-        if ARCHITECTURE not in named and MODEL_TYPE not in named:
+        raw = dict(source) if isinstance(source, Mapping) else read_json(source)
+        named = architectures_of(raw)
+        if cls.architecture not in named and cls.model_type not in named:
             raise ConfigError(
-                f"expected a config.json with architectures [{ARCHITECTURE!r}], got {named!r}: "
+                f"expected a config.json with architectures [{cls.architecture!r}], got {named!r}: "
                 "this is another model's checkpoint"
             )
         flat = "text_config" not in raw
@@ -169,7 +170,7 @@ class StepAudio2Config:
         if self.adapter.hidden == AdapterConfig.hidden:  # the released code has no other
             del audio["adapter_hidden"]
         kept = self.hf or {
-            "top": {"architectures": [ARCHITECTURE], "model_type": MODEL_TYPE},
+            "top": {"architectures": [self.architecture], "model_type": self.model_type},
             "text_config": {"num_attention_groups": self.decoder.kv_heads, "rope_scaling": None,
                             "torch_dtype": self.dtype},
             "audio_encoder_config": {"n_codebook_size": 4096},
@@ -286,7 +287,22 @@ def _is_number(value: object, kind: Any) -> bool:
     return 0 < value < math.inf and (kind is float or isinstance(value, int))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def architectures_of(raw: Mapping[str, Any]) -> list[Any]:
+    """What a parsed `config.json` calls its model: `architectures`, else `model_type`."""
+    named = raw.get("architectures") or raw.get("model_type")
+    return list(named) if isinstance(named, list | tuple) else [named]
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Parse a `config.json`.
+
+    Args:
+        path: the file, or its folder.
+
+    Raises:
+        ConfigError: if it is missing, unreadable, or holds no JSON object.
+    """
+    path = Path(path)
     path = path / "config.json" if path.is_dir() else path
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))

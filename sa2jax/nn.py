@@ -1,4 +1,4 @@
-"""What every network here shares: parameters with named axes, Linear, norms, rotary, attention.
+"""What every network here shares: parameters with named axes, Linear, Conv, norms, rotary.
 
 Modules only declare parameters and describe a forward pass. At run time a model is a pair
 `(graphdef, params)` with `params` a plain nested dict; `functional` makes that pair and `bind`
@@ -6,7 +6,7 @@ joins it again inside a traced function.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -22,17 +22,20 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from sa2jax import sharding
+from sa2jax.errors import ConfigError
 
 Params = dict[Any, Any]
 Remat = Literal["full", "dots"]
+Padding = Literal["same", "causal", "none"]
 M = TypeVar("M", bound=nnx.Module)
+ModelT = TypeVar("ModelT", covariant=True)
 ArrayT = TypeVar("ArrayT", Array, np.ndarray)
 """Arrays of a batch: `Array` on devices, `np.ndarray` as the host made them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """Which dtype a number has where.
+    """Which dtype a number has where, and what computes attention.
 
     Attributes:
         param: dtype of stored parameters.
@@ -41,6 +44,8 @@ class Policy:
             float32 scale for each output, see `quantize`.
         head: dtype of the matrix that makes logits, by default that of the other matrices.
         cache: dtype of cached keys and values, by default that of activations; int8 likewise.
+        attention: what computes the decoder's attention, a name of
+            `attention.dispatch.IMPLEMENTATIONS`; by default chosen by platform and shapes.
     Norms, softmax, rotary angles and losses are always float32.
     """
 
@@ -49,6 +54,7 @@ class Policy:
     kernel: DTypeLike | None = None
     head: DTypeLike | None = None
     cache: DTypeLike | None = None
+    attention: str | None = None
 
     @property
     def of_head(self) -> "Policy":
@@ -63,7 +69,7 @@ class Policy:
 
 
 @dataclass(frozen=True)
-class Functional(Generic[M]):
+class Functional(Generic[ModelT]):
     """A model without its numbers: what `jax.jit` may close over.
 
     Attributes:
@@ -76,7 +82,7 @@ class Functional(Generic[M]):
     abstract: Params
     axes: Params
 
-    def bind(self, params: Params) -> M:
+    def bind(self, params: Params) -> ModelT:
         """The module with these parameters; cheap, meant to be called inside a traced function."""
         return nnx.merge(self.graphdef, params)
 
@@ -268,38 +274,114 @@ class Linear(nnx.Module):
         )
 
 
-class Conv1d(nnx.Module):
-    """Convolution over time, channels last."""
+def conv(
+    x: Float[Array, "B *T C"],
+    kernel: Float[Array, "*W C D"],
+    bias: Float[Array, "D"] | None = None,
+    *,
+    stride: Sequence[int] = (1,),
+    dilation: Sequence[int] = (1,),
+    padding: Sequence[tuple[int, int]] = ((0, 0),),
+    groups: int = 1,
+    policy: Policy,
+) -> Float[Array, "B *S D"]:
+    """Convolve over one or two dimensions, channels last: on every backend the fastest layout here.
+
+    Args:
+        x: input.
+        kernel: taps, then inputs of a group, then outputs.
+        bias: added to each frame, if there is one.
+        stride: of each dimension.
+        dilation: distance of taps in each dimension.
+        padding: zeros before and after each dimension.
+        groups: parts of the channels that do not see each other.
+        policy: dtypes.
+    """
+    space = "HW"[: kernel.ndim - 2]
+    y = jax.lax.conv_general_dilated(
+        x.astype(policy.compute),
+        kernel.astype(policy.compute),
+        window_strides=stride,
+        padding=padding,
+        rhs_dilation=dilation,
+        dimension_numbers=(f"N{space}C", f"{space}IO", f"N{space}C"),
+        feature_group_count=groups,
+        precision=policy.precision,
+    )
+    return y if bias is None else y + bias.astype(policy.compute)
+
+
+class Conv(nnx.Module):
+    """Convolution over one or two dimensions, channels last.
+
+    Args:
+        inputs: channels of the input.
+        outputs: channels of the output.
+        kernel: taps, of each dimension if there are two.
+        stride: frames from one output to the next, likewise.
+        dilation: distance of taps, in every dimension.
+        groups: parts of the channels that do not see each other.
+        padding: zeros at the ends. `same`: as many at both, so that a size s becomes
+            `(s - 1) // stride + 1` if `dilation * (kernel - 1)` is even. `causal`: all before, so
+            that no output sees what comes later. `none`. Or a number of them at each end.
+        bias: whether there is one.
+        policy: dtypes.
+        rngs: source of randomness.
+
+    Raises:
+        ConfigError: if `groups` does not divide the channels, or for another padding.
+    """
 
     def __init__(
         self,
         inputs: int,
         outputs: int,
         *,
-        kernel: int,
-        stride: int = 1,
-        padding: int = 0,
+        kernel: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        dilation: int = 1,
+        groups: int = 1,
+        padding: Padding | int = "same",
+        bias: bool = True,
         policy: Policy,
         rngs: nnx.Rngs,
     ):
-        self.stride, self.padding, self.policy = stride, padding, policy
-        scale = (kernel * inputs) ** -0.5
-        shape = (kernel, inputs, outputs)
-        self.kernel = param(rngs, shape, (None, None, None), dtype=policy.param, scale=scale)
-        self.bias = param(rngs, (outputs,), (None,), dtype=policy.param, scale=0.02)
-
-    def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B S D"]:
-        """Convolve; the output has `(T + 2·padding − kernel) // stride + 1` frames."""
-        compute = self.policy.compute
-        y = jax.lax.conv_general_dilated(
-            x.astype(compute),
-            self.kernel[...].astype(compute),
-            window_strides=(self.stride,),
-            padding=[(self.padding, self.padding)],
-            dimension_numbers=("NTC", "TIO", "NTC"),
-            precision=self.policy.precision,
+        if inputs % groups or outputs % groups:
+            raise ConfigError(f"{groups} groups: expected a divisor of {inputs} and {outputs}")
+        taps = (kernel,) if isinstance(kernel, int) else tuple(kernel)
+        self.stride = (stride,) * len(taps) if isinstance(stride, int) else tuple(stride)
+        self.dilation = (dilation,) * len(taps)
+        self.padding = tuple(_ends(padding, dilation * (size - 1)) for size in taps)
+        self.groups, self.policy = groups, policy
+        shape = (*taps, inputs // groups, outputs)
+        scale = math.prod(shape[:-1]) ** -0.5
+        self.kernel = param(rngs, shape, (None,) * len(shape), dtype=policy.param, scale=scale)
+        self.bias = (
+            param(rngs, (outputs,), (None,), dtype=policy.param, scale=0.02) if bias else None
         )
-        return y + self.bias[...].astype(compute)
+
+    def __call__(self, x: Float[Array, "B *T C"]) -> Float[Array, "B *S D"]:
+        """Convolve; a size s becomes `(s + zeros - dilation * (kernel - 1) - 1) // stride + 1`."""
+        return conv(
+            x,
+            self.kernel[...],
+            None if self.bias is None else self.bias[...],
+            stride=self.stride,
+            dilation=self.dilation,
+            padding=self.padding,
+            groups=self.groups,
+            policy=self.policy,
+        )
+
+
+def _ends(padding: Padding | int, reach: int) -> tuple[int, int]:
+    """Zeros before and after a dimension over which taps reach so far."""
+    if isinstance(padding, int):
+        return padding, padding
+    ends = {"same": (reach // 2, reach // 2), "causal": (reach, 0), "none": (0, 0)}
+    if padding not in ends:
+        raise ConfigError(f"padding {padding!r}: expected {', '.join(ends)} or a number")
+    return ends[padding]
 
 
 class RMSNorm(nnx.Module):

@@ -12,7 +12,7 @@ import numpy as np
 
 from sa2jax.chat.tokenizer_files import AUDIO_START, save_tokenizer_files
 from sa2jax.config import AudioEncoderConfig, DecoderConfig, StepAudio2Config
-from sa2jax.models.step_audio import step_audio2
+from sa2jax.families import family_of
 from sa2jax.nn import Params
 
 
@@ -46,7 +46,7 @@ def tiny_params(cfg: StepAudio2Config, *, seed: int = 0) -> Params:
         size = width or tree.shape[-1]
         return jnp.asarray(plain.get(name, noise * np.float32(2 * size**-0.5)))
 
-    return fill("", step_audio2(cfg).abstract)
+    return fill("", family_of(cfg).model(cfg).abstract)
 
 
 def save_tiny_checkpoint(
@@ -70,14 +70,14 @@ def save_tiny_checkpoint(
         The folder.
     """
     from sa2jax import checkpoint
-    from sa2jax.convert.hf import llm_rules
     from sa2jax.convert.rules import expand
     from sa2jax.convert.weights import TensorInfo, write_safetensors
 
     cfg = tiny_config() if cfg is None else cfg
     leaves = checkpoint.flatten(tiny_params(cfg, seed=seed))
     arrays: dict[str, np.ndarray] = {}
-    for place in expand(llm_rules(cfg), {name: tuple(leaf.shape) for name, leaf in leaves.items()}):
+    shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+    for place in expand(family_of(cfg).rules(cfg), shapes):
         leaf = leaves[place.leaf] if place.layer is None else leaves[place.leaf][place.layer]
         tensors = place.rule.inverse(np.asarray(leaf.astype(dtype)))
         arrays |= zip(place.sources, tensors, strict=True)

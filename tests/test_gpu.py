@@ -9,6 +9,7 @@ from sa2jax import testing
 from sa2jax.attention.base import Mask
 from sa2jax.attention.dispatch import attention
 from sa2jax.attention.xla import attention_xla
+from sa2jax.errors import ConfigError
 from sa2jax.inference.engine import Engine
 from sa2jax.inference.requests import GenerationConfig, Request
 from sa2jax.models.step_audio import step_audio2
@@ -35,6 +36,12 @@ def test_cudnn_attends_like_xla(steps, packed):
 
     text = jax.jit(lambda *x: attention(*x, mask)).lower(q, k, v).compile().as_text()
     assert ("cudnn" in text) is not packed  # it knows no segments
+    asked = lambda: attention(q, k, v, mask, implementation="cudnn")
+    if packed:
+        with pytest.raises(ConfigError, match="'cudnn' cannot compute this: expected a causal"):
+            asked()
+    else:
+        np.testing.assert_array_equal(*map(np.float32, (asked(), attention(q, k, v, mask))))
     exact = both(lambda q, k, v, m: attention_xla(*(x.astype("f4") for x in (q, k, v)), m))
     for ours, plain, true in zip(both(attention), both(attention_xla), exact, strict=True):
         distance = lambda x, true=true: float(jnp.linalg.norm((x - true).astype("f4")))

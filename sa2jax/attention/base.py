@@ -1,11 +1,13 @@
-"""What attention's back ends share: which keys a query may look at, and axes by name."""
+"""What attention's back ends share: which keys a query may look at, axes by name, what one is."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from sa2jax.sharding import axis_size
 
@@ -14,6 +16,7 @@ HALF = (jnp.bfloat16, jnp.float16)
 HEADS = ("batch", None, "heads", None)
 KV_HEADS = ("batch", None, "kv_heads", None)
 CACHE_AXES = (None, "batch", "kv_heads", None, None)  # layers, rows, heads, slots, head_dim
+PLATFORMS = ("cpu", "gpu", "tpu")  # as `jax.default_backend` calls them
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["keys", "segments"], meta_fields=["causal"])
@@ -45,3 +48,39 @@ class Mask:
 def split_alike(heads: int, kv_heads: int) -> bool:
     """Whether every device has the key heads of its queries."""
     return heads % axis_size("heads") == 0 and kv_heads % axis_size("kv_heads") == 0
+
+
+def half_precision_refusal(q: Float[Array, "B T N H"]) -> str | None:
+    """What hardware kernels say of float32, which is asked for to be exact: they would round it."""
+    return None if q.dtype in HALF else f"expected bfloat16 or float16, got {q.dtype}"
+
+
+def _takes_all(*operands: object) -> str | None:
+    return None
+
+
+class Operation(NamedTuple):
+    """One operation of a back end.
+
+    Attributes:
+        run: computes it.
+        refusal: why it cannot with these operands, those of `run`, in a few words; None if it can.
+    """
+
+    run: Callable[..., Array]
+    refusal: Callable[..., str | None] = _takes_all
+
+
+@dataclass(frozen=True, kw_only=True)
+class Implementation:
+    """A back end of attention; see `dispatch.IMPLEMENTATIONS`.
+
+    Attributes:
+        attention: over whole sequences, if it has that; operands as of `dispatch.attention`.
+        cached_attention: over a cache, if it has that; operands as of `dispatch.cached_attention`.
+        platforms: where it runs.
+    """
+
+    attention: Operation | None = None
+    cached_attention: Operation | None = None
+    platforms: tuple[str, ...] = PLATFORMS

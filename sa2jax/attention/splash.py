@@ -7,16 +7,35 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sa2jax.attention.base import HALF, HEADS, KV_HEADS, LANES, Mask, split_alike
+from sa2jax.attention.base import (
+    HEADS,
+    KV_HEADS,
+    LANES,
+    Mask,
+    half_precision_refusal,
+    split_alike,
+)
 from sa2jax.sharding import per_device
 
 SPLASH_BLOCK = 512
 
 
-def splash_fits(q: Float[Array, "B T N H"], k: Float[Array, "B T K H"]) -> bool:
-    """Whether splash attention takes these: half precision, whole tiles, heads split alike."""
-    whole = q.shape[1] % LANES == 0 and q.shape[3] % LANES == 0
-    return q.dtype in HALF and whole and split_alike(q.shape[2], k.shape[2])
+def splash_refusal(
+    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], mask: Mask
+) -> str | None:
+    """Why `splash` cannot take these; None if it can.
+
+    It takes half precision, whole tiles, heads split alike, and a mask that is causal, with
+    segments or without.
+    """
+    if not mask.causal or mask.keys is not None:
+        return "expected a causal mask without marked keys"
+    steps, width = q.shape[1], q.shape[3]
+    if steps % LANES or width % LANES:
+        return f"expected tokens and heads of a multiple of {LANES}, got {steps} and {width}"
+    if not split_alike(q.shape[2], k.shape[2]):
+        return "expected a mesh that divides the heads of queries and keys"
+    return half_precision_refusal(q)
 
 
 def splash(

@@ -4,12 +4,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sa2jax.attention.base import HALF, Mask
+from sa2jax import sharding
+from sa2jax.attention.base import Mask, half_precision_refusal
 
 
-def cudnn_fits(q: Float[Array, "B T N H"]) -> bool:
-    """Whether cuDNN's flash attention takes these; only asked where a GPU is the default."""
-    return jax.default_backend() == "gpu" and q.dtype in HALF and q.shape[3] % 8 == 0
+def cudnn_refusal(q: Array, k: Array, v: Array, mask: Mask) -> str | None:
+    """Why `cudnn` cannot take these; None for half precision and a mask that is causal alone."""
+    if jax.default_backend() != "gpu":  # elsewhere it cannot even be traced
+        return "expected a GPU as the default device"
+    if not mask.causal or mask.keys is not None or mask.segments is not None:
+        return "expected a causal mask without marked keys or segments"
+    if q.shape[3] % 8:
+        return f"expected heads of a multiple of 8, got {q.shape[3]}"
+    return half_precision_refusal(q)
+
+
+def per_head_refusal(q: Array, k: Array, v: Array, mask: Mask) -> str | None:
+    """Why `attention_per_head` should not take these; None if it can."""
+    # Heads that are spread over devices are not gone through one by one.
+    return "expected heads that are not spread over a mesh" if sharding.is_sharded() else None
 
 
 def attention_xla(q: Array, k: Array, v: Array, mask: Mask) -> Float[Array, "B T N H"]:

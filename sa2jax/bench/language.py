@@ -46,6 +46,7 @@ def bench(
     seconds: float = 25.0,
     repeats: int = 3,
     dtype: str | None = None,
+    attention: str | None = None,
     mesh: str | None = None,
     reference: bool = True,
     progress: Callable[[int, int], None] | None = None,
@@ -60,19 +61,20 @@ def bench(
         repeats: rounds.
         dtype: dtype of weights and computation; by default bfloat16, float32 on a CPU. int8 is that
             of the matrices; the reference has the dtype of the computation.
+        attention: what computes the decoder's attention, see `nn.Policy`.
         mesh: devices to spread over, such as `tensor=4`.
         reference: time transformers as well, if torch is installed.
         progress: called with (rounds done, rounds in all).
 
     Raises:
-        ConfigError: for an unknown size, or lengths that cannot be timed.
+        ConfigError: for an unknown size or attention, or lengths that cannot be timed.
         ShardingError: for a mesh that does not fit the devices.
     """
     if repeats < 1 or tokens < 2 or prompt < 1 or not 0.1 <= seconds <= 25:
         raise ConfigError("expected repeats >= 1, tokens >= 2, prompt >= 1, seconds in 0.1..25")
     enable_compilation_cache()
     cfg = StepAudio2Config.preset(size)
-    policy = resolve_policy(dtype)
+    policy = resolve_policy(dtype, attention=attention)
     where = None if mesh is None else make_mesh(mesh)
     ours = Ours(cfg, policy, prompt, seconds, where)
     theirs = _reference(cfg, jnp.dtype(policy.compute).name, prompt, seconds) if reference else None

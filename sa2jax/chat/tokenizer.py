@@ -9,7 +9,7 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -143,22 +143,30 @@ class Tokenizer:
     Attributes:
         backend: the `tokenizers` object that does the work.
         special: the ids that carry structure, read from it.
+        special_tokens: what finds them, see `families.Family`.
     """
 
     backend: tokenizers.Tokenizer = field(repr=False)
     special: SpecialTokens = field(init=False)
+    special_tokens: InitVar[type[SpecialTokens]] = SpecialTokens
 
-    def __post_init__(self):
-        object.__setattr__(self, "special", SpecialTokens.find(self.backend.token_to_id))
+    def __post_init__(self, special_tokens: type[SpecialTokens]):
+        object.__setattr__(self, "special", special_tokens.find(self.backend.token_to_id))
 
     @classmethod
-    def from_folder(cls, path: str | Path) -> Self:
+    def from_folder(
+        cls, path: str | Path, special_tokens: type[SpecialTokens] = SpecialTokens
+    ) -> Self:
         """Read a checkpoint's own tokenizer files.
 
         `tokenizer.json` is used if there, else the same tokenizer is built from `vocab.json` and
         `merges.txt`. Tokens that only `tokenizer_config.json` (added_tokens_decoder) or
         `added_tokens.json` declare are added. Every token gets exactly the id its file gives it
         (the `tokenizers` library on its own numbers added tokens anew).
+
+        Args:
+            path: the folder.
+            special_tokens: what finds the ids that carry structure.
 
         Raises:
             TokenizerError: if files are missing, damaged or contradict each other, or if this is
@@ -182,7 +190,7 @@ class Tokenizer:
             problems.append("tokenizer.json holds no byte-level BPE model with added_tokens")
         if problems:
             raise TokenizerError(f"{folder}: " + "; ".join(problems))
-        return cls(backend_of(description, where=str(folder)))
+        return cls(backend_of(description, where=str(folder)), special_tokens)
 
     @property
     def size(self) -> int:

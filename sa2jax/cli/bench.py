@@ -5,7 +5,7 @@ from dataclasses import asdict
 import tyro
 
 from sa2jax.cli import common
-from sa2jax.cli.common import ModelDtype
+from sa2jax.cli.common import Attention, ModelDtype
 
 
 def bench(
@@ -18,6 +18,7 @@ def bench(
     chunk: int = 25,
     repeats: int = 3,
     dtype: ModelDtype | None = None,
+    attention: Attention | None = None,
     mesh: str | None = None,
     reference: bool = True,
     json: bool = False,
@@ -37,13 +38,18 @@ def bench(
         repeats: Rounds; each times everything once, the median counts.
         dtype: Dtype of weights and computation; by default bfloat16, float32 on a CPU and for
             `token2wav`. int8 is that of the language model's matrices.
+        attention: What computes the language model's attention; by default chosen by platform and
+            shapes.
         mesh: Devices to spread over, such as `tensor=4`.
         reference: Time transformers, or the official detokenizer, in the same rounds, if torch is
             installed.
         json: Print JSON.
     """
     from sa2jax import bench
+    from sa2jax.errors import ConfigError
 
+    if size == "token2wav" and attention is not None:
+        raise ConfigError("--attention is for language models: the detokenizer has its own")
     with common.progress_bar("timing", unit="rounds") as tick:
         if size == "token2wav":
             result = bench.bench_speech(
@@ -53,7 +59,7 @@ def bench(
         else:
             result = bench.bench(
                 size, prompt=prompt, tokens=tokens, seconds=seconds or 25.0, repeats=repeats,
-                dtype=dtype, mesh=mesh, reference=reference, progress=tick,
+                dtype=dtype, attention=attention, mesh=mesh, reference=reference, progress=tick,
             )  # fmt: skip
     if json:
         common.print_json(asdict(result))

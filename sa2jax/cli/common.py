@@ -18,6 +18,7 @@ Source = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="SOURCE")]]
 Out = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
 Dtype = Literal["float32", "bfloat16", "float16"]
 ModelDtype = Literal["float32", "bfloat16", "float16", "int8"]
+Attention = Literal["cudnn", "decode", "per_head", "splash", "xla"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from sa2jax.cli import common
-from sa2jax.cli.common import Devices, ModelDtype
+from sa2jax.cli.common import Attention, Devices, ModelDtype
 
 if TYPE_CHECKING:
     from sa2jax.pipeline import StepAudio2
@@ -25,6 +25,9 @@ class ModelOptions(Devices):
     the matrices alone."""
     int8_cache: bool = False
     """Keep what was read as int8: half the memory for long or many conversations."""
+    attention: Attention | None = None
+    """What computes the decoder's attention; by default chosen by platform and shapes. One that
+    cannot is refused."""
     tokenizer: Path | None = None
     """Folder of the tokenizer files, if not the model's own."""
     detokenizer: Path | None = None
@@ -43,8 +46,8 @@ class ModelOptions(Devices):
         with common.progress_bar("loading") as tick:
             return StepAudio2.from_pretrained(
                 model, dtype=self.dtype, mesh=self.mesh, int8_cache=self.int8_cache,
-                tokenizer=self.tokenizer, speech=self.detokenizer, prompt_style=self.prompt_style,
-                batch_size=self.batch_size, progress=tick,
+                attention=self.attention, tokenizer=self.tokenizer, speech=self.detokenizer,
+                prompt_style=self.prompt_style, batch_size=self.batch_size, progress=tick,
             )  # fmt: skip
 
 

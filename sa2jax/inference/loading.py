@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from sa2jax import checkpoint, quantize
+from sa2jax.attention.dispatch import check_implementation
 from sa2jax.checkpoint import Progress
 from sa2jax.config import StepAudio2Config
 from sa2jax.errors import CheckpointError, ConfigError
+from sa2jax.families import family_of, read_config
 from sa2jax.models.heads import loading_shardings, pad_heads_for_mesh, pad_params_for_mesh
-from sa2jax.models.step_audio import step_audio2
 from sa2jax.nn import Params, Policy
 from sa2jax.runtime import default_dtype
 from sa2jax.sharding import make_mesh, with_shardings
@@ -30,7 +31,7 @@ class LoadedModel:
         cfg: its config, as the checkpoint has it.
         policy: its dtypes.
         params: its parameters, layers stacked, as
-            `step_audio2(pad_heads_for_mesh(cfg, mesh), policy)` takes them.
+            `family_of(cfg).model(pad_heads_for_mesh(cfg, mesh), policy)` takes them.
         mesh: what they are spread over.
     """
 
@@ -40,18 +41,26 @@ class LoadedModel:
     mesh: Mesh | None
 
 
-def resolve_policy(dtype: str | None, *, stored: Any = None, int8_cache: bool = False) -> Policy:
-    """Resolve a `--dtype` value to a `Policy`.
+def resolve_policy(
+    dtype: str | None,
+    *,
+    stored: Any = None,
+    int8_cache: bool = False,
+    attention: str | None = None,
+) -> Policy:
+    """Resolve the values of `--dtype` and `--attention` to a `Policy`.
 
     Args:
         dtype: of weights and computation: `int8` is that of the matrices alone. By default
             bfloat16, float32 on a CPU.
         stored: what `sa2jax.json` says of int8 matrices in a checkpoint: they stay int8.
         int8_cache: whether keys and values are cached as int8.
+        attention: see `Policy`.
 
     Raises:
-        ConfigError: for another dtype.
+        ConfigError: for another dtype, or an attention that is not known or not for this platform.
     """
+    check_implementation(attention)
     if dtype not in (None, "int8", *FLOATS):
         raise ConfigError(f"dtype {dtype!r}: expected {', '.join(FLOATS)} or int8")
     compute = default_dtype() if dtype in (None, "int8") else jnp.dtype(dtype)
@@ -62,6 +71,7 @@ def resolve_policy(dtype: str | None, *, stored: Any = None, int8_cache: bool = 
         kernel=jnp.dtype(jnp.int8) if is_int8 else None,
         head=compute if stored and not stored["head"] else None,
         cache=jnp.dtype(jnp.int8) if int8_cache else None,
+        attention=attention,
     )
 
 
@@ -71,6 +81,7 @@ def load_language_model(
     dtype: str | None = None,
     mesh: str | Mesh | None = None,
     int8_cache: bool = False,
+    attention: str | None = None,
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Read a model folder of this library, or a Hugging Face folder as it is.
@@ -84,21 +95,25 @@ def load_language_model(
             for.
         mesh: devices to spread over, such as `"tensor=4"`; by default one device.
         int8_cache: whether keys and values are cached as int8.
+        attention: what computes the decoder's attention, see `Policy`.
         progress: called with (bytes_done, bytes_total).
 
     Raises:
         CheckpointError: if the folder is damaged, incomplete or of another model.
-        ConfigError: if its config.json is not understood, or for another dtype.
+        ConfigError: if its config.json is not understood, or for another dtype or attention.
         ShardingError: for a mesh that does not fit the devices or the model.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"no folder {folder}: expected a model folder")
-    cfg = StepAudio2Config.from_hf(folder)
-    policy = resolve_policy(dtype, stored=stored_int8(folder), int8_cache=int8_cache)
+    cfg = read_config(folder)
+    policy = resolve_policy(
+        dtype, stored=stored_int8(folder), int8_cache=int8_cache, attention=attention
+    )
     mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
     wide = pad_heads_for_mesh(cfg, mesh)
-    narrow, model = step_audio2(cfg, policy), step_audio2(wide, policy)
+    make = family_of(cfg).model
+    narrow, model = make(cfg, policy), make(wide, policy)
     like = narrow.abstract
     if mesh is not None:
         like = with_shardings(like, loading_shardings(narrow, model, mesh))

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sa2jax.attention.base import Mask
 from sa2jax.attention.dispatch import attention
 from sa2jax.config import AdapterConfig, AudioEncoderConfig
-from sa2jax.nn import Conv1d, LayerNorm, Linear, Policy, Remat, over_layers, param, stack, tap
+from sa2jax.nn import Conv, LayerNorm, Linear, Policy, Remat, over_layers, param, stack, tap
 from sa2jax.sharding import shard
 
 MEL_TAIL = 2  # frames at the end of each clip that the released code does not count as its length
@@ -83,9 +83,9 @@ class AudioEncoder(nnx.Module):
 
     def __init__(self, cfg: AudioEncoderConfig, *, policy: Policy, rngs: nnx.Rngs):
         self.policy = policy
-        conv = {"kernel": 3, "padding": 1, "policy": policy, "rngs": rngs}
-        self.conv1 = Conv1d(cfg.mels, cfg.embed, **conv)
-        self.conv2 = Conv1d(cfg.embed, cfg.embed, stride=2, **conv)
+        conv = {"kernel": 3, "policy": policy, "rngs": rngs}
+        self.conv1 = Conv(cfg.mels, cfg.embed, **conv)
+        self.conv2 = Conv(cfg.embed, cfg.embed, stride=2, **conv)
         self.positions = param(
             rngs, (cfg.max_positions, cfg.embed), (None, None), dtype=policy.param, scale=0.02
         )
@@ -161,7 +161,7 @@ class Adapter(nnx.Module):
     def __init__(
         self, cfg: AdapterConfig, encoder: int, decoder: int, *, policy: Policy, rngs: nnx.Rngs
     ):
-        self.conv = Conv1d(
+        self.conv = Conv(
             encoder, encoder, kernel=cfg.kernel, stride=cfg.stride, padding=cfg.kernel // 2,
             policy=policy, rngs=rngs,
         )  # fmt: skip

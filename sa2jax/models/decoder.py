@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
 from sa2jax.attention.base import CACHE_AXES, Mask
-from sa2jax.attention.dispatch import attention, cached_attention
+from sa2jax.attention.dispatch import attention, cached_attention, implementation_of
 from sa2jax.config import DecoderConfig
 from sa2jax.nn import Linear, Policy, Remat, RMSNorm, over_layers, param, rotary, stack
 from sa2jax.quantize import quantize_rows
@@ -142,6 +142,8 @@ class SelfAttention(nnx.Module):
         heads = {"heads": cfg.heads, "head_dim": cfg.head_dim}
         kv_heads = {"kv_heads": cfg.kv_heads, "head_dim": cfg.head_dim}
         self.rope_theta = cfg.rope_theta
+        self.implementation = implementation_of(policy.attention, "attention")
+        self.cached_implementation = implementation_of(policy.attention, "cached_attention")
         self.q = Linear(embed, heads, policy=policy, rngs=rngs)
         self.k = Linear(embed, kv_heads, policy=policy, rngs=rngs)
         self.v = Linear(embed, kv_heads, policy=policy, rngs=rngs)
@@ -167,8 +169,12 @@ class SelfAttention(nnx.Module):
         if cache is not None:
             cache = cache.write(layer, cache.length, lengths, k, v)
         if cache is None or cache_is_empty:
-            return self.o(attention(q, k, v, Mask(causal=True, segments=segments))), cache
-        y = cached_attention(q, cache.k, cache.v, layer, positions, cache.scales)
+            mask = Mask(causal=True, segments=segments)
+            return self.o(attention(q, k, v, mask, implementation=self.implementation)), cache
+        how = self.cached_implementation
+        y = cached_attention(
+            q, cache.k, cache.v, layer, positions, cache.scales, implementation=how
+        )
         return self.o(y), cache
 
 

@@ -11,8 +11,6 @@ the widest of a block and stacked, so that a block is one scan: 52 layers writte
 minute to compile, for a fifth less arithmetic.
 """
 
-import math
-from collections.abc import Sequence
 from functools import cache
 
 import jax
@@ -21,9 +19,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from sa2jax.nn import (
+    Conv,
     Functional,
     Linear,
     Policy,
+    conv,
     functional,
     length_mask,
     over_layers,
@@ -36,49 +36,6 @@ from sa2jax.speech_config import SpeakerEncoderConfig
 
 NORM_EPS = 1e-5
 STRIDE = 2  # of the first convolution over time, and of each stage of the head over the bands
-
-
-class Conv(nnx.Module):
-    """Convolution over one or two dimensions, channels last; zeros keep the size at stride 1."""
-
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        *,
-        kernel: Sequence[int],
-        stride: Sequence[int] | None = None,
-        dilation: int = 1,
-        bias: bool = True,
-        policy: Policy,
-        rngs: nnx.Rngs,
-    ):
-        self.policy, self.dilation = policy, dilation
-        self.stride = tuple(stride) if stride else (1,) * len(kernel)
-        shape = (*kernel, inputs, outputs)
-        scale = (inputs * math.prod(kernel)) ** -0.5
-        axes = (None,) * len(shape)
-        self.kernel = param(rngs, shape, axes, dtype=policy.param, scale=scale)
-        self.bias = (
-            param(rngs, (outputs,), (None,), dtype=policy.param, scale=0.02) if bias else None
-        )
-
-    def __call__(self, x: Float[Array, "B *T C"]) -> Float[Array, "B *S D"]:
-        """Convolve; size s becomes `(s − 1) // stride + 1`."""
-        compute = self.policy.compute
-        kernel = self.kernel[...].astype(compute)
-        space = "HW"[: kernel.ndim - 2]
-        reach = [self.dilation * (taps - 1) // 2 for taps in kernel.shape[:-2]]
-        y = jax.lax.conv_general_dilated(
-            x.astype(compute),
-            kernel,
-            window_strides=self.stride,
-            padding=[(r, r) for r in reach],
-            rhs_dilation=(self.dilation,) * len(reach),
-            dimension_numbers=(f"N{space}C", f"{space}IO", f"N{space}C"),
-            precision=self.policy.precision,
-        )
-        return y if self.bias is None else y + self.bias[...].astype(compute)
 
 
 class BatchNorm(nnx.Module):
@@ -286,17 +243,16 @@ class SpeakerEncoder(nnx.Module):
         return self.norm(self.project(x.astype(self.policy.compute)))
 
     def _over_time(self, x: Float[Array, "B T M C"]) -> Float[Array, "B S D"]:
-        kernel = self.tdnn[...].astype(x.dtype)
+        kernel = self.tdnn[...]
         taps, bands, channels, size = kernel.shape
-        y = jax.lax.conv_general_dilated(
+        return conv(
             x.reshape(*x.shape[:2], bands * channels),
             kernel.reshape(taps, bands * channels, size),
-            window_strides=(STRIDE,),
-            padding=[(taps // 2, taps // 2)],
-            dimension_numbers=("NTC", "TIO", "NTC"),
-            precision=self.policy.precision,
+            self.tdnn_bias[...],
+            stride=(STRIDE,),
+            padding=((taps // 2, taps // 2),),
+            policy=self.policy,
         )
-        return y + self.tdnn_bias[...].astype(x.dtype)
 
 
 @cache

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sa2jax.attention.base import Mask
 from sa2jax.attention.dispatch import attention
 from sa2jax.nn import (
-    Conv1d,
+    Conv,
     Functional,
     LayerNorm,
     Linear,
@@ -118,9 +118,9 @@ class SpeechTokenizer(nnx.Module):
         stacked: bool = True,
     ):
         self.policy = policy
-        conv = {"kernel": 3, "stride": 2, "padding": 1, "policy": policy, "rngs": rngs}
-        self.conv1 = Conv1d(cfg.mels, cfg.embed, **conv)
-        self.conv2 = Conv1d(cfg.embed, cfg.embed, **conv)
+        conv = {"kernel": 3, "stride": 2, "policy": policy, "rngs": rngs}
+        self.conv1 = Conv(cfg.mels, cfg.embed, **conv)
+        self.conv2 = Conv(cfg.embed, cfg.embed, **conv)
         make = lambda rngs: Layer(cfg, policy=policy, rngs=rngs)
         self.layers = (
             stack(make, cfg.layers, rngs) if stacked

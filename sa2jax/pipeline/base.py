@@ -22,11 +22,12 @@ from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.checkpoint import Progress
 from sa2jax.config import StepAudio2Config
 from sa2jax.errors import CheckpointError, PromptError
+from sa2jax.families import family_of
 from sa2jax.inference.engine import Engine
 from sa2jax.inference.loading import resolve_policy
 from sa2jax.inference.requests import Completion, GenerationConfig, Request
 from sa2jax.models.heads import pad_heads_for_mesh
-from sa2jax.models.step_audio import step_audio2, unstack_decoder
+from sa2jax.models.step_audio import unstack_decoder
 from sa2jax.nn import Params, Policy
 from sa2jax.runtime import uses_scan
 from sa2jax.speech import Speech
@@ -68,7 +69,8 @@ class PipelineBase:
         stacked = uses_scan(mesh)
         params = params if stacked else unstack_decoder(params)
         policy = resolve_policy(None) if policy is None else policy
-        model = step_audio2(pad_heads_for_mesh(cfg, mesh), policy, stacked=stacked)
+        self.family = family_of(cfg)
+        model = self.family.model(pad_heads_for_mesh(cfg, mesh), policy, stacked=stacked)
         self.engine = Engine(model, params, cfg, mesh=mesh)
 
     @cached_property

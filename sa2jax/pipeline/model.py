@@ -21,6 +21,7 @@ from sa2jax.chat.tool_schema import TIMEOUT
 from sa2jax.chat.toolbox import Toolbox
 from sa2jax.checkpoint import Progress
 from sa2jax.errors import PromptError
+from sa2jax.families import family_of
 from sa2jax.inference.loading import load_language_model
 from sa2jax.inference.requests import GenerationConfig
 from sa2jax.pipeline.conversation import Chat, Overflow
@@ -42,6 +43,7 @@ class StepAudio2(Tasks):
         dtype: str | None = None,
         mesh: str | Mesh | None = None,
         int8_cache: bool = False,
+        attention: str | None = None,
         tokenizer: str | Path | None = None,
         speech: str | Path | Speech | None = None,
         prompt_style: PromptStyle = "chat",
@@ -60,6 +62,8 @@ class StepAudio2(Tasks):
                 have it always if the folder was made with it.
             mesh: devices to spread over, such as `"tensor=4"`; by default one device.
             int8_cache: keep what was read (keys and values) as int8: half the memory.
+            attention: what computes the decoder's attention, a name of
+                `attention.dispatch.IMPLEMENTATIONS`; by default chosen by platform and shapes.
             tokenizer: folder of the tokenizer files, if not the model's own.
             speech: the detokenizer and its voices, or their folder, if not the model's own.
             prompt_style: `chat`, or `base` for a pre-trained model that knows no turns.
@@ -68,17 +72,23 @@ class StepAudio2(Tasks):
 
         Raises:
             CheckpointError: if the folder is damaged, incomplete or of another model.
-            ConfigError: if its config.json is not understood, or for another dtype.
+            ConfigError: if its config.json is not understood, or for another dtype or attention.
             ShardingError: for a mesh that does not fit the devices or the model.
         """
         enable_compilation_cache()
         folder = model_folder(folder)
         found = load_language_model(
-            folder, dtype=dtype, mesh=mesh, int8_cache=int8_cache, progress=progress
+            folder,
+            dtype=dtype,
+            mesh=mesh,
+            int8_cache=int8_cache,
+            attention=attention,
+            progress=progress,
         )
         home = folder if speech is None else speech
+        special = family_of(found.cfg).special_tokens
         return cls(
-            found.cfg, found.params, lambda: Tokenizer.from_folder(tokenizer or folder),
+            found.cfg, found.params, lambda: Tokenizer.from_folder(tokenizer or folder, special),
             speech=home if isinstance(home, Speech)
             else lambda: Speech.from_pretrained(home, mesh=found.mesh),
             policy=found.policy, mesh=found.mesh, prompt_style=prompt_style, batch_size=batch_size,

@@ -233,7 +233,7 @@ class Stream(Iterator[ReplyPiece]):
         while True:
             before = [turn for turns in self._rounds for turn in turns]
             turns = [*chat.head, *before, *self._turns, last]
-            request = chat.model.request(template.render(turns))
+            request = chat.model.request(chat.model.family.chat_template(turns))
             if len(request.ids) + room <= context or not self._rounds:
                 break
             if chat.overflow == "refuse":

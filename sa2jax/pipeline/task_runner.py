@@ -11,7 +11,6 @@ from dataclasses import replace
 
 from sa2jax import audio
 from sa2jax.audio.recording import Recording
-from sa2jax.chat import template
 from sa2jax.chat.content import Content, as_pieces
 from sa2jax.chat.reply_parser import ReplyParser
 from sa2jax.chat.template import TASKS, Audio, Piece, PromptTask, Text
@@ -97,7 +96,7 @@ class TaskRunner(PipelineBase):
         """The prompt of a task in the model's prompt style."""
         if self.prompt_style == "base":
             return self.request(task.base_pieces(*pieces))
-        return self.request(template.render(task.messages(*pieces)))
+        return self.request(self.family.chat_template(task.messages(*pieces)))
 
     def _spoken(
         self,

@@ -18,11 +18,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from sa2jax.audio.rates import CODE_RATE, MEL_RATE
 from sa2jax.config import StepAudio2Config
 from sa2jax.errors import PlanError
+from sa2jax.families import family_of, read_config
 from sa2jax.inference import programs
 from sa2jax.inference.loading import resolve_policy
 from sa2jax.inference.sampling import SamplingParams
 from sa2jax.models.heads import pad_heads_for_mesh
-from sa2jax.models.step_audio import StepAudio2Model, step_audio2
+from sa2jax.models.step_audio import StepAudio2Model
 from sa2jax.nn import Functional, Policy, functional
 from sa2jax.sharding import ALL, batch_axis_size, shard_rows
 
@@ -124,7 +125,7 @@ def policy(spec: Spec) -> Policy:
 def config(spec: Spec) -> StepAudio2Config:
     """A preset's, or that of a folder."""
     if Path(spec.model).is_dir():
-        return StepAudio2Config.from_hf(Path(spec.model))
+        return read_config(spec.model)
     return StepAudio2Config.preset(spec.model)
 
 
@@ -250,7 +251,8 @@ def train(spec: Spec, mesh: Where) -> Work:
 
     if spec.dtype == "int8":
         raise PlanError("train in int8: expected bfloat16, float32 (master weights), or lora")
-    model = step_audio2(config(spec), policy(spec))
+    cfg = config(spec)
+    model = family_of(cfg).model(cfg, policy(spec))
     optimizer = make_optimizer(OptimizerConfig(learning_rate_overrides={"audio_encoder": 0.0}))
     return _training(spec, mesh, model, optimizer)
 
@@ -260,9 +262,11 @@ def lora(spec: Spec, mesh: Where) -> Work:
     from sa2jax.train.lora import ONLY_LORA, add_lora
     from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
 
+    cfg = config(spec)
+
     def make() -> StepAudio2Model:
         rngs = nnx.Rngs(0)
-        net = StepAudio2Model(config(spec), policy=policy(spec), rngs=rngs)
+        net = family_of(cfg).module(cfg, policy=policy(spec), rngs=rngs)
         add_lora(net, RANK, 2.0 * RANK, rngs=rngs)
         return net
 
@@ -308,7 +312,8 @@ LENGTHS: dict[str, tuple[str, int]] = {
 
 def _model(spec: Spec, mesh: Where) -> tuple[Functional[StepAudio2Model], dict[str, Any]]:
     """The model on a mesh, and where its parameters are."""
-    model = step_audio2(pad_heads_for_mesh(config(spec), mesh), policy(spec))
+    cfg = config(spec)
+    model = family_of(cfg).model(pad_heads_for_mesh(cfg, mesh), policy(spec))
     return model, model.with_shardings(mesh)
 
 

@@ -13,8 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from sa2jax.models.flow import Flow, FlowOptions, FlowState, VoicePrompt, batch_axes
-from sa2jax.models.vocoder import Vocoder
-from sa2jax.models.vocoder_stream import VocoderState, vocoder_step
+from sa2jax.models.vocoder import Vocoder, VocoderState
 from sa2jax.nn import Functional
 from sa2jax.sharding import ALL, shard, shard_rows
 
@@ -85,7 +84,7 @@ def step(
     *,
     max_codes: int,
 ) -> tuple[FlowState, VocoderState, Float[Array, "B N"], Int[Array, "B"]]:
-    """The next codes of each stream as sound; see `Flow.step` and `vocoder_step`."""
+    """The next codes of each stream as sound; see `Flow.step` and `Vocoder.step`."""
     TRACES["step"] += 1
 
     def run(params, flow, vocoder, codes, lengths, last, options, source_noise):
@@ -95,8 +94,8 @@ def step(
         spoken = jnp.where(last, lengths, jnp.maximum(lengths - nets.lookahead, 0))
         net, frames = nets.vocoder.bind(params["vocoder"]), nets.upsample * spoken
         equal_gain = not flow.parity
-        return flow, *vocoder_step(
-            net, vocoder, mel, frames, last=last, noise=source_noise, equal_gain=equal_gain
+        return flow, *net.step(
+            vocoder, mel, frames, last=last, noise=source_noise, equal_gain=equal_gain
         )
 
     states = batch_axes(flow), 0

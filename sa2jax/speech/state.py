@@ -13,7 +13,7 @@ from sa2jax.errors import ConfigError
 from sa2jax.models.flow import FlowState
 from sa2jax.models.flow import concat_streams as concat_flow_streams
 from sa2jax.models.flow import select_streams as select_flow_streams
-from sa2jax.models.vocoder_stream import VocoderState
+from sa2jax.models.vocoder import VocoderState
 
 
 @partial(

@@ -42,9 +42,9 @@ from sa2jax.models.flow import (
     grow_streams,
     unstack_flow,
 )
-from sa2jax.models.vocoder import vocoder
-from sa2jax.models.vocoder_stream import vocoder_state
-from sa2jax.nn import Params, Policy
+from sa2jax.models.vocoder import Vocoder
+from sa2jax.models.vocoder import vocoder as hift
+from sa2jax.nn import Functional, Params, Policy
 from sa2jax.runtime import uses_scan
 from sa2jax.speech import programs
 from sa2jax.speech.batching import CHUNK, chunk_bucket, pad_codes, pad_noise
@@ -73,6 +73,7 @@ class Token2Wav:
         batch_size: replies that are made at once.
         mesh: devices to spread over. The networks are small: each device holds them, and the
             replies of a batch are dealt out. Of several hosts, each speaks on its own devices.
+        vocoder: structure of the vocoder, by default the HiFT network of `cfg`.
     """
 
     def __init__(
@@ -86,9 +87,12 @@ class Token2Wav:
         flow_noise: Float[np.ndarray, "S M"] | None = None,
         batch_size: int = 8,
         mesh: Mesh | None = None,
+        vocoder: Functional[Vocoder] | None = None,
     ):
         self.cfg, self.batch_size, self.mesh = cfg, batch_size, mesh
-        self.sample_rate = cfg.vocoder.sample_rate
+        self.vocoder = hift(cfg.vocoder) if vocoder is None else vocoder
+        self._sizes = self.vocoder.bind(self.vocoder.abstract).cfg
+        self.sample_rate = self._sizes.sample_rate
         guidance = cfg.flow.guidance if guidance is None else guidance
         self._options = FlowOptions(guidance=guidance, noise=flow_noise, steps=steps)
         dtype = jnp.dtype(dtype)
@@ -99,7 +103,6 @@ class Token2Wav:
             "vocoder": jax.tree.map(jnp.asarray, params["vocoder"]),
         }
         self.flow = flow_model(cfg.flow, Policy(param=dtype, compute=dtype), stacked=stacked)
-        self.vocoder = vocoder(cfg.vocoder)
         self._place_on(mesh)
 
     def _place_on(self, mesh: Mesh | None) -> None:
@@ -186,11 +189,11 @@ class Token2Wav:
             mel = self._mel_program(
                 self.params["flow"], prompt, codes, lengths, options,
             )  # fmt: skip
-            noise = pad_noise(source_noise, self.cfg.vocoder.samples * mel.shape[1])
+            noise = pad_noise(source_noise, self._sizes.samples * mel.shape[1])
             speech = np.asarray(
                 self._wave_program(self.params["vocoder"], mel, frames, noise, seed)
             )
-        samples = self.cfg.vocoder.samples * frames
+        samples = self._sizes.samples * frames
         return [row[:n] for row, n in zip(speech[:count], samples, strict=False)]
 
     def mels(
@@ -289,8 +292,8 @@ class Token2Wav:
         if not (spoken.any() or ends.any()):
             return replace(state, **after), [self._silence(0)] * rows
         max_codes = chunk_bucket(int(spoken.max()))
-        frames = self.cfg.vocoder.carry + self.cfg.flow.encoder.upsample * max_codes
-        noise = pad_noise(source_noise, self.cfg.vocoder.samples * frames)
+        frames = self._sizes.carry + self.cfg.flow.encoder.upsample * max_codes
+        noise = pad_noise(source_noise, self._sizes.samples * frames)
         flow = grow_streams(state.flow, int(state.num_codes.max()) + max_codes)
         options = replace(self._options, seed=state.seed)
         axes = batch_axes(flow), 0
@@ -398,7 +401,7 @@ class Token2Wav:
             lookahead = self.cfg.flow.encoder.lookahead
             state = StreamState(
                 flow=flow,
-                vocoder=vocoder_state(self.cfg.vocoder, 1, row_keys(seed, 1)),
+                vocoder=self.vocoder.bind(self.params["vocoder"]).start(1, row_keys(seed, 1)),
                 pending=np.zeros((1, lookahead), np.int32),
                 num_pending=np.zeros(1, np.int32),
                 num_codes=np.array([len(voice.codes)], np.int32),

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from sa2jax.attention.base import Mask
-from sa2jax.attention.decode import decode, decode_fits
+from sa2jax.attention.decode import decode, decode_refusal
 from sa2jax.attention.dispatch import attention, cached_attention
-from sa2jax.attention.splash import splash, splash_fits
-from sa2jax.attention.xla import attention_xla, decode_xla
+from sa2jax.attention.splash import splash, splash_refusal
+from sa2jax.attention.xla import attention_per_head, attention_xla, decode_xla
 from sa2jax.quantize import quantize_rows
 
 HALF = jnp.bfloat16
@@ -73,23 +73,30 @@ def test_decode_kernel_skips_blocks_that_are_empty():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "steps", "width", "fits"),
-    [(HALF, 256, 128, True), (jnp.float32, 256, 128, False), (HALF, 250, 128, False),
-     (HALF, 256, 64, False)],
+    ("dtype", "steps", "width", "mask", "why"),
+    [(HALF, 256, 128, Mask(causal=True), None),
+     (jnp.float32, 256, 128, Mask(causal=True), "expected bfloat16 or float16, got float32"),
+     (HALF, 250, 128, Mask(causal=True), "of a multiple of 128, got 250 and 128"),
+     (HALF, 256, 64, Mask(causal=True), "of a multiple of 128, got 256 and 64"),
+     (HALF, 256, 128, Mask(), "expected a causal mask"),
+     (HALF, 256, 128, Mask(causal=True, keys=jnp.ones((1, 256), bool)), "without marked keys")],
 )  # fmt: skip
-def test_splash_takes_half_precision_and_whole_tiles(dtype, steps, width, fits):
+def test_splash_takes_half_precision_whole_tiles_and_causal_masks(dtype, steps, width, mask, why):
     q, k = jnp.zeros((1, steps, 4, width), dtype), jnp.zeros((1, steps, 2, width), dtype)
-    assert splash_fits(q, k) == fits
+    refusal = splash_refusal(q, k, k, mask)
+    assert refusal is None if why is None else why in str(refusal)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "steps", "slots", "fits"),
-    [(HALF, 1, 1024, True), (HALF, 2, 1024, False), (HALF, 1, 1000, False),
-     (jnp.float32, 1, 1024, False)],
+    ("dtype", "steps", "slots", "why"),
+    [(HALF, 1, 1024, None), (HALF, 2, 1024, "expected one query a row, got 2"),
+     (HALF, 1, 1000, "of a multiple of 128, got 1000 and 128"),
+     (jnp.float32, 1, 1024, "expected bfloat16 or float16, got float32")],
 )  # fmt: skip
-def test_decode_kernel_takes_one_query_a_row(dtype, steps, slots, fits):
+def test_decode_kernel_takes_one_query_a_row(dtype, steps, slots, why):
     q, k = jnp.zeros((1, steps, 4, 128), dtype), jnp.zeros((3, 1, 2, slots, 128), dtype)
-    assert decode_fits(q, k) == fits
+    refusal = decode_refusal(q, k)
+    assert refusal is None if why is None else why in str(refusal)
 
 
 def lowered_for_tpu(run, *args):
@@ -125,8 +132,8 @@ def test_masks_are_what_all_their_rules_allow():
     Mask(causal=True), Mask(keys=jnp.arange(40)[None] < jnp.array([[40], [17]])),
     Mask(causal=True, segments=jnp.arange(40)[None] // jnp.array([[9], [40]])),
 ])  # fmt: skip
-def test_the_loop_of_a_cpu_equals_the_default(mask):
+def test_one_head_after_the_other_equals_all_at_once(mask):
     q, k, v = (normal(n, 2, 40, heads, 16, dtype=jnp.float32) for n, heads in enumerate((6, 2, 2)))
     with jax.default_matmul_precision("highest"):
-        default = attention_xla(q, k, v, mask)
-    np.testing.assert_allclose(attention(q, k, v, mask), default, atol=1e-5)
+        expected, loop = attention_xla(q, k, v, mask), attention_per_head(q, k, v, mask)
+    np.testing.assert_allclose(loop, expected, atol=1e-5)

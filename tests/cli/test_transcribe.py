@@ -9,6 +9,8 @@ import pytest
 import soundfile
 
 from sa2jax.chat import tokenizer_files
+from sa2jax.errors import ConfigError
+from sa2jax.inference.engine import Engine
 from sa2jax.inference.requests import Completion
 
 pytestmark = pytest.mark.usefixtures("leave_no_traces")
@@ -55,6 +57,31 @@ def test_asr(run, ours, recordings):
     texts = [entry["text"] for entry in found]
     assert all(texts)
     assert len(set(texts)) == 3
+
+
+def test_an_attention_that_does_not_run_here_is_refused(run, ours, recordings):
+    code, out, err = run("asr", recordings[0], "--model", ours, "--attention", "splash")
+    assert (code, out) == (2, "")
+    assert err.strip() == "error: attention 'splash' runs on tpu, not on cpu"
+
+
+def test_an_attention_that_is_asked_for_reaches_the_decoder(run, ours, recordings, monkeypatch):
+    asked = []
+
+    class Watching(Engine):
+        def generate(self, *args, **options):
+            asked.append(self.model.bind(self.model.abstract).decoder.policy.attention)
+            raise ConfigError("seen")
+
+    monkeypatch.setattr("sa2jax.pipeline.base.Engine", Watching)
+    code, *_ = run("asr", recordings[0], "--model", ours, "--attention", "xla")
+    assert (code, asked) == (2, ["xla"])
+
+
+def test_a_benchmark_of_speech_has_no_attention_to_choose(run):
+    code, _, err = run("bench", "token2wav", "--attention", "xla")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--attention is for language models" in err
 
 
 @pytest.mark.both_pairs

@@ -12,13 +12,14 @@ from helpers.devices import run_on_devices
 from sa2jax.config import StepAudio2Config
 from sa2jax.convert import hf, weights
 from sa2jax.convert.rules import expand
+from sa2jax.convert.step_audio2 import llm_rules
 
 
 def synthetic(folder: Path, cfg: StepAudio2Config, shard_bytes: int) -> int:
     """A sharded checkpoint of zeros in sparse files; returns its size in bytes."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(cfg.to_hf()))
-    placements = expand(hf.llm_rules(cfg), hf.leaf_shapes(cfg))
+    placements = expand(llm_rules(cfg), hf.leaf_shapes(cfg))
     shards: list[dict[str, weights.TensorInfo]] = [{}]
     for p in sorted(placements, key=lambda p: (p.layer is None, p.layer)):
         for name, shape in zip(p.sources, p.shapes, strict=True):

@@ -6,6 +6,7 @@ import pytest
 from sa2jax.config import StepAudio2Config
 from sa2jax.convert import hf
 from sa2jax.convert.rules import Fuse, Op, Split, Transpose, expand, fold, match, rule
+from sa2jax.convert.step_audio2 import llm_rules
 from sa2jax.errors import CheckpointError
 
 
@@ -147,7 +148,7 @@ def test_full_size_table_matches_every_released_name(golden):
     released = {row["name"]: tuple(int(n) for n in row["shape"].split("x")) for row in rows}
     cfg = StepAudio2Config.preset("mini")
     leaves = hf.leaf_shapes(cfg)
-    placements = match(hf.llm_rules(cfg), released, leaves, "names_llm.tsv")
+    placements = match(llm_rules(cfg), released, leaves, "names_llm.tsv")
     assert sorted(name for p in placements for name in p.sources) == sorted(released)
     assert {p.leaf for p in placements} == set(leaves)
     assert sum(int(row["numel"]) for row in rows) == sum(
@@ -161,8 +162,8 @@ def test_table_reads_and_writes_the_same_names():
     leaves = hf.leaf_shapes(cfg)
     tensors = {
         name: shape
-        for p in expand(hf.llm_rules(cfg), leaves)
+        for p in expand(llm_rules(cfg), leaves)
         for name, shape in zip(p.sources, p.shapes, strict=True)
     }
-    assert {p.leaf for p in match(hf.llm_rules(cfg), tensors, leaves, "x")} == set(leaves)
+    assert {p.leaf for p in match(llm_rules(cfg), tensors, leaves, "x")} == set(leaves)
     assert tensors["lm_head.weight"] == tensors["model.embed_tokens.weight"]

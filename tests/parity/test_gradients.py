@@ -13,8 +13,8 @@ from golden.make_gradients import features_of, fingerprint, make_case, torch_gra
 from helpers.recorded import Recorded
 
 from sa2jax import checkpoint
-from sa2jax.convert.hf import llm_rules
 from sa2jax.convert.rules import expand
+from sa2jax.convert.step_audio2 import llm_rules
 from sa2jax.train.language.step import LanguageBatch, language_loss
 
 ATOL = 1e-4  # of each tensor, relative to its norm; measured: below 4e-6

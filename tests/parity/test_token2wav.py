@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from helpers.recorded_speech import draws, recorded_token2wav, recorded_voice, start_noise
 
-from sa2jax.models.vocoder_stream import to_int16
+from sa2jax.models.vocoder.stream import to_int16
 from sa2jax.speech.token2wav import Token2Wav
 
 SPEECH = 2e-3

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from helpers.recorded_speech import recorded_token2wav, recorded_voice, start_noise
 
-from sa2jax.models.vocoder_stream import to_int16
+from sa2jax.models.vocoder.stream import to_int16
 from sa2jax.speech.token2wav import Token2Wav
 
 pytestmark = pytest.mark.oracle

@@ -14,9 +14,9 @@ from flax import nnx
 from helpers.recorded import first_difference
 
 from sa2jax.convert.vocoder import load
-from sa2jax.models.vocoder import Vocoder, vocoder
-from sa2jax.models.vocoder_signal import sine_squared
-from sa2jax.models.vocoder_stream import crossfade_weights, to_int16, vocoder_state, vocoder_step
+from sa2jax.models.vocoder import HiFT, vocoder
+from sa2jax.models.vocoder.signal import sine_squared
+from sa2jax.models.vocoder.stream import crossfade_weights, to_int16, vocoder_state
 from sa2jax.nn import Policy, functional
 from sa2jax.speech_config import VocoderConfig
 
@@ -54,7 +54,7 @@ def model(golden, cfg):
     return vocoder(cfg), params
 
 
-class WholePitches(Vocoder):
+class WholePitches(HiFT):
     """A vocoder whose pitches are whole Hz.
 
     In another batch a pitch is rounded otherwise on some CPUs, and the phases of the harmonics add
@@ -288,7 +288,7 @@ def _advance(model, cfg, whole):
 
     @jax.jit
     def step(params, state, mel, frames, last, noise):
-        return vocoder_step(net.bind(params), state, mel, frames, last=last, noise=noise)
+        return net.bind(params).step(state, mel, frames, last=last, noise=noise)
 
     def advance(state, mel, frames, last, noise):
         mel = np.pad(mel, ((0, 0), (0, size - mel.shape[1]), (0, 0)), constant_values=9)

@@ -49,6 +49,7 @@ class ModelFolder:
         """Look at a folder; weights are not read before they are needed."""
         if folder is None:
             return cls(FeatureSpec())
+        from sa2jax.families import family_of, read_config
         from sa2jax.speech.layout import find
         from sa2jax.speech.store import SpeechFolder
 
@@ -57,7 +58,8 @@ class ModelFolder:
             raise CheckpointError(f"no folder {folder}: expected a model folder")
         n_mels, num_codes, reader = N_MELS, NUM_CODES, None
         if (folder / "config.json").is_file():
-            tokenizer, cfg = Tokenizer.from_folder(folder), StepAudio2Config.from_hf(folder)
+            cfg = read_config(folder)
+            tokenizer = Tokenizer.from_folder(folder, family_of(cfg).special_tokens)
             n_mels, num_codes = cfg.audio_encoder.mels, tokenizer.special.num_codes
             reader = tokenizer, cfg
         speech = None if find(folder) is None else SpeechFolder(folder)

@@ -31,8 +31,9 @@ from sa2jax.convert import tokenizer as tokenizers
 from sa2jax.convert.transfer import copy_side_files, usual_dtype
 from sa2jax.convert.weights import SafetensorsFolder
 from sa2jax.errors import ConfigError, TrainError
+from sa2jax.families import family_of, read_config
 from sa2jax.inference import loading
-from sa2jax.models.step_audio import StepAudio2Model, step_audio2
+from sa2jax.models.step_audio import StepAudio2Model
 from sa2jax.nn import Functional, Params, Policy, functional, init_params
 from sa2jax.runtime import default_dtype
 from sa2jax.speech.layout import KIND as SPEECH
@@ -83,10 +84,11 @@ class BaseModel:
         Raises:
             TokenizerError: if there is none, or it is not one of Step-Audio 2.
         """
+        special = family_of(self.cfg).special_tokens
         if self.spec.folder is not None:
-            return Tokenizer.from_folder(self.spec.tokenizer or self.spec.folder)
+            return Tokenizer.from_folder(self.spec.tokenizer or self.spec.folder, special)
         if self.spec.tokenizer != BYTES:
-            return Tokenizer.from_folder(str(self.spec.tokenizer))
+            return Tokenizer.from_folder(str(self.spec.tokenizer), special)
         return Tokenizer(tokenizer_files.byte_tokenizer(*self._bytes))
 
     @property
@@ -125,7 +127,8 @@ class BaseModel:
             params = loading.read_params(self.spec.folder, like, self.policy, progress=progress)
         else:
             places = None if mesh is None else self.without_lora.shardings(mesh)
-            make = lambda: StepAudio2Model(self.cfg, policy=self.policy, rngs=nnx.Rngs(seed))
+            module = family_of(self.cfg).module
+            make = lambda: module(self.cfg, policy=self.policy, rngs=nnx.Rngs(seed))
             params = init_params(make, places)
         if self.lora is None:
             return params
@@ -237,18 +240,19 @@ def open_base_model(spec: ModelSpec, lora: LoraSpec | None = None) -> BaseModel:
     """
     if spec.folder is not None:
         spec = replace(spec, folder=str(model_folder(spec.folder)))
-        cfg = StepAudio2Config.from_hf(Path(str(spec.folder)))
+        cfg = read_config(str(spec.folder))
     else:
         cfg = StepAudio2Config.preset(str(spec.preset))
     policy = _dtype_policy(spec)
-    plain = step_audio2(cfg, policy)
+    family = family_of(cfg)
+    plain = family.model(cfg, policy)
     if lora is None:
         return BaseModel(spec, lora, cfg, policy, plain, plain)
     matrices: list[str] = []
 
     def make() -> StepAudio2Model:
         rngs = nnx.Rngs(0)
-        net = StepAudio2Model(cfg, policy=policy, rngs=rngs)
+        net = family.module(cfg, policy=policy, rngs=rngs)
         matrices[:] = add_lora(net, lora.rank, lora.alpha, lora.targets, rngs=rngs)
         return net
 

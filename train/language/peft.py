@@ -22,10 +22,11 @@ import safetensors
 
 from sa2jax import atomic_io, checkpoint
 from sa2jax.config import StepAudio2Config
-from sa2jax.convert.hf import leaf_shapes, llm_rules
+from sa2jax.convert.hf import leaf_shapes
 from sa2jax.convert.rules import Rule, Split, expand, match, rule
 from sa2jax.convert.weights import DTYPES, SINGLE, Arrays, write_safetensors
 from sa2jax.errors import TrainError
+from sa2jax.families import family_of
 from sa2jax.models.step_audio import StepAudio2Model
 from sa2jax.nn import Functional, Params
 
@@ -181,7 +182,7 @@ def _kernels(cfg: StepAudio2Config) -> list[Rule]:
     """The rules of the matrices that can be adapted: those whose last axis is all their inputs."""
     return [
         r
-        for r in llm_rules(cfg)
+        for r in family_of(cfg).rules(cfg)
         if r.target.endswith(".kernel") and all(isinstance(op, Split) for op in r.ops)
     ]
 
@@ -217,7 +218,7 @@ def _suffixes(modules: set[str], cfg: StepAudio2Config) -> list[str]:
 
     `mlp.0` is not cut to `0`, which is the first of any list.
     """
-    places = expand(llm_rules(cfg), leaf_shapes(cfg))
+    places = expand(family_of(cfg).rules(cfg), leaf_shapes(cfg))
     every = {name.rpartition(".")[0] for p in places for name in p.sources}
     every |= {
         ".".join(name.split(".")[:n]) for name in every for n in range(1, name.count(".") + 1)

@@ -28,7 +28,7 @@ from sa2jax.audio.features import HOP, s3_log_mel
 from sa2jax.errors import TrainError
 from sa2jax.models.speech_tokenizer import FSQ_SCALE, LEVELS, Layer, SpeechTokenizer, code_length
 from sa2jax.nn import (
-    Conv1d,
+    Conv,
     Functional,
     LayerNorm,
     Linear,
@@ -105,7 +105,7 @@ class SpeechTokenizerHeads(nnx.Module):
         self.letters = CTCHead(cfg.embed, **make)
         self.early_norm = LayerNorm(cfg.embed, **make)
         self.early = CTCHead(cfg.embed, **make)
-        self.near = Conv1d(cfg.digits, cfg.embed, kernel=5, padding=2, **make)
+        self.near = Conv(cfg.digits, cfg.embed, kernel=5, **make)
         self.voice = Linear({"statistics": 2 * cfg.mels}, embed, **make)
         self.mix = Linear(embed, embed, **make)
         self.mels = Linear(embed, {"frames": FRAMES, "bands": cfg.mels}, **make)

@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float
 
 from sa2jax.audio import mel_24k
 from sa2jax.errors import TrainError
-from sa2jax.models.vocoder import Vocoder, vocoder
+from sa2jax.models.vocoder import HiFT, vocoder
 from sa2jax.nn import Functional, Params, Policy, init_params, length_mask
 from sa2jax.speech_config import VocoderConfig
 from sa2jax.train.networks.batches import (
@@ -109,7 +109,7 @@ def init_vocoder(
     """
     how = policy or Policy()
     places = None if mesh is None else vocoder(cfg, how).shardings(mesh)
-    params = init_params(lambda: Vocoder(cfg, policy=how, rngs=nnx.Rngs(seed)), places)
+    params = init_params(lambda: HiFT(cfg, policy=how, rngs=nnx.Rngs(seed)), places)
     for first in (params["pre"], params["f0_predictor"]["conv0"]):
         first["kernel"] = first["kernel"] / MEL_STD
         first["bias"] = first["bias"] - MEL_MEAN * jnp.sum(first["kernel"], (0, 1))
@@ -120,7 +120,7 @@ def init_vocoder(
 
 
 def vocoder_loss(
-    model: Functional[Vocoder],
+    model: Functional[HiFT],
     params: Params,
     batch: VocoderBatch[Array],
     key: Array,

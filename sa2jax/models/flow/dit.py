@@ -25,7 +25,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from sa2jax.models.flow.layers import attend, window
-from sa2jax.nn import Conv1d, LayerNorm, Linear, Policy, over_layers, stack, tap
+from sa2jax.nn import Conv, LayerNorm, Linear, Policy, over_layers, stack, tap
 from sa2jax.speech_config import EstimatorConfig
 
 EPS = 1e-6  # of the norms that adaLN modulates
@@ -221,10 +221,12 @@ class CausalConvs(nnx.Module):
     """Convolution, norm, mish, convolution; both look back only."""
 
     def __init__(self, cfg: EstimatorConfig, *, policy: Policy, rngs: nnx.Rngs):
-        conv = {"kernel": cfg.kernel, "policy": policy, "rngs": rngs}
-        self.conv1 = Conv1d(cfg.embed, cfg.embed, **conv)
+        conv = lambda: Conv(
+            cfg.embed, cfg.embed, kernel=cfg.kernel, padding="none", policy=policy, rngs=rngs
+        )
+        self.conv1 = conv()
         self.norm = LayerNorm(cfg.embed, policy=policy, rngs=rngs)
-        self.conv2 = Conv1d(cfg.embed, cfg.embed, **conv)
+        self.conv2 = conv()
 
     def __call__(
         self, x: Float[Array, "G T D"], counts: Int[Array, "G"], cache: Float[Array, "G K C"]

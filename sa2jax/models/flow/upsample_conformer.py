@@ -26,7 +26,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from sa2jax.models.flow.layers import attend, window
-from sa2jax.nn import Conv1d, LayerNorm, Linear, Policy, length_mask, over_layers, param, stack, tap
+from sa2jax.nn import Conv, LayerNorm, Linear, Policy, length_mask, over_layers, param, stack, tap
 from sa2jax.speech_config import ConformerConfig
 
 LAYER_EPS = 1e-12  # of the norms inside layers; the others have 1e-5
@@ -191,7 +191,7 @@ class UpsampleConformer(nnx.Module):
     ):
         self.cfg, self.policy = cfg, policy
         common = {"policy": policy, "rngs": rngs}
-        conv = lambda kernel: Conv1d(cfg.embed, cfg.embed, kernel=kernel, **common)
+        conv = lambda taps: Conv(cfg.embed, cfg.embed, kernel=taps, padding="none", **common)
         make = lambda rngs: ConformerLayer(cfg, policy=policy, rngs=rngs)
 
         def layers(count):

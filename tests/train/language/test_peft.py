@@ -12,8 +12,8 @@ import safetensors.numpy
 from flax import nnx
 
 from sa2jax import checkpoint, testing
-from sa2jax.convert.hf import llm_rules
 from sa2jax.convert.rules import expand
+from sa2jax.convert.step_audio2 import llm_rules
 from sa2jax.errors import CheckpointError, Sa2jaxError, TrainError
 from sa2jax.models.step_audio import StepAudio2Model, step_audio2
 from sa2jax.nn import Policy, functional

@@ -11,9 +11,9 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from sa2jax.models.vocoder_signal import (
+from sa2jax.models.vocoder.signal import (
     RowMask,
     apply_mask,
     istft,
@@ -22,59 +22,18 @@ from sa2jax.models.vocoder_signal import (
     sine_squared,
     stft,
 )
-from sa2jax.nn import Functional, Linear, Policy, functional, length_mask, param, tap
+from sa2jax.models.vocoder.stream import HiFTState, vocoder_state, vocoder_step
+from sa2jax.nn import Conv, Functional, Linear, Policy, conv, functional, length_mask, param, tap
 from sa2jax.speech_config import VocoderConfig
 
 MAX_MAGNITUDE = 100.0
 LAST_SLOPE = 0.01  # of the leaky relu before the last convolution
 
 
-def vocoder(cfg: VocoderConfig, policy: Policy | None = None) -> Functional["Vocoder"]:
+def vocoder(cfg: VocoderConfig, policy: Policy | None = None) -> Functional["HiFT"]:
     """The vocoder of these sizes, without its numbers."""
     policy = policy or Policy()
-    return functional(lambda: Vocoder(cfg, policy=policy, rngs=nnx.Rngs(0)))
-
-
-def conv(
-    x: Float[Array, "B T C"],
-    kernel: Float[Array, "W C D"],
-    bias: Float[Array, "D"],
-    *,
-    stride: int = 1,
-    padding: int | tuple[int, int] = 0,
-    dilation: int = 1,
-    policy: Policy,
-) -> Float[Array, "B S D"]:
-    """Convolve over time, channels last: on every backend the fastest layout for these sizes."""
-    y = jax.lax.conv_general_dilated(
-        x.astype(policy.compute),
-        kernel.astype(policy.compute),
-        window_strides=(stride,),
-        padding=[(padding, padding) if isinstance(padding, int) else padding],
-        rhs_dilation=(dilation,),
-        dimension_numbers=("NTC", "TIO", "NTC"),
-        precision=policy.precision,
-    )
-    return y + bias.astype(policy.compute)
-
-
-class Conv(nnx.Module):
-    """A convolution over time that keeps the length, or divides it by its stride."""
-
-    def __init__(
-        self, inputs: int, outputs: int, *, kernel: int, stride: int = 1,
-        padding: int | None = None, policy: Policy, rngs: nnx.Rngs,
-    ):  # fmt: skip
-        self.stride, self.policy = stride, policy
-        self.padding = kernel // 2 if padding is None else padding
-        shape, scale = (kernel, inputs, outputs), (kernel * inputs) ** -0.5
-        self.kernel = param(rngs, shape, (None,) * 3, dtype=policy.param, scale=scale)
-        self.bias = param(rngs, (outputs,), (None,), dtype=policy.param, scale=0.02)
-
-    def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B S D"]:
-        """Convolve with zeros at both ends."""
-        how = {"stride": self.stride, "padding": self.padding, "policy": self.policy}
-        return conv(x, self.kernel[...], self.bias[...], **how)
+    return functional(lambda: HiFT(cfg, policy=policy, rngs=nnx.Rngs(0)))
 
 
 class Upsample(nnx.Module):
@@ -107,29 +66,26 @@ class Upsample(nnx.Module):
         kernel = kernel.reshape(rows, inputs, rate * outputs)
         behind = rows - 1 - ahead
         bias = jnp.tile(self.bias[...], rate)
-        y = conv(x, kernel, bias, padding=(behind, ahead), policy=self.policy)
+        y = conv(x, kernel, bias, padding=((behind, ahead),), policy=self.policy)
         return y.reshape(y.shape[0], -1, outputs)
 
 
-class SnakeConv(nnx.Module):
+class SnakeConv(Conv):
     """The activation x + sin²(αx)/α (arXiv 2006.08195), then a convolution."""
 
-    def __init__(self, channels: int, *, kernel: int, policy: Policy, rngs: nnx.Rngs):
-        self.policy = policy
-        shape, scale = (kernel, channels, channels), (kernel * channels) ** -0.5
+    def __init__(
+        self, channels: int, *, kernel: int, dilation: int, policy: Policy, rngs: nnx.Rngs
+    ):
+        super().__init__(
+            channels, channels, kernel=kernel, dilation=dilation, policy=policy, rngs=rngs
+        )
         self.alpha = param(rngs, (channels,), (None,), dtype=policy.param, constant=1.0)
-        self.kernel = param(rngs, shape, (None,) * 3, dtype=policy.param, scale=scale)
-        self.bias = param(rngs, (channels,), (None,), dtype=policy.param, scale=0.02)
 
-    def __call__(
-        self, x: Float[Array, "B T C"], mask: RowMask | None, dilation: int
-    ) -> Float[Array, "B T C"]:
+    def __call__(self, x: Float[Array, "B T C"], mask: RowMask | None) -> Float[Array, "B T C"]:
         """Activate, mask what lies beyond a row's end, convolve."""
         alpha = self.alpha[...].astype(x.dtype)
         y = x + sine_squared(x * alpha) / (alpha + 1e-9)
-        padding = (self.kernel.shape[0] - 1) * dilation // 2
-        how = {"padding": padding, "dilation": dilation, "policy": self.policy}
-        return conv(apply_mask(y, mask), self.kernel[...], self.bias[...], **how)
+        return super().__call__(apply_mask(y, mask))
 
 
 class ResBlock(nnx.Module):
@@ -139,17 +95,18 @@ class ResBlock(nnx.Module):
         self, channels: int, *, kernel: int, dilations: tuple[int, ...], policy: Policy,
         rngs: nnx.Rngs,
     ):  # fmt: skip
-        self.dilations = dilations
-        for i in range(len(dilations)):
-            for name in ("first", "second"):
-                layer = SnakeConv(channels, kernel=kernel, policy=policy, rngs=rngs)
+        self.pairs = len(dilations)
+        for i, dilation in enumerate(dilations):
+            for name, spacing in (("first", dilation), ("second", 1)):
+                layer = SnakeConv(
+                    channels, kernel=kernel, dilation=spacing, policy=policy, rngs=rngs
+                )
                 setattr(self, f"{name}{i}", layer)
 
     def __call__(self, x: Float[Array, "B T C"], mask: RowMask | None) -> Float[Array, "B T C"]:
         """Add each pair. Dilations differ, so layers are neither scanned nor stacked."""
-        for i, dilation in enumerate(self.dilations):
-            y = getattr(self, f"first{i}")(x, mask, dilation)
-            x = x + getattr(self, f"second{i}")(y, mask, 1)
+        for i in range(self.pairs):
+            x = x + getattr(self, f"second{i}")(getattr(self, f"first{i}")(x, mask), mask)
         return x
 
 
@@ -165,8 +122,8 @@ class Stage(nnx.Module):
             2 * channels, channels, kernel=cfg.kernels[index], rate=cfg.rates[index], **how
         )
         step = math.prod(cfg.rates[index + 1 :])  # source frames per frame of this stage
-        size = {"kernel": 1} if step == 1 else {"kernel": 2 * step, "padding": step // 2}
-        self.down = Conv(bins, channels, stride=step, **size, **how)
+        taps, padding = (1, 0) if step == 1 else (2 * step, step // 2)
+        self.down = Conv(bins, channels, kernel=taps, stride=step, padding=padding, **how)
         kernel, dilations = cfg.source_kernels[index], cfg.source_dilations[index]
         self.source = ResBlock(channels, kernel=kernel, dilations=dilations, **how)
         for i, kernel in enumerate(cfg.block_kernels):
@@ -210,8 +167,8 @@ class F0Predictor(nnx.Module):
         return jnp.abs(self.out(x)[..., 0].astype(jnp.float32))
 
 
-class Vocoder(nnx.Module):
-    """Mel frames to a waveform."""
+class HiFT(nnx.Module):
+    """Mel frames to a waveform; a `Vocoder`."""
 
     def __init__(self, cfg: VocoderConfig, *, policy: Policy, rngs: nnx.Rngs):
         self.cfg, self.policy = cfg, policy
@@ -262,6 +219,27 @@ class Vocoder(nnx.Module):
                 source = jnp.concatenate([head, source[:, size:]], axis=1)
             tap(trace, "source", source)
         return self.decode(mel, source, frames, trace=trace), source
+
+    def start(
+        self, rows: int = 1, key: Key[Array, ""] | Key[Array, "B"] | None = None
+    ) -> HiFTState:
+        """Streams that have not begun, see `vocoder_state`."""
+        return vocoder_state(self.cfg, rows, key)
+
+    def step(
+        self,
+        state: HiFTState,
+        mel: Float[Array, "B T M"],
+        frames: Int[Array, "B"] | None = None,
+        *,
+        last: bool | Bool[Array, "B"] = False,
+        noise: Float[Array, "B N H"] | None = None,
+        equal_gain: bool = False,
+    ) -> tuple[HiFTState, Float[Array, "B N"], Int[Array, "B"]]:
+        """Advance every stream by one chunk of mel frames, see `vocoder_step`."""
+        return vocoder_step(
+            self, self.cfg, state, mel, frames, last=last, noise=noise, equal_gain=equal_gain
+        )
 
     def f0(
         self, mel: Float[Array, "B T M"], frames: Int[Array, "B"] | None = None

@@ -5,19 +5,19 @@ follows; the source goes on unchanged, and the two waveforms are cross-faded. So
 `Token2wav.stream`, with its one global cache as an explicit state with a row for each stream.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int16, Key
 
-from sa2jax.models.vocoder import Vocoder
 from sa2jax.speech_config import VocoderConfig
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class VocoderState:
+class HiFTState:
     """Overlap that streams carry from chunk to chunk; each row is one stream.
 
     Attributes:
@@ -37,7 +37,7 @@ class VocoderState:
 
 def vocoder_state(
     cfg: VocoderConfig, rows: int = 1, key: Key[Array, ""] | Key[Array, "B"] | None = None
-) -> VocoderState:
+) -> HiFTState:
     """Streams that have not begun.
 
     Args:
@@ -47,7 +47,7 @@ def vocoder_state(
     """
     keys = jax.random.key(0) if key is None else key
     silence = lambda: jnp.zeros((rows, cfg.carry * cfg.samples))  # each its own, to be donated
-    return VocoderState(
+    return HiFTState(
         mel=jnp.zeros((rows, cfg.carry, cfg.mels)),
         source=silence(),
         speech=silence(),
@@ -57,22 +57,24 @@ def vocoder_state(
 
 
 def vocoder_step(
-    net: Vocoder,
-    state: VocoderState,
+    synthesize: Callable[..., tuple[Float[Array, "B N"], Float[Array, "B N"]]],
+    cfg: VocoderConfig,
+    state: HiFTState,
     mel: Float[Array, "B T M"],
     frames: Int[Array, "B"] | None = None,
     *,
     last: bool | Bool[Array, "B"] = False,
     noise: Float[Array, "B N H"] | None = None,
     equal_gain: bool = False,
-) -> tuple[VocoderState, Float[Array, "B N"], Int[Array, "B"]]:
+) -> tuple[HiFTState, Float[Array, "B N"], Int[Array, "B"]]:
     """Advance every stream by one chunk of mel frames.
 
     Chunks of one size T share one compiled program: the first, the last and the ones between, and
     streams in different places of their replies.
 
     Args:
-        net: the vocoder.
+        synthesize: makes a waveform and its source, as `HiFT` does when it is called.
+        cfg: sizes.
         state: of each stream.
         mel: new frames (50 Hz), padded on the right; the released chunk has 50.
         frames: new frames of each row; by default all. A row without any, unless it is its last,
@@ -87,7 +89,7 @@ def vocoder_step(
         The new state, the waveform (24 kHz, N = 480·(C + T)), and how many samples of it each row
         gives out; the rest is zero.
     """
-    cfg, (rows, size, _) = net.cfg, mel.shape
+    rows, size, _ = mel.shape
     step, span = cfg.samples, cfg.carry * cfg.samples
     fresh = jnp.full((rows,), size) if frames is None else frames
     last = jnp.broadcast_to(jnp.asarray(last), (rows,))
@@ -97,7 +99,7 @@ def vocoder_step(
     joined = jnp.pad(state.mel, ((0, 0), (0, size), (0, 0)))
     joined = jax.vmap(_put)(joined, mel.astype(joined.dtype), state.frames)
     held = state.frames * step
-    speech, source = net(
+    speech, source = synthesize(
         joined, total, noise=noise, key=split[:, 0], cache_source=state.source, cached=held
     )
     with jax.named_scope("crossfade"):
@@ -112,7 +114,7 @@ def vocoder_step(
     carried = jnp.minimum(total, cfg.carry)
     first = total - carried
     count = (total - jnp.where(last, 0, carried)) * step
-    after = VocoderState(
+    after = HiFTState(
         mel=jax.vmap(lambda x, i: _cut(x, i, cfg.carry))(joined, first),
         source=jax.vmap(lambda x, i: _cut(x, i, span))(source, first * step),
         speech=jax.vmap(lambda x, i: _cut(x, i, span))(speech, first * step),

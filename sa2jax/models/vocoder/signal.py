@@ -15,7 +15,7 @@ RowMask = Bool[Array, "B T 1"]
 
 
 def mask_of(lengths: Int[Array, "B"] | None, size: int) -> RowMask | None:
-    """`nn.before` for channels last; None for rows that are all of full length."""
+    """`nn.length_mask` for channels last; None for rows that are all of full length."""
     return None if lengths is None else length_mask(lengths, size)[..., None]
 
 
