@@ -1,6 +1,7 @@
 """Every program on every kind of mesh gives what one device gives."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,8 +13,8 @@ from sa2jax import testing
 # The last one divides neither the heads nor the vocabularies nor, alone, the rows. Three share a
 # process, which answers without a mesh first.
 MESHES = (
-    ("data=1,fsdp=1,tensor=1", "data=2,fsdp=2,tensor=2", "tensor=8"),
-    ("data=8", "fsdp=2,tensor=4", "data=2,tensor=3"),
+    ("data=1,fsdp=1,tensor=1", "data=2,fsdp=2,tensor=2", "data=2,tensor=3"),
+    ("data=8", "fsdp=2,tensor=4", "tensor=8"),
 )
 
 
@@ -36,9 +37,12 @@ def test_every_program_on_a_mesh(meshes, folder, tmp_path):
         assert found["logits"] <= 1e-4
         assert found["ids"]
         assert found["length"] == [on_meshes.TOKENS] * 3
-        assert found["wave"] <= 1e-4
         check_traces(found)
         check_places(found["mesh"], found)
+    spoken = [report for report in reports if "speech" in report]
+    assert [report["mesh"] for report in spoken] == [m for m in meshes if m in on_meshes.SPEAKING]
+    dealt = [check_speech(report["mesh"], report["speech"]) for report in spoken]
+    assert dealt == ["tensor=3" not in report["mesh"] for report in spoken]
 
 
 def check_traces(found):
@@ -52,7 +56,6 @@ def check_traces(found):
         "decode": 1,
         "logits": 1,
     }
-    assert found["sound_traces"] == {"mel": 1, "wave": 1, "start": 1, "step": 1}
     assert found["new"], "the second time nothing is traced but a block of another size"
 
 
@@ -76,9 +79,17 @@ def check_places(mesh, found):
         assert padded(found["k"], 4)[1] == split(ways, "tensor")
         vocab = split(ways, "tensor")  # 512 divides as the heads do
         assert padded(found["head"], 2) == [vocab, split(fsdp, "fsdp")]
-    dealt = found["kv"][4] % (data * fsdp * tensor) == 0
-    rows_on = named(data=data, fsdp=fsdp, tensor=tensor) if dealt else "None"
-    assert padded(found["stream"], 8)[4] == rows_on
+
+
+def check_speech(mesh, found):
+    """The sound is that of one device, of one program each; a stream's rows are dealt."""
+    assert found["wave"] <= 1e-4
+    assert found["traces"] == {"mel": 1, "wave": 1, "start": 1, "step": 1}
+    assert found["new"], "the second time nothing is traced"
+    sizes = {axis: int(size) for axis, size in (pair.split("=") for pair in mesh.split(","))}
+    dealt = found["kv"][4] % math.prod(sizes.values()) == 0
+    assert padded(found["stream"], 8)[4] == (named(**sizes) if dealt else "None")
+    return dealt
 
 
 def named(**sizes):
