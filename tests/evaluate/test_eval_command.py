@@ -50,7 +50,7 @@ QUICK = ("--limit", 1, "--metric", "tool_unasked", "--metric", "sums")
 
 @pytest.mark.both_pairs
 def test_a_table_and_its_answers(run, loads, corpus, tmp_path):
-    code, out, err = run("eval", "nano", "--corpus", corpus, "--model", tmp_path, *QUICK,
+    code, out, err = run("eval", "nano", "--data", corpus, "--model", tmp_path, *QUICK,
                          "--predictions", tmp_path / "predictions.jsonl")  # fmt: skip
     assert (code, err) == (0, "")
     assert "no tool called when not asked" in out
@@ -58,7 +58,7 @@ def test_a_table_and_its_answers(run, loads, corpus, tmp_path):
     assert loads == [(str(tmp_path), None)]
     lines = (tmp_path / "predictions.jsonl").read_text().splitlines()
     assert [json.loads(line)["metric"] for line in lines] == ["sums", "tool_unasked"]
-    code, out, err = run("eval", "nano", "--corpus", corpus, "--model", tmp_path, *QUICK,
+    code, out, err = run("eval", "nano", "--data", corpus, "--model", tmp_path, *QUICK,
                          "--metric", "int8", "--json", "--strict")  # fmt: skip
     assert code == 1
     assert err == "below the threshold: sums\n"
@@ -72,7 +72,7 @@ def test_a_table_and_its_answers(run, loads, corpus, tmp_path):
     ("arguments", "message"),
     [
         (("--metric", "nothing"), "there is no metric 'nothing'"),
-        (("--corpus", "/nowhere"), "has no held-out set"),
+        (("--data", "/nowhere"), "has no held-out set"),
         ((), "has no folder heldout/"),
     ],
 )
