@@ -54,8 +54,9 @@ def extend_tokenizer(source: Path, used: Mapping[str, int], out: Path, vocab: in
     copy_files(source, out)
     new = [
         added_token(token.content, i, special=token.special)
-        for i, token in sorted(released.items()) if i >= first
-    ]  # fmt: skip
+        for i, token in sorted(released.items())
+        if i >= first
+    ]
     if (merged := _read_json(out / "tokenizer.json")) is not None:
         merged["added_tokens"] += new
         write_json(out / "tokenizer.json", merged)

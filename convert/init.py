@@ -182,10 +182,15 @@ def _config(text: Mapping[str, Any], audio: Mapping[str, Any], vocab: int) -> St
     """The model that both sources make; what it would compute otherwise than they is an error."""
     # What transformers takes for a key that is not there.
     sizes = {
-        "num_mel_bins": 128, "encoder_layers": 32, "encoder_attention_heads": 20,
-        "encoder_ffn_dim": 5120, "d_model": 1280, "max_source_positions": 1500,
-        "activation_function": "gelu", "scale_embedding": False,
-    }  # fmt: skip
+        "num_mel_bins": 128,
+        "encoder_layers": 32,
+        "encoder_attention_heads": 20,
+        "encoder_ffn_dim": 5120,
+        "d_model": 1280,
+        "max_source_positions": 1500,
+        "activation_function": "gelu",
+        "scale_embedding": False,
+    }
     sizes |= {key: audio[key] for key in sizes if key in audio}
     expected: dict[str, Any] = {"activation_function": "gelu", "scale_embedding": False}
     if isinstance(width := sizes["d_model"], int):  # if not, the config below says so

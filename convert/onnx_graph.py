@@ -24,8 +24,12 @@ from sa2jax.convert.weights import TensorInfo
 from sa2jax.errors import CheckpointError
 
 CONV, LINEAR, LAYER_NORM, BATCH_NORM = "convolution", "linear map", "layer norm", "batch norm"
-_SEVERAL = {BATCH_NORM: "batch norms", LAYER_NORM: "layer norms", LINEAR: "linear maps",
-            CONV: "convolutions"}  # fmt: skip
+_SEVERAL = {
+    BATCH_NORM: "batch norms",
+    LAYER_NORM: "layer norms",
+    LINEAR: "linear maps",
+    CONV: "convolutions",
+}
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,9 +10,13 @@ from sa2jax.config import StepAudio2Config
 from sa2jax.errors import TokenizerError
 
 FILES = (
-    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
     "special_tokens_map.json",
-)  # fmt: skip
+)
 SPECIAL_IDS = "special_ids.json"  # names the special ids of a test checkpoint without a tokenizer
 
 

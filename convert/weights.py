@@ -302,9 +302,15 @@ def _shards(folder: Path) -> dict[str, set[str] | None]:
     if not (folder / INDEX).exists():
         loose = sorted(p.name for p in folder.glob("*.safetensors"))
         old = any(p.suffix in (".bin", ".pt", ".pth") for p in folder.iterdir())
-        hint = f"found {len(loose)} shards but not {INDEX}: download that too" if loose else (
-            "found pickled weights: save them as safetensors first" if old else "download it again"
-        )  # fmt: skip
+        hint = (
+            f"found {len(loose)} shards but not {INDEX}: download that too"
+            if loose
+            else (
+                "found pickled weights: save them as safetensors first"
+                if old
+                else "download it again"
+            )
+        )
         raise CheckpointError(f"{folder}: expected {SINGLE} or {INDEX}; {hint}")
     try:
         weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]

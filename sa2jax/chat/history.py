@@ -64,9 +64,13 @@ def save_conversation(
     digest = hashlib.sha256(data).hexdigest() if data else None
     arrays = f"{path.stem}.{digest[:12]}.npz" if digest else None
     head = {
-        "format": FORMAT, "version": VERSION, "model": model, "arrays": arrays, "sha256": digest,
+        "format": FORMAT,
+        "version": VERSION,
+        "model": model,
+        "arrays": arrays,
+        "sha256": digest,
         "facts": dict(facts),
-    }  # fmt: skip
+    }
     try:
         lines = [f"  {json.dumps(key)}: {_dump(value)},\n" for key, value in head.items()]
         rows = ",\n".join(f"    {_dump(turn)}" for turn in written)

@@ -78,9 +78,10 @@ def learn_merges(texts: Iterable[str], count: int) -> list[tuple[str, str]]:
     backend = backend_of(describe(0), where="learn_merges")
     backend.model = tokenizers.models.BPE()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=BYTES + count, initial_alphabet=[BYTE_ALPHABET[b] for b in range(BYTES)],
+        vocab_size=BYTES + count,
+        initial_alphabet=[BYTE_ALPHABET[b] for b in range(BYTES)],
         show_progress=False,
-    )  # fmt: skip
+    )
     backend.train_from_iterator(texts, trainer)
     found = [tuple(pair) for pair in json.loads(backend.to_str())["model"]["merges"]]
     if len(found) < count:

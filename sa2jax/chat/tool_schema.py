@@ -16,9 +16,14 @@ from sa2jax.errors import PromptError
 MAX_SHOWN = 200  # characters of a wrong argument in an error
 TIMEOUT = 30.0  # seconds
 _TYPES = {
-    str: "string", int: "integer", float: "number", bool: "boolean",
-    list: "array", dict: "object", NoneType: "null",
-}  # fmt: skip
+    str: "string",
+    int: "integer",
+    float: "number",
+    bool: "boolean",
+    list: "array",
+    dict: "object",
+    NoneType: "null",
+}
 _SECTION = re.compile(
     r"(Args|Arguments|Parameters|Attributes|Examples?|Notes?|Raises|Returns|Yields):\s*"
 )

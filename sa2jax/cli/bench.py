@@ -47,14 +47,27 @@ def bench(
     with common.progress_bar("timing", unit="rounds") as tick:
         if size == "token2wav":
             result = bench.bench_speech(
-                seconds=seconds or 12.0, streams=streams, chunk=chunk, repeats=repeats,
-                dtype=dtype or "float32", mesh=mesh, reference=reference, progress=tick,
-            )  # fmt: skip
+                seconds=seconds or 12.0,
+                streams=streams,
+                chunk=chunk,
+                repeats=repeats,
+                dtype=dtype or "float32",
+                mesh=mesh,
+                reference=reference,
+                progress=tick,
+            )
         else:
             result = bench.bench(
-                size, prompt=prompt, tokens=tokens, seconds=seconds or 25.0, repeats=repeats,
-                dtype=dtype, mesh=mesh, reference=reference, progress=tick,
-            )  # fmt: skip
+                size,
+                prompt=prompt,
+                tokens=tokens,
+                seconds=seconds or 25.0,
+                repeats=repeats,
+                dtype=dtype,
+                mesh=mesh,
+                reference=reference,
+                progress=tick,
+            )
     if json:
         common.print_json(asdict(result))
     else:

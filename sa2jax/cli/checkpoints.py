@@ -50,16 +50,28 @@ def convert(
 
     with common.progress_bar("converting") as tick:
         report = convert(
-            source, out, dtype=dtype, float_head=float_head, tokenizer=tokenizer,
-            overwrite=overwrite, progress=tick,
-        )  # fmt: skip
+            source,
+            out,
+            dtype=dtype,
+            float_head=float_head,
+            tokenizer=tokenizer,
+            overwrite=overwrite,
+            progress=tick,
+        )
     _report(report, out, json)
 
 
 def _init(
-    source: Path, out: Path, dtype: str | None, tokenizer: Path | None, init: bool,
-    encoder: Path | None, seed: int, overwrite: bool, float_head: bool,
-) -> Any:  # fmt: skip
+    source: Path,
+    out: Path,
+    dtype: str | None,
+    tokenizer: Path | None,
+    init: bool,
+    encoder: Path | None,
+    seed: int,
+    overwrite: bool,
+    float_head: bool,
+) -> Any:
     """`convert --init`."""
     from sa2jax.convert.init import init as make
     from sa2jax.errors import CheckpointError
@@ -73,9 +85,15 @@ def _init(
         raise CheckpointError("--init makes a model to train: int8 comes after that")
     with common.progress_bar("making") as tick:
         return make(
-            source, out, encoder=encoder, tokenizer=tokenizer, seed=seed, dtype=dtype,
-            overwrite=overwrite, progress=tick,
-        )  # fmt: skip
+            source,
+            out,
+            encoder=encoder,
+            tokenizer=tokenizer,
+            seed=seed,
+            dtype=dtype,
+            overwrite=overwrite,
+            progress=tick,
+        )
 
 
 def export(
@@ -105,9 +123,14 @@ def export(
 
     with common.progress_bar("exporting") as tick:
         report = export(
-            model_folder(source), out, dtype=dtype, dequantize=dequantize,
-            max_shard_size=max_shard_size, overwrite=overwrite, progress=tick,
-        )  # fmt: skip
+            model_folder(source),
+            out,
+            dtype=dtype,
+            dequantize=dequantize,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            progress=tick,
+        )
     _report(report, out, json)
 
 

@@ -46,9 +46,13 @@ def _prepare(
 
     *sources, out = _sources_and_out(paths)
     config = PrepareConfig(
-        model=model, reader=reader, tfio_python=tfio_python, shard_size=shard_size,
-        workers=workers, max_rejects=max_rejects,
-    )  # fmt: skip
+        model=model,
+        reader=reader,
+        tfio_python=tfio_python,
+        shard_size=shard_size,
+        workers=workers,
+        max_rejects=max_rejects,
+    )
     with common.progress_bar("preparing", unit="records") as tick:
         about = prepare_dataset(sources, out, config, overwrite=overwrite, progress=tick)
     _print(about, Path(out), json)
@@ -124,9 +128,16 @@ def _prepare_speech(
     *sources, out = _sources_and_out(paths)
     with common.progress_bar("reading", unit="recordings") as tick:
         about = prepare_speech(
-            sources, out, rate=rate, pitch=pitch, model=model, max_seconds=max_seconds,
-            max_rejects=max_rejects, overwrite=overwrite, progress=tick,
-        )  # fmt: skip
+            sources,
+            out,
+            rate=rate,
+            pitch=pitch,
+            model=model,
+            max_seconds=max_seconds,
+            max_rejects=max_rejects,
+            overwrite=overwrite,
+            progress=tick,
+        )
     _print(about, Path(out), json)
 
 

@@ -77,9 +77,14 @@ def assemble(
             raise VoiceError(f"--voice {word}: expected NAME=RECORDING, such as anna=anna.wav")
         named[name] = Path(recording)
     notes = run(
-        model_folder(model), model_folder(speech), out,
-        dtype=dtype, single=single, voices=named, overwrite=overwrite,
-    )  # fmt: skip
+        model_folder(model),
+        model_folder(speech),
+        out,
+        dtype=dtype,
+        single=single,
+        voices=named,
+        overwrite=overwrite,
+    )
     for note in notes:
         common.log(f"note: {note}")
     print(f"model: {out}")

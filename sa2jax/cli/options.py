@@ -42,10 +42,16 @@ class ModelOptions(Devices):
         model = common.model_or_default(self.model)
         with common.progress_bar("loading") as tick:
             return StepAudio2.from_pretrained(
-                model, dtype=self.dtype, mesh=self.mesh, int8_cache=self.int8_cache,
-                tokenizer=self.tokenizer, speech=self.detokenizer, prompt_style=self.prompt_style,
-                batch_size=self.batch_size, progress=tick,
-            )  # fmt: skip
+                model,
+                dtype=self.dtype,
+                mesh=self.mesh,
+                int8_cache=self.int8_cache,
+                tokenizer=self.tokenizer,
+                speech=self.detokenizer,
+                prompt_style=self.prompt_style,
+                batch_size=self.batch_size,
+                progress=tick,
+            )
 
 
 Model = Annotated[ModelOptions, tyro.conf.arg(name="")]

@@ -56,9 +56,16 @@ def plan(
         if value is not None and value < 1:
             raise PlanError(f"{name} {value}: expected at least 1")
     spec = planning.Spec(
-        model=model, topology=topology, workload=workload, batch=batch or 0, length=length or 0,
-        dtype=dtype, float_head=float_head, int8_cache=int8_cache, mesh=mesh,
-    )  # fmt: skip
+        model=model,
+        topology=topology,
+        workload=workload,
+        batch=batch or 0,
+        length=length or 0,
+        dtype=dtype,
+        float_head=float_head,
+        int8_cache=int8_cache,
+        mesh=mesh,
+    )
     if not search:
         plans = [planning.plan(spec)]
     else:
@@ -86,8 +93,9 @@ def _table(made: "Plan") -> Table:
     how = "on paper" if made.on_paper else f"compiled in {made.compile_seconds:.1f} s"
     table = Table(
         title=f"{spec.workload} of {spec.model}, {spec.dtype}, on {made.topology} ({how})",
-        show_header=False, title_justify="left",
-    )  # fmt: skip
+        show_header=False,
+        title_justify="left",
+    )
 
     def size(bytes_: float) -> str:
         return f"{bytes_ / GIB:.2f} GiB"

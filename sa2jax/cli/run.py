@@ -54,12 +54,20 @@ def run(
         raise PromptError("expected recordings or --text, not both")
     if chosen.spoken:
         run_spoken(
-            files, options, text, out, json,
+            files,
+            options,
+            text,
+            out,
+            json,
             lambda model, source: model.run(
-                chosen, [source], question=question, voice=voice or "default",
-                max_new_tokens=max_new_tokens, seed=seed,
+                chosen,
+                [source],
+                question=question,
+                voice=voice or "default",
+                max_new_tokens=max_new_tokens,
+                seed=seed,
             )[0],
-        )  # fmt: skip
+        )
         return
     if not (out is voice is None):
         raise PromptError(f"the task {task} is written: leave -o and --voice out")
@@ -71,12 +79,21 @@ def run(
         common.print_json({"text": reply.text}) if json else print(reply.text)
         return
     run_written(
-        files, options, json,
-        lambda model, tick: [reply.text for reply in model.run(
-            chosen, common.paths(files), question=question, max_new_tokens=max_new_tokens,
-            seed=seed, progress=tick,
-        )],
-    )  # fmt: skip
+        files,
+        options,
+        json,
+        lambda model, tick: [
+            reply.text
+            for reply in model.run(
+                chosen,
+                common.paths(files),
+                question=question,
+                max_new_tokens=max_new_tokens,
+                seed=seed,
+                progress=tick,
+            )
+        ],
+    )
 
 
 def run_written(

@@ -71,8 +71,14 @@ def train(
     name = Path(config).stem if Path(config).suffix else config  # a file's, or a recipe's
     folder = Path("runs") / name if out is None else out
     if kind == STAGES:
-        given = {"--model": model, "--data": data, "--steps": steps, "--mesh": devices.mesh,
-                 "--dry-run": dry_run, "--profile": profile}  # fmt: skip
+        given = {
+            "--model": model,
+            "--data": data,
+            "--steps": steps,
+            "--mesh": devices.mesh,
+            "--dry-run": dry_run,
+            "--profile": profile,
+        }
         _run_stages(values, config, folder, [k for k, v in given.items() if v], fresh, json)
         return
     enable_compilation_cache()

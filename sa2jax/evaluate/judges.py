@@ -131,9 +131,12 @@ class OpenJudge:
         from faster_whisper import WhisperModel  # type: ignore
 
         self._model: Any = WhisperModel(
-            str(folder), device="cpu", compute_type="int8", cpu_threads=threads,
+            str(folder),
+            device="cpu",
+            compute_type="int8",
+            cpu_threads=threads,
             local_files_only=True,
-        )  # fmt: skip
+        )
 
     def __call__(self, wave: Float[np.ndarray, " T"], rate: int) -> str:
         """What it writes down, as `words.normalized`; "" for nothing.

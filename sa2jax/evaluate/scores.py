@@ -15,8 +15,11 @@ NOTHING_RIGHT = "there is nothing to lose: no answer was right"
 _CONFIDENCE = 1.959964  # standard deviations around which 95 % of a normal distribution lies
 _DRAWS = 1000  # of the bootstrap
 _COLORS: Mapping[Verdict, str] = {
-    "target": "green", "threshold": "yellow", "below": "red", "not measured": "dim",
-}  # fmt: skip
+    "target": "green",
+    "threshold": "yellow",
+    "below": "red",
+    "not measured": "dim",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

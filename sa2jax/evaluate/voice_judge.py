@@ -42,8 +42,11 @@ class VoiceJudge:
     def __init__(self):
         path = require("resemblyzer") / "pretrained.pt"
         found = read_legacy(path).get("model_state", {})
-        names = [f"lstm.{n}_l{i}" for i in range(_LAYERS)
-                 for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]  # fmt: skip
+        names = [
+            f"lstm.{n}_l{i}"
+            for i in range(_LAYERS)
+            for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        ]
         if missing := {*names, "linear.weight", "linear.bias"} - found.keys():
             raise DataError(f"{path} is not resemblyzer's: it lacks {', '.join(sorted(missing))}")
         self._params: dict[str, np.ndarray] = found
@@ -163,8 +166,9 @@ def read_legacy(path: str | Path) -> dict[str, Any]:
             storages = {key: _storage(file) for key in _Data(file).load()}
         return {
             key: {n: _tensor(t, storages) for n, t in value.items() if isinstance(t, tuple)}
-            for key, value in tree.items() if isinstance(value, dict)
-        }  # fmt: skip
+            for key, value in tree.items()
+            if isinstance(value, dict)
+        }
     except Exception as error:  # whatever a damaged pickle does
         raise DataError(f"{path} cannot be read as a file of torch.save: {error}") from None
 

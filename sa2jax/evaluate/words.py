@@ -14,8 +14,13 @@ TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "nin
 SUMS = ONES[:19]  # what 0 to 9 and 0 to 9 can add up to
 # An open vocabulary has to choose between words that sound alike; a reply of one number has not.
 _SOUNDS_LIKE = {
-    "won": "one", "to": "two", "too": "two", "for": "four", "fore": "four", "ate": "eight",
-}  # fmt: skip
+    "won": "one",
+    "to": "two",
+    "too": "two",
+    "for": "four",
+    "fore": "four",
+    "ate": "eight",
+}
 
 
 def number_words(value: int) -> str:
@@ -71,7 +76,8 @@ def word_errors(expected: Sequence[str], found: Sequence[str]) -> tuple[list[int
         totals.append(len(want.split()))
         made = jiwer.process_words(want, got) if want else None
         errors.append(
-            len(got.split()) if made is None
+            len(got.split())
+            if made is None
             else made.substitutions + made.deletions + made.insertions
-        )  # fmt: skip
+        )
     return errors, totals

@@ -24,18 +24,7 @@ import numpy as np
 
 from sa2jax.errors import PlanError
 from sa2jax.plan.hlo_text import Computation, Instruction, Shape, bits, parse, trips
-
-FREE = {
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
-    "replica-id", "opt-barrier", "add-dependency", "domain", "copy-done",
-}  # fmt: skip
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
-               "ragged-all-to-all", "collective-broadcast")  # fmt: skip
-SLICES = {"slice", "dynamic-slice", "gather"}
-UNARY = {"bitcast", "reshape", "copy", "convert", "transpose", "pad"}
-NOTHING = {"AllocateBuffer", "ConcatBitcast"}  # custom calls that only name memory
-STEPS = {"AsyncCollectiveStart", "AsyncCollectiveDone"}  # custom calls, see `Walker._find_chains`
-UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # -> the operand that holds the update
+from sa2jax.plan.opcodes import COLLECTIVES, FREE, NOTHING, SLICES, STEPS, UNARY, UPDATES
 
 
 @dataclass(frozen=True)
@@ -83,17 +72,19 @@ class Cost:
         kinds = dict(self.collectives)
         for name, add in other.collectives.items():
             old = kinds.get(name, Collective())
-            kinds[name] = Collective(
-                old.count + times * add.count, old.bytes + times * add.bytes
-            )  # fmt: skip
+            kinds[name] = Collective(old.count + times * add.count, old.bytes + times * add.bytes)
         traffic = dict(self.traffic)
         for name, size in other.traffic.items():
             traffic[name] = traffic.get(name, 0) + times * size
         return Cost(
-            flops=self.flops + times * other.flops, flops8=self.flops8 + times * other.flops8,
-            read=self.read + times * other.read, written=self.written + times * other.written,
-            collectives=kinds, open_loops=self.open_loops + other.open_loops, traffic=traffic,
-        )  # fmt: skip
+            flops=self.flops + times * other.flops,
+            flops8=self.flops8 + times * other.flops8,
+            read=self.read + times * other.read,
+            written=self.written + times * other.written,
+            collectives=kinds,
+            open_loops=self.open_loops + other.open_loops,
+            traffic=traffic,
+        )
 
 
 def cost(text: str, *, turns: int = 1) -> Cost:
@@ -188,8 +179,9 @@ class Walker:
         if it.opcode == "custom-call" and (known := _estimate(it)) is not None:
             return known
         total = Cost(flops=self._flops(inside, it))
-        if total.flops and all(bits(inside.instructions[n].shape.dtype) == 8
-                               for n in it.operands[:2]):  # fmt: skip
+        if total.flops and all(
+            bits(inside.instructions[n].shape.dtype) == 8 for n in it.operands[:2]
+        ):
             total = Cost(flops=total.flops, flops8=total.flops)
         starts = it.name in self._starts.get(inside.name, ())
         if kind in COLLECTIVES and (starts or it.name not in self._links.get(inside.name, ())):
@@ -225,9 +217,7 @@ class Walker:
 
     def _loop(self, inside: Computation, it: Instruction) -> Cost:
         turns = trips(self.computations, inside, it)
-        once = self._computation(it.called("body")).plus(
-            self._computation(it.called("condition"))
-        )  # fmt: skip
+        once = self._computation(it.called("body")).plus(self._computation(it.called("condition")))
         known = self.turns if turns is None else turns
         return Cost(open_loops=int(turns is None)).plus(once, times=known)
 
@@ -352,8 +342,13 @@ class Walker:
         given = sum(inside.instructions[name].shape.size for name in it.operands)
         among = self._among(it)
         share = (among - 1) / among
-        factor = {"all-gather": among - 1, "all-reduce": 2 * share, "reduce-scatter": share,
-                  "all-to-all": share, "ragged-all-to-all": share}.get(kind, 1)  # fmt: skip
+        factor = {
+            "all-gather": among - 1,
+            "all-reduce": 2 * share,
+            "reduce-scatter": share,
+            "all-to-all": share,
+            "ragged-all-to-all": share,
+        }.get(kind, 1)
         return Cost(collectives={kind: Collective(1, given * factor)})
 
     def _among(self, it: Instruction) -> int:
@@ -413,10 +408,14 @@ def _convolution(it: Instruction, lhs: Shape, rhs: Shape) -> float:
         )
         low = int(value("pad", "0_0").split("_")[0])
         meets *= _meetings(
-            lhs.dims[left.index(str(axis))], rhs.dims[right.index(str(axis))],
-            it.shape.dims[out.index(str(axis))], int(value("stride", 1)), low,
-            int(value("lhs_dilate", 1)), int(value("rhs_dilate", 1)),
-        )  # fmt: skip
+            lhs.dims[left.index(str(axis))],
+            rhs.dims[right.index(str(axis))],
+            it.shape.dims[out.index(str(axis))],
+            int(value("stride", 1)),
+            low,
+            int(value("lhs_dilate", 1)),
+            int(value("rhs_dilate", 1)),
+        )
     groups = max(1, *(it.numbers("batch_group_count") or [1]))
     batch = lhs.dims[left.index("b")] / groups
     return 2.0 * batch * rhs.dims[right.index("i")] * rhs.dims[right.index("o")] * meets

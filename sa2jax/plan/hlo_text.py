@@ -234,7 +234,7 @@ Frames = list[tuple[Computation, Instruction | None]]  # where a value is: fusio
 
 def trips(
     computations: dict[str, Computation], inside: Computation, loop: Instruction
-) -> int | None:  # fmt: skip
+) -> int | None:
     """How often a loop turns; None if that depends on data.
 
     The usual form is known: while i < n, i growing by a constant, which is 2 or more where XLA

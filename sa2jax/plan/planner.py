@@ -134,15 +134,20 @@ def plan(spec: Spec) -> Plan:
             common = _common(spec, where, mesh, work, max(needed))
             return Plan(
                 **common, fits=False, reason=reason, compile_seconds=time.monotonic() - started
-            )  # fmt: skip
+            )
         taken = time.monotonic() - started
         return judge(spec, where, mesh, work, compiled, Path(folder), taken)
 
 
 def judge(
-    spec: Spec, where: Topology, mesh: Mesh | AbstractMesh, work: Work, compiled: Any,
-    folder: Path, taken: float,
-) -> Plan:  # fmt: skip
+    spec: Spec,
+    where: Topology,
+    mesh: Mesh | AbstractMesh,
+    work: Work,
+    compiled: Any,
+    folder: Path,
+    taken: float,
+) -> Plan:
     """A compiled program's memory, and its roofline if it can be read.
 
     Args:
@@ -157,9 +162,11 @@ def judge(
     held = compiled.memory_analysis()
     temporaries = held.temp_size_in_bytes
     peak = (
-        held.argument_size_in_bytes + temporaries
-        + held.output_size_in_bytes - held.alias_size_in_bytes
-    )  # fmt: skip
+        held.argument_size_in_bytes
+        + temporaries
+        + held.output_size_in_bytes
+        - held.alias_size_in_bytes
+    )
     made = _common(spec, where, mesh, work, peak)
     try:
         done = hlo.cost(printed(compiled, folder), turns=work.turns)
@@ -168,7 +175,7 @@ def judge(
         made |= {"note": f"no roofline: {error}"}
     return Plan(
         **made, fits=peak <= where.chip.usable, temporaries=temporaries, compile_seconds=taken
-    )  # fmt: skip
+    )
 
 
 def printed(compiled: Any, folder: Path) -> str:
@@ -227,8 +234,9 @@ def search(spec: Spec, progress: Callable[[Plan], None] | None = None) -> list[P
         if any(made.fits for made in tried):
             return sorted(tried, key=lambda made: (not made.fits, made.seconds or math.inf))
     largest = places[-1].name
-    raise PlanError(f"{spec.workload} with batch {spec.batch} fits on no {spec.topology}, "
-                    f"not even on {largest}")  # fmt: skip
+    raise PlanError(
+        f"{spec.workload} with batch {spec.batch} fits on no {spec.topology}, not even on {largest}"
+    )
 
 
 def meshes(spec: Spec, count: int) -> Iterator[str]:
@@ -289,12 +297,21 @@ def _common(
     spec: Spec, where: Topology, mesh: Mesh | AbstractMesh, work: Work, peak: float
 ) -> dict[str, Any]:
     return dict(
-        spec=spec, topology=where.name, chips=where.chips, mesh=dict(mesh.shape),
-        on_paper=where.chip.kind == "gpu", weights=per_chip(work.weights),
-        rest=per_chip(work.rest), cache=per_chip(work.cache),
-        moments=per_chip(work.moments), peak=peak, unit=work.unit,
-        usable=where.chip.usable, ideal_bytes=work.ideal, collectives={},
-    )  # fmt: skip
+        spec=spec,
+        topology=where.name,
+        chips=where.chips,
+        mesh=dict(mesh.shape),
+        on_paper=where.chip.kind == "gpu",
+        weights=per_chip(work.weights),
+        rest=per_chip(work.rest),
+        cache=per_chip(work.cache),
+        moments=per_chip(work.moments),
+        peak=peak,
+        unit=work.unit,
+        usable=where.chip.usable,
+        ideal_bytes=work.ideal,
+        collectives={},
+    )
 
 
 def _roofline(spec: Spec, where: Topology, work: Work, step: hlo.Cost) -> dict[str, Any]:
@@ -308,10 +325,16 @@ def _roofline(spec: Spec, where: Topology, work: Work, step: hlo.Cost) -> dict[s
     bound = max(times, key=lambda name: times[name])
     rate = work.made / times[bound]
     return dict(
-        flops=step.flops, hbm_bytes=step.hbm, collectives=step.collectives, **times,
-        seconds=times[bound], bound=bound, rate=rate, each=rate / spec.batch,
+        flops=step.flops,
+        hbm_bytes=step.hbm,
+        collectives=step.collectives,
+        **times,
+        seconds=times[bound],
+        bound=bound,
+        rate=rate,
+        each=rate / spec.batch,
         realtime=rate / spec.batch / work.real if work.real else 0.0,
-    )  # fmt: skip
+    )
 
 
 def _on_paper(spec: Spec, where: Topology, mesh: AbstractMesh) -> Plan:
@@ -337,11 +360,10 @@ def _on_paper(spec: Spec, where: Topology, mesh: AbstractMesh) -> Plan:
     sent = cfg.layers * 2 * rows * tokens * cfg.embed * half * share
     reduced = hlo.Collective(2 * cfg.layers, sent)
     step = hlo.Cost(
-        flops=2 * rows * products / ways, read=work.ideal,
+        flops=2 * rows * products / ways,
+        read=work.ideal,
         collectives={"all-reduce": reduced} if ways > 1 else {},
-    )  # fmt: skip
+    )
     peak = per_chip(work.weights) + per_chip(work.cache)
     common = _common(spec, where, mesh, work, peak)
-    return Plan(
-        **common | _roofline(spec, where, work, step), fits=peak <= where.chip.usable
-    )  # fmt: skip
+    return Plan(**common | _roofline(spec, where, work, step), fits=peak <= where.chip.usable)

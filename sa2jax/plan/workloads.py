@@ -151,10 +151,16 @@ def decode(spec: Spec, mesh: Where) -> Work:
 
     cache = {"k": state.cache.k, "v": state.cache.v, "scales": state.cache.scales}
     return Work(
-        lower=lower, weights=reads, rest=_others(weights), cache=cache, turns=BLOCK,
-        ideal=_reading(spec, mesh, reads) + per_chip(cache), made=spec.batch,
-        exact=spec.dtype == "float32", real=TOKENS_PER_SECOND,
-    )  # fmt: skip
+        lower=lower,
+        weights=reads,
+        rest=_others(weights),
+        cache=cache,
+        turns=BLOCK,
+        ideal=_reading(spec, mesh, reads) + per_chip(cache),
+        made=spec.batch,
+        exact=spec.dtype == "float32",
+        real=TOKENS_PER_SECOND,
+    )
 
 
 def prefill(spec: Spec, mesh: Where) -> Work:
@@ -165,10 +171,11 @@ def prefill(spec: Spec, mesh: Where) -> Work:
     embed = config(spec).decoder.embed
     compute = model.abstract["decoder"]["table"].dtype
     batch = programs.Batch(
-        ids=_everywhere(mesh, rows, length), lengths=_everywhere(mesh, rows),
+        ids=_everywhere(mesh, rows, length),
+        lengths=_everywhere(mesh, rows),
         features=_everywhere(mesh, rows * length, embed, dtype=compute),
         feature_index=_everywhere(mesh, rows, length),
-    )  # fmt: skip
+    )
 
     def lower() -> jax.stages.Lowered:
         run = jax.jit(partial(programs.prefill, model), static_argnames=("samples", "size"))
@@ -176,17 +183,27 @@ def prefill(spec: Spec, mesh: Where) -> Work:
             state.keys.shape, state.keys.dtype, sharding=NamedSharding(mesh, PartitionSpec())
         )
         return run.lower(
-            weights, batch, keys, _everywhere(mesh, rows), _everywhere(mesh, 1),
-            SamplingParams(temperature=0).arrays(), samples=1, size=length,
-        )  # fmt: skip
+            weights,
+            batch,
+            keys,
+            _everywhere(mesh, rows),
+            _everywhere(mesh, 1),
+            SamplingParams(temperature=0).arrays(),
+            samples=1,
+            size=length,
+        )
 
     reads = _thinking(weights)
     cache = {"k": state.cache.k, "v": state.cache.v, "scales": state.cache.scales}
     return Work(
-        lower=lower, weights=reads, rest=_others(weights), cache=cache,
-        ideal=_reading(spec, mesh, reads, tokens=length) + per_chip(cache), made=rows * length,
+        lower=lower,
+        weights=reads,
+        rest=_others(weights),
+        cache=cache,
+        ideal=_reading(spec, mesh, reads, tokens=length) + per_chip(cache),
+        made=rows * length,
         exact=spec.dtype == "float32",
-    )  # fmt: skip
+    )
 
 
 def encode(spec: Spec, mesh: Where) -> Work:
@@ -200,10 +217,15 @@ def encode(spec: Spec, mesh: Where) -> Work:
         return run.lower(weights, mels, _everywhere(mesh, spec.batch))
 
     return Work(
-        lower=lower, weights=_others(weights), rest=_thinking(weights),
-        ideal=per_chip(_others(weights)), made=spec.batch * spec.length, unit="seconds", real=1,
+        lower=lower,
+        weights=_others(weights),
+        rest=_thinking(weights),
+        ideal=per_chip(_others(weights)),
+        made=spec.batch * spec.length,
+        unit="seconds",
+        real=1,
         exact=spec.dtype == "float32",
-    )  # fmt: skip
+    )
 
 
 def token2wav(spec: Spec, mesh: Where) -> Work:
@@ -239,9 +261,14 @@ def token2wav(spec: Spec, mesh: Where) -> Work:
         )
 
     return Work(
-        lower=lower, weights=weights, ideal=per_chip(weights), made=rows * spec.length,
-        unit="seconds", real=1, exact=spec.dtype == "float32",
-    )  # fmt: skip
+        lower=lower,
+        weights=weights,
+        ideal=per_chip(weights),
+        made=rows * spec.length,
+        unit="seconds",
+        real=1,
+        exact=spec.dtype == "float32",
+    )
 
 
 def train(spec: Spec, mesh: Where) -> Work:
@@ -281,8 +308,10 @@ def _training(spec: Spec, mesh: Where, model: Functional, optimizer: Any) -> Wor
     )
     return Work(
         lower=lambda: make_language_step(model, optimizer, mesh).lower(state, batch),
-        weights=state.params, moments=state.opt_state, made=rows * spec.length,
-    )  # fmt: skip
+        weights=state.params,
+        moments=state.opt_state,
+        made=rows * spec.length,
+    )
 
 
 WORKLOADS: dict[str, Callable[[Spec, Where], Work]] = {

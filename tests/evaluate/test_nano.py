@@ -142,9 +142,11 @@ def test_a_perfect_model(corpus):
 
 def test_three_of_four_are_75_percent(corpus):
     faulty = Model(
-        wrong=(0, 5), cracked=(1,), voiceless=("bert",),
+        wrong=(0, 5),
+        cracked=(1,),
+        voiceless=("bert",),
         calls={1: (), 2: (MalformedToolCall("x", "y"),), 3: (ToolCall("other", {}),)},
-    )  # fmt: skip
+    )
     scores = score(faulty, corpus, *SPOKEN)
     assert scores["sums"].value == scores["sums_open"].value == 75
     assert scores["streamed"].value == -12.5
@@ -154,8 +156,9 @@ def test_three_of_four_are_75_percent(corpus):
     assert {"sums", "streamed", "voice"} < set(scores.below_threshold)
     wrong = [a for a in scores.predictions if a.metric == "sums" and not a.correct]
     assert [(a.sample, a.expected, a.predicted) for a in wrong] == [
-        ("sums:1", "zero", "eighteen"), ("sums:6", "five", "eighteen"),
-    ]  # fmt: skip
+        ("sums:1", "zero", "eighteen"),
+        ("sums:6", "five", "eighteen"),
+    ]
 
 
 def test_words_are_counted(corpus):

@@ -78,10 +78,14 @@ def table(monkeypatch):
 def data(tmp_path):
     """Four questions with their answers; the third answer is not what the model says."""
     rows = [
-        {"messages": [{"role": "user", "content": question},
-                      {"role": "assistant", "content": "five" if n == 2 else answer}]}
+        {
+            "messages": [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": "five" if n == 2 else answer},
+            ]
+        }
         for n, (question, answer) in enumerate(QUESTIONS.items())
-    ]  # fmt: skip
+    ]
     (tmp_path / "toy.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     return tmp_path
 
@@ -98,8 +102,18 @@ def log(table, monkeypatch):
 
 
 def test_a_suite_of_a_guest_is_run_by_the_command(run, log, data):
-    code, out, err = run("eval", "toy", "--data", data, "--model", data, "--greedy", "--json",
-                         "--predictions", data / "predictions.jsonl")  # fmt: skip
+    code, out, err = run(
+        "eval",
+        "toy",
+        "--data",
+        data,
+        "--model",
+        data,
+        "--greedy",
+        "--json",
+        "--predictions",
+        data / "predictions.jsonl",
+    )
     assert (code, err) == (0, "")
     report = json.loads(out)
     (metric,) = report["metrics"]
