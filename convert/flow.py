@@ -107,20 +107,6 @@ def save(path: str | Path, params: Params, cfg: FlowConfig) -> None:
     torch_file.write(path, to_official(params, cfg))
 
 
-def from_official(tensors: Mapping[str, Any], cfg: FlowConfig, where: str = WEIGHTS) -> Params:
-    """The tensors of a `flow.pt` as parameters.
-
-    Args:
-        tensors: the state dict.
-        cfg: sizes.
-        where: what to call the tensors in an error.
-
-    Raises:
-        CheckpointError: naming all unknown, missing and misshapen tensors.
-    """
-    return read(_plan(tensors, cfg, where))
-
-
 def _plan(tensors: Mapping[str, Any], cfg: FlowConfig, where: str) -> TransferPlan:
     return make_plan(
         flow_rules(cfg), Arrays(tensors, where), leaf_shapes(cfg), where, wording=OF_YAML

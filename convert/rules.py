@@ -123,30 +123,6 @@ class Split(Op):
         return (*shape[: self.axis], int(np.prod(shape[self.axis : end])), *shape[end:])
 
 
-class Fuse(Join):
-    """Lay sources side by side along one axis, such as query, key and value in one matrix."""
-
-    def __init__(self, axis: int, sizes: Sequence[int]):
-        self.axis, self.sizes = axis, tuple(sizes)
-
-    def forward(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
-        """Concatenate."""
-        return np.concatenate(arrays, self.axis)
-
-    def inverse(self, array: np.ndarray) -> list[np.ndarray]:
-        """Cut at the known sizes."""
-        return np.split(array, np.cumsum(self.sizes)[:-1], self.axis)
-
-    def forward_shape(self, shapes: Sequence[Shape]) -> Shape:
-        """The sizes added up."""
-        total = sum(shape[self.axis] for shape in shapes)
-        return (*shapes[0][: self.axis], total, *shapes[0][self.axis + 1 :])
-
-    def inverse_shape(self, shape: Shape) -> list[Shape]:
-        """One shape per source."""
-        return [(*shape[: self.axis], size, *shape[self.axis + 1 :]) for size in self.sizes]
-
-
 @dataclass(frozen=True)
 class Rule:
     """One line of a table; build it with `rule`.
