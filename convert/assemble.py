@@ -75,16 +75,16 @@ def assemble(
         (folder / KIND).mkdir()
         params = _read(detokenizer.folder, cast)
         analysis = {name: params[name] for name in ANALYSIS}
-        own = checkpoint.read_info(detokenizer.folder) | {
+        speech_info = checkpoint.read_info(detokenizer.folder) | {
             "analysis": checkpoint.content_hash(analysis)
         }
         if voices:
-            own[DEFAULT_VOICE] = next(iter(voices))
-        _write(folder / KIND, params, own, single)
+            speech_info[DEFAULT_VOICE] = next(iter(voices))
+        _write(folder / KIND, params, speech_info, single)
         notes = supply_voices(folder, detokenizer.home)
-        made = SpeechFolder(folder)
+        speech_folder = SpeechFolder(folder)
         for name, recording in (voices or {}).items():
-            made.add(name, recording, overwrite=True)
+            speech_folder.add(name, recording, overwrite=True)
     return notes
 
 

@@ -101,10 +101,10 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object, None if there is no such file."""
     if not path.is_file():
         return None
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
+    value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
         raise ValueError(f"{path.name} holds no object")
-    return found
+    return value
 
 
 def write_json(path: Path, content: Any, indent: int | None = None) -> None:

@@ -289,9 +289,9 @@ def _table_faults(
     for r in rules:
         if r.target in leaves:
             part = leaves[r.target][1:] if r.stacked else leaves[r.target]
-            made = r.forward_shape(r.inverse_shape(part))
-            if made != part:
-                faults.append(f"rule for {r.target} makes {list(made)}, not {list(part)}")
+            shape = r.forward_shape(r.inverse_shape(part))
+            if shape != part:
+                faults.append(f"rule for {r.target} makes {list(shape)}, not {list(part)}")
     return faults
 
 
@@ -303,8 +303,8 @@ def fold(names: Iterable[str]) -> dict[str, list[str]]:
     """
     groups: dict[tuple[str, str], list[tuple[int, str]]] = {}
     for name in names:
-        found = re.fullmatch(r"(.*?\.)(\d+)(\..*)", name)
-        key, number = ((found[1], found[3]), int(found[2])) if found else ((name, ""), -1)
+        match = re.fullmatch(r"(.*?\.)(\d+)(\..*)", name)
+        key, number = ((match[1], match[3]), int(match[2])) if match else ((name, ""), -1)
         groups.setdefault(key, []).append((number, name))
     folded = {}
     for (head, tail), members in groups.items():

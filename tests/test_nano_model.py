@@ -24,9 +24,14 @@ GREEDY = GenerationConfig(sampling=SamplingParams(temperature=0), max_new_tokens
 # model was shipped (94 and 84): on another CPU a sound may be rounded to another word. Streams then
 # lost one reply of 19, and may lose no more.
 BOUNDS = {
-    "seen": 8, "unseen": 25, "sums": 89, "sums_open": 78, "tool_asked": 95, "tool_unasked": 95,
+    "seen": 8,
+    "unseen": 25,
+    "sums": 89,
+    "sums_open": 78,
+    "tool_asked": 95,
+    "tool_unasked": 95,
     "streamed": -6,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +92,10 @@ def test_the_clock_is_asked_and_read(nano, held_out):
     said = []
     for sample in [sample for sample in held_out.samples("tools") if sample.tool][:6]:
         chat = nano.chat(
-            tools=["get_date_time"], options=GREEDY,
+            tools=["get_date_time"],
+            options=GREEDY,
             functions={"get_date_time": lambda: "2024-05-06 15:30:00 Monday UTC+00:00"},
-        )  # fmt: skip
+        )
         reply = chat.say(sample.audio, speak=True)
         assert len(reply.audio) > 0
         said.append(reply.text)

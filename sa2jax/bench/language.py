@@ -1,4 +1,4 @@
-"""The language side: encoder, prefill and decode with random weights.
+"""Benchmark of the language side: encoder, prefill and decode with random weights.
 
 The reference is transformers on torch, where it is installed.
 """

@@ -1,4 +1,4 @@
-"""The reference of the language side: transformers on torch, with random weights.
+"""Reference benchmark of the language side: transformers on torch, with random weights.
 
 Imported only by the benchmark and only where the `[parity]` extra is installed.
 """

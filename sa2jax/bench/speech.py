@@ -1,4 +1,4 @@
-"""The speech side: voice analysis, flow and vocoder with random weights, whole and as streams.
+"""Benchmark of the speech side: voice analysis, flow and vocoder, offline and streaming.
 
 Figures are seconds of computing, or seconds of computing per second of sound (the real-time
 factor); less is better. The reference is the official PyTorch code, where it is installed.

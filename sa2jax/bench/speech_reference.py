@@ -1,4 +1,4 @@
-"""The reference of the speech side: the official PyTorch code, with random weights.
+"""Reference benchmark of the speech side: the official PyTorch code, with random weights.
 
 Imported only by the benchmark and only where the `[parity]` extra is installed.
 """

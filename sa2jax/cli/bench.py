@@ -1,4 +1,4 @@
-"""The command that measures: `bench`."""
+"""The command `bench`: timings on this machine."""
 
 from dataclasses import asdict
 
@@ -44,7 +44,7 @@ def bench(
     """
     from sa2jax import bench
 
-    with common.progress_bar("timing", unit="rounds") as tick:
+    with common.progress_bar("timing", unit="rounds") as progress:
         if size == "token2wav":
             result = bench.bench_speech(
                 seconds=seconds or 12.0,
@@ -54,7 +54,7 @@ def bench(
                 dtype=dtype or "float32",
                 mesh=mesh,
                 reference=reference,
-                progress=tick,
+                progress=progress,
             )
         else:
             result = bench.bench(
@@ -66,7 +66,7 @@ def bench(
                 dtype=dtype,
                 mesh=mesh,
                 reference=reference,
-                progress=tick,
+                progress=progress,
             )
     if json:
         common.print_json(asdict(result))

@@ -48,7 +48,7 @@ def convert(
         return
     from sa2jax.convert.hf import convert
 
-    with common.progress_bar("converting") as tick:
+    with common.progress_bar("converting") as progress:
         report = convert(
             source,
             out,
@@ -56,7 +56,7 @@ def convert(
             float_head=float_head,
             tokenizer=tokenizer,
             overwrite=overwrite,
-            progress=tick,
+            progress=progress,
         )
     _report(report, out, json)
 
@@ -83,7 +83,7 @@ def _init(
         )
     if dtype == "int8" or float_head:
         raise CheckpointError("--init makes a model to train: int8 comes after that")
-    with common.progress_bar("making") as tick:
+    with common.progress_bar("making") as progress:
         return make(
             source,
             out,
@@ -92,7 +92,7 @@ def _init(
             seed=seed,
             dtype=dtype,
             overwrite=overwrite,
-            progress=tick,
+            progress=progress,
         )
 
 
@@ -121,7 +121,7 @@ def export(
     from sa2jax.assets import model_folder
     from sa2jax.convert.hf import export
 
-    with common.progress_bar("exporting") as tick:
+    with common.progress_bar("exporting") as progress:
         report = export(
             model_folder(source),
             out,
@@ -129,7 +129,7 @@ def export(
             dequantize=dequantize,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
-            progress=tick,
+            progress=progress,
         )
     _report(report, out, json)
 
@@ -157,8 +157,8 @@ def verify(
     from sa2jax.convert.verify import compare_prompt, verify
 
     a, b = model_folder(a), model_folder(b)
-    with common.progress_bar("comparing") as tick:
-        result = verify(a, b, progress=tick)
+    with common.progress_bar("comparing") as progress:
+        result = verify(a, b, progress=progress)
     logits = None if text is None and wav is None else compare_prompt(a, b, text or "", wav)
     if json:
         common.print_json(asdict(result) | {"logits": None if logits is None else asdict(logits)})
@@ -181,15 +181,15 @@ def inspect(folder: Annotated[Source, tyro.conf.arg(metavar="FOLDER")], *, json:
     from sa2jax.assets import model_folder
     from sa2jax.convert.verify import inspect, print_inspection
 
-    found = inspect(model_folder(folder))
+    inspection = inspect(model_folder(folder))
     if json:
-        common.print_json(asdict(found))
+        common.print_json(asdict(inspection))
     else:
-        print_inspection(found, common.wide_console())
+        print_inspection(inspection, common.wide_console())
 
 
 def _report(report: Any, out: Path, as_json: bool) -> None:
-    """Print what a conversion did."""
+    """Print the report of a conversion."""
     if as_json:
         common.print_json(asdict(report))
         return

@@ -1,4 +1,4 @@
-"""The command that scores a model by an evaluation suite: `eval`."""
+"""The command `eval`: score a model by an evaluation suite."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -96,9 +96,9 @@ def suite_command(arguments: Sequence[str]) -> Callable[..., None]:
     from sa2jax.evaluate.suites import find_suite
 
     chosen = find_suite(arguments[0])
-    own = tyro.conf.arg(name="", constructor=chosen.options)
+    suite_arg = tyro.conf.arg(name="", constructor=chosen.options)
 
-    def command(suite: SuiteName, options: Options, suite_options: Annotated[Any, own]):
+    def command(suite: SuiteName, options: Options, suite_options: Annotated[Any, suite_arg]):
         _evaluate(chosen, options, suite_options)
 
     command.__doc__ = (
@@ -164,7 +164,7 @@ def _evaluate(suite: "Suite", command: EvalCommand, suite_options: Any) -> None:
 
 
 def _has_int8(model: "StepAudio2") -> bool:
-    """Whether a model's matrices are whole numbers."""
+    """Whether a model has int8 matrices."""
     import jax
     import jax.numpy as jnp
 

@@ -1,4 +1,4 @@
-"""The commands that make whole models of nothing, and of parts: `init` and `assemble`."""
+"""The commands `init`, a randomly initialised model folder, and `assemble`, one from parts."""
 
 from pathlib import Path
 from typing import Annotated

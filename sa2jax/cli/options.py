@@ -40,7 +40,7 @@ class ModelOptions(Devices):
         from sa2jax.pipeline import StepAudio2
 
         model = common.model_or_default(self.model)
-        with common.progress_bar("loading") as tick:
+        with common.progress_bar("loading") as progress:
             return StepAudio2.from_pretrained(
                 model,
                 dtype=self.dtype,
@@ -50,7 +50,7 @@ class ModelOptions(Devices):
                 speech=self.detokenizer,
                 prompt_style=self.prompt_style,
                 batch_size=self.batch_size,
-                progress=tick,
+                progress=progress,
             )
 
 

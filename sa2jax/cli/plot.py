@@ -19,7 +19,7 @@ Plotter = Callable[["Reply", Sequence[Path]], None]
 
 
 def make_plotter(path: Path) -> Plotter:
-    """What draws an answer into a PNG file; all that could prevent it is refused at once.
+    """A function that draws an answer into a PNG file; what would prevent it is an error at once.
 
     Args:
         path: the plot.

@@ -1,4 +1,4 @@
-"""The command that runs any prompt task: `run`; and what commands of tasks share."""
+"""The command `run` for any prompt task, and what commands of tasks share."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -82,7 +82,7 @@ def run(
         files,
         options,
         json,
-        lambda model, tick: [
+        lambda model, progress: [
             reply.text
             for reply in model.run(
                 chosen,
@@ -90,7 +90,7 @@ def run(
                 question=question,
                 max_new_tokens=max_new_tokens,
                 seed=seed,
-                progress=tick,
+                progress=progress,
             )
         ],
     )
@@ -117,8 +117,8 @@ def run_written(
     for path in files:
         common.require_file(path)
     model = options.load()
-    with common.progress_bar("listening", unit="recordings") as tick:
-        texts = task(model, tick)
+    with common.progress_bar("listening", unit="recordings") as progress:
+        texts = task(model, progress)
     if as_json:
         common.print_json([{"file": str(f), "text": t} for f, t in zip(files, texts, strict=True)])
         return

@@ -1,4 +1,4 @@
-"""The command that trains: `train`."""
+"""The commands `train` and `merge`."""
 
 import sys
 from dataclasses import asdict
@@ -82,19 +82,21 @@ def train(
         _run_stages(values, config, folder, [k for k, v in given.items() if v], fresh, json)
         return
     enable_compilation_cache()
-    whole = kind == LANGUAGE
+    is_language = kind == LANGUAGE
     changes: dict[str, Any] = {}
     if model is not None:
-        own = {"model.folder": str(model), "model.preset": None}
-        changes |= own if whole else {"network.folder": str(model)}
-    if data:
-        changes |= {"data.sources": _weights(data)} if whole else {"data.folder": _only(data, kind)}
+        changed_model = {"model.folder": str(model), "model.preset": None}
+        changes |= changed_model if is_language else {"network.folder": str(model)}
+    if data and is_language:
+        changes["data.sources"] = _weights(data)
+    elif data:
+        changes["data.folder"] = _only(data, kind)
     if steps is not None:
         changes["optimizer.steps"] = steps
     if devices.mesh is not None:
         changes["mesh"] = devices.mesh
     values = apply_overrides(values, changes)
-    if whole:
+    if is_language:
         from sa2jax.train.language.task import train_language_model
 
         recipe = build_config(LanguageRecipe, values, config)
@@ -107,8 +109,8 @@ def train(
     if dry_run:
         from sa2jax.train.dry_run import dry_run_language, dry_run_network
 
-        found = (dry_run_language if whole else dry_run_network)(recipe)
-        common.print_json(asdict(found)) if json else found.print(common.wide_console())
+        report = (dry_run_language if is_language else dry_run_network)(recipe)
+        common.print_json(asdict(report)) if json else report.print(common.wide_console())
         return
     outcome = start(folder, fresh=fresh, profile=profile)
     if json:
@@ -187,11 +189,11 @@ def _weights(data: tuple[str, ...]) -> dict[str, float]:
     """`PATH=WEIGHT` words; a path alone has the weight 1."""
     from sa2jax.errors import ConfigError
 
-    found = {}
+    weights = {}
     for word in data:
         path, equals, weight = word.rpartition("=")
         try:
-            found[path if equals else word] = float(weight) if equals else 1.0
+            weights[path if equals else word] = float(weight) if equals else 1.0
         except ValueError:
             raise ConfigError(f"--data {word}: expected PATH or PATH=WEIGHT") from None
-    return found
+    return weights

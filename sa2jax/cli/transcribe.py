@@ -22,8 +22,8 @@ def asr(files: Files, options: Model, *, max_new_tokens: int | None = None, json
         files,
         options,
         json,
-        lambda model, tick: model.transcribe_batch(
-            common.paths(files), max_new_tokens=max_new_tokens, progress=tick
+        lambda model, progress: model.transcribe_batch(
+            common.paths(files), max_new_tokens=max_new_tokens, progress=progress
         ),
     )
 
@@ -64,8 +64,12 @@ def translate(
             files,
             options,
             json,
-            lambda model, tick: model.translate_batch(
-                common.paths(files), to=to, max_new_tokens=max_new_tokens, seed=seed, progress=tick
+            lambda model, progress: model.translate_batch(
+                common.paths(files),
+                to=to,
+                max_new_tokens=max_new_tokens,
+                seed=seed,
+                progress=progress,
             ),
         )
         return
@@ -97,7 +101,7 @@ def caption(
         files,
         options,
         json,
-        lambda model, tick: model.caption_batch(
-            common.paths(files), max_new_tokens=max_new_tokens, seed=seed, progress=tick
+        lambda model, progress: model.caption_batch(
+            common.paths(files), max_new_tokens=max_new_tokens, seed=seed, progress=progress
         ),
     )

@@ -1,4 +1,4 @@
-"""How good a model is: evaluation suites, judges that listen to what it says, tables of scores.
+"""Evaluation: suites, judges that listen to replies, tables of scores.
 
 suite = find_suite("nano")
 scores = run_suite(suite, model, suite.find_data(folder, None))

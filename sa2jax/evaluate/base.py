@@ -79,7 +79,7 @@ class ProgressCounter:
 
 @dataclass(frozen=True, kw_only=True)
 class RunContext:
-    """What a run is given.
+    """Inputs of a run.
 
     Attributes:
         model: the model to ask.

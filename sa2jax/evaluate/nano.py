@@ -41,7 +41,7 @@ class Judges:
 
     @classmethod
     def load(cls, metrics: Sequence[str]) -> "Judges":
-        """Those that some metrics need.
+        """Load the judges of some metrics.
 
         Raises:
             DataError: if one is not installed.
@@ -245,11 +245,15 @@ class NanoRun(SuiteRun):
     def _answer(self, sample: Sample, number: int, streamed: bool) -> "Reply":
         """The spoken answer to a question; streamed, the same codes as offline."""
         chat = self.model.chat(sample.system, options=self.generation_config())
-        seed, own = self.options.seed + number, self.suite_options
+        seed, suite_options = self.options.seed + number, self.suite_options
         if not streamed:
             return chat.say(sample.content, speak=True, seed=seed)
         stream = chat.stream(
-            sample.content, speak=True, seed=seed, first=own.first, chunk=own.chunk
+            sample.content,
+            speak=True,
+            seed=seed,
+            first=suite_options.first,
+            chunk=suite_options.chunk,
         )
         pieces = [piece.audio for piece in stream]
         return replace(stream.reply, audio=np.concatenate([np.zeros(0, np.float32), *pieces]))

@@ -1,4 +1,4 @@
-"""Texts as they are compared: lower-case words, without punctuation, numbers spelled out."""
+"""Text normalizer and word errors: lower case, no punctuation, numbers spelled out."""
 
 import re
 import unicodedata
@@ -63,7 +63,7 @@ def one_number(text: str) -> str:
     return _SOUNDS_LIKE.get(plain, plain)
 
 
-def word_errors(expected: Sequence[str], found: Sequence[str]) -> tuple[list[int], list[int]]:
+def word_errors(expected: Sequence[str], predicted: Sequence[str]) -> tuple[list[int], list[int]]:
     """Substituted, left out and added words of each text, and the words that were expected.
 
     Texts are compared as `normalized`. The word error rate is sum of the first by sum of the
@@ -72,12 +72,12 @@ def word_errors(expected: Sequence[str], found: Sequence[str]) -> tuple[list[int
     import jiwer
 
     errors, totals = [], []
-    for want, got in zip(map(normalized, expected), map(normalized, found), strict=True):
+    for want, got in zip(map(normalized, expected), map(normalized, predicted), strict=True):
         totals.append(len(want.split()))
-        made = jiwer.process_words(want, got) if want else None
+        alignment = jiwer.process_words(want, got) if want else None
         errors.append(
             len(got.split())
-            if made is None
-            else made.substitutions + made.deletions + made.insertions
+            if alignment is None
+            else alignment.substitutions + alignment.deletions + alignment.insertions
         )
     return errors, totals

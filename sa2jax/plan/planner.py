@@ -1,4 +1,4 @@
-"""Whether a model fits on hardware that is not here, and how fast it can be.
+"""Planner: memory and roofline of a model on hardware that is not here.
 
 A program is compiled ahead of time for a real TPU topology (libtpu's compiler needs no TPU). XLA
 says what memory it takes; what it computes, moves and sends is read off the optimised program
@@ -167,14 +167,14 @@ def judge(
         + held.output_size_in_bytes
         - held.alias_size_in_bytes
     )
-    made = _common(spec, where, mesh, work, peak)
+    fields = _common(spec, where, mesh, work, peak)
     try:
         done = hlo.cost(printed(compiled, folder), turns=work.turns)
-        made |= _roofline(spec, where, work, hlo.Cost().plus(done, times=1 / work.turns))
+        fields |= _roofline(spec, where, work, hlo.Cost().plus(done, times=1 / work.turns))
     except PlanError as error:
-        made |= {"note": f"no roofline: {error}"}
+        fields |= {"note": f"no roofline: {error}"}
     return Plan(
-        **made, fits=peak <= where.chip.usable, temporaries=temporaries, compile_seconds=taken
+        **fields, fits=peak <= where.chip.usable, temporaries=temporaries, compile_seconds=taken
     )
 
 
@@ -227,12 +227,12 @@ def search(spec: Spec, progress: Callable[[Plan], None] | None = None) -> list[P
             for mesh in [spec.mesh] if spec.mesh else meshes(spec, place.chips):
                 if spec.mesh and math.prod(parse_mesh(spec.mesh).values()) != place.chips:
                     continue
-                made = plan(replace(spec, topology=place.name, mesh=mesh))
-                tried.append(made)
+                result = plan(replace(spec, topology=place.name, mesh=mesh))
+                tried.append(result)
                 if progress is not None:
-                    progress(made)
-        if any(made.fits for made in tried):
-            return sorted(tried, key=lambda made: (not made.fits, made.seconds or math.inf))
+                    progress(result)
+        if any(result.fits for result in tried):
+            return sorted(tried, key=lambda result: (not result.fits, result.seconds or math.inf))
     largest = places[-1].name
     raise PlanError(
         f"{spec.workload} with batch {spec.batch} fits on no {spec.topology}, not even on {largest}"
@@ -288,8 +288,10 @@ def out_of_memory(message: str) -> list[float] | None:
     if "RESOURCE_EXHAUSTED" not in message or "out of memory" not in message.lower():
         return None
     units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    found = re.findall(r"\(([\d.]+)([KMGT]?)i?B?\) exceeds|Used ([\d.]+)([KMGT]?)i?B? of", message)
-    sizes = [float(a or c) * units[b or d] for a, b, c, d in found]
+    matches = re.findall(
+        r"\(([\d.]+)([KMGT]?)i?B?\) exceeds|Used ([\d.]+)([KMGT]?)i?B? of", message
+    )
+    sizes = [float(a or c) * units[b or d] for a, b, c, d in matches]
     return sizes or [math.inf]
 
 
@@ -323,7 +325,7 @@ def _roofline(spec: Spec, where: Topology, work: Work, step: hlo.Cost) -> dict[s
         "network": step.sent / where.network if where.network else 0.0,
     }
     bound = max(times, key=lambda name: times[name])
-    rate = work.made / times[bound]
+    rate = work.output / times[bound]
     return dict(
         flops=step.flops,
         hbm_bytes=step.hbm,

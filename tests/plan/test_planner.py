@@ -110,7 +110,9 @@ def test_what_xla_says_when_memory_is_short(message, sizes):
 
 def work(**changes) -> Work:
     never = lambda: pytest.fail("nothing is compiled here")
-    return Work(**{"lower": never, "weights": {}, "ideal": 1.0, "made": 4, "real": 31.25} | changes)
+    return Work(
+        **{"lower": never, "weights": {}, "ideal": 1.0, "output": 4, "real": 31.25} | changes
+    )
 
 
 @pytest.mark.parametrize(
