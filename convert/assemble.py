@@ -57,10 +57,17 @@ def assemble(
     if info.get("int8") is not None and cast is not None:
         raise ConfigError(f"{model} holds int8 matrices: they cannot become {dtype}")
     with atomic_io.new_folder(out, overwrite=overwrite) as folder:
-        copy_side_files(model, folder, {
-            checkpoint.INFO, checkpoint.PARAMS, KIND, VOICES,
-            *(path.name for path in model.glob("*.safetensors")),
-        })  # fmt: skip
+        copy_side_files(
+            model,
+            folder,
+            {
+                checkpoint.INFO,
+                checkpoint.PARAMS,
+                KIND,
+                VOICES,
+                *(path.name for path in model.glob("*.safetensors")),
+            },
+        )
         if cast is not None:
             info |= {"dtype": cast.name, "source_dtypes": {"all": cast.name, "but": {}}}
             _change(folder / "config.json", lambda config: _with_dtype(config, cast.name))
@@ -68,16 +75,16 @@ def assemble(
         (folder / KIND).mkdir()
         params = _read(detokenizer.folder, cast)
         analysis = {name: params[name] for name in ANALYSIS}
-        own = checkpoint.read_info(detokenizer.folder) | {
+        speech_info = checkpoint.read_info(detokenizer.folder) | {
             "analysis": checkpoint.content_hash(analysis)
         }
         if voices:
-            own[DEFAULT_VOICE] = next(iter(voices))
-        _write(folder / KIND, params, own, single)
+            speech_info[DEFAULT_VOICE] = next(iter(voices))
+        _write(folder / KIND, params, speech_info, single)
         notes = supply_voices(folder, detokenizer.home)
-        made = SpeechFolder(folder)
+        speech_folder = SpeechFolder(folder)
         for name, recording in (voices or {}).items():
-            made.add(name, recording, overwrite=True)
+            speech_folder.add(name, recording, overwrite=True)
     return notes
 
 
@@ -86,9 +93,10 @@ def _read(folder: Path, cast: np.dtype | None) -> checkpoint.Params:
     read = {name: read_stored(leaf, name) for name, leaf in checkpoint.open_leaves(folder).items()}
     changed = {
         name: array.astype(cast)
-        if cast is not None and jnp.issubdtype(array.dtype, jnp.floating) else array
+        if cast is not None and jnp.issubdtype(array.dtype, jnp.floating)
+        else array
         for name, array in read.items()
-    }  # fmt: skip
+    }
     return checkpoint.unflatten(changed)
 
 

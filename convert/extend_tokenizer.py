@@ -54,8 +54,9 @@ def extend_tokenizer(source: Path, used: Mapping[str, int], out: Path, vocab: in
     copy_files(source, out)
     new = [
         added_token(token.content, i, special=token.special)
-        for i, token in sorted(released.items()) if i >= first
-    ]  # fmt: skip
+        for i, token in sorted(released.items())
+        if i >= first
+    ]
     if (merged := _read_json(out / "tokenizer.json")) is not None:
         merged["added_tokens"] += new
         write_json(out / "tokenizer.json", merged)
@@ -100,10 +101,10 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object, None if there is no such file."""
     if not path.is_file():
         return None
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
+    value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
         raise ValueError(f"{path.name} holds no object")
-    return found
+    return value
 
 
 def write_json(path: Path, content: Any, indent: int | None = None) -> None:

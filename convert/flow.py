@@ -107,20 +107,6 @@ def save(path: str | Path, params: Params, cfg: FlowConfig) -> None:
     torch_file.write(path, to_official(params, cfg))
 
 
-def from_official(tensors: Mapping[str, Any], cfg: FlowConfig, where: str = WEIGHTS) -> Params:
-    """The tensors of a `flow.pt` as parameters.
-
-    Args:
-        tensors: the state dict.
-        cfg: sizes.
-        where: what to call the tensors in an error.
-
-    Raises:
-        CheckpointError: naming all unknown, missing and misshapen tensors.
-    """
-    return read(_plan(tensors, cfg, where))
-
-
 def _plan(tensors: Mapping[str, Any], cfg: FlowConfig, where: str) -> TransferPlan:
     return make_plan(
         flow_rules(cfg), Arrays(tensors, where), leaf_shapes(cfg), where, wording=OF_YAML
@@ -174,10 +160,10 @@ def _input_projection(source: str, target: str) -> list[Rule]:
 def _conformer_layers(source: str, target: str, cfg: FlowConfig) -> list[Rule]:
     heads = (cfg.encoder.heads, cfg.encoder.head_dim)
     into = Split(0, heads)
-    hf, own = f"encoder.{source}.{{layer}}", f"encoder.{target}"
-    attn, own_attn = f"{hf}.self_attn", f"{own}.attn"
+    hf, leaf = f"encoder.{source}.{{layer}}", f"encoder.{target}"
+    attn, own_attn = f"{hf}.self_attn", f"{leaf}.attn"
     return [
-        *_norm(f"{hf}.norm_mha", f"{own}.attn_norm"),
+        *_norm(f"{hf}.norm_mha", f"{leaf}.attn_norm"),
         *_both(f"{attn}.linear_q", f"{own_attn}.q", into, into),
         *_both(f"{attn}.linear_k", f"{own_attn}.k", into, into),
         *_both(f"{attn}.linear_v", f"{own_attn}.v", into, into),
@@ -185,7 +171,7 @@ def _conformer_layers(source: str, target: str, cfg: FlowConfig) -> list[Rule]:
         rule(f"{attn}.linear_pos.weight", f"{own_attn}.position.kernel", into),
         rule(f"{attn}.pos_bias_u", f"{own_attn}.content_bias"),
         rule(f"{attn}.pos_bias_v", f"{own_attn}.position_bias"),
-        *_norm(f"{hf}.norm_ff", f"{own}.mlp_norm"),
-        *_both(f"{hf}.feed_forward.w_1", f"{own}.up"),
-        *_both(f"{hf}.feed_forward.w_2", f"{own}.down"),
+        *_norm(f"{hf}.norm_ff", f"{leaf}.mlp_norm"),
+        *_both(f"{hf}.feed_forward.w_1", f"{leaf}.up"),
+        *_both(f"{hf}.feed_forward.w_2", f"{leaf}.down"),
     ]

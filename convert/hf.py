@@ -86,7 +86,7 @@ def convert(
         float_head: with int8, keep the matrix that makes logits in bfloat16.
         tokenizer: folder of the tokenizer files, by default `source`.
         overwrite: replace a checkpoint at `out`.
-        progress: told about bytes done and bytes in all; see `weights.progress_bar`.
+        progress: called with (bytes_done, bytes_total); see `weights.progress_bar`.
 
     Raises:
         CheckpointError: if the source is damaged or of another model, or `out` cannot be made.
@@ -107,7 +107,7 @@ def convert(
         done = token2wav.convert(source, out, overwrite=overwrite, progress=progress)
         return replace(done, notes=(*done.notes, *_kept(cast)))
     cfg = read_config(source)
-    found = tokenizers.find_tokenizer(source, tokenizer, cfg)
+    tokenizer_folder = tokenizers.find_tokenizer(source, tokenizer, cfg)
     speaks = token2wav.is_official(source / SPEECH)
     with SafetensorsFolder(source) as weights:
         plan = _plan(source, weights, cast)
@@ -121,10 +121,10 @@ def convert(
             arrays = checkpoint.create(folder / checkpoint.PARAMS, leaves)
             write(plan, arrays, part_progress(progress, 0, total))
             left_out = copy_side_files(source, folder, _own(source, speech))
-            notes = tokenizers.copy_tokenizer(source, found, folder, cfg)
+            notes = tokenizers.copy_tokenizer(source, tokenizer_folder, folder, cfg)
             if speech:
-                tick = part_progress(progress, plan.bytes, total)
-                left_out += _inside(token2wav.convert_into(speech, folder / SPEECH, tick))
+                update = part_progress(progress, plan.bytes, total)
+                left_out += _inside(token2wav.convert_into(speech, folder / SPEECH, update))
                 notes += token2wav.supply_voices(folder, Path(out))
                 notes += _kept(cast)
             elif (source / SPEECH).is_dir():
@@ -161,7 +161,7 @@ def export(
         dequantize: write the numbers that int8 matrices stand for; without it, they are refused.
         max_shard_size: largest file of the language model, in bytes or such as `"5GB"`.
         overwrite: replace a checkpoint at `out`.
-        progress: told about bytes done and bytes in all; see `weights.progress_bar`.
+        progress: called with (bytes_done, bytes_total); see `weights.progress_bar`.
 
     Raises:
         CheckpointError: if the source is damaged, or `out` cannot be made.
@@ -182,7 +182,7 @@ def export(
     speaks = token2wav.is_converted(source / SPEECH)
     speech = token2wav.ConvertedDetokenizer(source / SPEECH) if speaks else None
     notes = ()
-    own = _own(source, speech)
+    converted = _own(source, speech)
     if speech is not None and not speech.form:
         notes = (f"{source / SPEECH} {token2wav.NO_RELEASED_FORM}; it is left out",)
         speech = None
@@ -195,10 +195,10 @@ def export(
     with atomic_io.new_folder(out, overwrite=overwrite) as folder:
         atomic_io.need_space(folder, total)
         write_safetensors(folder, tensors, weights, limit, part_progress(progress, 0, total))
-        left_out = copy_side_files(source, folder, own)
+        left_out = copy_side_files(source, folder, converted)
         if speech:
-            tick = part_progress(progress, size, total)
-            left_out += _inside(token2wav.export_into(speech, folder / SPEECH, tick))
+            update = part_progress(progress, size, total)
+            left_out += _inside(token2wav.export_into(speech, folder / SPEECH, update))
         if cast is not None:
             _write_config_dtype(folder / "config.json", cast.name)
     if speech:
@@ -224,7 +224,7 @@ def load_hf(
             all leaves as stored and on the first device.
         dtype: cast to this on the way; by default as `like` says, or as stored.
         transform: what becomes of each leaf as soon as it is read.
-        progress: told about bytes done and bytes in all.
+        progress: called with (bytes_done, bytes_total).
 
     Returns:
         Parameters as a plain nested dict.
@@ -287,7 +287,7 @@ def _own(
 
 
 def _kept(cast: np.dtype | None) -> tuple[str, ...]:
-    """What to say of a detokenizer when a dtype was asked for."""
+    """The note on a detokenizer when a dtype was asked for."""
     return () if cast is None else ("the detokenizer keeps its dtype: codes and phases need it",)
 
 

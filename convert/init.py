@@ -54,27 +54,27 @@ _PREFIXES = ("audio_tower.", "model.audio_tower.", "")  # of the encoder, by ver
 def encoder_rules(cfg: AudioEncoderConfig) -> list[Rule]:
     """The table for the encoder of Qwen2-Audio: transformers' Whisper names, our leaf."""
     heads, conv = Split(0, (cfg.heads, cfg.head_dim)), Transpose(2, 1, 0)
-    own, theirs = "audio_encoder", "layers.{layer}"
+    leaves, source = "audio_encoder", "layers.{layer}"
     parts = [  # with a weight and a bias: theirs, ours, what our weight is called, what happens
         ("conv1", "conv1", "kernel", conv),
         ("conv2", "conv2", "kernel", conv),
-        (f"{theirs}.self_attn_layer_norm", "layers.attn_norm", "scale", None),
-        (f"{theirs}.self_attn.q_proj", "layers.attn.q", "kernel", heads),
-        (f"{theirs}.self_attn.v_proj", "layers.attn.v", "kernel", heads),
-        (f"{theirs}.self_attn.out_proj", "layers.attn.o", "kernel", None),
-        (f"{theirs}.final_layer_norm", "layers.mlp_norm", "scale", None),
-        (f"{theirs}.fc1", "layers.mlp.up", "kernel", None),
-        (f"{theirs}.fc2", "layers.mlp.down", "kernel", None),
+        (f"{source}.self_attn_layer_norm", "layers.attn_norm", "scale", None),
+        (f"{source}.self_attn.q_proj", "layers.attn.q", "kernel", heads),
+        (f"{source}.self_attn.v_proj", "layers.attn.v", "kernel", heads),
+        (f"{source}.self_attn.out_proj", "layers.attn.o", "kernel", None),
+        (f"{source}.final_layer_norm", "layers.mlp_norm", "scale", None),
+        (f"{source}.fc1", "layers.mlp.up", "kernel", None),
+        (f"{source}.fc2", "layers.mlp.down", "kernel", None),
         ("layer_norm", "norm", "scale", None),
     ]
     rules = [
-        rule("embed_positions.weight", f"{own}.positions"),
-        rule(f"{theirs}.self_attn.k_proj.weight", f"{own}.layers.attn.k.kernel", heads),
+        rule("embed_positions.weight", f"{leaves}.positions"),
+        rule(f"{source}.self_attn.k_proj.weight", f"{leaves}.layers.attn.k.kernel", heads),
     ]
     for name, leaf, weight, op in parts:
         of_bias = [op] if op is heads else []
-        rules.append(rule(f"{name}.weight", f"{own}.{leaf}.{weight}", *([op] if op else [])))
-        rules.append(rule(f"{name}.bias", f"{own}.{leaf}.bias", *of_bias))
+        rules.append(rule(f"{name}.weight", f"{leaves}.{leaf}.{weight}", *([op] if op else [])))
+        rules.append(rule(f"{name}.bias", f"{leaves}.{leaf}.bias", *of_bias))
     return rules
 
 
@@ -102,7 +102,7 @@ def init(
         seed: of all that is drawn.
         dtype: `float32`, `bfloat16` or `float16`; by default each tensor keeps its own.
         overwrite: replace a checkpoint at `out`.
-        progress: told about bytes done and bytes in all; see `weights.progress_bar`.
+        progress: called with (bytes_done, bytes_total); see `weights.progress_bar`.
 
     Raises:
         CheckpointError: if a source is damaged or of another model, or `out` cannot be made.
@@ -169,24 +169,31 @@ def _read_config(folder: Path, kind: str) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        found = raw.get("model_type")
-        if found in (kind, f"{kind}_encoder"):
-            return dict(raw["audio_config"] if found == "qwen2_audio" else raw)
+        model_type = raw.get("model_type")
+        if model_type in (kind, f"{kind}_encoder"):
+            return dict(raw["audio_config"] if model_type == "qwen2_audio" else raw)
     except FileNotFoundError:
         raise ConfigError(f"no config.json in {folder}: expected a folder of {name}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is damaged ({error!r}): download it again") from None
-    raise ConfigError(f"{path} is of a {found!r}: expected {kind!r}, the config.json of {name}")
+    raise ConfigError(
+        f"{path} is of a {model_type!r}: expected {kind!r}, the config.json of {name}"
+    )
 
 
 def _config(text: Mapping[str, Any], audio: Mapping[str, Any], vocab: int) -> StepAudio2Config:
     """The model that both sources make; what it would compute otherwise than they is an error."""
     # What transformers takes for a key that is not there.
     sizes = {
-        "num_mel_bins": 128, "encoder_layers": 32, "encoder_attention_heads": 20,
-        "encoder_ffn_dim": 5120, "d_model": 1280, "max_source_positions": 1500,
-        "activation_function": "gelu", "scale_embedding": False,
-    }  # fmt: skip
+        "num_mel_bins": 128,
+        "encoder_layers": 32,
+        "encoder_attention_heads": 20,
+        "encoder_ffn_dim": 5120,
+        "d_model": 1280,
+        "max_source_positions": 1500,
+        "activation_function": "gelu",
+        "scale_embedding": False,
+    }
     sizes |= {key: audio[key] for key in sizes if key in audio}
     expected: dict[str, Any] = {"activation_function": "gelu", "scale_embedding": False}
     if isinstance(width := sizes["d_model"], int):  # if not, the config below says so
@@ -199,7 +206,7 @@ def _config(text: Mapping[str, Any], audio: Mapping[str, Any], vocab: int) -> St
         "layer_types": set(text.get("layer_types") or ()) - {"full_attention"},
         "rope_parameters": rope.get("rope_type", "default") != "default",
     }
-    wrong += [f"{key}={text[key]!r} is not supported" for key, found in odd.items() if found]
+    wrong += [f"{key}={text[key]!r} is not supported" for key, value in odd.items() if value]
     if wrong:
         raise ConfigError("; ".join(wrong))
     seen = {"model_type", "architectures", "rope_parameters", "use_mrope", "tie_word_embeddings"}
@@ -233,13 +240,13 @@ class _EncoderWeights:
 
     def __init__(self, weights: SafetensorsFolder):
         self._weights = weights
-        found = [p for p in _PREFIXES if f"{p}conv1.weight" in weights.tensors]
-        if not found:
+        prefixes = [p for p in _PREFIXES if f"{p}conv1.weight" in weights.tensors]
+        if not prefixes:
             raise CheckpointError(
                 f"{weights.folder} has no audio encoder: expected {_PREFIXES[0]}conv1.weight, as "
                 "Qwen2-Audio has it"
             )
-        self._prefix = found[0]
+        self._prefix = prefixes[0]
         self.tensors = {
             name.removeprefix(self._prefix): info
             for name, info in weights.tensors.items()
@@ -322,7 +329,7 @@ def _rng(seed: int, name: str) -> np.random.Generator:
 def _plans(
     cfg: StepAudio2Config, decoder: _ExtendedVocab, encoder: _EncoderWeights, seed: int, cast: Any
 ) -> list[TransferPlan]:
-    """What goes where from which source; all that is wrong with any is said at once."""
+    """A transfer plan for each source; the problems of all are reported together."""
     plans, problems = [], []
     shapes, rules = leaf_shapes(cfg), family_of(cfg).rules(cfg)
     drawn = expand(rules, {n: s for n, s in shapes.items() if n.startswith("adapter.")})
@@ -334,10 +341,10 @@ def _plans(
         ("adapter.", rules, fresh, "the adapter"),
     ]
     for start, table, weights, where in sources:
-        own = {name: shape for name, shape in shapes.items() if name.startswith(start)}
-        table = [r for r in table if r.target in own]
+        part = {name: shape for name, shape in shapes.items() if name.startswith(start)}
+        table = [r for r in table if r.target in part]
         try:
-            plans.append(make_plan(table, weights, own, where, cast=cast))
+            plans.append(make_plan(table, weights, part, where, cast=cast))
         except CheckpointError as error:
             problems.append(str(error))
     if problems:

@@ -24,8 +24,12 @@ from sa2jax.convert.weights import TensorInfo
 from sa2jax.errors import CheckpointError
 
 CONV, LINEAR, LAYER_NORM, BATCH_NORM = "convolution", "linear map", "layer norm", "batch norm"
-_SEVERAL = {BATCH_NORM: "batch norms", LAYER_NORM: "layer norms", LINEAR: "linear maps",
-            CONV: "convolutions"}  # fmt: skip
+_SEVERAL = {
+    BATCH_NORM: "batch norms",
+    LAYER_NORM: "layer norms",
+    LINEAR: "linear maps",
+    CONV: "convolutions",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,17 +99,17 @@ class OnnxGraph:
 
     def upstream(self, value: str) -> list[Layer]:
         """The layers whose results a value is computed from, without another layer between."""
-        found, seen, todo = [], set(), [value]
+        nodes, seen, todo = [], set(), [value]
         while todo:
             name = todo.pop()
             if name in seen:
                 continue
             seen.add(name)
             if name in self._outputs:
-                found.append(self._outputs[name])
+                nodes.append(self._outputs[name])
             elif name in self._nodes and self._nodes[name].op_type != "Shape":
                 todo += self._nodes[name].input
-        return found
+        return nodes
 
     def only_reader(self, value: str) -> Layer | None:
         """The layer that reads a value, if that is the only operator that does."""

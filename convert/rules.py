@@ -123,30 +123,6 @@ class Split(Op):
         return (*shape[: self.axis], int(np.prod(shape[self.axis : end])), *shape[end:])
 
 
-class Fuse(Join):
-    """Lay sources side by side along one axis, such as query, key and value in one matrix."""
-
-    def __init__(self, axis: int, sizes: Sequence[int]):
-        self.axis, self.sizes = axis, tuple(sizes)
-
-    def forward(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
-        """Concatenate."""
-        return np.concatenate(arrays, self.axis)
-
-    def inverse(self, array: np.ndarray) -> list[np.ndarray]:
-        """Cut at the known sizes."""
-        return np.split(array, np.cumsum(self.sizes)[:-1], self.axis)
-
-    def forward_shape(self, shapes: Sequence[Shape]) -> Shape:
-        """The sizes added up."""
-        total = sum(shape[self.axis] for shape in shapes)
-        return (*shapes[0][: self.axis], total, *shapes[0][self.axis + 1 :])
-
-    def inverse_shape(self, shape: Shape) -> list[Shape]:
-        """One shape per source."""
-        return [(*shape[: self.axis], size, *shape[self.axis + 1 :]) for size in self.sizes]
-
-
 @dataclass(frozen=True)
 class Rule:
     """One line of a table; build it with `rule`.
@@ -313,9 +289,9 @@ def _table_faults(
     for r in rules:
         if r.target in leaves:
             part = leaves[r.target][1:] if r.stacked else leaves[r.target]
-            made = r.forward_shape(r.inverse_shape(part))
-            if made != part:
-                faults.append(f"rule for {r.target} makes {list(made)}, not {list(part)}")
+            shape = r.forward_shape(r.inverse_shape(part))
+            if shape != part:
+                faults.append(f"rule for {r.target} makes {list(shape)}, not {list(part)}")
     return faults
 
 
@@ -327,8 +303,8 @@ def fold(names: Iterable[str]) -> dict[str, list[str]]:
     """
     groups: dict[tuple[str, str], list[tuple[int, str]]] = {}
     for name in names:
-        found = re.fullmatch(r"(.*?\.)(\d+)(\..*)", name)
-        key, number = ((found[1], found[3]), int(found[2])) if found else ((name, ""), -1)
+        match = re.fullmatch(r"(.*?\.)(\d+)(\..*)", name)
+        key, number = ((match[1], match[3]), int(match[2])) if match else ((name, ""), -1)
         groups.setdefault(key, []).append((number, name))
     folded = {}
     for (head, tail), members in groups.items():

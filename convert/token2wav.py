@@ -154,8 +154,8 @@ def convert_into(source: OfficialDetokenizer, out: Path, progress: Progress) -> 
     arrays = checkpoint.create(out / checkpoint.PARAMS, leaves)
     done = 0
     for name, network in source.networks():
-        own = {leaf: arrays[f"{name}.{leaf}"] for leaf in network.plan.leaves}
-        transfer.write(network.plan, own, part_progress(progress, done, source.bytes))
+        part = {leaf: arrays[f"{name}.{leaf}"] for leaf in network.plan.leaves}
+        transfer.write(network.plan, part, part_progress(progress, done, source.bytes))
         done += network.plan.bytes
         if network.strip:
             _graph(out, name).write_bytes(network.strip())

@@ -11,9 +11,13 @@ from sa2jax.errors import TokenizerError
 from sa2jax.families import family_of
 
 FILES = (
-    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
     "special_tokens_map.json",
-)  # fmt: skip
+)
 SPECIAL_IDS = "special_ids.json"  # names the special ids of a test checkpoint without a tokenizer
 
 
@@ -43,25 +47,27 @@ def find_tokenizer(source: Path, given: str | Path | None, cfg: StepAudio2Config
     return folder
 
 
-def copy_tokenizer(source: Path, found: Path | None, out: Path, cfg: StepAudio2Config) -> list[str]:
+def copy_tokenizer(
+    source: Path, tokenizer: Path | None, out: Path, cfg: StepAudio2Config
+) -> list[str]:
     """Put the tokenizer's files into a converted folder.
 
     Args:
         source: the checkpoint that was converted; its own files are in `out` already.
-        found: what `find_tokenizer` returned.
+        tokenizer: what `find_tokenizer` returned.
         out: the converted folder.
         cfg: the model's config.
 
     Returns:
         What the user should know.
     """
-    if found is not None and found != source:
+    if tokenizer is not None and tokenizer != source:
         for name in FILES:
             (out / name).unlink(missing_ok=True)
-            if (found / name).is_file():
-                shutil.copyfile(found / name, out / name)
+            if (tokenizer / name).is_file():
+                shutil.copyfile(tokenizer / name, out / name)
         return []
-    if found is not None:
+    if tokenizer is not None:
         return []
     if not (source / SPECIAL_IDS).is_file():
         return [

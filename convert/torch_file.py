@@ -182,7 +182,7 @@ class _Machine:
         self._memo: dict[int, Any] = {}
 
     def run(self, program: memoryview | bytes) -> Any:
-        """What the program describes."""
+        """Run the program; gives the object that it describes."""
         for opcode, argument, _ in pickletools.genops(io.BytesIO(program)):
             name = opcode.name
             if name == "STOP":
@@ -301,9 +301,18 @@ _CALLS: dict[str, Callable[..., Any]] = {
 }
 _SKIP = {"PROTO", "FRAME"}
 _PUSH = {
-    "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT",
-    "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES",
-}  # fmt: skip
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "LONG1",
+    "LONG4",
+    "BINFLOAT",
+    "BINUNICODE",
+    "SHORT_BINUNICODE",
+    "BINUNICODE8",
+    "BINBYTES",
+    "SHORT_BINBYTES",
+}
 _MAKE: dict[str, Callable[[], Any]] = {
     "EMPTY_DICT": dict,
     "EMPTY_LIST": list,
@@ -352,7 +361,7 @@ def _check_tree(value: Any) -> None:
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:
-    """What is the matter with a file that is no zip archive."""
+    """Why a file that is no zip archive cannot be read."""
     if isinstance(error, FileNotFoundError):
         return "no such file: expected a .pt file of torch.save"
     if isinstance(error, OSError):

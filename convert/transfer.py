@@ -100,10 +100,10 @@ class TransferPlan:
     @cached_property
     def by_leaf(self) -> dict[str, dict[int | None, Placement]]:
         """The placements of each leaf, by layer."""
-        found: dict[str, dict[int | None, Placement]] = {}
+        result: dict[str, dict[int | None, Placement]] = {}
         for p in self.placements:
-            found.setdefault(p.leaf, {})[p.layer] = p
-        return found
+            result.setdefault(p.leaf, {})[p.layer] = p
+        return result
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def make_plan(
     wording: str = CONFIG_MISMATCH,
     problems: Sequence[str] = (),
 ) -> TransferPlan:
-    """Hold a table against a source and a model.
+    """Match a table with a source and a model.
 
     Args:
         rules: the table.
@@ -162,19 +162,19 @@ def make_plan(
     dtypes: dict[str, np.dtype] = {}
     for p in placements:
         for name in p.sources:
-            own = weights.tensors[name].dtype
-            dtypes[p.leaf] = np.dtype(jnp.promote_types(dtypes.get(p.leaf, own), own))
+            dtype = weights.tensors[name].dtype
+            dtypes[p.leaf] = np.dtype(jnp.promote_types(dtypes.get(p.leaf, dtype), dtype))
     leaves = {name: TensorInfo(shapes[name], cast or dtypes[name]) for name in shapes}
     return TransferPlan(weights, placements, leaves)
 
 
-def write(plan: TransferPlan, arrays: Mapping[str, ts.TensorStore], tick: Progress) -> None:
+def write(plan: TransferPlan, arrays: Mapping[str, ts.TensorStore], progress: Progress) -> None:
     """Stream all leaves of a plan into a checkpoint.
 
     Args:
         plan: what goes where.
         arrays: the open leaves.
-        tick: told about bytes done and bytes in all.
+        progress: called with (bytes_done, bytes_total).
     """
     done, total = 0, plan.bytes
     for p in plan.placements:
@@ -196,7 +196,7 @@ def write(plan: TransferPlan, arrays: Mapping[str, ts.TensorStore], tick: Progre
             for name in p.sources:
                 plan.weights.drop(name)
             done += block.nbytes
-            tick(done, total)
+            progress(done, total)
 
 
 def with_int8(plan: TransferPlan, kernels: Iterable[str]) -> TransferPlan:
@@ -310,13 +310,13 @@ def part_progress(progress: Progress | None, before: int, total: int) -> Progres
     return lambda done, _: progress(before + done, total)
 
 
-def copy_side_files(source: Path, out: Path, own: Collection[str]) -> list[str]:
-    """Take along what is not weights (tokenizer, config, notes, voices); name what is left.
+def copy_side_files(source: Path, out: Path, converted: Collection[str]) -> list[str]:
+    """Copy the files that are not weights (tokenizer, config, notes, voices).
 
     Args:
         source: folder to copy from.
         out: folder to copy to.
-        own: files and folders in `source` that are converted and thus no side files.
+        converted: files and folders in `source` that are converted and thus no side files.
 
     Returns:
         Files that were not taken along, relative to `source`.
@@ -326,7 +326,7 @@ def copy_side_files(source: Path, out: Path, own: Collection[str]) -> list[str]:
         relative = path.relative_to(source)
         if any(part.startswith(".") for part in relative.parts) or not path.is_file():
             continue
-        if relative.parts[0] in own or path.name.endswith(".index.json"):
+        if relative.parts[0] in converted or path.name.endswith(".index.json"):
             continue
         if path.suffix in WEIGHT_SUFFIXES or path.stat().st_size > SIDE_FILE_BYTES:
             left_out.append(str(relative))

@@ -64,7 +64,7 @@ class Comparison:
         return not (self.differing or self.only_a or self.only_b or self.shapes)
 
     def summary(self) -> str:
-        """A few lines for people."""
+        """A summary of a few lines."""
         lines = [
             f"{self.compared} tensors compared, {len(self.differing)} differing, "
             f"largest difference {self.max_abs_diff:.3g}"
@@ -99,7 +99,7 @@ def verify(a: str | Path, b: str | Path, *, progress: Progress | None = None) ->
     Args:
         a: a Hugging Face folder or a model folder of this library, or a detokenizer's.
         b: another of any kind.
-        progress: told about numbers done and numbers in all.
+        progress: called with (values_done, values_total).
 
     Raises:
         CheckpointError: if a folder cannot be read.
@@ -200,7 +200,7 @@ def _compare(name: str, first: Weights, second: Weights) -> tuple[float | None, 
 
 @dataclass(frozen=True)
 class LogitsComparison:
-    """How far apart the answers of two models are.
+    """Differences of the logits of two models.
 
     Attributes:
         positions: predictions compared.
@@ -215,7 +215,7 @@ class LogitsComparison:
     top1_agreement: float
 
     def summary(self) -> str:
-        """One line for people."""
+        """A summary of one line."""
         return (
             f"logits of {self.positions} positions: largest difference {self.max_abs_error:.3g}, "
             f"KL {self.kl:.3g}, same best token in {self.top1_agreement:.1%}"
@@ -347,8 +347,8 @@ def inspect(folder: str | Path) -> Inspection:
     spoken: dict[str, TensorInfo] = {}
     if speech:
         official = token2wav.is_official(speech)
-        found = token2wav.OfficialDetokenizer(speech).sources if official else _leaves(speech)
-        spoken = {SPEECH + name: info for name, info in found.items()}
+        sources = token2wav.OfficialDetokenizer(speech).sources if official else _leaves(speech)
+        spoken = {SPEECH + name: info for name, info in sources.items()}
     tensors |= spoken
     parts: dict[str, list[TensorInfo]] = {}
     alike: dict[tuple[tuple[int, ...], str], list[str]] = {}
@@ -379,20 +379,20 @@ def inspect(folder: str | Path) -> Inspection:
     )
 
 
-def print_inspection(found: Inspection, console: Console) -> None:
+def print_inspection(inspection: Inspection, console: Console) -> None:
     """Show an inspection as two tables."""
     rows = Table("part", "name", "count", "shape", "dtype", "parameters")
-    for row in found.groups:
+    for row in inspection.groups:
         shape = " × ".join(str(n) for n in row.shape)
         rows.add_row(row.part, row.name, str(row.count), shape, row.dtype, f"{row.parameters:,}")
     parts = Table(
-        "part", "tensors", "parameters", "on disk", title=f"{found.folder} ({found.kind})"
+        "part", "tensors", "parameters", "on disk", title=f"{inspection.folder} ({inspection.kind})"
     )
-    for part in found.parts:
+    for part in inspection.parts:
         size = f"{part.bytes / 1e9:.3f} GB"
         parts.add_row(part.name, str(part.tensors), f"{part.parameters:,}", size)
     console.print(rows, parts)
-    memory = ", ".join(f"{size / 1e9:.3f} GB in {name}" for name, size in found.memory.items())
+    memory = ", ".join(f"{size / 1e9:.3f} GB in {name}" for name, size in inspection.memory.items())
     console.print(f"parameters take {memory}")
 
 

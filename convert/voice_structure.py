@@ -44,13 +44,13 @@ class NamedTensors:
     @property
     def tensors(self) -> dict[str, TensorInfo]:
         """Shape and dtype by name."""
-        found = {name: self._info(name) for name in self.places}
+        infos = {name: self._info(name) for name in self.places}
         used = {*self.places.values(), *self._fixed}
         for name, info in self.graph.tensors.items():
             constant = info.size <= CONSTANT_NUMBERS or not np.issubdtype(info.dtype, np.floating)
             if name not in used and not constant:
-                found[name] = info
-        return found
+                infos[name] = info
+        return infos
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -40,7 +40,7 @@ TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a tensor without reading it."""
+    """Shape and dtype of a tensor."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -128,13 +128,13 @@ class SafetensorsFolder:
             except CheckpointError as error:
                 problems.append(str(error))
                 continue
-            found = [name for name, _, _ in header]
+            names = [name for name, _, _ in header]
             if listed is not None:
                 problems += [
-                    f"{file} lacks {n}, which the index lists" for n in listed - set(found)
+                    f"{file} lacks {n}, which the index lists" for n in listed - set(names)
                 ]
                 problems += [
-                    f"{file} holds {n}, unknown to the index" for n in found if n not in listed
+                    f"{file} holds {n}, unknown to the index" for n in names if n not in listed
                 ]
             for name, info, start in header:
                 if name in self.tensors:
@@ -174,7 +174,7 @@ def write_safetensors(
     tensors: Mapping[str, TensorInfo],
     source: Weights,
     shard_bytes: int,
-    tick: checkpoint.Progress,
+    progress: checkpoint.Progress,
 ) -> None:
     """Write tensors as `model.safetensors`, or as shards with an index, one block at a time.
 
@@ -183,7 +183,7 @@ def write_safetensors(
         tensors: what to write, in this order; another dtype than the source's is cast to.
         source: where the numbers come from.
         shard_bytes: a file grows no larger than this unless one tensor alone is.
-        tick: told about bytes done and bytes in all.
+        progress: called with (bytes_done, bytes_total).
     """
     shards: list[list[str]] = []
     room = 0
@@ -208,7 +208,7 @@ def write_safetensors(
                     data = np.ascontiguousarray(flat[index], dtype).reshape(-1)
                     out.write(data.view(np.uint8).data)
                     done += data.nbytes
-                    tick(done, total)
+                    progress(done, total)
                 del array, flat, data  # before the next tensor is read
                 source.drop(name)
             out.flush()
@@ -264,12 +264,12 @@ def parse_size(size: int | str) -> int:
         CheckpointError: if it is not a positive size.
     """
     units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?B?)\s*", str(size).upper())
-    if not found or found[2] not in units or float(found[1]) <= 0:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?B?)\s*", str(size).upper())
+    if not match or match[2] not in units or float(match[1]) <= 0:
         raise CheckpointError(
             f"size {size!r}: expected such as '5GB', '500MB' or a number of bytes"
         )
-    return int(float(found[1]) * units[found[2]])
+    return int(float(match[1]) * units[match[2]])
 
 
 def peak_memory() -> int:
@@ -302,9 +302,15 @@ def _shards(folder: Path) -> dict[str, set[str] | None]:
     if not (folder / INDEX).exists():
         loose = sorted(p.name for p in folder.glob("*.safetensors"))
         old = any(p.suffix in (".bin", ".pt", ".pth") for p in folder.iterdir())
-        hint = f"found {len(loose)} shards but not {INDEX}: download that too" if loose else (
-            "found pickled weights: save them as safetensors first" if old else "download it again"
-        )  # fmt: skip
+        hint = (
+            f"found {len(loose)} shards but not {INDEX}: download that too"
+            if loose
+            else (
+                "found pickled weights: save them as safetensors first"
+                if old
+                else "download it again"
+            )
+        )
         raise CheckpointError(f"{folder}: expected {SINGLE} or {INDEX}; {hint}")
     try:
         weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]

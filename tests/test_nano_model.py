@@ -11,9 +11,10 @@ import pytest
 
 from sa2jax import StepAudio2
 from sa2jax.assets import model_folder
+from sa2jax.evaluate.base import EvalOptions
 from sa2jax.evaluate.heldout import HeldOut
-from sa2jax.evaluate.nano import evaluate_nano
-from sa2jax.evaluate.nano_metrics import NanoOptions
+from sa2jax.evaluate.runner import run_suite
+from sa2jax.evaluate.suites import find_suite
 from sa2jax.inference.requests import GenerationConfig
 from sa2jax.inference.sampling import SamplingParams
 
@@ -23,9 +24,14 @@ GREEDY = GenerationConfig(sampling=SamplingParams(temperature=0), max_new_tokens
 # model was shipped (94 and 84): on another CPU a sound may be rounded to another word. Streams then
 # lost one reply of 19, and may lose no more.
 BOUNDS = {
-    "seen": 8, "unseen": 25, "sums": 89, "sums_open": 78, "tool_asked": 95, "tool_unasked": 95,
+    "seen": 8,
+    "unseen": 25,
+    "sums": 89,
+    "sums_open": 78,
+    "tool_asked": 95,
+    "tool_unasked": 95,
     "streamed": -6,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +46,9 @@ def nano() -> StepAudio2:
 
 @pytest.fixture(scope="module")
 def scores(nano, held_out) -> dict:
-    options = NanoOptions(metrics=tuple(BOUNDS), greedy=True)
-    return {metric.key: metric for metric in evaluate_nano(nano, held_out.folder, options).metrics}
+    options = EvalOptions(metrics=tuple(BOUNDS), greedy=True)
+    table = run_suite(find_suite("nano"), nano, held_out.folder, options)
+    return {metric.key: metric for metric in table.metrics}
 
 
 def test_it_is_small_and_complete():
@@ -53,12 +60,12 @@ def test_it_is_small_and_complete():
 
 
 def test_a_folder_of_its_name_is_never_passed_over(run, refused, held_out, tmp_path, monkeypatch):
-    (item, *_) = held_out.items("asr_seen")
+    (sample, *_) = held_out.samples("asr_seen")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "nano" / "model").mkdir(parents=True)
-    said = refused("asr", item.audio, "--model", "nano")
+    said = refused("asr", sample.audio, "--model", "nano")
     assert f"{tmp_path / 'nano'} holds no checkpoint, and comes before" in said
-    assert run("asr", item.audio)[0] == 0  # none was named: it is the one that comes along
+    assert run("asr", sample.audio)[0] == 0  # none was named: it is the one that comes along
     (tmp_path / "nano" / "sa2jax.json").write_text("{}")
     assert model_folder("nano") == Path("nano")
 
@@ -73,9 +80,9 @@ def test_rows_of_the_table(scores, key):
 @pytest.mark.slow
 def test_int8_matrices_hear_as_well(nano, held_out):
     """Of thirty recordings, not more than one is written down in other words than by floats."""
-    items = [str(item.audio) for item in held_out.items("asr_seen")]
+    paths = [str(sample.audio) for sample in held_out.samples("asr_seen")]
     small = StepAudio2.from_pretrained("nano", dtype="int8")
-    texts, others = nano.transcribe_batch(items), small.transcribe_batch(items)
+    texts, others = nano.transcribe_batch(paths), small.transcribe_batch(paths)
     assert sum(a != b for a, b in zip(texts, others, strict=True)) <= 1
 
 
@@ -83,12 +90,13 @@ def test_int8_matrices_hear_as_well(nano, held_out):
 def test_the_clock_is_asked_and_read(nano, held_out):
     """What is said aloud at half past three on a Monday."""
     said = []
-    for item in [item for item in held_out.items("tools") if item.tool][:6]:
+    for sample in [sample for sample in held_out.samples("tools") if sample.tool][:6]:
         chat = nano.chat(
-            tools=["get_date_time"], options=GREEDY,
+            tools=["get_date_time"],
+            options=GREEDY,
             functions={"get_date_time": lambda: "2024-05-06 15:30:00 Monday UTC+00:00"},
-        )  # fmt: skip
-        reply = chat.say(item.audio, speak=True)
+        )
+        reply = chat.say(sample.audio, speak=True)
         assert len(reply.audio) > 0
         said.append(reply.text)
     right = ["three thirty" in text or "monday" in text for text in said]
@@ -107,8 +115,8 @@ def test_voices_differ_and_words_do_not(nano):
 
 
 def test_a_command_that_names_no_model(run, held_out):
-    (item, *_) = held_out.items("asr_seen")
-    code, out, err = run("asr", item.audio)
+    (sample, *_) = held_out.samples("asr_seen")
+    code, out, err = run("asr", sample.audio)
     assert code == 0
     assert len(out.split()) >= 2
     assert "this is nano, a demonstration model" in err

@@ -1,4 +1,4 @@
-"""The four front-ends: what each network is given to hear.
+"""Audio features: the front-ends of the four networks.
 
 | function     | network                       | input  | output            |
 |--------------|-------------------------------|--------|-------------------|
@@ -184,17 +184,17 @@ def fbank(
 
 def _fbank(xp: Any, x: Any, n: Any, n_mels: int, subtract_mean: bool) -> Any:
     frames = 1 + (x.shape[-1] - _FFT) // HOP
-    own = None if n is None else 1 + (n - _FFT) // HOP
+    num_frames = None if n is None else 1 + (n - _FFT) // HOP
     x = _frame(xp, x, frames, _FFT, HOP)
     x = x - x.mean(-1, keepdims=True)
     x = x - 0.97 * xp.concatenate([x[..., :1], x[..., :-1]], axis=-1)
     energy = xp.log(
         xp.maximum(_mel(xp, x, _povey(_FFT), _kaldi(SAMPLE_RATE, 512, n_mels)), _EPSILON)
     )
-    energy = _mask(xp, energy, own, -2)  # [*B, frames, M]
+    energy = _mask(xp, energy, num_frames, -2)  # [*B, frames, M]
     if subtract_mean:
-        count = frames if own is None else own[..., None, None]
-        energy = _mask(xp, energy - energy.sum(-2, keepdims=True) / count, own, -2)
+        count = frames if num_frames is None else num_frames[..., None, None]
+        energy = _mask(xp, energy - energy.sum(-2, keepdims=True) / count, num_frames, -2)
     return energy
 
 
@@ -230,7 +230,7 @@ def pad_mels(
 
 
 def _run(body: Callable[..., Any], samples: Any, lengths: Any, least: int, *options: Any) -> Any:
-    """Check the arguments, then compute where the samples live."""
+    """Check the arguments, then compute in numpy or jnp as the samples are."""
     xp, x, n = _prepare(samples, lengths, least)
     if xp is np:
         return body(np, x, n, *options)
@@ -325,21 +325,21 @@ def _dft_power(x: Any, window: Any, fft: int, bins: int) -> Any:
     return both[..., :bins] ** 2 + both[..., bins:] ** 2
 
 
-def _whisper_log(xp: Any, mel: Any, frames: int, own: Any) -> Any:
+def _whisper_log(xp: Any, mel: Any, frames: int, num_frames: Any) -> Any:
     """Whisper's scaling: log10, at most 8 below the clip's maximum, (x + 4) / 4, bands first."""
     log = xp.log(xp.maximum(mel, 1e-10)).swapaxes(-1, -2) * np.float32(1 / np.log(10))
     valid = log
-    if own is not None:
-        valid = xp.where((xp.arange(frames) < own[..., None])[..., None, :], log, -xp.inf)
+    if num_frames is not None:
+        valid = xp.where((xp.arange(frames) < num_frames[..., None])[..., None, :], log, -xp.inf)
     log = xp.maximum(log, valid.max((-2, -1), keepdims=True) - 8.0)
-    return _mask(xp, (log + 4.0) / 4.0, own, -1)
+    return _mask(xp, (log + 4.0) / 4.0, num_frames, -1)
 
 
-def _mask(xp: Any, x: Any, own: Any, axis: int) -> Any:
-    """Zero the frames (along `axis`, -1 or -2) from each row's `own` number on."""
-    if own is None:
+def _mask(xp: Any, x: Any, num_frames: Any, axis: int) -> Any:
+    """Zero the frames (along `axis`, -1 or -2) from each row's `num_frames` on."""
+    if num_frames is None:
         return x
-    keep = xp.arange(x.shape[axis]) < own[..., None]  # [*B, frames]
+    keep = xp.arange(x.shape[axis]) < num_frames[..., None]  # [*B, frames]
     return xp.where(keep[..., None, :] if axis == -1 else keep[..., None], x, np.float32(0))
 
 

@@ -50,8 +50,8 @@ def read_audio(source: Audio, *, rate: int | None = None) -> tuple[Float[np.ndar
     Raises:
         AudioError: no such file, not audio, no samples, NaN or Inf, bad rate or shape.
     """
-    with _open(source, rate) as (name, found, blocks):
-        return _join(blocks, name), found
+    with _open(source, rate) as (name, sample_rate, blocks):
+        return _join(blocks, name), sample_rate
 
 
 def load_audio(
@@ -254,7 +254,7 @@ def _resampled(
     )  # several periods at once when q is small: matrices worth a BLAS call
     step_in, step_out = repeat * p, repeat * q
     held = None  # samples from `reach` before the next period on
-    total = made = 0
+    total = produced = 0
     for block in blocks:
         total += block.shape[1]
         before = np.zeros((len(block), reach), np.float32) if held is None else held
@@ -262,15 +262,15 @@ def _resampled(
         if (n := (held.shape[1] - 2 * reach) // step_in) > 0:
             yield _polyphase(held, n, p, q, repeat)
             held = held[:, n * step_in :]
-            made += n * step_out
+            produced += n * step_out
     if held is None:
         return
     # torchaudio rounds the length in float32, which costs long recordings a sample: so do we.
     wanted = min(math.ceil(np.float32(q * total / p)), q * (total // p + 1))
-    if (n := math.ceil((wanted - made) / step_out)) > 0:
+    if (n := math.ceil((wanted - produced) / step_out)) > 0:
         short = n * step_in + 2 * reach - held.shape[1]
         held = np.pad(held, ((0, 0), (0, max(short, 0))))
-        yield _polyphase(held, n, p, q, repeat)[:, : wanted - made]
+        yield _polyphase(held, n, p, q, repeat)[:, : wanted - produced]
 
 
 def _polyphase(

@@ -1,4 +1,4 @@
-"""How fast is this machine: both sides of the model with random weights, see `sa2jax bench`."""
+"""Benchmarks of this machine: language and speech side with random weights, see `sa2jax bench`."""
 
 from sa2jax.bench.common import Bench, Row, print_bench
 from sa2jax.bench.language import bench

@@ -1,4 +1,4 @@
-"""What both benchmarks share: rows, rounds in turns, tables."""
+"""Shared by both benchmarks: rows, interleaved rounds, tables."""
 
 import os
 import platform
@@ -130,7 +130,7 @@ def machine(reference: Sequence[str] = ()) -> dict[str, str]:
 
 
 def print_bench(result: Bench, console: Console) -> None:
-    """A table for people."""
+    """Print the table."""
     table = Table(title=f"{result.size}: " + ", ".join(result.machine.values()))
     for name in ("", "unit", "sa2jax", "reference", "ratio", ""):
         table.add_column(name, justify="left" if not name or name == "unit" else "right")
@@ -141,7 +141,7 @@ def print_bench(result: Bench, console: Console) -> None:
 
 
 def _shown(figure: float | None) -> str:
-    """Two decimals, or two digits of what is small."""
+    """Two decimals, or two significant digits of a small number."""
     if figure is None:
         return ""
     return f"{figure:.2f}" if figure >= 0.1 else f"{figure:.2g}"

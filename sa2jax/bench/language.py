@@ -1,4 +1,4 @@
-"""The language side: encoder, prefill and decode with random weights.
+"""Benchmark of the language side: encoder, prefill and decode with random weights.
 
 The reference is transformers on torch, where it is installed.
 """
@@ -83,23 +83,53 @@ def bench(
     times = take_turns(sides, repeats, progress)
     bandwidth = copy_bandwidth()
     rows = [
-        row("encode", "x real time", "encode", times, lambda t: seconds / t,
-            f"one clip of {seconds:g} s"),
-        row("prefill", "tokens/s", "prefill", times, lambda t: prompt / t,
-            f"one prompt of {prompt} tokens"),
-        row("decode", "tokens/s", "decode", times, lambda t: steps / t,
-            f"{steps} tokens after it, greedy"),
-        row("next turn", "1/s", "turn", times, lambda t: 1 / t,
+        row(
+            "encode",
+            "x real time",
+            "encode",
+            times,
+            lambda t: seconds / t,
+            f"one clip of {seconds:g} s",
+        ),
+        row(
+            "prefill",
+            "tokens/s",
+            "prefill",
+            times,
+            lambda t: prompt / t,
+            f"one prompt of {prompt} tokens",
+        ),
+        row(
+            "decode",
+            "tokens/s",
+            "decode",
+            times,
+            lambda t: steps / t,
+            f"{steps} tokens after it, greedy",
+        ),
+        row(
+            "next turn",
+            "1/s",
+            "turn",
+            times,
+            lambda t: 1 / t,
             f"first token of an answer to {TURN} tokens after the prompt; the reference reads all "
-            "again, as the official code does"),
-    ]  # fmt: skip
+            "again, as the official code does",
+        ),
+    ]
     speed = rows[2].ours
     if theirs is not None:
         loop = tokens / theirs.loop_without_cache(tokens)
         rows.append(
-            Row("decode, no cache", "tokens/s", speed, loop, speed / loop,
-                f"the official loop over {tokens} tokens, integrated from 5 lengths")
-        )  # fmt: skip
+            Row(
+                "decode, no cache",
+                "tokens/s",
+                speed,
+                loop,
+                speed / loop,
+                f"the official loop over {tokens} tokens, integrated from 5 lengths",
+            )
+        )
     weights = ours.decoder_bytes / 1e9
     rows += [
         Row("weights read in decode", "GB/s", weights * speed, note=f"{weights:.2f} GB per token"),
@@ -144,8 +174,11 @@ class Ours:
         """What is timed, in this order."""
         decode = lambda: self.decode(steps)
         return {
-            "encode": self.encode, "prefill": self.prefill, "decode": decode, "turn": self.turn,
-        }  # fmt: skip
+            "encode": self.encode,
+            "prefill": self.prefill,
+            "decode": decode,
+            "turn": self.turn,
+        }
 
     def encode(self) -> None:
         """One clip through encoder and adapter."""

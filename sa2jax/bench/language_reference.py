@@ -1,4 +1,4 @@
-"""The reference of the language side: transformers on torch, with random weights.
+"""Reference benchmark of the language side: transformers on torch, with random weights.
 
 Imported only by the benchmark and only where the `[parity]` extra is installed.
 """
@@ -26,26 +26,44 @@ class Reference:
         kind = getattr(torch, dtype)
         d, e = cfg.decoder, cfg.audio_encoder
         qwen2 = Qwen2Config(
-            vocab_size=d.vocab, hidden_size=d.embed, intermediate_size=d.mlp,
-            num_hidden_layers=d.layers, num_attention_heads=d.heads,
-            num_key_value_heads=d.kv_heads, max_position_embeddings=d.max_positions,
-            rms_norm_eps=d.norm_eps, rope_theta=d.rope_theta, tie_word_embeddings=False,
+            vocab_size=d.vocab,
+            hidden_size=d.embed,
+            intermediate_size=d.mlp,
+            num_hidden_layers=d.layers,
+            num_attention_heads=d.heads,
+            num_key_value_heads=d.kv_heads,
+            max_position_embeddings=d.max_positions,
+            rms_norm_eps=d.norm_eps,
+            rope_theta=d.rope_theta,
+            tie_word_embeddings=False,
             attn_implementation="sdpa",
-        )  # fmt: skip
+        )
         frames = int(audio.num_frames(int(seconds * audio.SAMPLE_RATE))) // 2 * 2
         whisper = Qwen2AudioEncoderConfig(
-            num_mel_bins=e.mels, encoder_layers=e.layers, encoder_attention_heads=e.heads,
-            encoder_ffn_dim=e.mlp_ratio * e.embed, d_model=e.embed,
-            max_source_positions=frames // 2, attn_implementation="sdpa",
-        )  # fmt: skip
+            num_mel_bins=e.mels,
+            encoder_layers=e.layers,
+            encoder_attention_heads=e.heads,
+            encoder_ffn_dim=e.mlp_ratio * e.embed,
+            d_model=e.embed,
+            max_source_positions=frames // 2,
+            attn_implementation="sdpa",
+        )
         with torch.device("cpu"):
             self.decoder = Qwen2ForCausalLM(qwen2).to(kind).eval()
             self.encoder = Qwen2AudioEncoder(whisper).to(kind).eval()
-            self.adapter = torch.nn.ModuleList([
-                torch.nn.Conv1d(e.embed, e.embed, cfg.adapter.kernel, cfg.adapter.stride, 1),
-                torch.nn.Linear(e.embed, cfg.adapter.hidden),
-                torch.nn.Linear(cfg.adapter.hidden, d.embed),
-            ]).to(kind).eval()  # fmt: skip
+            self.adapter = (
+                torch.nn.ModuleList(
+                    [
+                        torch.nn.Conv1d(
+                            e.embed, e.embed, cfg.adapter.kernel, cfg.adapter.stride, 1
+                        ),
+                        torch.nn.Linear(e.embed, cfg.adapter.hidden),
+                        torch.nn.Linear(cfg.adapter.hidden, d.embed),
+                    ]
+                )
+                .to(kind)
+                .eval()
+            )
         self.mel = torch.randn(1, e.mels, frames, dtype=kind)
         self.ids = torch.randint(0, d.vocab, (1, prompt))
         self.cache: Any = None
@@ -55,8 +73,11 @@ class Reference:
         """What is timed, in this order."""
         decode = lambda: self.decode(steps)
         return {
-            "encode": self.encode, "prefill": self.prefill, "decode": decode, "turn": self.turn,
-        }  # fmt: skip
+            "encode": self.encode,
+            "prefill": self.prefill,
+            "decode": decode,
+            "turn": self.turn,
+        }
 
     @torch.inference_mode()
     def encode(self) -> None:

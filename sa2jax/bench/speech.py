@@ -1,4 +1,4 @@
-"""The speech side: voice analysis, flow and vocoder with random weights, whole and as streams.
+"""Benchmark of the speech side: voice analysis, flow and vocoder, offline and streaming.
 
 Figures are seconds of computing, or seconds of computing per second of sound (the real-time
 factor); less is better. The reference is the official PyTorch code, where it is installed.
@@ -185,10 +185,13 @@ def random_params(abstract: Params, seed: int = 0) -> Params:
     """Small random matrices, and vectors of ones, as norms and variances need them."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
-        lambda x: jnp.ones(x.shape, x.dtype) if x.ndim < 2
-        else jnp.asarray(rng.standard_normal(x.shape, np.float32) / 50),
+        lambda x: (
+            jnp.ones(x.shape, x.dtype)
+            if x.ndim < 2
+            else jnp.asarray(rng.standard_normal(x.shape, np.float32) / 50)
+        ),
         abstract,
-    )  # fmt: skip
+    )
 
 
 def whole_rows(times: Times, seconds: float) -> list[Row]:

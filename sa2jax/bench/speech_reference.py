@@ -1,4 +1,4 @@
-"""The reference of the speech side: the official PyTorch code, with random weights.
+"""Reference benchmark of the speech side: the official PyTorch code, with random weights.
 
 Imported only by the benchmark and only where the `[parity]` extra is installed.
 """
@@ -160,16 +160,30 @@ def _tokenizer(cfg: SpeechTokenizerConfig) -> torch.nn.Module:
 def _flow(cfg: FlowConfig) -> torch.nn.Module:
     e, d = cfg.encoder, cfg.estimator
     encoder = conformer.UpsampleConformerEncoderV2(
-        input_size=e.inputs, output_size=e.embed, input_layer="linear",
-        pre_lookahead_len=e.lookahead, num_blocks=e.layers, num_up_blocks=e.up_layers,
-        up_stride=e.upsample, up_scale_factor=e.upsample, attention_heads=e.heads,
-        pos_enc_layer_type="rel_pos_espnet", selfattention_layer_type="rel_selfattn",
-        key_bias=e.key_bias, linear_units=e.mlp, normalize_before=True,
-    )  # fmt: skip
+        input_size=e.inputs,
+        output_size=e.embed,
+        input_layer="linear",
+        pre_lookahead_len=e.lookahead,
+        num_blocks=e.layers,
+        num_up_blocks=e.up_layers,
+        up_stride=e.upsample,
+        up_scale_factor=e.upsample,
+        attention_heads=e.heads,
+        pos_enc_layer_type="rel_pos_espnet",
+        selfattention_layer_type="rel_selfattn",
+        key_bias=e.key_bias,
+        linear_units=e.mlp,
+        normalize_before=True,
+    )
     estimator = dit.DiT(
-        in_channels=4 * cfg.mels, out_channels=cfg.mels, mlp_ratio=d.mlp_ratio, depth=d.layers,
-        num_heads=d.heads, head_dim=d.head_dim, hidden_size=d.embed,
-    )  # fmt: skip
+        in_channels=4 * cfg.mels,
+        out_channels=cfg.mels,
+        mlp_ratio=d.mlp_ratio,
+        depth=d.layers,
+        num_heads=d.heads,
+        head_dim=d.head_dim,
+        hidden_size=d.embed,
+    )
     decoder = flow_matching.CausalConditionalCFM(estimator, cfg.guidance)
     for module, lead in ((estimator, ()), (decoder, (16,))):  # released sizes are written in them
         slots = (*lead, d.layers, 2, d.heads, SLOTS, 2 * d.head_dim)
@@ -179,16 +193,23 @@ def _flow(cfg: FlowConfig) -> torch.nn.Module:
         if not weight.any():  # gates that start closed
             torch.nn.init.normal_(weight, std=0.02)
     return flow_net.CausalMaskedDiffWithXvec(
-        input_size=e.inputs, output_size=cfg.mels, spk_embed_dim=cfg.speaker, vocab_size=cfg.codes,
-        encoder=encoder, decoder=decoder,
-    )  # fmt: skip
+        input_size=e.inputs,
+        output_size=cfg.mels,
+        spk_embed_dim=cfg.speaker,
+        vocab_size=cfg.codes,
+        encoder=encoder,
+        decoder=decoder,
+    )
 
 
 def _vocoder(cfg: VocoderConfig) -> torch.nn.Module:
     f0 = hifigan.ConvRNNF0Predictor(in_channels=cfg.mels, cond_channels=cfg.f0_channels)
     return hifigan.HiFTGenerator(
-        in_channels=cfg.mels, base_channels=cfg.channels, nb_harmonics=cfg.harmonics,
-        sampling_rate=cfg.sample_rate, upsample_rates=list(cfg.rates),
+        in_channels=cfg.mels,
+        base_channels=cfg.channels,
+        nb_harmonics=cfg.harmonics,
+        sampling_rate=cfg.sample_rate,
+        upsample_rates=list(cfg.rates),
         upsample_kernel_sizes=list(cfg.kernels),
         istft_params={"n_fft": cfg.n_fft, "hop_len": cfg.hop},
         resblock_kernel_sizes=list(cfg.block_kernels),
@@ -196,4 +217,4 @@ def _vocoder(cfg: VocoderConfig) -> torch.nn.Module:
         source_resblock_kernel_sizes=list(cfg.source_kernels),
         source_resblock_dilation_sizes=[list(x) for x in cfg.source_dilations],
         f0_predictor=f0,
-    )  # fmt: skip
+    )

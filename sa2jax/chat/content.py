@@ -1,4 +1,4 @@
-"""What a user says: text and recordings, as the pieces of a turn."""
+"""Content of a user's turn: text and recordings, as pieces."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
 
 
 def as_pieces(content: Any) -> list[Piece]:
-    """What a user says as pieces of a turn: text, recordings, or a list of both."""
+    """Pieces of a user's turn from text, recordings, or a list of both."""
     if isinstance(content, list):
         return [piece for item in content for piece in as_pieces(item)]
     if isinstance(content, str) and not _names_audio(content):

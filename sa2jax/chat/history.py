@@ -64,9 +64,13 @@ def save_conversation(
     digest = hashlib.sha256(data).hexdigest() if data else None
     arrays = f"{path.stem}.{digest[:12]}.npz" if digest else None
     head = {
-        "format": FORMAT, "version": VERSION, "model": model, "arrays": arrays, "sha256": digest,
+        "format": FORMAT,
+        "version": VERSION,
+        "model": model,
+        "arrays": arrays,
+        "sha256": digest,
         "facts": dict(facts),
-    }  # fmt: skip
+    }
     try:
         lines = [f"  {json.dumps(key)}: {_dump(value)},\n" for key, value in head.items()]
         rows = ",\n".join(f"    {_dump(turn)}" for turn in written)
@@ -142,8 +146,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _own_arrays(path: Path) -> str | None:
     """The file of recordings that the conversation at `path`, if any, names and nobody else."""
     name = _read(path).get("arrays") if os.path.exists(path) else None
-    own = re.escape(path.stem) + r"\.[0-9a-f]{12}\.npz"
-    return name if isinstance(name, str) and re.fullmatch(own, name) else None
+    pattern = re.escape(path.stem) + r"\.[0-9a-f]{12}\.npz"
+    return name if isinstance(name, str) and re.fullmatch(pattern, name) else None
 
 
 def _replace(path: Path, data: bytes) -> None:
@@ -246,7 +250,7 @@ def _piece_from_json(item: Any, recordings: Mapping[str, Recording]) -> Piece:
     return Audio(recordings[value])
 
 
-def _expect_keys(what: str, found: Any, wanted: set[str]) -> None:
-    if not isinstance(found, dict) or set(found) != wanted:
-        got = ", ".join(sorted(found)) if isinstance(found, dict) else type(found).__name__
+def _expect_keys(what: str, value: Any, wanted: set[str]) -> None:
+    if not isinstance(value, dict) or set(value) != wanted:
+        got = ", ".join(sorted(value)) if isinstance(value, dict) else type(value).__name__
         raise PromptError(f"expected {what} to have {', '.join(sorted(wanted))}, got {got}")

@@ -1,4 +1,4 @@
-"""TA4: how one row of tokens says words and sounds at once.
+"""TA4 interleaving of text tokens and audio codes in one sequence.
 
 Speech runs at 25 codes per second. One text slot is followed by four audio slots (160 ms), text
 first; the shorter side is padded:
@@ -42,7 +42,7 @@ def interleave(
     *,
     group: int = GROUP,
 ) -> list[int]:
-    """Weave words and speech codes into `<tts_start>` groups `<tts_end>`.
+    """Interleave text tokens and audio codes: `<tts_start>` groups `<tts_end>`.
 
     There are max(ceil(codes / group), words) groups of 1 + group ids, so neither side is cut. A
     vocabulary without `<audio_6561>` (test models) fills empty audio slots with `<tts_pad>`.
@@ -75,7 +75,7 @@ def interleave(
 
 
 def deinterleave(ids: Iterable[int], special: SpecialTokens) -> Reply:
-    """Take a reply apart again; the inverse of `interleave`.
+    """Split a reply into text tokens and audio codes; the inverse of `interleave`.
 
     Made for what a model really writes, it never raises: ids are told apart by what they are, not
     by where they stand, so a cut last group, missing or doubled `<tts_start>` and `<tts_end>`,

@@ -6,7 +6,7 @@
     text = parser.end()
     parser.calls
 
-Everything is told apart by what it is, as in `interleave.deinterleave`; nothing a model writes is
+Ids are told apart by their kind, as in `interleave.deinterleave`; nothing a model writes is
 an error. A call of a tool is never shown: text is held back from `<tool_call>` on until the end.
 """
 
@@ -25,7 +25,7 @@ from sa2jax.chat.tools import (
 
 
 class Part(NamedTuple):
-    """What some ids add to a reply.
+    """Increment of a reply.
 
     Attributes:
         text: characters to show.

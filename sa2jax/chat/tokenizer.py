@@ -96,10 +96,10 @@ class SpecialTokens:
                 would break the split of replies into text and audio.
         """
         ids: dict[str, Any] = {name: id_of(text) for name, text in _REQUIRED.items()}
-        found = {n: i for n in range(NUM_CODES + 1) if (i := id_of(f"<audio_{n}>")) is not None}
+        codes = {n: i for n in range(NUM_CODES + 1) if (i := id_of(f"<audio_{n}>")) is not None}
         missing = [_REQUIRED[name] for name, i in ids.items() if i is None]
-        last = max(found, default=-1)
-        holes = [f"<audio_{n}>" for n in range(1, last) if n not in found]
+        last = max(codes, default=-1)
+        holes = [f"<audio_{n}>" for n in range(1, last) if n not in codes]
         missing += [*holes[:3], f"… ({len(holes)} audio codes in all)"] if len(holes) > 3 else holes
         if last == NUM_CODES - 1:
             missing.append(f"<audio_{NUM_CODES}>")
@@ -109,10 +109,10 @@ class SpecialTokens:
                 "files (tokenizer.json, tokenizer_config.json, added_tokens.json) from the "
                 "checkpoint itself"
             )
-        audio_pad = found.pop(NUM_CODES, None)
+        audio_pad = codes.pop(NUM_CODES, None)
         ids |= {name: id_of(text) for name, text in _OPTIONAL.items()}
-        special = cls(**ids, num_codes=len(found), audio_pad=audio_pad)
-        special._check_order(found)
+        special = cls(**ids, num_codes=len(codes), audio_pad=audio_pad)
+        special._check_order(codes)
         return special
 
     @property

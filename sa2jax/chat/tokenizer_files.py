@@ -1,4 +1,4 @@
-"""Tokenizers of our own in the released layout: their special tokens, their files, their making.
+"""New tokenizers in the released layout: special tokens, BPE merges, files.
 
 The tokens have the released order, from `<|endoftext|>` to the last audio code, behind whatever
 ordinary tokens there are. So small models have small vocabularies, and nothing else differs.
@@ -78,16 +78,17 @@ def learn_merges(texts: Iterable[str], count: int) -> list[tuple[str, str]]:
     backend = backend_of(describe(0), where="learn_merges")
     backend.model = tokenizers.models.BPE()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=BYTES + count, initial_alphabet=[BYTE_ALPHABET[b] for b in range(BYTES)],
+        vocab_size=BYTES + count,
+        initial_alphabet=[BYTE_ALPHABET[b] for b in range(BYTES)],
         show_progress=False,
-    )  # fmt: skip
+    )
     backend.train_from_iterator(texts, trainer)
-    found = [tuple(pair) for pair in json.loads(backend.to_str())["model"]["merges"]]
-    if len(found) < count:
+    merges = [tuple(pair) for pair in json.loads(backend.to_str())["model"]["merges"]]
+    if len(merges) < count:
         raise TokenizerError(
-            f"the texts have {len(found)} pairs of tokens, not {count}: ask for less"
+            f"the texts have {len(merges)} pairs of tokens, not {count}: ask for less"
         )
-    return found[:count]
+    return merges[:count]
 
 
 def save_files(folder: str | Path, description: Mapping[str, Any]) -> Path:

@@ -16,9 +16,14 @@ from sa2jax.errors import PromptError
 MAX_SHOWN = 200  # characters of a wrong argument in an error
 TIMEOUT = 30.0  # seconds
 _TYPES = {
-    str: "string", int: "integer", float: "number", bool: "boolean",
-    list: "array", dict: "object", NoneType: "null",
-}  # fmt: skip
+    str: "string",
+    int: "integer",
+    float: "number",
+    bool: "boolean",
+    list: "array",
+    dict: "object",
+    NoneType: "null",
+}
 _SECTION = re.compile(
     r"(Args|Arguments|Parameters|Attributes|Examples?|Notes?|Raises|Returns|Yields):\s*"
 )
@@ -148,14 +153,14 @@ class Tool:
 
     def problems(self, arguments: Mapping[str, Any]) -> list[str]:
         """What is wrong with arguments, in words for the model; types are checked at the top."""
-        found = [f"it lacks {key!r}" for key in self._required if key not in arguments]
+        problems = [f"it lacks {key!r}" for key in self._required if key not in arguments]
         for key, value in arguments.items():
             if key not in self._properties and self._closed:
-                found.append(f"it takes no {key!r}")
+                problems.append(f"it takes no {key!r}")
             elif isinstance(wanted := self._properties.get(key), Mapping):
-                found += _mismatch(key, value, wanted)
-        if found or self.run is None:
-            return found
+                problems += _mismatch(key, value, wanted)
+        if problems or self.run is None:
+            return problems
         try:
             inspect.signature(self.run).bind(**arguments)
         except TypeError as error:  # which says what is missing or unexpected
@@ -177,8 +182,9 @@ def _parameters(function: Callable[..., Any], name: str) -> Mapping[str, inspect
     try:
         return inspect.signature(function, eval_str=True).parameters
     except Exception as error:  # evaluating an annotation may raise anything
+        reason = describe_error(error)
         raise PromptError(
-            f"the tool {name}: its signature cannot be read ({said(error)}); give its schema"
+            f"the tool {name}: its signature cannot be read ({reason}); give its schema"
         ) from None
 
 
@@ -220,8 +226,8 @@ def _documented(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
     notes: dict[str, str] = {}
     section, depth, key = "", "", ""
     for line in (inspect.getdoc(function) or "").splitlines():
-        if found := _SECTION.fullmatch(line):
-            section = found[1]
+        if match := _SECTION.fullmatch(line):
+            section = match[1]
         elif not section:
             summary.append(line)
         elif section in ("Args", "Arguments", "Parameters"):
@@ -238,7 +244,7 @@ def _one_line(text: str) -> str:
 
 
 def _mismatch(key: str, value: Any, wanted: Mapping[str, Any]) -> list[str]:
-    """How an argument differs from its schema, if it does."""
+    """Mismatches of an argument and its schema."""
     types = wanted.get("type")
     types = [types] if isinstance(types, str) else types
     if isinstance(types, list) and all(kind in _TYPES.values() for kind in types):
@@ -259,7 +265,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
-def said(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """The type of an error, and its text if there is one."""
     try:
         text = str(error)

@@ -1,4 +1,4 @@
-"""Tools that a conversation can run: from a Python function to the text the model is told.
+"""Tools that a conversation can run: from a Python function to the text that the model reads.
 
 def get_weather(city: str, unit: Literal["C", "F"] = "C") -> str: ...
 
@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from sa2jax.chat.tool_schema import TIMEOUT, Tool, said
+from sa2jax.chat.tool_schema import TIMEOUT, Tool, describe_error
 from sa2jax.chat.tools import MalformedToolCall, ToolCall, render_tools
 from sa2jax.errors import PromptError
 
@@ -36,7 +36,7 @@ class ToolAnswer:
     """What a tool may return to change the voice too.
 
     Attributes:
-        text: what the model is told: a str, or something for JSON.
+        text: what the model reads: a str, or something for JSON.
         voice: a `Voice`, or the name or path of one.
     """
 
@@ -46,11 +46,11 @@ class ToolAnswer:
 
 @dataclass(frozen=True)
 class ToolResult:
-    """What came of a call.
+    """Result of a call.
 
     Attributes:
         call: the call.
-        text: what the model is told.
+        text: what the model reads.
         ok: whether the tool answered.
         voice: the voice that the tool asks for: a `Voice`, or the name or path of one.
         seconds: how long the tool ran.
@@ -227,7 +227,7 @@ class _Running:
         try:
             value = self._tool.run(**self._call.arguments)
         except BaseException as error:  # SystemExit of a tool too must not end a conversation
-            failure = f"the tool {name} failed: {said(error)}"
+            failure = f"the tool {name} failed: {describe_error(error)}"
             self._made = _failure(self._call, failure, self._seconds)
             return
         try:

@@ -19,7 +19,7 @@ from sa2jax.cli.bench import bench
 from sa2jax.cli.chat import chat, tts
 from sa2jax.cli.checkpoints import convert, export, inspect, verify
 from sa2jax.cli.data import data
-from sa2jax.cli.evaluate import evaluate
+from sa2jax.cli.evaluate import evaluate, suite_command
 from sa2jax.cli.init_assemble import assemble, init
 from sa2jax.cli.plan import plan
 from sa2jax.cli.run import run
@@ -57,12 +57,16 @@ COMMANDS: dict[str, Callable[..., None]] = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `sa2jax` command."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    own = threading.current_thread() is threading.main_thread()
-    if own and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
     try:
+        commands = COMMANDS
+        if arguments[:1] == ["eval"]:  # its options are those of the suite
+            commands = COMMANDS | {"eval": suite_command(arguments[1:])}
         tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
+            commands,
             prog="sa2jax",
             description="Step-Audio 2 in JAX: listen, think, speak and convert.",
             args=arguments,

@@ -1,4 +1,4 @@
-"""The command that measures: `bench`."""
+"""The command `bench`: timings on this machine."""
 
 from dataclasses import asdict
 
@@ -50,17 +50,31 @@ def bench(
 
     if size == "token2wav" and attention is not None:
         raise ConfigError("--attention is for language models: the detokenizer has its own")
-    with common.progress_bar("timing", unit="rounds") as tick:
+    with common.progress_bar("timing", unit="rounds") as progress:
         if size == "token2wav":
             result = bench.bench_speech(
-                seconds=seconds or 12.0, streams=streams, chunk=chunk, repeats=repeats,
-                dtype=dtype or "float32", mesh=mesh, reference=reference, progress=tick,
-            )  # fmt: skip
+                seconds=seconds or 12.0,
+                streams=streams,
+                chunk=chunk,
+                repeats=repeats,
+                dtype=dtype or "float32",
+                mesh=mesh,
+                reference=reference,
+                progress=progress,
+            )
         else:
             result = bench.bench(
-                size, prompt=prompt, tokens=tokens, seconds=seconds or 25.0, repeats=repeats,
-                dtype=dtype, attention=attention, mesh=mesh, reference=reference, progress=tick,
-            )  # fmt: skip
+                size,
+                prompt=prompt,
+                tokens=tokens,
+                seconds=seconds or 25.0,
+                repeats=repeats,
+                dtype=dtype,
+                attention=attention,
+                mesh=mesh,
+                reference=reference,
+                progress=progress,
+            )
     if json:
         common.print_json(asdict(result))
     else:

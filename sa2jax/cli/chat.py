@@ -101,9 +101,13 @@ def chat(
     held = model.chat(system, voice=voice, tools=schemas, think=think, options=generation)
     screen = sys.stderr if out == PIPE else sys.stdout
     live = chat_session.LiveChat(
-        held, text=screen if (stream or interactive) and not json else None, first=first,
-        limit=max_new_tokens, history=history, interactive=interactive,
-    )  # fmt: skip
+        held,
+        text=screen if (stream or interactive) and not json else None,
+        first=first,
+        limit=max_new_tokens,
+        history=history,
+        interactive=interactive,
+    )
     if history is not None and os.path.exists(history):
         line = live.resume(history)
         if interactive:

@@ -73,7 +73,7 @@ class LiveChat:
         return stream.reply
 
     def _print_stream(self, stream: "Stream", write: wav_output.Write) -> None:
-        said = thinking = False
+        has_text = thinking = False
         try:
             for piece in stream:
                 if len(piece.audio):
@@ -82,14 +82,14 @@ class LiveChat:
                     continue
                 if thinking and not piece.thinking:
                     common.log("")
-                text = piece.text if said else piece.text.lstrip()  # speech begins with a space
-                thinking, said = bool(piece.thinking), said or bool(text)
+                text = piece.text if has_text else piece.text.lstrip()  # speech begins with a space
+                thinking, has_text = bool(piece.thinking), has_text or bool(text)
                 print(piece.thinking, end="", file=sys.stderr, flush=True)
                 print(text, end="", file=self.text, flush=True)
                 for result in piece.tool_results:
                     common.log(f"[{getattr(result.call, 'name', 'call')}] {result.text}")
         finally:
-            if said:
+            if has_text:
                 print(file=self.text, flush=True)
 
     def save(self) -> None:
@@ -105,7 +105,7 @@ class LiveChat:
 
 
 def print_summary(reply: "Reply", out: Path | None, *, times: bool = True) -> None:
-    """Print to stderr what else there is to know of an answer: notes and times."""
+    """Print an answer's notes and times to stderr."""
     for note in reply.notes:
         common.log(note)
     if times and reply.timings is not None:
@@ -250,8 +250,8 @@ class Repl:
             return self._out
         stem, suffix = self._out.stem, self._out.suffix
         pattern = re.compile(rf"{re.escape(stem)}-([0-9]+){re.escape(suffix)}")
-        found = [pattern.fullmatch(path.name) for path in self._out.absolute().parent.iterdir()]
-        number = max((int(name[1]) for name in found if name), default=0) + 1
+        matches = [pattern.fullmatch(path.name) for path in self._out.absolute().parent.iterdir()]
+        number = max((int(name[1]) for name in matches if name), default=0) + 1
         return self._out.with_name(f"{stem}-{number}{suffix}")
 
 

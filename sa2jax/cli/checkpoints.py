@@ -48,18 +48,30 @@ def convert(
         return
     from sa2jax.convert.hf import convert
 
-    with common.progress_bar("converting") as tick:
+    with common.progress_bar("converting") as progress:
         report = convert(
-            source, out, dtype=dtype, float_head=float_head, tokenizer=tokenizer,
-            overwrite=overwrite, progress=tick,
-        )  # fmt: skip
+            source,
+            out,
+            dtype=dtype,
+            float_head=float_head,
+            tokenizer=tokenizer,
+            overwrite=overwrite,
+            progress=progress,
+        )
     _report(report, out, json)
 
 
 def _init(
-    source: Path, out: Path, dtype: str | None, tokenizer: Path | None, init: bool,
-    encoder: Path | None, seed: int, overwrite: bool, float_head: bool,
-) -> Any:  # fmt: skip
+    source: Path,
+    out: Path,
+    dtype: str | None,
+    tokenizer: Path | None,
+    init: bool,
+    encoder: Path | None,
+    seed: int,
+    overwrite: bool,
+    float_head: bool,
+) -> Any:
     """`convert --init`."""
     from sa2jax.convert.init import init as make
     from sa2jax.errors import CheckpointError
@@ -71,11 +83,17 @@ def _init(
         )
     if dtype == "int8" or float_head:
         raise CheckpointError("--init makes a model to train: int8 comes after that")
-    with common.progress_bar("making") as tick:
+    with common.progress_bar("making") as progress:
         return make(
-            source, out, encoder=encoder, tokenizer=tokenizer, seed=seed, dtype=dtype,
-            overwrite=overwrite, progress=tick,
-        )  # fmt: skip
+            source,
+            out,
+            encoder=encoder,
+            tokenizer=tokenizer,
+            seed=seed,
+            dtype=dtype,
+            overwrite=overwrite,
+            progress=progress,
+        )
 
 
 def export(
@@ -103,11 +121,16 @@ def export(
     from sa2jax.assets import model_folder
     from sa2jax.convert.hf import export
 
-    with common.progress_bar("exporting") as tick:
+    with common.progress_bar("exporting") as progress:
         report = export(
-            model_folder(source), out, dtype=dtype, dequantize=dequantize,
-            max_shard_size=max_shard_size, overwrite=overwrite, progress=tick,
-        )  # fmt: skip
+            model_folder(source),
+            out,
+            dtype=dtype,
+            dequantize=dequantize,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            progress=progress,
+        )
     _report(report, out, json)
 
 
@@ -134,8 +157,8 @@ def verify(
     from sa2jax.convert.verify import compare_prompt, verify
 
     a, b = model_folder(a), model_folder(b)
-    with common.progress_bar("comparing") as tick:
-        result = verify(a, b, progress=tick)
+    with common.progress_bar("comparing") as progress:
+        result = verify(a, b, progress=progress)
     logits = None if text is None and wav is None else compare_prompt(a, b, text or "", wav)
     if json:
         common.print_json(asdict(result) | {"logits": None if logits is None else asdict(logits)})
@@ -158,15 +181,15 @@ def inspect(folder: Annotated[Source, tyro.conf.arg(metavar="FOLDER")], *, json:
     from sa2jax.assets import model_folder
     from sa2jax.convert.verify import inspect, print_inspection
 
-    found = inspect(model_folder(folder))
+    inspection = inspect(model_folder(folder))
     if json:
-        common.print_json(asdict(found))
+        common.print_json(asdict(inspection))
     else:
-        print_inspection(found, common.wide_console())
+        print_inspection(inspection, common.wide_console())
 
 
 def _report(report: Any, out: Path, as_json: bool) -> None:
-    """Print what a conversion did."""
+    """Print the report of a conversion."""
     if as_json:
         common.print_json(asdict(report))
         return

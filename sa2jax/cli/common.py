@@ -1,4 +1,4 @@
-"""What all commands share: kinds of arguments, printing, progress."""
+"""Shared by all commands: argument types, printing, progress bars."""
 
 import json
 import os

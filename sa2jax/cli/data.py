@@ -1,4 +1,4 @@
-"""The commands of training data: `data prepare` and its siblings, and `data show`."""
+"""The commands `data`: prepare, synthesize and show training data."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,11 +46,15 @@ def _prepare(
 
     *sources, out = _sources_and_out(paths)
     config = PrepareConfig(
-        model=model, reader=reader, tfio_python=tfio_python, shard_size=shard_size,
-        workers=workers, max_rejects=max_rejects,
-    )  # fmt: skip
-    with common.progress_bar("preparing", unit="records") as tick:
-        about = prepare_dataset(sources, out, config, overwrite=overwrite, progress=tick)
+        model=model,
+        reader=reader,
+        tfio_python=tfio_python,
+        shard_size=shard_size,
+        workers=workers,
+        max_rejects=max_rejects,
+    )
+    with common.progress_bar("preparing", unit="records") as progress:
+        about = prepare_dataset(sources, out, config, overwrite=overwrite, progress=progress)
     _print(about, Path(out), json)
 
 
@@ -80,7 +84,7 @@ def _prepare_flow(
 
     *sources, out = _sources_and_out(paths)
     enable_compilation_cache()
-    with common.progress_bar("hearing", unit="recordings") as tick:
+    with common.progress_bar("hearing", unit="recordings") as progress:
         about = prepare_flow(
             sources,
             out,
@@ -88,7 +92,7 @@ def _prepare_flow(
             perturbations=perturbations,
             max_rejects=max_rejects,
             overwrite=overwrite,
-            progress=tick,
+            progress=progress,
         )
     _print(about, Path(out), json)
 
@@ -122,11 +126,18 @@ def _prepare_speech(
     from sa2jax.train.networks.speech_data import prepare_speech
 
     *sources, out = _sources_and_out(paths)
-    with common.progress_bar("reading", unit="recordings") as tick:
+    with common.progress_bar("reading", unit="recordings") as progress:
         about = prepare_speech(
-            sources, out, rate=rate, pitch=pitch, model=model, max_seconds=max_seconds,
-            max_rejects=max_rejects, overwrite=overwrite, progress=tick,
-        )  # fmt: skip
+            sources,
+            out,
+            rate=rate,
+            pitch=pitch,
+            model=model,
+            max_seconds=max_seconds,
+            max_rejects=max_rejects,
+            overwrite=overwrite,
+            progress=progress,
+        )
     _print(about, Path(out), json)
 
 
@@ -163,9 +174,9 @@ def _synthesize(
 
     changes = parse_overrides(set) | ({} if seed is None else {"seed": seed})
     recipe = read_corpus(config, changes)
-    with common.progress_bar("speaking", unit="recordings") as tick:
+    with common.progress_bar("speaking", unit="recordings") as progress:
         about = synthesize(
-            out, recipe, scale=scale, workers=workers or os.cpu_count() or 1, progress=tick
+            out, recipe, scale=scale, workers=workers or os.cpu_count() or 1, progress=progress
         )
     if json:
         common.print_json(about)
@@ -215,7 +226,7 @@ def data(
 
 
 def _sources_and_out(paths: tuple[str, ...]) -> tuple[str, ...]:
-    """Paths, if they are enough."""
+    """Check that there are at least two paths."""
     from sa2jax.errors import DataError
 
     if len(paths) < 2:
@@ -231,7 +242,7 @@ def _print(about: Mapping[str, Any], folder: Path, json: bool) -> None:
 
 
 def _table(about: Mapping[str, Any], folder: Path) -> Table:
-    """What dataset.json says, a line each."""
+    """The entries of dataset.json as a table."""
     table = Table(title=str(folder), show_header=False, title_justify="left")
 
     def hours(seconds: float) -> str:
@@ -251,8 +262,8 @@ def _table(about: Mapping[str, Any], folder: Path) -> Table:
     if shards:
         table.add_row("speech to say", hours(about.get("seconds_spoken", 0)))
         letters = {k: n for k, n in about.get("characters", {}).items() if n}
-        found = ", ".join(f"{script} {count}" for script, count in letters.items())
-        table.add_row("letters by script", found or "none")
+        scripts = ", ".join(f"{script} {count}" for script, count in letters.items())
+        table.add_row("letters by script", scripts or "none")
         if tokens := about.get("tokens"):
             parts = (("text", "text"), ("audio heard", "heard"), ("audio codes", "codes"))
             table.add_row("tokens", ", ".join(f"{name} {tokens[key]}" for name, key in parts))
@@ -270,7 +281,7 @@ def _table(about: Mapping[str, Any], folder: Path) -> Table:
 
 
 def _corpus_table(about: Mapping[str, Any], folder: Path) -> Table:
-    """What corpus.json says, a line each."""
+    """The entries of corpus.json as a table."""
     table = Table("file", "records", "hours", title=str(folder), title_justify="left")
     for name, file in about["files"].items():
         table.add_row(name, str(file["records"]), f"{file['hours']:.2f}")

@@ -1,4 +1,4 @@
-"""The commands that make whole models of nothing, and of parts: `init` and `assemble`."""
+"""The commands `init`, a randomly initialised model folder, and `assemble`, one from parts."""
 
 from pathlib import Path
 from typing import Annotated
@@ -77,9 +77,14 @@ def assemble(
             raise VoiceError(f"--voice {word}: expected NAME=RECORDING, such as anna=anna.wav")
         named[name] = Path(recording)
     notes = run(
-        model_folder(model), model_folder(speech), out,
-        dtype=dtype, single=single, voices=named, overwrite=overwrite,
-    )  # fmt: skip
+        model_folder(model),
+        model_folder(speech),
+        out,
+        dtype=dtype,
+        single=single,
+        voices=named,
+        overwrite=overwrite,
+    )
     for note in notes:
         common.log(f"note: {note}")
     print(f"model: {out}")

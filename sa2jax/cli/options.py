@@ -43,12 +43,19 @@ class ModelOptions(Devices):
         from sa2jax.pipeline import StepAudio2
 
         model = common.model_or_default(self.model)
-        with common.progress_bar("loading") as tick:
+        with common.progress_bar("loading") as progress:
             return StepAudio2.from_pretrained(
-                model, dtype=self.dtype, mesh=self.mesh, int8_cache=self.int8_cache,
-                attention=self.attention, tokenizer=self.tokenizer, speech=self.detokenizer,
-                prompt_style=self.prompt_style, batch_size=self.batch_size, progress=tick,
-            )  # fmt: skip
+                model,
+                dtype=self.dtype,
+                mesh=self.mesh,
+                int8_cache=self.int8_cache,
+                attention=self.attention,
+                tokenizer=self.tokenizer,
+                speech=self.detokenizer,
+                prompt_style=self.prompt_style,
+                batch_size=self.batch_size,
+                progress=progress,
+            )
 
 
 Model = Annotated[ModelOptions, tyro.conf.arg(name="")]

@@ -1,4 +1,4 @@
-"""The command that plans: `plan`."""
+"""The command `plan`: memory and roofline on hardware that is not here."""
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Literal
@@ -56,38 +56,46 @@ def plan(
         if value is not None and value < 1:
             raise PlanError(f"{name} {value}: expected at least 1")
     spec = planning.Spec(
-        model=model, topology=topology, workload=workload, batch=batch or 0, length=length or 0,
-        dtype=dtype, float_head=float_head, int8_cache=int8_cache, mesh=mesh,
-    )  # fmt: skip
+        model=model,
+        topology=topology,
+        workload=workload,
+        batch=batch or 0,
+        length=length or 0,
+        dtype=dtype,
+        float_head=float_head,
+        int8_cache=int8_cache,
+        mesh=mesh,
+    )
     if not search:
         plans = [planning.plan(spec)]
     else:
-        plans = planning.search(spec, lambda made: common.log(_line(made)))
+        plans = planning.search(spec, lambda result: common.log(_line(result)))
     if json:
         common.print_json(asdict(plans[0]))
     else:
         common.wide_console().print(_table(plans[0]))
 
 
-def _line(made: "Plan") -> str:
+def _line(result: "Plan") -> str:
     """One plan of a search."""
-    sizes = ",".join(f"{axis}={size}" for axis, size in made.mesh.items() if size > 1)
-    head = f"{made.topology} {sizes or 'one chip'}: {made.peak / GIB:.2f} GiB"
-    if not made.fits:
-        return f"{head} of {made.usable / GIB:.2f}, does not fit"
-    return f"{head}, {1e3 * made.seconds:.3g} ms" if made.bound else head
+    sizes = ",".join(f"{axis}={size}" for axis, size in result.mesh.items() if size > 1)
+    head = f"{result.topology} {sizes or 'one chip'}: {result.peak / GIB:.2f} GiB"
+    if not result.fits:
+        return f"{head} of {result.usable / GIB:.2f}, does not fit"
+    return f"{head}, {1e3 * result.seconds:.3g} ms" if result.bound else head
 
 
-def _table(made: "Plan") -> Table:
-    """Everything about a plan, a line each."""
+def _table(result: "Plan") -> Table:
+    """A plan as a table."""
     from sa2jax.plan.workloads import LENGTHS
 
-    spec = made.spec
-    how = "on paper" if made.on_paper else f"compiled in {made.compile_seconds:.1f} s"
+    spec = result.spec
+    how = "on paper" if result.on_paper else f"compiled in {result.compile_seconds:.1f} s"
     table = Table(
-        title=f"{spec.workload} of {spec.model}, {spec.dtype}, on {made.topology} ({how})",
-        show_header=False, title_justify="left",
-    )  # fmt: skip
+        title=f"{spec.workload} of {spec.model}, {spec.dtype}, on {result.topology} ({how})",
+        show_header=False,
+        title_justify="left",
+    )
 
     def size(bytes_: float) -> str:
         return f"{bytes_ / GIB:.2f} GiB"
@@ -95,35 +103,35 @@ def _table(made: "Plan") -> Table:
     def part(seconds: float) -> str:
         return f"{1e3 * seconds:.3g} ms"
 
-    sizes = ", ".join(f"{axis} {count}" for axis, count in made.mesh.items() if count > 1)
+    sizes = ", ".join(f"{axis} {count}" for axis, count in result.mesh.items() if count > 1)
     table.add_row("batch", f"{spec.batch}, each {spec.length} {LENGTHS[spec.workload][0]}")
     table.add_row("mesh", sizes or "one chip")
-    table.add_row("fits", "yes" if made.fits else f"no: {made.reason or 'too large'}")
-    table.add_row("memory per chip", f"{size(made.peak)} of {size(made.usable)}")
-    table.add_row("  weights", size(made.weights))
-    if made.cache:
-        table.add_row("  cache", size(made.cache))
-    if made.moments:
-        table.add_row("  optimizer", size(made.moments))
-    if not made.on_paper and (made.bound or made.note):
-        table.add_row("  temporaries", size(made.temporaries))
-    if made.rest:
-        table.add_row("rest of the model", f"{size(made.rest)}, not counted above")
-    if made.note:
-        table.add_row("roofline", made.note)
-    if not made.bound:
+    table.add_row("fits", "yes" if result.fits else f"no: {result.reason or 'too large'}")
+    table.add_row("memory per chip", f"{size(result.peak)} of {size(result.usable)}")
+    table.add_row("  weights", size(result.weights))
+    if result.cache:
+        table.add_row("  cache", size(result.cache))
+    if result.moments:
+        table.add_row("  optimizer", size(result.moments))
+    if not result.on_paper and (result.bound or result.note):
+        table.add_row("  temporaries", size(result.temporaries))
+    if result.rest:
+        table.add_row("rest of the model", f"{size(result.rest)}, not counted above")
+    if result.note:
+        table.add_row("roofline", result.note)
+    if not result.bound:
         return table
-    table.add_row("matrix products", f"{made.flops / 1e9:.4g} GFLOP a step")
-    moved = f"{made.hbm_bytes / 1e9:.4g} GB a step"
-    if not made.on_paper and made.ideal_bytes:
-        moved += f", {made.hbm_bytes / made.ideal_bytes:.3f} times weights and cache"
+    table.add_row("matrix products", f"{result.flops / 1e9:.4g} GFLOP a step")
+    moved = f"{result.hbm_bytes / 1e9:.4g} GB a step"
+    if not result.on_paper and result.ideal_bytes:
+        moved += f", {result.hbm_bytes / result.ideal_bytes:.3f} times weights and cache"
     table.add_row("memory traffic", moved)
-    for kind, done in made.collectives.items():
+    for kind, done in result.collectives.items():
         table.add_row(kind, f"{done.count:.4g}, {done.bytes / 1e6:.4g} MB sent a step")
-    times = f"compute {part(made.compute)}, memory {part(made.memory)}, "
-    table.add_row("roofline", f"{times}network {part(made.network)}")
-    table.add_row("step", f"{part(made.seconds)}, bound by {made.bound}")
-    table.add_row("rate", f"{made.rate:.4g} {made.unit}/s, {made.each:.4g} of each row")
-    if made.realtime:
-        table.add_row("real time", f"{made.realtime:.3g} x")
+    times = f"compute {part(result.compute)}, memory {part(result.memory)}, "
+    table.add_row("roofline", f"{times}network {part(result.network)}")
+    table.add_row("step", f"{part(result.seconds)}, bound by {result.bound}")
+    table.add_row("rate", f"{result.rate:.4g} {result.unit}/s, {result.each:.4g} of each row")
+    if result.realtime:
+        table.add_row("real time", f"{result.realtime:.3g} x")
     return table

@@ -19,7 +19,7 @@ Plotter = Callable[["Reply", Sequence[Path]], None]
 
 
 def make_plotter(path: Path) -> Plotter:
-    """What draws an answer into a PNG file; all that could prevent it is refused at once.
+    """A function that draws an answer into a PNG file; what would prevent it is an error at once.
 
     Args:
         path: the plot.
@@ -77,6 +77,11 @@ def _draw_sound(column: Sequence[Any], title: str, wave: Float[np.ndarray, " N"]
     if len(wave) > SHORTEST:
         mel = mel_24k(wave)
         below.imshow(
-            mel, origin="lower", aspect="auto", vmin=LOWEST, vmax=HIGHEST, cmap="magma",
+            mel,
+            origin="lower",
+            aspect="auto",
+            vmin=LOWEST,
+            vmax=HIGHEST,
+            cmap="magma",
             extent=(0, len(wave) / SPEECH_SAMPLE_RATE, 0, len(mel)),
-        )  # fmt: skip
+        )

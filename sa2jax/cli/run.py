@@ -1,4 +1,4 @@
-"""The command that runs any prompt task: `run`; and what commands of tasks share."""
+"""The command `run` for any prompt task, and what commands of tasks share."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -54,12 +54,20 @@ def run(
         raise PromptError("expected recordings or --text, not both")
     if chosen.spoken:
         run_spoken(
-            files, options, text, out, json,
+            files,
+            options,
+            text,
+            out,
+            json,
             lambda model, source: model.run(
-                chosen, [source], question=question, voice=voice or "default",
-                max_new_tokens=max_new_tokens, seed=seed,
+                chosen,
+                [source],
+                question=question,
+                voice=voice or "default",
+                max_new_tokens=max_new_tokens,
+                seed=seed,
             )[0],
-        )  # fmt: skip
+        )
         return
     if not (out is voice is None):
         raise PromptError(f"the task {task} is written: leave -o and --voice out")
@@ -71,12 +79,21 @@ def run(
         common.print_json({"text": reply.text}) if json else print(reply.text)
         return
     run_written(
-        files, options, json,
-        lambda model, tick: [reply.text for reply in model.run(
-            chosen, common.paths(files), question=question, max_new_tokens=max_new_tokens,
-            seed=seed, progress=tick,
-        )],
-    )  # fmt: skip
+        files,
+        options,
+        json,
+        lambda model, progress: [
+            reply.text
+            for reply in model.run(
+                chosen,
+                common.paths(files),
+                question=question,
+                max_new_tokens=max_new_tokens,
+                seed=seed,
+                progress=progress,
+            )
+        ],
+    )
 
 
 def run_written(
@@ -100,8 +117,8 @@ def run_written(
     for path in files:
         common.require_file(path)
     model = options.load()
-    with common.progress_bar("listening", unit="recordings") as tick:
-        texts = task(model, tick)
+    with common.progress_bar("listening", unit="recordings") as progress:
+        texts = task(model, progress)
     if as_json:
         common.print_json([{"file": str(f), "text": t} for f, t in zip(files, texts, strict=True)])
         return

@@ -102,8 +102,8 @@ def tokenize(files: Files, options: Folder, *, json: bool = False):
     if len(files) == 1 and not json:
         print(json_module.dumps(codes[0]))
     else:
-        found = [{"file": str(f), "codes": c} for f, c in zip(files, codes, strict=True)]
-        print(json_module.dumps(found if len(files) > 1 else found[0]))
+        results = [{"file": str(f), "codes": c} for f, c in zip(files, codes, strict=True)]
+        print(json_module.dumps(results if len(files) > 1 else results[0]))
 
 
 def reconstruct(wav: Recording, options: Options, *, out: WavOut):
@@ -131,8 +131,8 @@ def _add(name: Name, wav: Recording, options: Folder, *, overwrite: bool = False
         overwrite: Replace a voice of this name.
     """
     common.require_file(wav)
-    made = _speech_folder(options).add(name, wav, overwrite=overwrite)
-    print(f"{made.name}: {made.seconds:.1f} s, {len(made.codes)} codes")
+    added = _speech_folder(options).add(name, wav, overwrite=overwrite)
+    print(f"{added.name}: {added.seconds:.1f} s, {len(added.codes)} codes")
 
 
 def _list(options: Folder, *, json: bool = False):
@@ -203,15 +203,15 @@ def _speak(speech: "Speech", codes: Any, voice: Any, options: SpeechOptions, out
     started = time.perf_counter()
     wave: np.ndarray
     if options.stream or options.parity:
-        with common.progress_bar("speaking", unit="chunks") as tick:
-            pieces: Iterable[np.ndarray] = speech.stream(
+        with common.progress_bar("speaking", unit="chunks") as progress:
+            stream: Iterable[np.ndarray] = speech.stream(
                 codes, voice, chunk=options.chunk, seed=options.seed, parity=options.parity
             )
-            made = []
-            for piece in pieces:
-                made.append(piece)
-                tick(len(made), -(-len(codes) // options.chunk))
-        wave = np.concatenate(made)
+            pieces = []
+            for piece in stream:
+                pieces.append(piece)
+                progress(len(pieces), -(-len(codes) // options.chunk))
+        wave = np.concatenate(pieces)
     else:
         wave = speech.vocode(codes, voice, seed=options.seed)
     audio.write_wav(out, wave, speech.sample_rate, subtype="PCM_16")
@@ -229,12 +229,12 @@ def _read_codes(path: Path) -> list[int]:
 
     try:
         text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
-        found = json_module.loads(text)
+        value = json_module.loads(text)
     except OSError as error:
         raise CodeError(f"{path} cannot be read ({error.strerror}): expected a JSON file") from None
     except ValueError as error:
         raise CodeError(f"{path} is not JSON ({error}): expected a list of numbers") from None
-    codes = found.get("codes") if isinstance(found, dict) else found
+    codes = value.get("codes") if isinstance(value, dict) else value
     if not isinstance(codes, list) or not all(type(code) is int for code in codes):
         raise CodeError(f"{path}: expected a JSON list of whole numbers, such as [4218, 12, 7]")
     if not codes:

@@ -1,4 +1,4 @@
-"""The command that trains: `train`."""
+"""The commands `train` and `merge`."""
 
 import sys
 from dataclasses import asdict

@@ -19,11 +19,13 @@ def asr(files: Files, options: Model, *, max_new_tokens: int | None = None, json
         json: Print JSON.
     """
     run_written(
-        files, options, json,
-        lambda model, tick: model.transcribe_batch(
-            common.paths(files), max_new_tokens=max_new_tokens, progress=tick
+        files,
+        options,
+        json,
+        lambda model, progress: model.transcribe_batch(
+            common.paths(files), max_new_tokens=max_new_tokens, progress=progress
         ),
-    )  # fmt: skip
+    )
 
 
 def translate(
@@ -59,18 +61,28 @@ def translate(
         if not (out is text is voice is None):
             raise PromptError("-o, --text and --voice are for a spoken translation: add --speech")
         run_written(
-            files, options, json,
-            lambda model, tick: model.translate_batch(
-                common.paths(files), to=to, max_new_tokens=max_new_tokens, seed=seed, progress=tick
+            files,
+            options,
+            json,
+            lambda model, progress: model.translate_batch(
+                common.paths(files),
+                to=to,
+                max_new_tokens=max_new_tokens,
+                seed=seed,
+                progress=progress,
             ),
-        )  # fmt: skip
+        )
         return
     run_spoken(
-        files, options, text, out, json,
+        files,
+        options,
+        text,
+        out,
+        json,
         lambda model, source: model.translate_speech(
             source, to=to, voice=voice or "default", max_new_tokens=max_new_tokens, seed=seed
         ),
-    )  # fmt: skip
+    )
 
 
 def caption(
@@ -86,8 +98,10 @@ def caption(
         json: Print JSON.
     """
     run_written(
-        files, options, json,
-        lambda model, tick: model.caption_batch(
-            common.paths(files), max_new_tokens=max_new_tokens, seed=seed, progress=tick
+        files,
+        options,
+        json,
+        lambda model, progress: model.caption_batch(
+            common.paths(files), max_new_tokens=max_new_tokens, seed=seed, progress=progress
         ),
-    )  # fmt: skip
+    )

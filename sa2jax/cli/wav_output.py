@@ -1,4 +1,4 @@
-"""Sound that goes out while it is made: into a wav file, or raw down a pipe."""
+"""Streaming audio output: a wav file, or raw samples down a pipe."""
 
 import os
 import sys
@@ -99,7 +99,7 @@ def sink(out: Path | None, model: "PipelineBase") -> Iterator[Write]:
 
 
 def speech_summary(out: Path, seconds: float, voice: str | None, took: float) -> str:
-    """What a user is told of speech that was made."""
+    """One line about a recording that was written: its length, its voice, the time it took."""
     name = "" if out == PIPE else f"{out}: "
     return f"{name}{seconds:.2f} s in the voice {voice}, made in {took:.1f} s"
 

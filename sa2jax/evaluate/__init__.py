@@ -1,7 +1,7 @@
-"""How good a model is: judges that listen to what it says, and tables of scores.
+"""Evaluation: suites, judges that listen to replies, tables of scores.
 
-from sa2jax.evaluate.nano import evaluate_nano
-scores = evaluate_nano(model, "corpus")
+suite = find_suite("nano")
+scores = run_suite(suite, model, suite.find_data(folder, None))
 
 Judges are other people's models (the extra `judges`); nothing in the library needs them to run.
 """

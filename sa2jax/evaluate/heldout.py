@@ -1,7 +1,7 @@
 """The held-out set: recordings and texts that no training file has.
 
     held_out = HeldOut.find("corpus")    # what `sa2jax data synthesize` made, or its heldout/ alone
-    held_out.items("sums", limit=20)
+    held_out.samples("sums", limit=20)
 
 A folder has NAME.jsonl, lines of training data (`messages`, `audios`) or `{"audio", "text"}`; and
 voices/NAME.wav, a clean recording of each voice, there or beside it.
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Item:
+class Sample:
     """One question and its right answer.
 
     Attributes:
@@ -42,6 +42,11 @@ class Item:
     reference: Path | None = None
     tool: str | None = None
     tools: str | None = None
+
+    @property
+    def content(self) -> Path | str:
+        """The question as a conversation takes it: the recording, or the text."""
+        return self.text if self.audio is None else self.audio
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,20 +77,20 @@ class HeldOut:
                 "synthesize` makes them"
             )
         places = [home / VOICES, *([folder / VOICES] if home is inner else [home.parent / VOICES])]
-        found: dict[str, Path] = {}
+        voices: dict[str, Path] = {}
         for place in reversed(places):
             for path in sorted([*place.glob("*.wav"), *place.glob("*.flac")]):
-                found[path.stem] = path
-        return cls(folder=home, voices=found)
+                voices[path.stem] = path
+        return cls(folder=home, voices=voices)
 
-    def items(self, name: str, limit: int | None = None) -> list[Item]:
-        """The items of a file, or some that are spread over it; none if there is no such file."""
+    def samples(self, name: str, limit: int | None = None) -> list[Sample]:
+        """The samples of a file, or some evenly spaced ones; none if there is no such file."""
         path = self.folder / f"{name}.jsonl"
-        return evenly_spaced(read_items(path), limit) if path.is_file() else []
+        return evenly_spaced(read_samples(path), limit) if path.is_file() else []
 
 
-def read_items(path: str | Path) -> list[Item]:
-    """All items of a jsonl file.
+def read_samples(path: str | Path) -> list[Sample]:
+    """All samples of a jsonl file.
 
     Raises:
         DataError: for a line that is none, or a recording that is not there.
@@ -95,34 +100,34 @@ def read_items(path: str | Path) -> list[Item]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read ({error}): expected jsonl") from None
-    items = []
+    samples = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            item = _item(json.loads(line), f"{path.stem}:{number}", path.parent)
+            sample = _sample(json.loads(line), f"{path.stem}:{number}", path.parent)
         except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
             raise DataError(
                 f"{path}:{number}: expected a question with its answer, as in training data, or "
                 f'{{"audio", "text"}}: {type(error).__name__} {error}'
             ) from None
-        if item.audio is not None and not item.audio.is_file():
-            raise DataError(f"{path}:{number}: no such recording: {item.audio}")
-        items.append(item)
-    return items
+        if sample.audio is not None and not sample.audio.is_file():
+            raise DataError(f"{path}:{number}: no such recording: {sample.audio}")
+        samples.append(sample)
+    return samples
 
 
-def evenly_spaced(items: Sequence[T], limit: int | None) -> list[T]:
-    """At most this many items, evenly spread."""
-    if limit is None or limit >= len(items):
-        return list(items)
-    return [items[number * len(items) // limit] for number in range(limit)]
+def evenly_spaced(samples: Sequence[T], limit: int | None) -> list[T]:
+    """At most `limit` samples, evenly spaced."""
+    if limit is None or limit >= len(samples):
+        return list(samples)
+    return [samples[number * len(samples) // limit] for number in range(limit)]
 
 
-def _item(row: dict[str, Any], name: str, root: Path) -> Item:
+def _sample(row: dict[str, Any], name: str, root: Path) -> Sample:
     """One line; paths start at the file's folder."""
     if "messages" not in row:
-        return Item(name=name, audio=root / row["audio"], expected=str(row["text"]))
+        return Sample(name=name, audio=root / row["audio"], expected=str(row["text"]))
     messages, tools = row["messages"], row.get("tools")
     first: dict[str, dict[str, Any]] = {}
     for message in messages:
@@ -130,7 +135,7 @@ def _item(row: dict[str, Any], name: str, root: Path) -> Item:
     answer, call = first["assistant"], first.get("tool_call")
     audios = row.get("audios") or []
     speech = answer.get("speech")
-    return Item(
+    return Sample(
         name=name,
         audio=root / audios[0] if audios else None,
         text="" if audios else first["user"]["content"],

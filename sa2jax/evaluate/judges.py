@@ -1,4 +1,4 @@
-"""Judges: other people's models that hear what ours says.
+"""Judges: third-party speech recognisers that transcribe our replies.
 
     judge = GrammarJudge(SUMS)
     judge(wave, 24_000)                       # "seven", or "" if it understood nothing
@@ -53,12 +53,12 @@ def require(module: str) -> Path:
     Raises:
         DataError: with the command that installs it.
     """
-    found = importlib.util.find_spec(module)
-    if found is None:
+    spec = importlib.util.find_spec(module)
+    if spec is None:
         who, how = _MODULES[module]
         raise DataError(f"{who} needs {module.replace('_', '-')}, which is not installed: {how}")
-    places = found.submodule_search_locations
-    return Path(next(iter(places)) if places else found.origin or "")
+    places = spec.submodule_search_locations
+    return Path(next(iter(places)) if places else spec.origin or "")
 
 
 def to_16khz(wave: Float[np.ndarray, " T"], rate: int) -> Float[np.ndarray, " T2"]:
@@ -131,9 +131,12 @@ class OpenJudge:
         from faster_whisper import WhisperModel  # type: ignore
 
         self._model: Any = WhisperModel(
-            str(folder), device="cpu", compute_type="int8", cpu_threads=threads,
+            str(folder),
+            device="cpu",
+            compute_type="int8",
+            cpu_threads=threads,
             local_files_only=True,
-        )  # fmt: skip
+        )
 
     def __call__(self, wave: Float[np.ndarray, " T"], rate: int) -> str:
         """What it writes down, as `words.normalized`; "" for nothing.
@@ -145,10 +148,10 @@ class OpenJudge:
         wave = to_16khz(wave, rate)
         if not np.isfinite(wave).all() or not wave.any():
             return ""
-        found, _ = self._model.transcribe(
+        segments, _ = self._model.transcribe(
             wave, language="en", temperature=0.0, beam_size=1, condition_on_previous_text=False
         )
-        return normalized(" ".join(part.text for part in found))
+        return normalized(" ".join(part.text for part in segments))
 
     def number(self, wave: Float[np.ndarray, " T"], rate: int) -> str:
         """The same, but a lone word that sounds like a number is that number."""

@@ -1,47 +1,34 @@
-"""The table of the nano model: does it hear, answer, call tools and keep its voice?
+"""A run of the suite `nano`: does the model hear, answer, call tools and keep its voice?
 
-    scores = evaluate_nano(StepAudio2.from_pretrained("nano"), "corpus", NanoOptions(limit=20))
+    run_suite(find_suite("nano"), StepAudio2.from_pretrained("nano"), Path("corpus/heldout"))
 
 Answers come from the model alone: it is asked as a user asks it (`transcribe`, `tts`, `chat`), and
 judges hear the sound that came back, not its text.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import soundfile
 
-from sa2jax.chat.template import TASKS
-from sa2jax.evaluate.heldout import HeldOut, Item, evenly_spaced, read_items
+from sa2jax.evaluate.base import RunContext, SuiteRun
+from sa2jax.evaluate.heldout import HeldOut, Sample, evenly_spaced, read_samples
 from sa2jax.evaluate.judges import Judge, grammar_judge, open_judge, require, shuffled
-from sa2jax.evaluate.nano_metrics import (
-    HEARD,
-    KEYS,
-    METRICS,
-    NOT_COMPARED,
-    SPOKEN,
-    TOOLS,
-    NanoOptions,
-)  # fmt: skip
-from sa2jax.evaluate.scores import Metric, Prediction, Scores
+from sa2jax.evaluate.nano_metrics import SPOKEN, TOOLS, TRANSCRIBED, NanoOptions
+from sa2jax.evaluate.scores import NOTHING_RIGHT, Metric
 from sa2jax.evaluate.voice_judge import VoiceJudge, voice_judge
 from sa2jax.evaluate.words import SUMS, normalized, word_errors
-from sa2jax.pipeline.task_runner import task_options
 
 if TYPE_CHECKING:
-    from sa2jax.pipeline import StepAudio2
     from sa2jax.pipeline.reply import Reply
 
-NOTHING_RIGHT = "there is nothing to lose: no answer was right"
 _BOTH = ("grammar", "sums", "s"), ("Whisper", "sums_open", "s_open")  # offline, streamed
 _FILES = {"seen": "asr_seen", "unseen": "asr_unseen", "digits": "digits"}
 _NO_FILE = {
     "digits": "no recordings: examples/fetch_real.sh makes a folder of them, see --real-recordings",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +41,7 @@ class Judges:
 
     @classmethod
     def load(cls, metrics: Sequence[str]) -> "Judges":
-        """Those that some metrics need.
+        """Load the judges of some metrics.
 
         Raises:
             DataError: if one is not installed.
@@ -69,159 +56,74 @@ class Judges:
         )
 
 
-def evaluate_nano(
-    model: "StepAudio2",
-    corpus: str | Path,
-    options: NanoOptions | None = None,
-    *,
-    other: "StepAudio2 | None" = None,
-    is_int8: bool = False,
-    judges: Judges | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Scores:
-    """Score a model on held-out recordings.
+class NanoRun(SuiteRun):
+    """Evaluation of one model by the suite `nano`."""
 
-    Args:
-        model: the model to score.
-        corpus: folder of the held-out set, see `heldout`.
-        options: which metrics, and how.
-        other: the same model with int8 weights; without it that metric is not measured.
-        is_int8: whether `model` itself has int8 weights, and `other` float ones.
-        judges: who judges; by default those of the extra `judges`.
-        progress: called with (recordings and replies done, in all).
+    judges: Judges
+    suite_options: NanoOptions
 
-    Raises:
-        DataError: if a judge or the held-out set is missing.
-    """
-    options = options or NanoOptions()
-    held_out = HeldOut.find(corpus)
-    judges = judges or Judges.load(options.measured)
-    steps = _Progress(progress)
-    one = _Run(model, held_out, options, judges, steps)
-    runs = [one]
-    comparable = tuple(key for key in options.measured if key not in NOT_COMPARED)
-    if other is not None and options.compares and comparable:
-        again = replace(options, metrics=comparable)
-        runs.append(_Run(other, held_out, again, judges, steps, name="other"))
-    steps.total = sum(run.steps for run in runs)
-    found = [run.run() for run in runs]
-    metrics, predictions = found[0], [p for run in runs for p in run.predictions]
-    if options.compares:
-        metric = next(metric for metric in METRICS if metric.key == "int8")
-        metrics["int8"] = (
-            _compared(metric, *(reversed(found) if is_int8 else found))
-            if len(found) == 2
-            else metric.not_measured("there is nothing to compare with, see --compare-with")
-        )
-    metadata = {"held-out set": str(held_out.folder), "sampling": "greedy" if options.greedy else
-             "as in conversations", "seed": options.seed, "first chunk": options.first}  # fmt: skip
-    wanted = [metrics[key] for key in KEYS if key in metrics and key in (options.metrics or KEYS)]
-    return Scores(
-        title="nano", metrics=tuple(wanted), metadata=metadata, predictions=tuple(predictions)
-    )
-
-
-def _compared(metric: Metric, full: dict[str, Metric], int8: dict[str, Metric]) -> Metric:
-    """How many points int8 weights are better than float ones, in the metric where they are worst.
-
-    Args:
-        metric: the one to fill.
-        full: metrics of float weights, by key.
-        int8: those of int8 weights.
-    """
-    points, is_measured = {}, False
-    for key, found in full.items():
-        before, after = found.value, int8[key].value if key in int8 else None
-        if before is None or after is None:
-            continue
-        is_measured = True
-        # Where float weights have nothing right, int8 ones can lose nothing.
-        if found.lower_is_better and before < 100:
-            points[key] = before - after
-        elif not found.lower_is_better and before > 0:
-            points[key] = after - before
-    if not is_measured:
-        return metric.not_measured("no metric to compare was measured")
-    if not points:
-        return metric.not_measured(f"{NOTHING_RIGHT} with float weights")
-    note = ", ".join(f"{key} {value:+.1f}" for key, value in points.items())
-    return metric.measured(min(points.values()), sum(full[key].n for key in points), note)
-
-
-class _Progress:
-    """Counts recordings and replies done."""
-
-    def __init__(self, progress: Callable[[int, int], None]):
-        self.progress, self.done, self.total = progress, 0, 0
-
-    def add(self) -> None:
-        self.done += 1
-        self.progress(self.done, self.total)
-
-
-class _Run:
-    """Evaluation of one model."""
-
-    def __init__(
-        self, model: "StepAudio2", held_out: HeldOut, options: NanoOptions, judges: Judges,
-        steps: _Progress, *, name: str = "",
-    ):  # fmt: skip
-        self.model, self.held_out, self.options, self.judges = model, held_out, options, judges
-        self.count, self.name = steps, name
-        self.predictions: list[Prediction] = []
-        self.wants = options.measured
-        self.files = {key: self._items(key) for key in HEARD if key in self.wants}
-        self.sums = self._file("sums") if set(SPOKEN) & set(self.wants) else []
-        asked = held_out.items("tools") if set(TOOLS) & set(self.wants) else []
+    def __init__(self, context: RunContext):
+        super().__init__(context)
+        self.judges, self.suite_options = context.judges, context.suite_options
+        self.held_out = HeldOut.find(context.data)
+        keys, limit = self.metrics.keys(), self.options.limit
+        self.transcribed = {
+            key: self._transcribed_samples(key) for key in TRANSCRIBED if key in keys
+        }
+        self.sums = self.held_out.samples("sums", limit) if keys & set(SPOKEN) else []
+        samples = self.held_out.samples("tools") if keys & set(TOOLS) else []
         self.tools = {
-            key: evenly_spaced([i for i in asked if (i.tool is not None) == want], options.limit)
-            for key, want in zip(TOOLS, (True, False), strict=True) if key in self.wants
-        }  # fmt: skip
-        self.said = self._said() if "voice" in self.wants else []
+            key: evenly_spaced([s for s in samples if (s.tool is not None) == calls], limit)
+            for key, calls in zip(TOOLS, (True, False), strict=True)
+            if key in keys
+        }
+        self.voiced = self._voiced_samples() if "voice" in keys else []
 
     @property
-    def steps(self) -> int:
+    def total(self) -> int:
         """Recordings and replies in all."""
-        modes = 1 + bool({"streamed", "first_sound"} & set(self.wants))
-        lists = [*self.files.values(), *self.tools.values(), self.said]
+        modes = 1 + bool({"streamed", "first_sound"} & self.metrics.keys())
+        lists = [*self.transcribed.values(), *self.tools.values(), self.voiced]
         return sum(map(len, lists)) + modes * len(self.sums)
 
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The held-out set, the sampling, and the length of first chunks."""
+        metadata = super().metadata
+        folder = metadata.pop("data")
+        return {"held-out set": folder} | metadata | {"first chunk": self.suite_options.first}
+
     def run(self) -> dict[str, Metric]:
-        """All metrics that are wanted, by key."""
-        metrics = {metric.key: metric for metric in METRICS if metric.key in self.wants}
-        found: dict[str, Metric] = {}
-        for key, items in self.files.items():
-            found[key] = self._transcribed(metrics[key], items)
-        if set(SPOKEN) & set(self.wants):
-            found |= self._summed(metrics)
-        for key, items in self.tools.items():
-            found[key] = self._called(metrics[key], items)
-        if "voice" in metrics:
-            found["voice"] = self._voiced(metrics["voice"])
-        return found
+        """All metrics, by key."""
+        results: dict[str, Metric] = {}
+        for key, samples in self.transcribed.items():
+            results[key] = self._transcribe(self.metrics[key], samples)
+        if self.metrics.keys() & set(SPOKEN):
+            results |= self._answer_sums()
+        for key, samples in self.tools.items():
+            results[key] = self._call_tools(self.metrics[key], samples)
+        if "voice" in self.metrics:
+            results["voice"] = self._identify_voices(self.metrics["voice"])
+        return results
 
-    # --- items ------------------------------------------------------------------------------
+    # --- samples ----------------------------------------------------------------------------
 
-    def _file(self, name: str) -> list[Item]:
-        return self.held_out.items(name, self.options.limit)
+    def _transcribed_samples(self, key: str) -> list[Sample]:
+        folder, limit = self.suite_options.real_recordings, self.options.limit
+        if key == "digits" and folder is not None:
+            return evenly_spaced(read_samples(folder / "digits.jsonl"), limit)
+        return self.held_out.samples(_FILES[key], limit)
 
-    def _items(self, key: str) -> list[Item]:
-        if key == "digits" and self.options.real_recordings is not None:
-            return evenly_spaced(
-                read_items(self.options.real_recordings / "digits.jsonl"), self.options.limit
-            )
-        return self._file(_FILES[key])
-
-    def _said(self) -> list[tuple[Item, str]]:
-        """What is to be said, by texts and questions in turn, in each voice in turn."""
+    def _voiced_samples(self) -> list[tuple[Sample, str]]:
+        """Texts and questions in turn, each with its voice: two samples in each voice in turn."""
         voices = self._voices()
-        texts, questions = self.held_out.items("tts"), self.held_out.items("chat")
+        if len(voices) < 2:
+            return []
+        texts, questions = self.held_out.samples("tts"), self.held_out.samples("chat")
         count = self.options.limit or max(len(texts), len(questions))
         pairs = zip(evenly_spaced(texts, count), evenly_spaced(questions, count), strict=False)
-        pool = [pick for pair in pairs for pick in pair] or texts or questions
-        turns = len(voices) if len(voices) > 1 else 0
-        return [(item, voices[(n // 2) % turns]) for n, item in enumerate(pool[:count])] if turns \
-            else []  # fmt: skip
+        samples = [sample for pair in pairs for sample in pair] or texts or questions
+        return [(s, voices[(n // 2) % len(voices)]) for n, s in enumerate(samples[:count])]
 
     def _voices(self) -> list[str]:
         """Voices that the model has and of which there are recordings."""
@@ -229,29 +131,26 @@ class _Run:
 
     # --- metrics -------------------------------------------------------------------------------
 
-    def _transcribed(self, metric: Metric, items: list[Item]) -> Metric:
-        if not items:
+    def _transcribe(self, metric: Metric, samples: list[Sample]) -> Metric:
+        if not samples:
             return metric.not_measured(
                 _NO_FILE.get(metric.key, f"the set has no {_FILES[metric.key]}.jsonl")
             )
-        before = self.count.done
-
-        def tick(done: int, total: int) -> None:
-            while self.count.done < before + min(done, len(items)):
-                self.count.add()
-
-        texts = self.model.transcribe_batch([str(item.audio) for item in items], progress=tick)
-        for item, text in zip(items, texts, strict=True):
-            self._note(metric.key, item, item.expected, text)
-        expected = [item.expected for item in items]
+        texts = self.model.transcribe_batch(
+            [str(sample.audio) for sample in samples],
+            progress=self.counter.sub_progress(len(samples)),
+        )
+        for sample, text in zip(samples, texts, strict=True):
+            self.record(metric.key, sample.name, sample.expected, text)
+        expected = [sample.expected for sample in samples]
         if metric.unit == "%" and not metric.lower_is_better:
             pairs = zip(expected, texts, strict=True)
             return metric.accuracy([normalized(a) == normalized(b) for a, b in pairs])
         return metric.word_error_rate(*word_errors(expected, texts))
 
-    def _summed(self, metrics: dict[str, Metric]) -> dict[str, Metric]:
+    def _answer_sums(self) -> dict[str, Metric]:
         """All metrics of spoken sums: each question is asked offline and, if need be, streamed."""
-        metrics = {key: metrics[key] for key in SPOKEN if key in metrics}
+        metrics = {key: self.metrics[key] for key in SPOKEN if key in self.metrics}
         if not self.sums:
             return {
                 key: metric.not_measured("the set has no sums.jsonl")
@@ -268,8 +167,8 @@ class _Run:
         for streamed in (False, True)[: 1 + streams]:
             if {"first_sound", "real_time"} & metrics.keys():
                 self._answer(self.sums[0], 0, streamed)  # compiles
-            for number, item in enumerate(self.sums):
-                reply = self._answer(item, number, streamed)
+            for number, sample in enumerate(self.sums):
+                reply = self._answer(sample, number, streamed)
                 times = reply.timings
                 if times is not None and times.real_time_factor is not None:
                     (firsts if streamed else factors).append(
@@ -277,38 +176,41 @@ class _Run:
                     )
                 for kind, judge in judges.items():
                     name = "s" + kind[4:] if streamed else kind
-                    heard = judge(reply.audio, reply.sample_rate)
-                    rights[name].append(heard == normalized(item.expected))
+                    predicted = judge(reply.audio, reply.sample_rate)
+                    rights[name].append(predicted == normalized(sample.expected))
                     metric = f"streamed {kind}" if streamed else kind
-                    self._note(metric, item, item.expected, heard, rights[name][-1])
-                self.count.add()
-        found = {}
+                    self.record(metric, sample.name, sample.expected, predicted, rights[name][-1])
+                self.counter.add()
+        results = {}
         for key, judge in judges.items():
             if key in metrics:
-                found[key] = metrics[key].accuracy(rights[key], self._about(judge))
+                results[key] = metrics[key].accuracy(rights[key], self._judge_accuracy(judge))
         if "streamed" in metrics:
-            found["streamed"] = _streamed(metrics["streamed"], rights)
+            results["streamed"] = _streamed_change(metrics["streamed"], rights)
         if "first_sound" in metrics:
-            found["first_sound"] = _median(metrics["first_sound"], firsts)
+            results["first_sound"] = metrics["first_sound"].median(firsts)
         if "real_time" in metrics:
-            found["real_time"] = _median(metrics["real_time"], factors)
-        return found
+            results["real_time"] = metrics["real_time"].median(factors)
+        return results
 
-    def _called(self, metric: Metric, items: list[Item]) -> Metric:
+    def _call_tools(self, metric: Metric, samples: list[Sample]) -> Metric:
         rights = []
-        for number, item in enumerate(items):
+        for number, sample in enumerate(samples):
             chat = self.model.chat(
-                item.system, tools=item.tools, options=self._options(), max_tool_rounds=0
+                sample.system,
+                tools=sample.tools,
+                options=self.generation_config(),
+                max_tool_rounds=0,
             )
-            reply = chat.say(_content(item), speak=True, seed=self.options.seed + number)
+            reply = chat.say(sample.content, speak=True, seed=self.options.seed + number)
             names = [getattr(call, "name", "(malformed)") for call in reply.tool_calls]
-            rights.append(item.tool in names if item.tool else not names)
-            found = ", ".join(names) or f"(none) {reply.text}"
-            self._note(metric.key, item, item.tool or "(none)", found, rights[-1])
-            self.count.add()
+            rights.append(sample.tool in names if sample.tool else not names)
+            predicted = ", ".join(names) or f"(none) {reply.text}"
+            self.record(metric.key, sample.name, sample.tool or "(none)", predicted, rights[-1])
+            self.counter.add()
         return metric.accuracy(rights)
 
-    def _voiced(self, metric: Metric) -> Metric:
+    def _identify_voices(self, metric: Metric) -> Metric:
         judge, names = self.judges.voice, self._voices()
         if judge is None or len(names) < 2:
             return metric.not_measured(
@@ -319,101 +221,74 @@ class _Run:
             for name, path in self.held_out.voices.items()
         }
         rights: dict[str, list[bool]] = {name: [] for name in names}
-        for number, (item, voice) in enumerate(self.said):
+        for number, (sample, voice) in enumerate(self.voiced):
             seed = self.options.seed + number
-            if item.audio is None:
+            if sample.audio is None:
                 reply = self.model.tts(
-                    item.text, voice, max_new_tokens=self.options.max_new_tokens, seed=seed
+                    sample.text, voice, max_new_tokens=self.options.max_new_tokens, seed=seed
                 )
             else:
-                chat = self.model.chat(item.system, voice=voice, options=self._options())
-                reply = chat.say(_content(item), seed=seed)
+                chat = self.model.chat(sample.system, voice=voice, options=self.generation_config())
+                reply = chat.say(sample.content, seed=seed)
             closest = "(silence)"
             if reply.audio.any():
                 closest, _ = judge.closest(reply.audio, reply.sample_rate, known)
             rights[voice].append(closest == voice)
-            self._note("voice", item, voice, closest, rights[voice][-1])
-            self.count.add()
+            self.record("voice", sample.name, voice, closest, rights[voice][-1])
+            self.counter.add()
         shares = [f"{name} {sum(r)} of {len(r)}" for name, r in rights.items()]
         note = f"{', '.join(shares)}; by chance {100 / len(known):.0f} %"
-        return metric.accuracy([right for found in rights.values() for right in found], note)
+        return metric.accuracy([right for each in rights.values() for right in each], note)
 
     # --- parts ------------------------------------------------------------------------------
 
-    def _options(self) -> Any:
-        """How replies are sampled."""
-        options = replace(task_options(TASKS["chat"]), max_new_tokens=self.options.max_new_tokens)
-        if self.options.greedy:
-            options = replace(options, sampling=replace(options.sampling, temperature=0.0))
-        return options
-
-    def _answer(self, item: Item, number: int, streamed: bool) -> "Reply":
+    def _answer(self, sample: Sample, number: int, streamed: bool) -> "Reply":
         """The spoken answer to a question; streamed, the same codes as offline."""
-        chat = self.model.chat(item.system, options=self._options())
-        seed = self.options.seed + number
+        chat = self.model.chat(sample.system, options=self.generation_config())
+        seed, suite_options = self.options.seed + number, self.suite_options
         if not streamed:
-            return chat.say(_content(item), speak=True, seed=seed)
+            return chat.say(sample.content, speak=True, seed=seed)
         stream = chat.stream(
-            _content(item), speak=True, seed=seed, first=self.options.first,
-            chunk=self.options.chunk,
-        )  # fmt: skip
+            sample.content,
+            speak=True,
+            seed=seed,
+            first=suite_options.first,
+            chunk=suite_options.chunk,
+        )
         pieces = [piece.audio for piece in stream]
         return replace(stream.reply, audio=np.concatenate([np.zeros(0, np.float32), *pieces]))
 
-    def _about(self, judge: Judge) -> str:
-        """How the judge hears recordings of the right answers, whole and in pieces."""
-        clips = {item.expected: item.reference for item in self.sums
-                 if item.reference is not None and item.reference.is_file()}  # fmt: skip
-        if not clips or self.name:
+    def _judge_accuracy(self, judge: Judge) -> str:
+        """On how many recordings of the right answers the judge is right, whole and in pieces."""
+        clips = {
+            sample.expected: sample.reference
+            for sample in self.sums
+            if sample.reference is not None and sample.reference.is_file()
+        }
+        if not clips or self.context.name:
             return ""
-        whole = broken = 0
+        intact = broken = 0
         for expected, path in clips.items():
             wave, rate = soundfile.read(path, dtype="float32")
-            whole += judge(wave, rate) == normalized(expected)
+            intact += judge(wave, rate) == normalized(expected)
             broken += judge(shuffled(wave, rate), rate) == normalized(expected)
         return (
-            f"the judge is right on {whole} of {len(clips)} recordings of the answers, and on "
+            f"the judge is right on {intact} of {len(clips)} recordings of the answers, and on "
             f"{broken} of them shuffled"
         )
 
-    def _note(
-        self, metric: str, item: Item, expected: str, predicted: str, correct: bool | None = None
-    ) -> None:
-        self.predictions.append(
-            Prediction(
-                metric=metric,
-                item=item.name,
-                expected=expected,
-                predicted=predicted,
-                correct=correct,
-                model=self.name,
-            )
-        )
 
-
-def _streamed(metric: Metric, rights: dict[str, list[bool]]) -> Metric:
+def _streamed_change(metric: Metric, rights: dict[str, list[bool]]) -> Metric:
     """The difference in points, of the judge that finds the larger one."""
-    heard = [names for names in _BOTH if rights[names[2]]]
-    if not heard:
+    judged = [names for names in _BOTH if rights[names[2]]]
+    if not judged:
         return metric.not_measured("no judge has heard them")
     points = {
         judge: 100 * (sum(rights[streamed]) - sum(rights[offline])) / len(rights[offline])
-        for judge, offline, streamed in heard
+        for judge, offline, streamed in judged
         if any(rights[offline])  # otherwise a stream can lose nothing
     }
     if not points:
         return metric.not_measured(f"{NOTHING_RIGHT} offline")
     note = ", ".join(f"{judge} {value:+.1f}" for judge, value in points.items())
     return metric.measured(min(points.values()), len(rights["s"] or rights["s_open"]), note)
-
-
-def _median(metric: Metric, values: Sequence[float | None]) -> Metric:
-    known = [value for value in values if value is not None]
-    if not known:
-        return metric.not_measured("no reply had a sound")
-    return metric.measured(median(known), len(known), f"slowest {max(known):.2f}")
-
-
-def _content(item: Item) -> Any:
-    """A question as a conversation takes it."""
-    return item.audio if item.audio is not None else item.text

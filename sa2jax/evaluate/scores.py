@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from statistics import median
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -10,11 +11,15 @@ from rich.console import Console
 from rich.table import Table
 
 Verdict = Literal["target", "threshold", "below", "not measured"]
+NOTHING_RIGHT = "there is nothing to lose: no answer was right"
 _CONFIDENCE = 1.959964  # standard deviations around which 95 % of a normal distribution lies
 _DRAWS = 1000  # of the bootstrap
 _COLORS: Mapping[Verdict, str] = {
-    "target": "green", "threshold": "yellow", "below": "red", "not measured": "dim",
-}  # fmt: skip
+    "target": "green",
+    "threshold": "yellow",
+    "below": "red",
+    "not measured": "dim",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +88,13 @@ class Metric:
         """The metric with a figure that has no interval."""
         return replace(self, value=value, n=n, interval=None, note=note)
 
+    def median(self, values: Sequence[float | None]) -> Self:
+        """The metric as the median of the values that are there."""
+        known = [value for value in values if value is not None]
+        if not known:
+            return self.not_measured("no reply had a sound")
+        return self.measured(median(known), len(known), f"slowest {max(known):.2f}")
+
     def format(self, value: float | None) -> str:
         """A figure with its unit."""
         if value is None:
@@ -95,11 +107,11 @@ class Metric:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """One item of a metric and what the model made of it.
+    """One sample of a metric, and what the model made of it.
 
     Attributes:
         metric: key of the metric.
-        item: which item of the held-out set.
+        sample: name of the sample.
         expected: what would be right.
         predicted: what the model wrote, or what a judge heard.
         correct: whether that is right; None where words are counted.
@@ -107,7 +119,7 @@ class Prediction:
     """
 
     metric: str
-    item: str
+    sample: str
     expected: str
     predicted: str
     correct: bool | None = None
@@ -169,6 +181,37 @@ def print_scores(scores: Scores, console: Console) -> None:
             console.print(f"{metric.key}: {metric.note}", markup=False, highlight=False)
     metadata = ", ".join(f"{name} {value}" for name, value in scores.metadata.items())
     console.print(metadata, markup=False, highlight=False)
+
+
+def worst_change(
+    metric: Metric, before: Mapping[str, Metric], after: Mapping[str, Metric], *, condition: str
+) -> Metric:
+    """By how many points metrics got better, where they got worst.
+
+    Metrics of which `before` has nothing right are left out: there is nothing to lose.
+
+    Args:
+        metric: the one to fill.
+        before: measured metrics, by key.
+        after: the same in the other case; some may be missing.
+        condition: says what `before` is, such as "with float weights".
+    """
+    points, is_measured = {}, False
+    for key, old in before.items():
+        value, new = old.value, after[key].value if key in after else None
+        if value is None or new is None:
+            continue
+        is_measured = True
+        if old.lower_is_better and value < 100:
+            points[key] = value - new
+        elif not old.lower_is_better and value > 0:
+            points[key] = new - value
+    if not is_measured:
+        return metric.not_measured("no metric to compare was measured")
+    if not points:
+        return metric.not_measured(f"{NOTHING_RIGHT} {condition}")
+    note = ", ".join(f"{key} {value:+.1f}" for key, value in points.items())
+    return metric.measured(min(points.values()), sum(before[key].n for key in points), note)
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:

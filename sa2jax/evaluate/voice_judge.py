@@ -1,4 +1,4 @@
-"""Whose voice it is: the speaker encoder of resemblyzer, in numpy.
+"""Speaker verification by the speaker encoder of resemblyzer, in numpy.
 
     judge = VoiceJudge()
     judge.closest(wave, 24_000, {"anna": judge.embed(anna, rate), "rob": judge.embed(rob, rate)})
@@ -41,12 +41,15 @@ class VoiceJudge:
 
     def __init__(self):
         path = require("resemblyzer") / "pretrained.pt"
-        found = read_legacy(path).get("model_state", {})
-        names = [f"lstm.{n}_l{i}" for i in range(_LAYERS)
-                 for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]  # fmt: skip
-        if missing := {*names, "linear.weight", "linear.bias"} - found.keys():
+        state = read_legacy(path).get("model_state", {})
+        names = [
+            f"lstm.{n}_l{i}"
+            for i in range(_LAYERS)
+            for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        ]
+        if missing := {*names, "linear.weight", "linear.bias"} - state.keys():
             raise DataError(f"{path} is not resemblyzer's: it lacks {', '.join(sorted(missing))}")
-        self._params: dict[str, np.ndarray] = found
+        self._params: dict[str, np.ndarray] = state
 
     def embed(self, wave: Float[np.ndarray, " T"], rate: int) -> Vector:
         """The mean direction of all parts of 1.6 s (`VoiceEncoder.embed_utterance`), of length 1.
@@ -136,9 +139,9 @@ class _Data(pickle.Unpickler):
             "collections.OrderedDict": OrderedDict,
             "torch.FloatStorage": np.dtype("<f4"),
         }
-        if (found := known.get(f"{module}.{name}")) is None:
+        if (value := known.get(f"{module}.{name}")) is None:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no tensor")
-        return found
+        return value
 
     def persistent_load(self, pid: Any) -> str:
         """The key of a storage, whose numbers come at the end of the file."""
@@ -163,8 +166,9 @@ def read_legacy(path: str | Path) -> dict[str, Any]:
             storages = {key: _storage(file) for key in _Data(file).load()}
         return {
             key: {n: _tensor(t, storages) for n, t in value.items() if isinstance(t, tuple)}
-            for key, value in tree.items() if isinstance(value, dict)
-        }  # fmt: skip
+            for key, value in tree.items()
+            if isinstance(value, dict)
+        }
     except Exception as error:  # whatever a damaged pickle does
         raise DataError(f"{path} cannot be read as a file of torch.save: {error}") from None
 

@@ -1,4 +1,4 @@
-"""Texts as they are compared: lower-case words, without punctuation, numbers spelled out."""
+"""Text normalizer and word errors: lower case, no punctuation, numbers spelled out."""
 
 import re
 import unicodedata
@@ -14,8 +14,13 @@ TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "nin
 SUMS = ONES[:19]  # what 0 to 9 and 0 to 9 can add up to
 # An open vocabulary has to choose between words that sound alike; a reply of one number has not.
 _SOUNDS_LIKE = {
-    "won": "one", "to": "two", "too": "two", "for": "four", "fore": "four", "ate": "eight",
-}  # fmt: skip
+    "won": "one",
+    "to": "two",
+    "too": "two",
+    "for": "four",
+    "fore": "four",
+    "ate": "eight",
+}
 
 
 def number_words(value: int) -> str:
@@ -58,7 +63,7 @@ def one_number(text: str) -> str:
     return _SOUNDS_LIKE.get(plain, plain)
 
 
-def word_errors(expected: Sequence[str], found: Sequence[str]) -> tuple[list[int], list[int]]:
+def word_errors(expected: Sequence[str], predicted: Sequence[str]) -> tuple[list[int], list[int]]:
     """Substituted, left out and added words of each text, and the words that were expected.
 
     Texts are compared as `normalized`. The word error rate is sum of the first by sum of the
@@ -67,11 +72,12 @@ def word_errors(expected: Sequence[str], found: Sequence[str]) -> tuple[list[int
     import jiwer
 
     errors, totals = [], []
-    for want, got in zip(map(normalized, expected), map(normalized, found), strict=True):
+    for want, got in zip(map(normalized, expected), map(normalized, predicted), strict=True):
         totals.append(len(want.split()))
-        made = jiwer.process_words(want, got) if want else None
+        alignment = jiwer.process_words(want, got) if want else None
         errors.append(
-            len(got.split()) if made is None
-            else made.substitutions + made.deletions + made.insertions
-        )  # fmt: skip
+            len(got.split())
+            if alignment is None
+            else alignment.substitutions + alignment.deletions + alignment.insertions
+        )
     return errors, totals

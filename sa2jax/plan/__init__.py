@@ -1,7 +1,7 @@
-"""Whether a model fits on hardware that is not here, and how fast it can be; see `planner`.
+"""Memory and roofline of a model on hardware that is not here; see `planner`.
 
-made = plan(Spec(topology="v5e:2x4", workload="decode", batch=8))
-made.fits, made.peak, made.seconds, made.bound
+result = plan(Spec(topology="v5e:2x4", workload="decode", batch=8))
+result.fits, result.peak, result.seconds, result.bound
 """
 
 from sa2jax.plan.planner import Plan, plan, search

@@ -1,4 +1,4 @@
-"""What a compiled program does in one run on one device: read off XLA's optimised HLO text.
+"""Cost model of a compiled program: FLOPs, HBM traffic and collectives, from its HLO text.
 
 XLA's own `cost_analysis` counts the body of a loop once, however often it runs; here every loop
 counts as often as it turns. Counted are
@@ -24,23 +24,12 @@ import numpy as np
 
 from sa2jax.errors import PlanError
 from sa2jax.plan.hlo_text import Computation, Instruction, Shape, bits, parse, trips
-
-FREE = {
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
-    "replica-id", "opt-barrier", "add-dependency", "domain", "copy-done",
-}  # fmt: skip
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
-               "ragged-all-to-all", "collective-broadcast")  # fmt: skip
-SLICES = {"slice", "dynamic-slice", "gather"}
-UNARY = {"bitcast", "reshape", "copy", "convert", "transpose", "pad"}
-NOTHING = {"AllocateBuffer", "ConcatBitcast"}  # custom calls that only name memory
-STEPS = {"AsyncCollectiveStart", "AsyncCollectiveDone"}  # custom calls, see `Walker._find_chains`
-UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # -> the operand that holds the update
+from sa2jax.plan.opcodes import COLLECTIVES, FREE, NOTHING, SLICES, STEPS, UNARY, UPDATES
 
 
 @dataclass(frozen=True)
 class Collective:
-    """How often one kind ran, and the bytes that each device sent for it."""
+    """Count of one kind of collective, and the bytes that each device sent for it."""
 
     count: float = 0
     bytes: float = 0
@@ -48,7 +37,7 @@ class Collective:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one device, for one run.
+    """Cost of one run on one device.
 
     Attributes:
         flops: multiplications and additions of matrix products.
@@ -79,25 +68,27 @@ class Cost:
         return sum(kind.bytes for kind in self.collectives.values())
 
     def plus(self, other: "Cost", times: float = 1) -> "Cost":
-        """This and another, run so many times."""
+        """The sum of this cost and `times` another."""
         kinds = dict(self.collectives)
         for name, add in other.collectives.items():
             old = kinds.get(name, Collective())
-            kinds[name] = Collective(
-                old.count + times * add.count, old.bytes + times * add.bytes
-            )  # fmt: skip
+            kinds[name] = Collective(old.count + times * add.count, old.bytes + times * add.bytes)
         traffic = dict(self.traffic)
         for name, size in other.traffic.items():
             traffic[name] = traffic.get(name, 0) + times * size
         return Cost(
-            flops=self.flops + times * other.flops, flops8=self.flops8 + times * other.flops8,
-            read=self.read + times * other.read, written=self.written + times * other.written,
-            collectives=kinds, open_loops=self.open_loops + other.open_loops, traffic=traffic,
-        )  # fmt: skip
+            flops=self.flops + times * other.flops,
+            flops8=self.flops8 + times * other.flops8,
+            read=self.read + times * other.read,
+            written=self.written + times * other.written,
+            collectives=kinds,
+            open_loops=self.open_loops + other.open_loops,
+            traffic=traffic,
+        )
 
 
 def cost(text: str, *, turns: int = 1) -> Cost:
-    """What a program does.
+    """Cost of a program.
 
     Args:
         text: `compiled.as_text()`.
@@ -128,11 +119,11 @@ class Walker:
         self._find_chains()
 
     def cost(self) -> Cost:
-        """Of the whole program."""
+        """Cost of the program."""
         return self._computation(self.entry)
 
     def _computation(self, name: str, fused: bool = False) -> Cost:
-        """Of one run of a computation; inside a fusion nothing is read or written."""
+        """Cost of one run of a computation; inside a fusion nothing is read or written."""
         if (name, fused) not in self._memo:
             total = Cost()
             inside = self.computations[name]
@@ -152,9 +143,9 @@ class Walker:
         for body in self.computations.values():
             calls = [it for it in body.instructions.values() if _target(it) in STEPS]
             if any(_target(it) == "AsyncCollectiveStart" for it in calls):
-                found = [it for it in body.instructions.values() if it.opcode in COLLECTIVES]
-                self._starts[body.name] = {it.name for it in found}
-                started |= {it.attribute("channel_id") or "none" for it in found}
+                collectives = [it for it in body.instructions.values() if it.opcode in COLLECTIVES]
+                self._starts[body.name] = {it.name for it in collectives}
+                started |= {it.attribute("channel_id") or "none" for it in collectives}
         for body in self.computations.values():
             links = {
                 it.name
@@ -188,8 +179,9 @@ class Walker:
         if it.opcode == "custom-call" and (known := _estimate(it)) is not None:
             return known
         total = Cost(flops=self._flops(inside, it))
-        if total.flops and all(bits(inside.instructions[n].shape.dtype) == 8
-                               for n in it.operands[:2]):  # fmt: skip
+        if total.flops and all(
+            bits(inside.instructions[n].shape.dtype) == 8 for n in it.operands[:2]
+        ):
             total = Cost(flops=total.flops, flops8=total.flops)
         starts = it.name in self._starts.get(inside.name, ())
         if kind in COLLECTIVES and (starts or it.name not in self._links.get(inside.name, ())):
@@ -207,8 +199,8 @@ class Walker:
         body = self.computations.get(it.called("called_computations"))
         if body is None or not body.instructions:
             return None
-        made = body.root.shape
-        same = (made.dtype, made.dims) == (it.shape.dtype, it.shape.dims)
+        output = body.root.shape
+        same = (output.dtype, output.dims) == (it.shape.dtype, it.shape.dims)
         return body.name if same or it.opcode.endswith("-start") else None
 
     def _fused(self, it: Instruction) -> Cost:
@@ -225,9 +217,7 @@ class Walker:
 
     def _loop(self, inside: Computation, it: Instruction) -> Cost:
         turns = trips(self.computations, inside, it)
-        once = self._computation(it.called("body")).plus(
-            self._computation(it.called("condition"))
-        )  # fmt: skip
+        once = self._computation(it.called("body")).plus(self._computation(it.called("condition")))
         known = self.turns if turns is None else turns
         return Cost(open_loops=int(turns is None)).plus(once, times=known)
 
@@ -269,18 +259,18 @@ class Walker:
         return sum(shape.hbm for shape in shapes), result.hbm
 
     def _used(self, body: Computation, name: str) -> float:
-        """Bytes of a value that a fused computation looks at: what its results need, no more."""
+        """Bytes of a value that a fused computation reads: what its results need, no more."""
         if name in self._links.get(body.name, ()):
             return 0
-        whole = body.instructions[name].shape.size
-        used = whole if name == body.root.name else 0.0
+        size = body.instructions[name].shape.size
+        used = size if name == body.root.name else 0.0
         for user in body.users[name]:
             if user.opcode in SLICES and user.operands[0] == name:
                 used += user.shape.size
             elif user.opcode in UPDATES and user.operands[0] == name:
                 pass  # replaced in place
             elif user.opcode in UNARY:
-                used += whole * self._needed(body, user)
+                used += size * self._needed(body, user)
             elif user.opcode == "fusion":
                 inner = self.computations[user.called("calls")]
                 used += self._needed(body, user) * sum(
@@ -289,11 +279,11 @@ class Walker:
                     if operand == name
                 )
             else:
-                return whole
-        return min(used, whole)
+                return size
+        return min(used, size)
 
     def _needed(self, body: Computation, it: Instruction) -> float:
-        """The part of a result that is looked at; all of a tuple."""
+        """Fraction of a result that is read; 1 for a tuple."""
         return self._used(body, it.name) / it.shape.size if it.shape.dims else 1.0
 
     def _made(self, body: Computation, shape: Shape) -> float:
@@ -339,40 +329,45 @@ class Walker:
             for i in self.computations[it.called("to_apply")].instructions.values()
         ):
             return False
-        found = inside.instructions[it.operands[0]]
-        while found.opcode in ("convert", "bitcast", "reshape", "copy", "transpose", "fusion"):
-            if found.opcode == "fusion":
-                inside = self.computations[found.called("calls")]
-                found = inside.root
+        producer = inside.instructions[it.operands[0]]
+        while producer.opcode in ("convert", "bitcast", "reshape", "copy", "transpose", "fusion"):
+            if producer.opcode == "fusion":
+                inside = self.computations[producer.called("calls")]
+                producer = inside.root
             else:
-                found = inside.instructions[found.operands[0]]
-        return found.opcode == "multiply"
+                producer = inside.instructions[producer.operands[0]]
+        return producer.opcode == "multiply"
 
     def _collective(self, inside: Computation, it: Instruction, kind: str) -> Cost:
         given = sum(inside.instructions[name].shape.size for name in it.operands)
         among = self._among(it)
         share = (among - 1) / among
-        factor = {"all-gather": among - 1, "all-reduce": 2 * share, "reduce-scatter": share,
-                  "all-to-all": share, "ragged-all-to-all": share}.get(kind, 1)  # fmt: skip
+        factor = {
+            "all-gather": among - 1,
+            "all-reduce": 2 * share,
+            "reduce-scatter": share,
+            "all-to-all": share,
+            "ragged-all-to-all": share,
+        }.get(kind, 1)
         return Cost(collectives={kind: Collective(1, given * factor)})
 
     def _among(self, it: Instruction) -> int:
-        """How many devices take part in a collective with one another."""
+        """Size of a collective's replica groups."""
         text = it.attributes
-        if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", text):
-            return int(found[2])
-        if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
-            return found[1].count(",") + 1
-        if found := re.search(r"replica_groups=@?mesh\w*\[([^\]]*)\] ?\{([^}]*)\}", text):
-            sizes = {name: int(n) for name, n in re.findall(r"'?(\w+)'?=(\d+)", found[1])}
+        if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", text):
+            return int(match[2])
+        if match := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
+            return match[1].count(",") + 1
+        if match := re.search(r"replica_groups=@?mesh\w*\[([^\]]*)\] ?\{([^}]*)\}", text):
+            sizes = {name: int(n) for name, n in re.findall(r"'?(\w+)'?=(\d+)", match[1])}
             # 'axis', or a part of one: 'axis':(stride)size
-            axes = re.findall(r"'?([A-Za-z_]\w*)'?(?::\(\d+\)(\d+))?", found[2])
+            axes = re.findall(r"'?([A-Za-z_]\w*)'?(?::\(\d+\)(\d+))?", match[2])
             return math.prod(int(part) if part else sizes[name] for name, part in axes)
         return max(1, self.devices)
 
 
 def _target(it: Instruction) -> str:
-    """What a custom call calls; empty for anything else."""
+    """Target of a custom call; empty for any other instruction."""
     target = it.attribute("custom_call_target") if it.opcode == "custom-call" else None
     return (target or "").strip('"')
 
@@ -384,13 +379,13 @@ def _branches(it: Instruction) -> list[str]:
 
 
 def _estimate(it: Instruction) -> Cost | None:
-    """What a Pallas kernel's author said that it costs."""
-    found = re.search(r'"?cost_estimate\\?"?:\s*(\{[^}]*\})', it.attributes)
-    if found is None:
+    """Cost estimate that the author of a Pallas kernel gave, if any."""
+    match = re.search(r'"?cost_estimate\\?"?:\s*(\{[^}]*\})', it.attributes)
+    if match is None:
         return None
-    said = json.loads(found[1].replace("\\", ""))
-    size = float(said.get("bytes_accessed", 0))
-    return Cost(flops=float(said.get("flops", 0)), read=size, traffic={it.name: size})
+    estimate = json.loads(match[1].replace("\\", ""))
+    size = float(estimate.get("bytes_accessed", 0))
+    return Cost(flops=float(estimate.get("flops", 0)), read=size, traffic={it.name: size})
 
 
 def _hbm(shape: Shape, size: float) -> float:
@@ -413,10 +408,14 @@ def _convolution(it: Instruction, lhs: Shape, rhs: Shape) -> float:
         )
         low = int(value("pad", "0_0").split("_")[0])
         meets *= _meetings(
-            lhs.dims[left.index(str(axis))], rhs.dims[right.index(str(axis))],
-            it.shape.dims[out.index(str(axis))], int(value("stride", 1)), low,
-            int(value("lhs_dilate", 1)), int(value("rhs_dilate", 1)),
-        )  # fmt: skip
+            lhs.dims[left.index(str(axis))],
+            rhs.dims[right.index(str(axis))],
+            it.shape.dims[out.index(str(axis))],
+            int(value("stride", 1)),
+            low,
+            int(value("lhs_dilate", 1)),
+            int(value("rhs_dilate", 1)),
+        )
     groups = max(1, *(it.numbers("batch_group_count") or [1]))
     batch = lhs.dims[left.index("b")] / groups
     return 2.0 * batch * rhs.dims[right.index("i")] * rhs.dims[right.index("o")] * meets

@@ -1,4 +1,4 @@
-"""XLA's HLO text, read into computations of instructions; how often its loops turn."""
+"""Parser of XLA's HLO text: computations, instructions, trip counts of loops."""
 
 import math
 import re
@@ -29,12 +29,12 @@ class Shape:
 
     @property
     def elements(self) -> int:
-        """Of an array."""
+        """Number of elements of an array."""
         return math.prod(self.dims)
 
     @property
     def size(self) -> float:
-        """Bytes, wherever they are."""
+        """Bytes in any memory space."""
         if not self.dtype:
             return sum(part.size for part in self.parts)
         return math.ceil(self.elements * bits(self.dtype) / 8)
@@ -63,12 +63,12 @@ class Instruction:
     literal: str = ""
 
     def attribute(self, key: str) -> str | None:
-        """Its text, without enclosing braces."""
-        found = re.search(rf"[ ,]{key}=(?:\{{([^}}]*)\}}|([^,\s]+))", self.attributes)
-        return None if found is None else found[1] if found[1] is not None else found[2]
+        """Text of an attribute without enclosing braces, None if it is not there."""
+        match = re.search(rf"[ ,]{key}=(?:\{{([^}}]*)\}}|([^,\s]+))", self.attributes)
+        return None if match is None else match[1] if match[1] is not None else match[2]
 
     def called(self, key: str) -> str:
-        """Name of a computation that it calls."""
+        """Name of the computation that an attribute refers to."""
         return (self.attribute(key) or "").lstrip("%")
 
     def numbers(self, key: str) -> list[int]:
@@ -85,7 +85,7 @@ class Computation:
 
     @cached_property
     def root(self) -> Instruction:
-        """What it returns."""
+        """The root instruction: its result is the computation's."""
         return next(i for i in reversed(self.instructions.values()) if i.root)
 
     @cached_property
@@ -99,9 +99,9 @@ class Computation:
 
     @cached_property
     def parameters(self) -> list[Instruction]:
-        """In their order."""
-        found = [i for i in self.instructions.values() if i.opcode == "parameter"]
-        return sorted(found, key=lambda i: int(i.literal))
+        """Parameters in order."""
+        parameters = [i for i in self.instructions.values() if i.opcode == "parameter"]
+        return sorted(parameters, key=lambda i: int(i.literal))
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
@@ -116,10 +116,10 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 
     def finish() -> None:
         if pending:
-            found = _instruction("".join(pending))
+            instruction = _instruction("".join(pending))
             here = computations[name].instructions
-            here |= {given: _element(here, given) for given in found.operands if "#" in given}
-            here[found.name] = found
+            here |= {given: _element(here, given) for given in instruction.operands if "#" in given}
+            here[instruction.name] = instruction
             pending.clear()
 
     for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
@@ -164,9 +164,9 @@ def _instruction(line: str) -> Instruction:
 
 def _element(here: dict[str, Instruction], name: str) -> Instruction:
     """What an operand such as `tuple.5#0` stands for."""
-    whole, _, index = name.partition("#")
-    shape = here[whole].shape.parts[int(index)]
-    return Instruction(name, shape, "get-tuple-element", (whole,), f", index={index}", False)
+    operand, _, index = name.partition("#")
+    shape = here[operand].shape.parts[int(index)]
+    return Instruction(name, shape, "get-tuple-element", (operand,), f", index={index}", False)
 
 
 def _shape(text: str, at: int) -> tuple[Shape, int]:
@@ -175,49 +175,49 @@ def _shape(text: str, at: int) -> tuple[Shape, int]:
         end = _closing(text, at)
         inner = _split(text[at + 1 : end])
         return Shape("", parts=tuple(_shape(part.strip(), 0)[0] for part in inner)), end + 1
-    found = re.compile(r"(\w+)\[([^\]]*)\](\{[^}]*\})?").match(text, at)
-    if found is None:
+    match = re.compile(r"(\w+)\[([^\]]*)\](\{[^}]*\})?").match(text, at)
+    if match is None:
         raise _unknown("shape", text[at:])
-    bits(found[1])  # complains of a type that is not known
-    dims = tuple(int(n) for n in re.findall(r"\d+", found[2]))
-    memory = re.search(r"S\((\d+)\)", found[3] or "")
-    return Shape(found[1], dims, int(memory[1]) if memory else 0), found.end()
+    bits(match[1])  # complains of a type that is not known
+    dims = tuple(int(n) for n in re.findall(r"\d+", match[2]))
+    memory = re.search(r"S\((\d+)\)", match[3] or "")
+    return Shape(match[1], dims, int(memory[1]) if memory else 0), match.end()
 
 
 def _closing(text: str, at: int) -> int:
     """Position of the parenthesis that closes the one at a position."""
     depth = 0
-    for found in re.compile(r"[()]").finditer(text, at):
-        depth += 1 if found[0] == "(" else -1
+    for match in re.compile(r"[()]").finditer(text, at):
+        depth += 1 if match[0] == "(" else -1
         if depth == 0:
-            return found.start()
+            return match.start()
     raise _unknown("parentheses", text[at:])
 
 
 def _split(text: str) -> Iterator[str]:
     """Split at the commas that are in no brackets."""
     depth, start = 0, 0
-    for found in re.finditer(r"[()\[\]{},]", text):
-        if found[0] == "," and depth == 0:
-            yield text[start : found.start()]
-            start = found.end()
-        elif found[0] != ",":
-            depth += 1 if found[0] in "([{" else -1
+    for match in re.finditer(r"[()\[\]{},]", text):
+        if match[0] == "," and depth == 0:
+            yield text[start : match.start()]
+            start = match.end()
+        elif match[0] != ",":
+            depth += 1 if match[0] in "([{" else -1
     if text[start:].strip():
         yield text[start:]
 
 
 def bits(dtype: str) -> int:
-    """Of one element.
+    """Bits of one element.
 
     Raises:
         PlanError: for a type that is not known here.
     """
     if dtype not in BITS:  # f32, s8, u4, f8e4m3fn, f4e2m1fn, ...
-        found = re.match(r"[a-z](\d+)", dtype)
-        if found is None:
+        match = re.match(r"[a-z](\d+)", dtype)
+        if match is None:
             raise _unknown("type", dtype)
-        return int(found[1])
+        return int(match[1])
     return BITS[dtype]
 
 
@@ -234,14 +234,14 @@ Frames = list[tuple[Computation, Instruction | None]]  # where a value is: fusio
 
 def trips(
     computations: dict[str, Computation], inside: Computation, loop: Instruction
-) -> int | None:  # fmt: skip
-    """How often a loop turns; None if that depends on data.
+) -> int | None:
+    """Trip count of a loop; None if it depends on data.
 
     The usual form is known: while i < n, i growing by a constant, which is 2 or more where XLA
     unrolled the loop.
     """
-    if found := re.search(r'"known_trip_count":\s*\{"n":\s*"?(\d+)', loop.attributes):
-        return int(found[1])
+    if match := re.search(r'"known_trip_count":\s*\{"n":\s*"?(\d+)', loop.attributes):
+        return int(match[1])
     condition, body = (computations[loop.called(key)] for key in ("condition", "body"))
     start = inside.instructions[loop.operands[0]]
     test, frames = condition.root, Frames([(condition, None)])
@@ -253,7 +253,7 @@ def trips(
         return None
 
     def turned(index: int) -> Sum | None:
-        """An element after a turn."""
+        """A loop-carried element after one iteration."""
         if body.root.opcode != "tuple":
             return None
         return _sum(computations, [(body, None)], body.root.operands[index])
@@ -309,6 +309,6 @@ def _sum(computations: dict[str, Computation], frames: Frames, name: str) -> Sum
             return {index: 1}
     if source.opcode == "fusion":
         body = computations[source.called("calls")]
-        made = body.root.operands[index] if body.root.opcode == "tuple" else body.root.name
-        return _sum(computations, [*frames, (body, source)], made)
+        output = body.root.operands[index] if body.root.opcode == "tuple" else body.root.name
+        return _sum(computations, [*frames, (body, source)], output)
     return None

@@ -1,4 +1,4 @@
-"""Whether a model fits on hardware that is not here, and how fast it can be.
+"""Planner: memory and roofline of a model on hardware that is not here.
 
 A program is compiled ahead of time for a real TPU topology (libtpu's compiler needs no TPU). XLA
 says what memory it takes; what it computes, moves and sends is read off the optimised program
@@ -134,15 +134,20 @@ def plan(spec: Spec) -> Plan:
             common = _common(spec, where, mesh, work, max(needed))
             return Plan(
                 **common, fits=False, reason=reason, compile_seconds=time.monotonic() - started
-            )  # fmt: skip
+            )
         taken = time.monotonic() - started
         return judge(spec, where, mesh, work, compiled, Path(folder), taken)
 
 
 def judge(
-    spec: Spec, where: Topology, mesh: Mesh | AbstractMesh, work: Work, compiled: Any,
-    folder: Path, taken: float,
-) -> Plan:  # fmt: skip
+    spec: Spec,
+    where: Topology,
+    mesh: Mesh | AbstractMesh,
+    work: Work,
+    compiled: Any,
+    folder: Path,
+    taken: float,
+) -> Plan:
     """A compiled program's memory, and its roofline if it can be read.
 
     Args:
@@ -157,18 +162,20 @@ def judge(
     held = compiled.memory_analysis()
     temporaries = held.temp_size_in_bytes
     peak = (
-        held.argument_size_in_bytes + temporaries
-        + held.output_size_in_bytes - held.alias_size_in_bytes
-    )  # fmt: skip
-    made = _common(spec, where, mesh, work, peak)
+        held.argument_size_in_bytes
+        + temporaries
+        + held.output_size_in_bytes
+        - held.alias_size_in_bytes
+    )
+    fields = _common(spec, where, mesh, work, peak)
     try:
         done = hlo.cost(printed(compiled, folder), turns=work.turns)
-        made |= _roofline(spec, where, work, hlo.Cost().plus(done, times=1 / work.turns))
+        fields |= _roofline(spec, where, work, hlo.Cost().plus(done, times=1 / work.turns))
     except PlanError as error:
-        made |= {"note": f"no roofline: {error}"}
+        fields |= {"note": f"no roofline: {error}"}
     return Plan(
-        **made, fits=peak <= where.chip.usable, temporaries=temporaries, compile_seconds=taken
-    )  # fmt: skip
+        **fields, fits=peak <= where.chip.usable, temporaries=temporaries, compile_seconds=taken
+    )
 
 
 def printed(compiled: Any, folder: Path) -> str:
@@ -220,15 +227,16 @@ def search(spec: Spec, progress: Callable[[Plan], None] | None = None) -> list[P
             for mesh in [spec.mesh] if spec.mesh else meshes(spec, place.chips):
                 if spec.mesh and math.prod(parse_mesh(spec.mesh).values()) != place.chips:
                     continue
-                made = plan(replace(spec, topology=place.name, mesh=mesh))
-                tried.append(made)
+                result = plan(replace(spec, topology=place.name, mesh=mesh))
+                tried.append(result)
                 if progress is not None:
-                    progress(made)
-        if any(made.fits for made in tried):
-            return sorted(tried, key=lambda made: (not made.fits, made.seconds or math.inf))
+                    progress(result)
+        if any(result.fits for result in tried):
+            return sorted(tried, key=lambda result: (not result.fits, result.seconds or math.inf))
     largest = places[-1].name
-    raise PlanError(f"{spec.workload} with batch {spec.batch} fits on no {spec.topology}, "
-                    f"not even on {largest}")  # fmt: skip
+    raise PlanError(
+        f"{spec.workload} with batch {spec.batch} fits on no {spec.topology}, not even on {largest}"
+    )
 
 
 def meshes(spec: Spec, count: int) -> Iterator[str]:
@@ -280,8 +288,10 @@ def out_of_memory(message: str) -> list[float] | None:
     if "RESOURCE_EXHAUSTED" not in message or "out of memory" not in message.lower():
         return None
     units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    found = re.findall(r"\(([\d.]+)([KMGT]?)i?B?\) exceeds|Used ([\d.]+)([KMGT]?)i?B? of", message)
-    sizes = [float(a or c) * units[b or d] for a, b, c, d in found]
+    matches = re.findall(
+        r"\(([\d.]+)([KMGT]?)i?B?\) exceeds|Used ([\d.]+)([KMGT]?)i?B? of", message
+    )
+    sizes = [float(a or c) * units[b or d] for a, b, c, d in matches]
     return sizes or [math.inf]
 
 
@@ -289,12 +299,21 @@ def _common(
     spec: Spec, where: Topology, mesh: Mesh | AbstractMesh, work: Work, peak: float
 ) -> dict[str, Any]:
     return dict(
-        spec=spec, topology=where.name, chips=where.chips, mesh=dict(mesh.shape),
-        on_paper=where.chip.kind == "gpu", weights=per_chip(work.weights),
-        rest=per_chip(work.rest), cache=per_chip(work.cache),
-        moments=per_chip(work.moments), peak=peak, unit=work.unit,
-        usable=where.chip.usable, ideal_bytes=work.ideal, collectives={},
-    )  # fmt: skip
+        spec=spec,
+        topology=where.name,
+        chips=where.chips,
+        mesh=dict(mesh.shape),
+        on_paper=where.chip.kind == "gpu",
+        weights=per_chip(work.weights),
+        rest=per_chip(work.rest),
+        cache=per_chip(work.cache),
+        moments=per_chip(work.moments),
+        peak=peak,
+        unit=work.unit,
+        usable=where.chip.usable,
+        ideal_bytes=work.ideal,
+        collectives={},
+    )
 
 
 def _roofline(spec: Spec, where: Topology, work: Work, step: hlo.Cost) -> dict[str, Any]:
@@ -306,12 +325,18 @@ def _roofline(spec: Spec, where: Topology, work: Work, step: hlo.Cost) -> dict[s
         "network": step.sent / where.network if where.network else 0.0,
     }
     bound = max(times, key=lambda name: times[name])
-    rate = work.made / times[bound]
+    rate = work.output / times[bound]
     return dict(
-        flops=step.flops, hbm_bytes=step.hbm, collectives=step.collectives, **times,
-        seconds=times[bound], bound=bound, rate=rate, each=rate / spec.batch,
+        flops=step.flops,
+        hbm_bytes=step.hbm,
+        collectives=step.collectives,
+        **times,
+        seconds=times[bound],
+        bound=bound,
+        rate=rate,
+        each=rate / spec.batch,
         realtime=rate / spec.batch / work.real if work.real else 0.0,
-    )  # fmt: skip
+    )
 
 
 def _on_paper(spec: Spec, where: Topology, mesh: AbstractMesh) -> Plan:
@@ -337,11 +362,10 @@ def _on_paper(spec: Spec, where: Topology, mesh: AbstractMesh) -> Plan:
     sent = cfg.layers * 2 * rows * tokens * cfg.embed * half * share
     reduced = hlo.Collective(2 * cfg.layers, sent)
     step = hlo.Cost(
-        flops=2 * rows * products / ways, read=work.ideal,
+        flops=2 * rows * products / ways,
+        read=work.ideal,
         collectives={"all-reduce": reduced} if ways > 1 else {},
-    )  # fmt: skip
+    )
     peak = per_chip(work.weights) + per_chip(work.cache)
     common = _common(spec, where, mesh, work, peak)
-    return Plan(
-        **common | _roofline(spec, where, work, step), fits=peak <= where.chip.usable
-    )  # fmt: skip
+    return Plan(**common | _roofline(spec, where, work, step), fits=peak <= where.chip.usable)

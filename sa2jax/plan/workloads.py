@@ -1,4 +1,4 @@
-"""Programs that `plan` compiles ahead of time, one function each; nothing here has numbers.
+"""Workloads: the programs that `plan` compiles ahead of time, from abstract arrays.
 
 To add one: a function of a spec and a mesh that gives a `Work`, and a line in `WORKLOADS`.
 """
@@ -32,7 +32,7 @@ Where = Any  # a Mesh, or an AbstractMesh where nothing is compiled
 DTYPES = ("bfloat16", "int8", "float32")
 BLOCK = 32  # decode steps in one program
 TOKENS_PER_SECOND = 31.25  # of speech that is generated: 25 codes and 6.25 words' tokens
-HEARD, CLIPS = 3000, 8  # frames and clips that each row of a training batch may hold
+FRAMES_PER_ROW, CLIPS_PER_ROW = 3000, 8  # what each row of a training batch may hold
 VOICE_SECONDS = 5  # of the recording whose voice speaks
 
 
@@ -82,7 +82,7 @@ class Spec:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """A program to compile and what it is for.
+    """A program to compile, and its inputs and outputs.
 
     Attributes:
         lower: traces it; may take a while.
@@ -93,7 +93,7 @@ class Work:
         ideal: bytes that each chip must move in a step, whatever the program; 0 if nobody knows.
         exact: whether products are of float32 numbers.
         turns: steps that one run makes.
-        made: what a step makes, of all rows: tokens, or seconds of sound.
+        output: tokens, or seconds of sound, that a step gives, all rows together.
         unit: `tokens` or `seconds`.
         real: how many of them are a second of conversation; 0 if that means nothing.
     """
@@ -106,24 +106,24 @@ class Work:
     ideal: float = 0
     exact: bool = False
     turns: int = 1
-    made: float
+    output: float
     unit: str = "tokens"
     real: float = 0
 
 
 def policy(spec: Spec) -> Policy:
     """The dtypes of a spec."""
-    found = resolve_policy("bfloat16" if spec.dtype == "int8" else spec.dtype)
+    result = resolve_policy("bfloat16" if spec.dtype == "int8" else spec.dtype)
     if spec.workload in TRAINING:  # float32 parameters are master weights
-        found = replace(found, compute=jnp.dtype(jnp.bfloat16))
+        result = replace(result, compute=jnp.dtype(jnp.bfloat16))
     if spec.dtype == "int8":
-        head = found.param if spec.float_head else None
-        found = replace(found, kernel=jnp.dtype(jnp.int8), head=head)
-    return replace(found, cache=jnp.dtype(jnp.int8) if spec.int8_cache else None)
+        head = result.param if spec.float_head else None
+        result = replace(result, kernel=jnp.dtype(jnp.int8), head=head)
+    return replace(result, cache=jnp.dtype(jnp.int8) if spec.int8_cache else None)
 
 
 def config(spec: Spec) -> StepAudio2Config:
-    """A preset's, or that of a folder."""
+    """The model's config: a preset's, or that of a folder."""
     if Path(spec.model).is_dir():
         return read_config(spec.model)
     return StepAudio2Config.preset(spec.model)
@@ -141,21 +141,27 @@ def decode(spec: Spec, mesh: Where) -> Work:
     """A block of steps of a batch of replies; `length` is the cache's slots."""
     model, weights = _model(spec, mesh)
     state = programs.abstract_state(model, mesh, rows=spec.batch, size=spec.length)
-    reads = _thinking(weights)
+    reads = _decoder_params(weights)
 
     def lower() -> jax.stages.Lowered:
         run = jax.jit(
             partial(programs.decode, model), static_argnames=("block",), donate_argnums=(1,)
         )
         sampling = SamplingParams(temperature=0).arrays()
-        return run.lower(weights, state, _everywhere(mesh, 1), sampling, block=BLOCK)
+        return run.lower(weights, state, _replicated(mesh, 1), sampling, block=BLOCK)
 
     cache = {"k": state.cache.k, "v": state.cache.v, "scales": state.cache.scales}
     return Work(
-        lower=lower, weights=reads, rest=_others(weights), cache=cache, turns=BLOCK,
-        ideal=_reading(spec, mesh, reads) + per_chip(cache), made=spec.batch,
-        exact=spec.dtype == "float32", real=TOKENS_PER_SECOND,
-    )  # fmt: skip
+        lower=lower,
+        weights=reads,
+        rest=_encoder_params(weights),
+        cache=cache,
+        turns=BLOCK,
+        ideal=_decoder_traffic(spec, mesh, reads) + per_chip(cache),
+        output=spec.batch,
+        exact=spec.dtype == "float32",
+        real=TOKENS_PER_SECOND,
+    )
 
 
 def prefill(spec: Spec, mesh: Where) -> Work:
@@ -166,10 +172,11 @@ def prefill(spec: Spec, mesh: Where) -> Work:
     embed = config(spec).decoder.embed
     compute = model.abstract["decoder"]["table"].dtype
     batch = programs.Batch(
-        ids=_everywhere(mesh, rows, length), lengths=_everywhere(mesh, rows),
-        features=_everywhere(mesh, rows * length, embed, dtype=compute),
-        feature_index=_everywhere(mesh, rows, length),
-    )  # fmt: skip
+        ids=_replicated(mesh, rows, length),
+        lengths=_replicated(mesh, rows),
+        features=_replicated(mesh, rows * length, embed, dtype=compute),
+        feature_index=_replicated(mesh, rows, length),
+    )
 
     def lower() -> jax.stages.Lowered:
         run = jax.jit(partial(programs.prefill, model), static_argnames=("samples", "size"))
@@ -177,34 +184,49 @@ def prefill(spec: Spec, mesh: Where) -> Work:
             state.keys.shape, state.keys.dtype, sharding=NamedSharding(mesh, PartitionSpec())
         )
         return run.lower(
-            weights, batch, keys, _everywhere(mesh, rows), _everywhere(mesh, 1),
-            SamplingParams(temperature=0).arrays(), samples=1, size=length,
-        )  # fmt: skip
+            weights,
+            batch,
+            keys,
+            _replicated(mesh, rows),
+            _replicated(mesh, 1),
+            SamplingParams(temperature=0).arrays(),
+            samples=1,
+            size=length,
+        )
 
-    reads = _thinking(weights)
+    reads = _decoder_params(weights)
     cache = {"k": state.cache.k, "v": state.cache.v, "scales": state.cache.scales}
     return Work(
-        lower=lower, weights=reads, rest=_others(weights), cache=cache,
-        ideal=_reading(spec, mesh, reads, tokens=length) + per_chip(cache), made=rows * length,
+        lower=lower,
+        weights=reads,
+        rest=_encoder_params(weights),
+        cache=cache,
+        ideal=_decoder_traffic(spec, mesh, reads, tokens=length) + per_chip(cache),
+        output=rows * length,
         exact=spec.dtype == "float32",
-    )  # fmt: skip
+    )
 
 
 def encode(spec: Spec, mesh: Where) -> Work:
-    """Clips of `length` seconds, heard in one batch."""
+    """A batch of clips of `length` seconds through the audio encoder."""
     model, weights = _model(spec, mesh)
     cfg = config(spec).audio_encoder
-    mels = _everywhere(mesh, spec.batch, cfg.mels, MEL_RATE * spec.length, dtype=jnp.float32)
+    mels = _replicated(mesh, spec.batch, cfg.mels, MEL_RATE * spec.length, dtype=jnp.float32)
 
     def lower() -> jax.stages.Lowered:
         run = jax.jit(partial(programs.encode_audio, model))
-        return run.lower(weights, mels, _everywhere(mesh, spec.batch))
+        return run.lower(weights, mels, _replicated(mesh, spec.batch))
 
     return Work(
-        lower=lower, weights=_others(weights), rest=_thinking(weights),
-        ideal=per_chip(_others(weights)), made=spec.batch * spec.length, unit="seconds", real=1,
+        lower=lower,
+        weights=_encoder_params(weights),
+        rest=_decoder_params(weights),
+        ideal=per_chip(_encoder_params(weights)),
+        output=spec.batch * spec.length,
+        unit="seconds",
+        real=1,
         exact=spec.dtype == "float32",
-    )  # fmt: skip
+    )
 
 
 def token2wav(spec: Spec, mesh: Where) -> Work:
@@ -218,31 +240,36 @@ def token2wav(spec: Spec, mesh: Where) -> Work:
     cfg, dtype = Token2WavConfig.released(), jnp.dtype(spec.dtype)
     flow = flow_model(cfg.flow, Policy(param=dtype, compute=dtype))
     vocode = vocoder(cfg.vocoder)
-    place = lambda leaf: _everywhere(mesh, *leaf.shape, dtype=leaf.dtype)
+    place = lambda leaf: _replicated(mesh, *leaf.shape, dtype=leaf.dtype)
     weights = jax.tree.map(place, {"flow": flow.abstract, "vocoder": vocode.abstract})
     rows, codes, voice = spec.batch, CODE_RATE * spec.length, CODE_RATE * VOICE_SECONDS
     ratio = cfg.flow.encoder.upsample
 
     def run(weights, prompt, codes, lengths):
-        made = flow.bind(weights["flow"])(prompt, codes, lengths)
+        mel = flow.bind(weights["flow"])(prompt, codes, lengths)
         keys = jax.random.split(jax.random.key(0), len(codes))
-        return vocode.bind(weights["vocoder"])(made, ratio * lengths, key=keys)[0]
+        return vocode.bind(weights["vocoder"])(mel, ratio * lengths, key=keys)[0]
 
     def lower() -> jax.stages.Lowered:
         dealt = shard_rows(run, mesh, (ALL, 0, 0, 0), 0)
         prompt = VoicePrompt(
-            _everywhere(mesh, rows, voice),
-            _everywhere(mesh, rows, ratio * voice, cfg.flow.mels, dtype=jnp.float32),
-            _everywhere(mesh, rows, cfg.flow.speaker, dtype=jnp.float32),
+            _replicated(mesh, rows, voice),
+            _replicated(mesh, rows, ratio * voice, cfg.flow.mels, dtype=jnp.float32),
+            _replicated(mesh, rows, cfg.flow.speaker, dtype=jnp.float32),
         )
         return jax.jit(dealt).lower(
-            weights, prompt, _everywhere(mesh, rows, codes), _everywhere(mesh, rows)
+            weights, prompt, _replicated(mesh, rows, codes), _replicated(mesh, rows)
         )
 
     return Work(
-        lower=lower, weights=weights, ideal=per_chip(weights), made=rows * spec.length,
-        unit="seconds", real=1, exact=spec.dtype == "float32",
-    )  # fmt: skip
+        lower=lower,
+        weights=weights,
+        ideal=per_chip(weights),
+        output=rows * spec.length,
+        unit="seconds",
+        real=1,
+        exact=spec.dtype == "float32",
+    )
 
 
 def train(spec: Spec, mesh: Where) -> Work:
@@ -281,12 +308,20 @@ def _training(spec: Spec, mesh: Where, model: Functional, optimizer: Any) -> Wor
     rows = spec.batch
     state = abstract_state(model, optimizer, mesh)
     batch = abstract_language_batch(
-        config(spec), mesh, rows, spec.length, clips=rows, frames=HEARD, packed=CLIPS
+        config(spec),
+        mesh,
+        rows,
+        spec.length,
+        clips=rows,
+        frames=FRAMES_PER_ROW,
+        packed=CLIPS_PER_ROW,
     )
     return Work(
         lower=lambda: make_language_step(model, optimizer, mesh).lower(state, batch),
-        weights=state.params, moments=state.opt_state, made=rows * spec.length,
-    )  # fmt: skip
+        weights=state.params,
+        moments=state.opt_state,
+        output=rows * spec.length,
+    )
 
 
 WORKLOADS: dict[str, Callable[[Spec, Where], Work]] = {
@@ -317,22 +352,22 @@ def _model(spec: Spec, mesh: Where) -> tuple[Functional[StepAudio2Model], dict[s
     return model, model.with_shardings(mesh)
 
 
-def _everywhere(mesh: Where, *shape: int, dtype: Any = jnp.int32) -> Any:
-    """An input that every device has: small ones are not split."""
+def _replicated(mesh: Where, *shape: int, dtype: Any = jnp.int32) -> Any:
+    """A replicated input: small ones are not sharded."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
 
-def _thinking(weights: dict[str, Any]) -> Any:
+def _decoder_params(weights: dict[str, Any]) -> Any:
     """The language model's parameters."""
     return {"decoder": weights["decoder"]}
 
 
-def _others(weights: dict[str, Any]) -> Any:
-    """What hears."""
+def _encoder_params(weights: dict[str, Any]) -> Any:
+    """The audio encoder's and adapter's parameters."""
     return {name: part for name, part in weights.items() if name != "decoder"}
 
 
-def _reading(spec: Spec, mesh: Where, reads: Any, tokens: int = 1) -> float:
+def _decoder_traffic(spec: Spec, mesh: Where, reads: Any, tokens: int = 1) -> float:
     """Bytes of the language model that a chip reads in a step: of the table, the tokens' rows."""
     decoder = dict(reads["decoder"])
     table = decoder.pop("table")

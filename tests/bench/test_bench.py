@@ -30,29 +30,51 @@ from sa2jax.testing import tiny_config
 STAGES = ["speech tokenizer", "speaker encoder", "flow", "vocoder"]
 TINY = Token2WavConfig(
     flow=FlowConfig(
-        codes=9, mels=80, speaker=8,
+        codes=9,
+        mels=80,
+        speaker=8,
         encoder=ConformerConfig(inputs=8, embed=8, heads=2, mlp=8, layers=1, up_layers=1),
         estimator=EstimatorConfig(embed=8, heads=2, head_dim=4, layers=1, frequencies=8),
     ),
     vocoder=VocoderConfig(
-        channels=8, f0_channels=8, f0_layers=1, harmonics=1, block_kernels=(3,),
-        block_dilations=((1,),), source_kernels=(3, 3, 3), source_dilations=((1,),) * 3,
+        channels=8,
+        f0_channels=8,
+        f0_layers=1,
+        harmonics=1,
+        block_kernels=(3,),
+        block_dilations=((1,),),
+        source_kernels=(3, 3, 3),
+        source_dilations=((1,),) * 3,
     ),
     speech_tokenizer=SpeechTokenizerConfig(mels=128, layers=1, embed=64, mlp=8, memory=3, digits=2),
     speaker_encoder=SpeakerEncoderConfig(
-        mels=80, head=4, stages=(1, 1), channels=8, growth=4, bottleneck=4, mask=4, layers=(1,),
-        dilations=(1,), embed=8,
+        mels=80,
+        head=4,
+        stages=(1, 1),
+        channels=8,
+        growth=4,
+        bottleneck=4,
+        mask=4,
+        layers=(1,),
+        dilations=(1,),
+        embed=8,
     ),
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
 def result():
     rounds = []
     made = bench_speech(
-        cfg=TINY, seconds=1, prompt_seconds=1, streams=(1,), chunk=5, repeats=1, reference=False,
+        cfg=TINY,
+        seconds=1,
+        prompt_seconds=1,
+        streams=(1,),
+        chunk=5,
+        repeats=1,
+        reference=False,
         progress=lambda done, all_: rounds.append((done, all_)),
-    )  # fmt: skip
+    )
     assert rounds == [(1, 2), (2, 2)]
     return made
 
@@ -110,8 +132,10 @@ def test_sides_take_turns_and_the_first_round_does_not_count():
     times = take_turns(sides, 2)
     assert calls == ["a", "b", "B"] * 3
     assert {key: len(seconds) for key, seconds in times.items()} == {
-        (OURS, "a"): 2, (OURS, "b"): 2, (REFERENCE, "b"): 2,
-    }  # fmt: skip
+        (OURS, "a"): 2,
+        (OURS, "b"): 2,
+        (REFERENCE, "b"): 2,
+    }
 
 
 def test_the_ratio_is_taken_round_by_round():

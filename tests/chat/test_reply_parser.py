@@ -32,11 +32,12 @@ def test_what_is_pushed_piece_by_piece_is_what_the_whole_holds(tok, size):
     """Random ids of every kind, in any order."""
     special, rng = tok.special, random.Random(size)
     kinds = [
-        lambda: rng.randrange(128), lambda: rng.choice("é→😀".encode()),
+        lambda: rng.randrange(128),
+        lambda: rng.choice("é→😀".encode()),
         lambda: special.audio_code_0 + rng.randrange(special.num_codes),
         lambda: rng.choice([special.tts_pad, special.audio_pad, special.audio_start]),
         lambda: rng.choice([special.tts_start, special.audio_end, special.audio_patch]),
-    ]  # fmt: skip
+    ]
     for _ in range(50):
         ids = [rng.choice(kinds)() for _ in range(rng.randrange(60))]
         if rng.random() < 0.3:

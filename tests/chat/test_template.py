@@ -91,9 +91,15 @@ def test_audio_tasks(tok, task, system, spoken):
 
 def test_asr_in_numbers(tok):
     """The same once more with nothing computed: 1 patch, system prompt cut to one character."""
-    prompt = build(tok, [{"role": "system", "content": "请"},
-                         {"role": "user", "content": [{"type": "audio", "audio": "x"}]},
-                         {"role": "assistant", "content": None}], [[1]])  # fmt: skip
+    prompt = build(
+        tok,
+        [
+            {"role": "system", "content": "请"},
+            {"role": "user", "content": [{"type": "audio", "audio": "x"}]},
+            {"role": "assistant", "content": None},
+        ],
+        [[1]],
+    )
     assert prompt.ids.tolist() == [
         274, 115, 121, 115, 116, 101, 109, 10, 232, 175, 183, 273,
         274, 104, 117, 109, 97, 110, 10, 296, 298, 297, 273,
@@ -257,9 +263,7 @@ def test_markers_in_text_and_ids_are_not_clips(tok):
     content = [text, Audio("a"), {"type": "token", "token": [START, PATCH]}]
     prompt = build(tok, [{"role": "human", "content": content}], [[2]])
     # Tokenised as the official code does, but only the real audio is a clip.
-    assert prompt.ids.tolist() == [
-        BOT, *b("human\n"), *heard(1), *heard(2), START, PATCH, EOT
-    ]  # fmt: skip
+    assert prompt.ids.tolist() == [BOT, *b("human\n"), *heard(1), *heard(2), START, PATCH, EOT]
     assert prompt.clips == (Clip(11, 2, 0, 0),)
 
 

@@ -44,11 +44,22 @@ def edit(folder, name, change):
 
 def test_released_ids(full):
     assert full.special == SpecialTokens(
-        end_of_text=151643, bot=151666, eot=151665, audio_start=151688, audio_end=151689,
-        audio_patch=151690, tts_start=151693, tts_end=151694, tts_pad=151695, audio_code_0=151696,
-        num_codes=6561, audio_pad=158257, tool_call_start=151657, tool_call_end=151658,
+        end_of_text=151643,
+        bot=151666,
+        eot=151665,
+        audio_start=151688,
+        audio_end=151689,
+        audio_patch=151690,
+        tts_start=151693,
+        tts_end=151694,
+        tts_pad=151695,
+        audio_code_0=151696,
+        num_codes=6561,
+        audio_pad=158257,
+        tool_call_start=151657,
+        tool_call_end=151658,
         audio_patch_pad=151691,
-    )  # fmt: skip
+    )
     assert full.size == 158258
     assert full.id_of("<|im_start|>") == 151644
     assert full.id_of("<|im_end|>") == 151645
@@ -200,8 +211,17 @@ def test_a_plain_qwen_tokenizer_is_refused_naming_all_it_lacks(tmp_path):
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(TokenizerError) as caught:
         Tokenizer.from_folder(folder)
-    for token in ("<|BOT|>", "<|EOT|>", "<audio_start>", "<audio_end>", "<audio_patch>",
-                  "<tts_start>", "<tts_end>", "<tts_pad>", "<audio_0>"):  # fmt: skip
+    for token in (
+        "<|BOT|>",
+        "<|EOT|>",
+        "<audio_start>",
+        "<audio_end>",
+        "<audio_patch>",
+        "<tts_start>",
+        "<tts_end>",
+        "<tts_pad>",
+        "<audio_0>",
+    ):
         assert token in str(caught.value)
 
 

@@ -154,7 +154,7 @@ def test_without_parameters_or_docstring():
         (Annotated[int, 3], {"type": "integer"}),
         (Annotated[int, "d"] | None, {"type": ["integer", "null"], "description": "d"}),
     ],
-)  # fmt: skip
+)
 def test_annotations(annotation, want):
     def f(x):
         pass

@@ -51,9 +51,16 @@ def test_spoken_answer(run, speaks, pcm):
     reply = json.loads(out)
     assert (code, err) == (0, "")
     assert list(reply) == [
-        "text", "ids", "finish_reason", "thinking", "codes", "notes", "tool_calls", "timings",
+        "text",
+        "ids",
+        "finish_reason",
+        "thinking",
+        "codes",
+        "notes",
+        "tool_calls",
+        "timings",
         "file",
-    ]  # fmt: skip
+    ]
     assert (len(reply["ids"]), reply["finish_reason"], reply["file"]) == (30, "length", "x.wav")
     samples = pcm("x.wav")
     assert len(samples) == SAMPLES * len(reply["codes"]) > 0
@@ -159,9 +166,7 @@ def test_interrupted_speech_leaves_nothing(run, script):
 def test_full_disk_leaves_nothing(refused, script, monkeypatch):
     script.will_say(HELLO)
     error = soundfile.LibsndfileError(2, "No space. ")
-    monkeypatch.setattr(
-        soundfile.SoundFile, "write", lambda *_: (_ for _ in ()).throw(error)
-    )  # fmt: skip
+    monkeypatch.setattr(soundfile.SoundFile, "write", lambda *_: (_ for _ in ()).throw(error))
     line = refused("chat", "--text", "hello", "-o", "x.wav", *WHERE)
     assert "cannot write x.wav (No space. " in line
     assert os.listdir() == []
@@ -175,9 +180,7 @@ def test_tools(run, script):
     assert (code, out) == (0, "It is late.\n")
     assert err.startswith("[get_date_time] 20")
     code, out, err = run(*ask)
-    assert (code, out) == (
-        0, '<tool_call>function\nsearch\n{"query": "x"}</tool_call>\n'
-    )  # fmt: skip
+    assert (code, out) == (0, '<tool_call>function\nsearch\n{"query": "x"}</tool_call>\n')
     assert err.startswith("nobody ran these calls")
     script.will_say(call("search", '{"query": "x"}'))
     reply = json.loads(run(*ask, "--json")[1])

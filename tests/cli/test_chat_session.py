@@ -52,16 +52,30 @@ def test_prompt_of_a_terminal(hold, script):
 def test_mistakes_cost_a_line(hold, script):
     script.will_say("Hi")
     code, out, err = hold(
-        "missing.wav", "it's", "/dance", "/undo", "/undo", "/save", "/save talk.txt",
-        "/load no.json", "/voice nobody", "~not-a-user/x.wav",
-    )  # fmt: skip
+        "missing.wav",
+        "it's",
+        "/dance",
+        "/undo",
+        "/undo",
+        "/save",
+        "/save talk.txt",
+        "/load no.json",
+        "/voice nobody",
+        "~not-a-user/x.wav",
+    )
     assert (code, out) == (0, "Hi\n")
     lines = [line for line in err.splitlines() if not line.startswith("first text")]
     expected = [
-        "no such file: missing.wav", "there is no /dance", "the last question and its answer are",
-        "nothing to undo", "which file? /save FILE.json", "to end in .json", "no conversation no",
-        "expected one of anna, bert", "no such file: ~not-a-user/x.wav",
-    ]  # fmt: skip
+        "no such file: missing.wav",
+        "there is no /dance",
+        "the last question and its answer are",
+        "nothing to undo",
+        "which file? /save FILE.json",
+        "to end in .json",
+        "no conversation no",
+        "expected one of anna, bert",
+        "no such file: ~not-a-user/x.wav",
+    ]
     assert len(lines) == len(expected)
     for line, part in zip(lines, expected, strict=True):
         assert part in line
@@ -156,9 +170,12 @@ def test_a_failing_answer_is_taken_back(hold, script, monkeypatch):
 def test_results_of_tools(hold, script):
     Path("tools.json").write_text(json.dumps(TOOLS))
     script.will_say(
-        call("search", '{"query": "x"}'), "found",
-        call("search") + call("get_date_time"), "both", call("search"),
-    )  # fmt: skip
+        call("search", '{"query": "x"}'),
+        "found",
+        call("search") + call("get_date_time"),
+        "both",
+        call("search"),
+    )
     code, out, err = hold("a", "it is y", "b", "z", "c", options=["--tools", "tools.json"])
     assert (code, out) == (0, "found\nboth\n")
     assert 'result of search {"query": "x"}: \n' in err

@@ -82,8 +82,11 @@ def test_inspect(run, source, form, request):
     infos = SafetensorsFolder(source).tensors.values()
     assert found["parts"][-1]["parameters"] == sum(info.size for info in infos)
     assert {part["name"] for part in found["parts"]} == {
-        "adapter", "audio_encoder", "decoder", "total"
-    }  # fmt: skip
+        "adapter",
+        "audio_encoder",
+        "decoder",
+        "total",
+    }
 
 
 # --- checkpoints that cannot be converted ---

@@ -100,12 +100,13 @@ def test_help(run, command):
     assert summary in out.replace("\n", " ")
 
 
-def test_help_does_not_import_jax():
-    script = """
+@pytest.mark.parametrize("command", [[], ["eval", "nano"]])
+def test_help_does_not_import_jax(command):
+    script = f"""
         import sys
         from sa2jax import cli
         try:
-            cli.main(["--help"])
+            cli.main({[*command, "--help"]})
         except SystemExit:
             print("jax" in sys.modules)
     """

@@ -23,8 +23,16 @@ def test_prepare_and_show(run, tmp_path):
     out = tmp_path / "ready"
     code, text, err = run("data", "prepare", EXAMPLES / "talks.jsonl", out)
     assert (code, err) == (0, "")
-    for words in ("20 in 1 shards", "letters by script", "zh 81, en 7", "speech to say", "8.9 s",
-                  "length in seconds", "none was used", "fingerprint"):  # fmt: skip
+    for words in (
+        "20 in 1 shards",
+        "letters by script",
+        "zh 81, en 7",
+        "speech to say",
+        "8.9 s",
+        "length in seconds",
+        "none was used",
+        "fingerprint",
+    ):
         assert words in text
     assert run("data", "show", out) == (0, text, "")
     code, shown, _ = run("data", "show", out, "--json")
@@ -83,15 +91,19 @@ def test_examples():
         (["prepare", "none.jsonl", "out"], "no such file or folder"),
         (["prepare", "out"], "expected SOURCE ... OUT, got out"),
         (["prepare", "--json"], "expected SOURCE ... OUT, got nothing"),
-        (["prepare", EXAMPLES / "talks_recordings.jsonl", "out", "--max-rejects", "2"],
-         "3 records cannot be used, more than --max-rejects 2; the last one is "),
+        (
+            ["prepare", EXAMPLES / "talks_recordings.jsonl", "out", "--max-rejects", "2"],
+            "3 records cannot be used, more than --max-rejects 2; the last one is ",
+        ),
         (["prepare", EXAMPLES, "out", "--reader", "tfio"], "requirements-tfio.txt"),
-        (["prepare", EXAMPLES, "out", "--reader", "tfio", "--tfio-python", "none"],
-         "no interpreter none: make it with"),
+        (
+            ["prepare", EXAMPLES, "out", "--reader", "tfio", "--tfio-python", "none"],
+            "no interpreter none: make it with",
+        ),
         (["show", "none"], "dataset.json cannot be used"),
         (["show", EXAMPLES], "dataset.json cannot be used"),
     ],
-)  # fmt: skip
+)
 def test_mistakes(refused, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert message in refused("data", *arguments)

@@ -68,9 +68,15 @@ def test_recordings_are_prepared_and_shown(run, refused, tmp_path):
 
 def test_a_single_network_needs_one_folder(refused, tmp_path):
     recipe = tmp_path / "own.yaml"
-    recipe.write_text(yaml.safe_dump({
-        "kind": "vocoder", "network": {"folder": "x"}, "data": {"folder": "y"},
-    }))  # fmt: skip
+    recipe.write_text(
+        yaml.safe_dump(
+            {
+                "kind": "vocoder",
+                "network": {"folder": "x"},
+                "data": {"folder": "y"},
+            }
+        )
+    )
     both = "--data", "a", "--data", "b"
     said = refused("train", "--config", recipe, *both)
     assert "the vocoder learns from one folder; `sa2jax data prepare-speech` makes one" in said

@@ -12,8 +12,18 @@ def test_table(run):
     code, out, err = run("plan", "--topology", "h100:2", "--batch", 8)
     assert (code, err) == (0, "")
     assert "decode of mini, bfloat16, on h100:2 (on paper)" in out
-    for row in ("mesh", "fits", "memory per chip", "weights", "cache", "all-reduce", "roofline",
-                "bound by memory", "tokens/s", "real time"):  # fmt: skip
+    for row in (
+        "mesh",
+        "fits",
+        "memory per chip",
+        "weights",
+        "cache",
+        "all-reduce",
+        "roofline",
+        "bound by memory",
+        "tokens/s",
+        "real time",
+    ):
         assert row in out
 
 

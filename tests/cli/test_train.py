@@ -39,9 +39,13 @@ def test_dry_run(run, recipe):
     found = json.loads(said)
     groups = {group["name"]: group for group in found["groups"]}
     assert set(groups) == {
-        "adapter", "audio_encoder", "decoder.head", "decoder.layers", "decoder.norm",
+        "adapter",
+        "audio_encoder",
+        "decoder.head",
+        "decoder.layers",
+        "decoder.norm",
         "decoder.table",
-    }  # fmt: skip
+    }
     assert (
         groups["decoder.table"]["parameters"]
         == groups["decoder.table"]["weight_decayed"]

@@ -100,9 +100,18 @@ def test_text_of_several_files(run, scripted, ours, recordings, command):
 def test_options_reach_the_model(run, scripted, ours, recordings):
     script = scripted("ja")
     code, out, err = run(
-        "translate", recordings[0], "--model", ours, "--to", "en", "--max-new-tokens", 7,
-        "--seed", 3, "--json",
-    )  # fmt: skip
+        "translate",
+        recordings[0],
+        "--model",
+        ours,
+        "--to",
+        "en",
+        "--max-new-tokens",
+        7,
+        "--seed",
+        3,
+        "--json",
+    )
     assert (code, err) == (0, "")
     assert json.loads(out) == [{"file": str(recordings[0]), "text": "ja"}]
     ((request,), options), *_ = script.asked

@@ -45,9 +45,14 @@ def test_converting_three_gigabytes_takes_less_than_half_of_that(tmp_path):
     tiny = StepAudio2Config.preset("tiny")
     text = tiny.to_hf()
     text["text_config"] |= dict(
-        vocab_size=158720, hidden_size=2048, intermediate_size=8192, num_hidden_layers=14,
-        num_attention_heads=16, num_key_value_heads=4, num_attention_groups=4,
-    )  # fmt: skip
+        vocab_size=158720,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=14,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        num_attention_groups=4,
+    )
     text["audio_encoder_config"]["llm_dim"] = 2048
     cfg = StepAudio2Config.from_hf(text)
     assert synthetic(tmp_path / "big", cfg, 1 << 30) > 3e9

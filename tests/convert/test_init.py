@@ -9,6 +9,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from helpers.qwen_sources import (
+    AUDIO,
+    TEXT,
+    USED,
+    VOCAB,
+    audio_tensors,
+    save,
+    save_tokenizer,
+    text_tensors,
+)
 
 from sa2jax import checkpoint, cli, testing
 from sa2jax.chat import tokenizer_files
@@ -19,94 +29,6 @@ from sa2jax.convert.init import init
 from sa2jax.convert.weights import SafetensorsFolder
 from sa2jax.errors import CheckpointError, ConfigError, Sa2jaxError, TokenizerError
 from sa2jax.models.step_audio import step_audio2
-
-USED, ROWS, VOCAB = 273, 280, 512  # tokens of the tiny Qwen2.5, rows of its table, of the new one
-TEXT = {
-    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "attention_dropout": 0.0,
-    "bos_token_id": 270, "eos_token_id": 270, "hidden_act": "silu", "hidden_size": 32,
-    "initializer_range": 0.02, "intermediate_size": 48, "max_position_embeddings": 131072,
-    "max_window_layers": 2, "num_attention_heads": 4, "num_hidden_layers": 2,
-    "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "sliding_window": 131072,
-    "tie_word_embeddings": False, "torch_dtype": "float32", "transformers_version": "4.40.1",
-    "use_cache": True, "use_mrope": False, "use_sliding_window": False, "vocab_size": ROWS,
-}  # fmt: skip
-AUDIO = {
-    "model_type": "qwen2_audio_encoder", "num_mel_bins": 16, "encoder_layers": 3,
-    "encoder_attention_heads": 2, "encoder_ffn_dim": 64, "encoder_layerdrop": 0.0, "d_model": 16,
-    "dropout": 0.0, "activation_function": "gelu", "scale_embedding": False, "init_std": 0.02,
-    "max_source_positions": 40,
-}  # fmt: skip
-
-
-def text_tensors(seed: int = 0) -> dict[str, np.ndarray]:
-    """Random weights of `TEXT`; every dimension of table and head has its own mean and width."""
-    rng = np.random.default_rng(seed)
-    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
-    wide = lambda: draw(ROWS, 32) * np.linspace(0.1, 1, 32, dtype=np.float32) + draw(32)
-    tensors = {"model.embed_tokens.weight": wide(), "lm_head.weight": wide()}
-    tensors["model.norm.weight"] = 1 + draw(32) / 10
-    for layer in range(2):
-        at = f"model.layers.{layer}"
-        for name, width in (("q", 32), ("k", 16), ("v", 16)):
-            tensors[f"{at}.self_attn.{name}_proj.weight"] = draw(width, 32) / 4
-            tensors[f"{at}.self_attn.{name}_proj.bias"] = draw(width)
-        tensors[f"{at}.self_attn.o_proj.weight"] = draw(32, 32) / 4
-        tensors[f"{at}.mlp.gate_proj.weight"] = draw(48, 32) / 4
-        tensors[f"{at}.mlp.up_proj.weight"] = draw(48, 32) / 4
-        tensors[f"{at}.mlp.down_proj.weight"] = draw(32, 48) / 4
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{at}.{name}.weight"] = 1 + draw(32) / 10
-    return tensors
-
-
-def audio_tensors(prefix: str = "audio_tower.") -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(1)
-    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
-    tensors = {
-        "conv1.weight": draw(16, 16, 3) / 6, "conv1.bias": draw(16),
-        "conv2.weight": draw(16, 16, 3) / 6, "conv2.bias": draw(16),
-        "embed_positions.weight": draw(40, 16),
-        "layer_norm.weight": 1 + draw(16) / 10, "layer_norm.bias": draw(16),
-    }  # fmt: skip
-    for layer in range(3):
-        at = f"layers.{layer}"
-        for name in ("q", "k", "v", "out"):
-            tensors[f"{at}.self_attn.{name}_proj.weight"] = draw(16, 16) / 3
-            if name != "k":
-                tensors[f"{at}.self_attn.{name}_proj.bias"] = draw(16)
-        for name in ("self_attn_layer_norm", "final_layer_norm"):
-            tensors[f"{at}.{name}.weight"] = 1 + draw(16) / 10
-            tensors[f"{at}.{name}.bias"] = draw(16)
-        tensors |= {f"{at}.fc1.weight": draw(64, 16) / 4, f"{at}.fc1.bias": draw(64)}
-        tensors |= {f"{at}.fc2.weight": draw(16, 64) / 8, f"{at}.fc2.bias": draw(16)}
-    tensors = {prefix + name: value for name, value in tensors.items()}
-    if prefix:
-        tensors["multi_modal_projector.linear.weight"] = draw(32, 16)
-        tensors["language_model.lm_head.weight"] = draw(9, 32)
-    return tensors
-
-
-def save(folder: Path, config: dict, tensors: dict[str, np.ndarray]) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
-    return folder
-
-
-def save_tokenizer(folder: Path) -> None:
-    """Qwen2.5's part of the tiny tokenizer: nothing from `<|EOT|>` on."""
-    tokenizer_files.save_tokenizer_files(folder, audio_start=testing.AUDIO_START, vocab=VOCAB)
-    path = folder / "tokenizer.json"
-    whole = json.loads(path.read_text())
-    whole["added_tokens"] = [t for t in whole["added_tokens"] if t["id"] < USED]
-    whole["model"]["vocab"] = {t: i for t, i in whole["model"]["vocab"].items() if i < USED}
-    path.write_text(json.dumps(whole))
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text())
-    entries = config["added_tokens_decoder"].items()
-    config["added_tokens_decoder"] = {i: t for i, t in entries if int(i) < USED}
-    path.write_text(json.dumps(config))
-    (folder / "added_tokens.json").unlink()
 
 
 @pytest.fixture
@@ -155,11 +77,17 @@ def test_both_sources_are_where_they_belong(qwen, ears, tmp_path):
     assert report.tensors == len(found)
     text, audio = text_tensors(), audio_tensors()
     whisper = {
-        "self_attn_layer_norm": "attn_ln", "self_attn.q_proj": "attn.query",
-        "self_attn.k_proj": "attn.key", "self_attn.v_proj": "attn.value",
-        "self_attn.out_proj": "attn.out", "final_layer_norm": "mlp_ln", "fc1": "mlp.0",
-        "fc2": "mlp.2", "layers": "blocks", "embed_positions": "positional_embedding",
-    }  # fmt: skip
+        "self_attn_layer_norm": "attn_ln",
+        "self_attn.q_proj": "attn.query",
+        "self_attn.k_proj": "attn.key",
+        "self_attn.v_proj": "attn.value",
+        "self_attn.out_proj": "attn.out",
+        "final_layer_norm": "mlp_ln",
+        "fc1": "mlp.0",
+        "fc2": "mlp.2",
+        "layers": "blocks",
+        "embed_positions": "positional_embedding",
+    }
     expected = {}
     for name, value in text.items():
         grown = name in ("model.embed_tokens.weight", "lm_head.weight")
@@ -309,47 +237,119 @@ def drop_tokenizer(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("side", "damage", "error", "message"),
     [
-        ("qwen", lambda f: edit(f, lambda c: c.update(model_type="llama")), ConfigError,
-         "'llama': expected 'qwen2', the config.json of Qwen2.5"),
+        (
+            "qwen",
+            lambda f: edit(f, lambda c: c.update(model_type="llama")),
+            ConfigError,
+            "'llama': expected 'qwen2', the config.json of Qwen2.5",
+        ),
         ("qwen", lambda f: (f / "config.json").unlink(), ConfigError, "expected a folder of Qwen"),
         ("qwen", lambda f: (f / "config.json").write_text("[]"), ConfigError, "is damaged"),
-        ("qwen", lambda f: edit(f, lambda c: c.update(hidden_act="gelu")), ConfigError,
-         "hidden_act='gelu' is not supported"),
-        ("qwen", lambda f: edit(f, lambda c: c.update(rope_parameters={"rope_type": "yarn"})),
-         ConfigError, "rope_parameters"),
+        (
+            "qwen",
+            lambda f: edit(f, lambda c: c.update(hidden_act="gelu")),
+            ConfigError,
+            "hidden_act='gelu' is not supported",
+        ),
+        (
+            "qwen",
+            lambda f: edit(f, lambda c: c.update(rope_parameters={"rope_type": "yarn"})),
+            ConfigError,
+            "rope_parameters",
+        ),
         ("qwen", lambda f: edit(f, lambda c: c.update(use_mrope=True)), ConfigError, "use_mrope"),
-        ("qwen", lambda f: edit(f, lambda c: c.update(num_hidden_layers=3)), CheckpointError,
-         "the Qwen2.5 folder does not fit its config.json: 12 missing tensors"),
-        ("qwen", lambda f: edit(f, tensors=lambda t: t.pop("lm_head.weight")), CheckpointError,
-         "1 missing tensors: lm_head.weight"),
-        ("qwen", lambda f: edit(f, tensors=lambda t: t.update(odd=np.zeros(2, np.float32))),
-         CheckpointError, "1 unknown tensors: odd"),
-        ("qwen", lambda f: edit(f, lambda c: c.update(intermediate_size=64)), CheckpointError,
-         "wrong shape"),
+        (
+            "qwen",
+            lambda f: edit(f, lambda c: c.update(num_hidden_layers=3)),
+            CheckpointError,
+            "the Qwen2.5 folder does not fit its config.json: 12 missing tensors",
+        ),
+        (
+            "qwen",
+            lambda f: edit(f, tensors=lambda t: t.pop("lm_head.weight")),
+            CheckpointError,
+            "1 missing tensors: lm_head.weight",
+        ),
+        (
+            "qwen",
+            lambda f: edit(f, tensors=lambda t: t.update(odd=np.zeros(2, np.float32))),
+            CheckpointError,
+            "1 unknown tensors: odd",
+        ),
+        (
+            "qwen",
+            lambda f: edit(f, lambda c: c.update(intermediate_size=64)),
+            CheckpointError,
+            "wrong shape",
+        ),
         ("qwen", drop_tokenizer, TokenizerError, "which rows of the table are in use"),
         ("qwen", lambda f: (f / "tokenizer.json").write_text("{}"), TokenizerError, "is damaged"),
-        ("qwen", lambda f: edit(f, tensors=lambda t: t.update({
-            "model.embed_tokens.weight": np.zeros((200, 32), np.float32)})), CheckpointError,
-         "its tokenizer has 273 tokens"),
-        ("ears", lambda f: shutil.copy(f.parent / "qwen2.5" / "config.json", f), ConfigError,
-         "'qwen2': expected 'qwen2_audio', the config.json of Qwen2-Audio"),
-        ("ears", lambda f: edit(f, lambda c: c["audio_config"].update(encoder_ffn_dim=48)),
-         ConfigError, "encoder_ffn_dim=48 is not supported (expected 64)"),
-        ("ears", lambda f: edit(f, lambda c: c["audio_config"].update(d_model=None)), ConfigError,
-         "n_audio_state must be a whole number above 0, got None"),
-        ("qwen", lambda f: edit(f, lambda c: c.update(max_position_embeddings="x")), ConfigError,
-         "max_position_embeddings must be a whole number above 0, got 'x'"),
-        ("ears", lambda f: edit(f, lambda c: c["audio_config"].update(scale_embedding=True)),
-         ConfigError, "scale_embedding=True"),
-        ("ears", lambda f: edit(f, tensors=lambda t: t.pop("audio_tower.conv1.weight")),
-         CheckpointError, "has no audio encoder"),
-        ("ears", lambda f: edit(f, tensors=lambda t: t.pop("audio_tower.layers.1.fc1.bias")),
-         CheckpointError, "the Qwen2-Audio folder does not fit its config.json: 1 missing"),
-        ("ears", lambda f: edit(f, tensors=lambda t: t.update({
-            "audio_tower.conv2.weight": np.zeros((16, 16, 5), np.float32)})), CheckpointError,
-         "expected [16, 16, 3], got [16, 16, 5]"),
+        (
+            "qwen",
+            lambda f: edit(
+                f,
+                tensors=lambda t: t.update(
+                    {"model.embed_tokens.weight": np.zeros((200, 32), np.float32)}
+                ),
+            ),
+            CheckpointError,
+            "its tokenizer has 273 tokens",
+        ),
+        (
+            "ears",
+            lambda f: shutil.copy(f.parent / "qwen2.5" / "config.json", f),
+            ConfigError,
+            "'qwen2': expected 'qwen2_audio', the config.json of Qwen2-Audio",
+        ),
+        (
+            "ears",
+            lambda f: edit(f, lambda c: c["audio_config"].update(encoder_ffn_dim=48)),
+            ConfigError,
+            "encoder_ffn_dim=48 is not supported (expected 64)",
+        ),
+        (
+            "ears",
+            lambda f: edit(f, lambda c: c["audio_config"].update(d_model=None)),
+            ConfigError,
+            "n_audio_state must be a whole number above 0, got None",
+        ),
+        (
+            "qwen",
+            lambda f: edit(f, lambda c: c.update(max_position_embeddings="x")),
+            ConfigError,
+            "max_position_embeddings must be a whole number above 0, got 'x'",
+        ),
+        (
+            "ears",
+            lambda f: edit(f, lambda c: c["audio_config"].update(scale_embedding=True)),
+            ConfigError,
+            "scale_embedding=True",
+        ),
+        (
+            "ears",
+            lambda f: edit(f, tensors=lambda t: t.pop("audio_tower.conv1.weight")),
+            CheckpointError,
+            "has no audio encoder",
+        ),
+        (
+            "ears",
+            lambda f: edit(f, tensors=lambda t: t.pop("audio_tower.layers.1.fc1.bias")),
+            CheckpointError,
+            "the Qwen2-Audio folder does not fit its config.json: 1 missing",
+        ),
+        (
+            "ears",
+            lambda f: edit(
+                f,
+                tensors=lambda t: t.update(
+                    {"audio_tower.conv2.weight": np.zeros((16, 16, 5), np.float32)}
+                ),
+            ),
+            CheckpointError,
+            "expected [16, 16, 3], got [16, 16, 5]",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_sources(qwen, ears, tmp_path, side, damage, error, message):
     damage({"qwen": qwen, "ears": ears}[side])
     with pytest.raises(error) as found:

@@ -55,9 +55,13 @@ def test_a_whole_model_there_and_back(model, tmp_path):
     assert report.left_out == ()
     speech = tmp_path / "ours" / "token2wav"
     assert set(entries(speech)) == {
-        "flow.yaml", "params", "sa2jax.json", "speaker_encoder.graph", "speech_tokenizer.graph",
+        "flow.yaml",
+        "params",
+        "sa2jax.json",
+        "speaker_encoder.graph",
+        "speech_tokenizer.graph",
         "tiny_dims.json",
-    }  # fmt: skip
+    }
     assert {leaf.dtype for leaf in leaves(speech).values()} == {np.dtype(np.float32)}
 
     calls.clear()

@@ -113,15 +113,19 @@ def test_flow_yaml_of_another_model(model):
     ("key", "size", "tensor", "message"),
     [
         (
-            "vocab_size: 6561", 729, "input_embedding.weight",
+            "vocab_size: 6561",
+            729,
+            "input_embedding.weight",
             r"flow\.yaml has 729 codes, speech_tokenizer_v2_25hz\.onnx 6561",
         ),
         (
-            "spk_embed_dim: 192", 64, "spk_embed_affine_layer.weight",
+            "spk_embed_dim: 192",
+            64,
+            "spk_embed_affine_layer.weight",
             r"flow\.yaml has 64 numbers in a speaker vector, campplus\.onnx 192",
         ),
     ],
-)  # fmt: skip
+)
 def test_files_of_different_detokenizers(model, key, size, tensor, message):
     path = model / "token2wav" / "flow.yaml"
     path.write_text(path.read_text().replace(key, f"{key.split()[0]} {size}"))
@@ -177,9 +181,9 @@ def test_interrupted_in_the_middle_nothing_is_left(
         if done > 0.6 * total:
             raise interruption
 
-    raised, message = (CheckpointError, "disk is full") if interruption is FULL else (
-        KeyboardInterrupt, None
-    )  # fmt: skip
+    raised, message = (
+        (CheckpointError, "disk is full") if interruption is FULL else (KeyboardInterrupt, None)
+    )
     with pytest.raises(raised, match=message):
         action(source, tmp_path / "out", progress=interrupt)
     assert entries(tmp_path) == before

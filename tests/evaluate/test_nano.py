@@ -11,11 +11,16 @@ from sa2jax import testing
 from sa2jax.chat import tokenizer_files
 from sa2jax.chat.tools import MalformedToolCall, ToolCall
 from sa2jax.errors import DataError
-from sa2jax.evaluate.nano import KEYS, METRICS, Judges, NanoOptions, evaluate_nano
+from sa2jax.evaluate.base import EvalOptions
+from sa2jax.evaluate.nano import Judges
+from sa2jax.evaluate.nano_metrics import METRICS, NanoOptions
+from sa2jax.evaluate.nano_suite import NANO
+from sa2jax.evaluate.runner import run_suite
 from sa2jax.evaluate.words import DIGITS, SUMS
 from sa2jax.pipeline.reply import Reply, ReplyPiece, Timings
 
 RATE = 24_000
+KEYS = tuple(metric.key for metric in METRICS)
 CALL = ToolCall("get_date_time", {})
 
 
@@ -107,9 +112,15 @@ class Stream:
         return iter(self.pieces)
 
 
-def score(model, corpus, *metrics, other=None, is_int8=False, **options):
-    options = NanoOptions(metrics=metrics, **options)
-    return evaluate_nano(model, corpus, options, other=other, is_int8=is_int8, judges=JUDGES)
+def score(model, corpus, *metrics, other=None, is_int8=False, judges=JUDGES, **own):
+    options = EvalOptions(metrics=metrics)
+    return evaluate(
+        model, corpus, options, NanoOptions(**own), other=other, is_int8=is_int8, judges=judges
+    )
+
+
+def evaluate(model, corpus, *options, **more):
+    return run_suite(NANO, model, NANO.find_data(corpus, None), *options, **more)
 
 
 SPOKEN = tuple(key for key in KEYS if key not in ("seen", "unseen", "digits", "int8"))
@@ -131,9 +142,11 @@ def test_a_perfect_model(corpus):
 
 def test_three_of_four_are_75_percent(corpus):
     faulty = Model(
-        wrong=(0, 5), cracked=(1,), voiceless=("bert",),
+        wrong=(0, 5),
+        cracked=(1,),
+        voiceless=("bert",),
         calls={1: (), 2: (MalformedToolCall("x", "y"),), 3: (ToolCall("other", {}),)},
-    )  # fmt: skip
+    )
     scores = score(faulty, corpus, *SPOKEN)
     assert scores["sums"].value == scores["sums_open"].value == 75
     assert scores["streamed"].value == -12.5
@@ -142,9 +155,10 @@ def test_three_of_four_are_75_percent(corpus):
     assert scores["voice"].value == 50
     assert {"sums", "streamed", "voice"} < set(scores.below_threshold)
     wrong = [a for a in scores.predictions if a.metric == "sums" and not a.correct]
-    assert [(a.item, a.expected, a.predicted) for a in wrong] == [
-        ("sums:1", "zero", "eighteen"), ("sums:6", "five", "eighteen"),
-    ]  # fmt: skip
+    assert [(a.sample, a.expected, a.predicted) for a in wrong] == [
+        ("sums:1", "zero", "eighteen"),
+        ("sums:6", "five", "eighteen"),
+    ]
 
 
 def test_words_are_counted(corpus):
@@ -209,17 +223,14 @@ def test_rows_and_judges_without_anything_right_are_left_out(corpus):
     assert scores["int8"].note == "tool_asked +0.0"
     assert scores["int8"].n == 4
     deaf = replace(JUDGES, open=lambda wave, rate: "")
-    options = NanoOptions(metrics=("sums", "sums_open", "streamed"))
-    scores = evaluate_nano(Model(cracked=(1,)), corpus, options, judges=deaf)
+    scores = score(Model(cracked=(1,)), corpus, "sums", "sums_open", "streamed", judges=deaf)
     assert (scores["streamed"].value, scores["streamed"].note) == (-12.5, "grammar -12.5")
 
 
 def test_a_limit_asks_few_questions_and_counts_them(corpus):
     model, ticks = Model(), []
-    options = NanoOptions(metrics=("sums", "tool_asked", "voice", "streamed"), limit=3, seed=5)
-    scores = evaluate_nano(
-        model, corpus, options, judges=JUDGES, progress=lambda *at: ticks.append(at)
-    )
+    options = EvalOptions(metrics=("sums", "tool_asked", "voice", "streamed"), limit=3, seed=5)
+    scores = evaluate(model, corpus, options, judges=JUDGES, progress=lambda *at: ticks.append(at))
     assert [metric.n for metric in scores.metrics] == [3] * 4
     assert ticks == [(n, 12) for n in range(1, 13)]
     sums = [(n, seed) for n, voice, tools, seed in model.asked if not voice and not tools]
@@ -237,9 +248,9 @@ def test_missing_parts_of_the_set_are_said(corpus):
 
 def test_options_are_checked():
     with pytest.raises(DataError, match="no metric 'summs'"):
-        NanoOptions(metrics=("summs",))
+        NANO.keys(EvalOptions(metrics=("summs",)))
     with pytest.raises(DataError, match="at least 1"):
-        NanoOptions(limit=0)
+        EvalOptions(limit=0)
 
 
 def test_thresholds_and_targets_are_those_of_the_goal():
@@ -265,8 +276,8 @@ def test_a_real_if_senseless_model_is_asked_as_a_user_asks(corpus, monkeypatch):
     tokenizer = Tokenizer(tokenizer_files.byte_tokenizer(testing.AUDIO_START, 512))
     model = StepAudio2(cfg, testing.tiny_params(cfg), tokenizer, speech=lambda: Speech())
     judges = Judges(grammar=lambda w, r: "", open=lambda w, r: "", voice=Voices())
-    options = NanoOptions(limit=1, max_new_tokens=12)
-    scores = evaluate_nano(model, corpus, options, other=model, judges=judges)
+    options = EvalOptions(limit=1, max_new_tokens=12)
+    scores = evaluate(model, corpus, options, other=model, judges=judges)
     assert [metric.key for metric in scores.metrics] == list(KEYS)
     assert scores["sums"].value == 0
     assert scores["tool_unasked"].value == 100

@@ -44,12 +44,19 @@ def test_words_of_one_recording_go_wrong_together():
 @pytest.mark.parametrize(
     ("metric", "value", "verdict"),
     [
-        (RATE, 97, "target"), (RATE, 96.9, "threshold"), (RATE, 85, "threshold"),
+        (RATE, 97, "target"),
+        (RATE, 96.9, "threshold"),
+        (RATE, 85, "threshold"),
         (RATE, 84.9, "below"),
-        (WER, 3, "target"), (WER, 3.1, "threshold"), (WER, 8, "threshold"), (WER, 8.1, "below"),
-        (RATE, None, "not measured"), (RATE, 0, "below"), (WER, 0, "target"),
+        (WER, 3, "target"),
+        (WER, 3.1, "threshold"),
+        (WER, 8, "threshold"),
+        (WER, 8.1, "below"),
+        (RATE, None, "not measured"),
+        (RATE, 0, "below"),
+        (WER, 0, "target"),
     ],
-)  # fmt: skip
+)
 def test_verdicts(metric, value, verdict):
     assert metric.not_measured("why").verdict == "not measured"
     found = metric if value is None else metric.measured(value, 1)

@@ -24,9 +24,17 @@ def test_texts_are_compared_as_words(text, words):
 
 @pytest.mark.parametrize(
     ("value", "words"),
-    [(0, "zero"), (10, "ten"), (19, "nineteen"), (20, "twenty"), (42, "forty two"),
-     (100, "one hundred"), (305, "three hundred five"), (999, "nine hundred ninety nine")],
-)  # fmt: skip
+    [
+        (0, "zero"),
+        (10, "ten"),
+        (19, "nineteen"),
+        (20, "twenty"),
+        (42, "forty two"),
+        (100, "one hundred"),
+        (305, "three hundred five"),
+        (999, "nine hundred ninety nine"),
+    ],
+)
 def test_numbers(value, words):
     assert number_words(value) == words
 
@@ -37,8 +45,11 @@ def test_all_numbers_differ():
 
 def test_only_a_lone_word_may_sound_like_a_number():
     assert [one_number(t) for t in ("For.", "Too", "ate", "for you")] == [
-        "four", "two", "eight", "for you",
-    ]  # fmt: skip
+        "four",
+        "two",
+        "eight",
+        "for you",
+    ]
 
 
 def test_word_errors_are_counted():

@@ -3,7 +3,7 @@
     sa2jax data synthesize corpus --config nano/corpus
     python tests/golden/make_nano.py corpus
 
-The folder `nano` beside this file can be given to `sa2jax eval nano --corpus`.
+The folder `nano` beside this file can be given to `sa2jax eval nano --data`.
 """
 
 import json

@@ -61,3 +61,8 @@ def draws(seed, samples: int, harmonics: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     rng.random((1, harmonics), np.float32)
     return rng.standard_normal((1, samples, harmonics), np.float32)
+
+
+def official_pcm(speech: np.ndarray) -> np.ndarray:
+    """16-bit samples as the official code makes them: scaled by 32767 and cut, not rounded."""
+    return (np.clip(speech, -1, 1) * np.float32(32767)).astype(np.int16)

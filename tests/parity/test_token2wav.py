@@ -2,9 +2,14 @@
 
 import numpy as np
 import pytest
-from helpers.recorded_speech import draws, recorded_token2wav, recorded_voice, start_noise
+from helpers.recorded_speech import (
+    draws,
+    official_pcm,
+    recorded_token2wav,
+    recorded_voice,
+    start_noise,
+)
 
-from sa2jax.models.vocoder.stream import to_int16
 from sa2jax.speech.token2wav import Token2Wav
 
 SPEECH = 2e-3
@@ -58,7 +63,7 @@ def test_every_chunk_of_a_stream(golden, recordings, speak, chunks, zero):
         noise = draws(seed, 480 * (carried + 2 * spoken), HARMONICS)
         state, (piece,) = speak.step(state, [fresh], last, source_noise=noise)
         expected = recordings[f"stream{i}_pcm" + ("_zero_noise" if zero else "")]
-        pcm = np.asarray(to_int16(piece)).astype(np.int32)
+        pcm = official_pcm(np.asarray(piece)).astype(np.int32)
         assert pcm.shape == expected.shape, f"chunk {i}"
         # Measured: at most 3 counts in every chunk.
         assert np.abs(pcm - expected).max() <= COUNTS, f"chunk {i}"

@@ -9,9 +9,8 @@ from importlib.machinery import ModuleSpec
 import numpy as np
 import pytest
 import yaml
-from helpers.recorded_speech import recorded_token2wav, recorded_voice, start_noise
+from helpers.recorded_speech import official_pcm, recorded_token2wav, recorded_voice, start_noise
 
-from sa2jax.models.vocoder.stream import to_int16
 from sa2jax.speech.token2wav import Token2Wav
 
 pytestmark = pytest.mark.oracle
@@ -113,7 +112,7 @@ def test_any_partition(golden, official, monkeypatch, hops):
         last = i == len(hops) - 1
         state, (piece,) = speak.step(state, [codes[given:end]], last, source_noise=QUIET)
         given = end
-        ours = np.asarray(to_int16(piece)).astype(np.int32)
+        ours = official_pcm(np.asarray(piece)).astype(np.int32)
         assert ours.shape == pcm.shape
         # Measured: at most 5 counts.
         assert np.abs(ours - pcm).max() <= COUNTS, f"chunk {i}"

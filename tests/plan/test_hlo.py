@@ -44,16 +44,31 @@ def test_dot_of_int8():
         ("1,10,4", "3,4,5", "1,8,5", "window={size=3}, dim_labels=b0f_0io->b0f", 8 * 3 * 20),
         ("1,10,4", "3,4,5", "1,10,5", "window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f", 28 * 20),
         ("1,10,4", "3,4,5", "1,4,5", "window={size=3 stride=2}, dim_labels=b0f_0io->b0f", 12 * 20),
-        ("1,10,4", "3,4,5", "1,6,5", "window={size=3 rhs_dilate=2}, dim_labels=b0f_0io->b0f",
-         6 * 3 * 20),
+        (
+            "1,10,4",
+            "3,4,5",
+            "1,6,5",
+            "window={size=3 rhs_dilate=2}, dim_labels=b0f_0io->b0f",
+            6 * 3 * 20,
+        ),
         # Each group of inputs has outputs of its own.
-        ("1,10,4", "3,1,4", "1,8,4", "window={size=3}, dim_labels=b0f_0io->b0f, "
-         "feature_group_count=4", 8 * 3 * 4),
+        (
+            "1,10,4",
+            "3,1,4",
+            "1,8,4",
+            "window={size=3}, dim_labels=b0f_0io->b0f, feature_group_count=4",
+            8 * 3 * 4,
+        ),
         # A TPU's batched dot: 4 of [7, 4096] x [4096, 128].
-        ("4,7,4096", "4,4096,128", "4,7,128",
-         "window={size=4 stride=3 lhs_dilate=4}, dim_labels=0bf_0io->0bf", 4 * 7 * 4096 * 128),
+        (
+            "4,7,4096",
+            "4,4096,128",
+            "4,7,128",
+            "window={size=4 stride=3 lhs_dilate=4}, dim_labels=0bf_0io->0bf",
+            4 * 7 * 4096 * 128,
+        ),
     ],
-)  # fmt: skip
+)
 def test_convolution(lhs, rhs, out, attributes, pairs):
     done = entry(f"""
         %a = bf16[{lhs}] parameter(0)

@@ -20,15 +20,24 @@ SUM = """
         ("f32[32] all-gather(%a), replica_groups={{0,1},{2,3}}, dimensions={0}", "all-gather", 64),
         ("f32[16] all-reduce(%a), replica_groups=[1,4]<=[4], to_apply=%sum", "all-reduce", 96),
         ("f32[16] all-reduce(%a), replica_groups={}, to_apply=%sum", "all-reduce", 96),
-        ("f32[16] all-reduce(%a), replica_groups=mesh['x'=2,'y'=4] {'x'}, to_apply=%sum",
-         "all-reduce", 64),
-        ("f32[8] reduce-scatter(%a), replica_groups=mesh['x'=2] {'x'}, to_apply=%sum",
-         "reduce-scatter", 32),
+        (
+            "f32[16] all-reduce(%a), replica_groups=mesh['x'=2,'y'=4] {'x'}, to_apply=%sum",
+            "all-reduce",
+            64,
+        ),
+        (
+            "f32[8] reduce-scatter(%a), replica_groups=mesh['x'=2] {'x'}, to_apply=%sum",
+            "reduce-scatter",
+            32,
+        ),
         ("f32[16] all-to-all(%a), replica_groups={{0,1,2,3}}, dimensions={0}", "all-to-all", 48),
-        ("f32[16] collective-permute(%a), source_target_pairs={{0,1},{1,0}}",
-         "collective-permute", 64),
+        (
+            "f32[16] collective-permute(%a), source_target_pairs={{0,1},{1,0}}",
+            "collective-permute",
+            64,
+        ),
     ],
-)  # fmt: skip
+)
 def test_collectives(line, kind, sent):
     done = entry(f"%a = f32[16]{{0:S(1)}} parameter(0)\nROOT %c = {line}", SUM)
     assert done.collectives == {kind: hlo.Collective(1, sent)}

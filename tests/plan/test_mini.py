@@ -14,8 +14,10 @@ GIB = 2**30
 ONE = [
     *(("v5e:1x1", "int8", batch) for batch in (1, 8, 32)),
     *(("v6e:1x1", "bfloat16", batch) for batch in (1, 8, 32)),
-    ("v6e:1x1", "int8", 32), ("v5p:1x1x1", "bfloat16", 32), ("v5p:1x1x1", "int8", 32),
-]  # fmt: skip
+    ("v6e:1x1", "int8", 32),
+    ("v5p:1x1x1", "bfloat16", 32),
+    ("v5p:1x1x1", "int8", 32),
+]
 
 
 def check_decode(made, most):

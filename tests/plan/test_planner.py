@@ -76,8 +76,10 @@ def test_gpus_are_for_the_language_model(workload):
 
 def test_usual_lengths():
     assert [Spec(workload=kind).length for kind in ("decode", "prefill", "encode")] == [
-        4096, 2048, 25,
-    ]  # fmt: skip
+        4096,
+        2048,
+        25,
+    ]
     assert Spec(length=64).length == 64
 
 
@@ -87,23 +89,30 @@ def test_usual_lengths():
 @pytest.mark.parametrize(
     ("message", "sizes"),
     [
-        ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
-         "required for HLO temporaries (16.65G) exceeds available HBM (15.75G). HLO module: jit_f",
-         [16.65 * GIB]),
-        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 45.21G of 31.24G hbm.",
-         [45.21 * GIB]),
+        (
+            "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total "
+            "memory required for HLO temporaries (16.65G) exceeds available HBM (15.75G). HLO "
+            "module: jit_f",
+            [16.65 * GIB],
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 45.21G of 31.24G hbm.",
+            [45.21 * GIB],
+        ),
         ("RESOURCE_EXHAUSTED: Ran out of memory, no more is known", [math.inf]),
         ("RESOURCE_EXHAUSTED: too many requests", None),
         ("INVALID_ARGUMENT: Ran out of memory", None),
     ],
-)  # fmt: skip
+)
 def test_what_xla_says_when_memory_is_short(message, sizes):
     assert plan.out_of_memory(message) == sizes
 
 
 def work(**changes) -> Work:
     never = lambda: pytest.fail("nothing is compiled here")
-    return Work(**{"lower": never, "weights": {}, "ideal": 1.0, "made": 4, "real": 31.25} | changes)
+    return Work(
+        **{"lower": never, "weights": {}, "ideal": 1.0, "output": 4, "real": 31.25} | changes
+    )
 
 
 @pytest.mark.parametrize(
@@ -202,9 +211,11 @@ class Compiled:
 
     def memory_analysis(self):
         return SimpleNamespace(
-            argument_size_in_bytes=5 * GIB, temp_size_in_bytes=2 * GIB,
-            output_size_in_bytes=4 * GIB, alias_size_in_bytes=3 * GIB,
-        )  # fmt: skip
+            argument_size_in_bytes=5 * GIB,
+            temp_size_in_bytes=2 * GIB,
+            output_size_in_bytes=4 * GIB,
+            alias_size_in_bytes=3 * GIB,
+        )
 
     def as_text(self) -> str:
         if self.text is None:
@@ -216,8 +227,9 @@ def judged(compiled: Compiled, folder: Path) -> plan.Plan:
     place = chips.topology("v5e:1x1")
     here = SingleDeviceSharding(jax.devices()[0])
     weights = {"w": ShapeDtypeStruct((GIB,), jnp.int8, sharding=here)}
-    return plan.judge(Spec(), place, ONE, work(weights=weights, moments=weights), compiled,
-                      folder, 7.5)  # fmt: skip
+    return plan.judge(
+        Spec(), place, ONE, work(weights=weights, moments=weights), compiled, folder, 7.5
+    )
 
 
 @pytest.mark.parametrize(

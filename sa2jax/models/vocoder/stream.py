@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Int16, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from sa2jax.speech_config import VocoderConfig
 
@@ -145,11 +145,6 @@ def crossfade_weights(
         return rise, 1 - rise
     hamming = lambda n: 0.54 - 0.46 * jnp.cos(2 * jnp.pi * n / (2 * count - 1))
     return hamming(place), hamming(place + count)
-
-
-def to_int16(speech: Float[Array, "..."]) -> Int16[Array, "..."]:
-    """16-bit samples as the official code makes them: scaled by 32767 and cut, not rounded."""
-    return (jnp.clip(speech, -1, 1) * 32767).astype(jnp.int16)
 
 
 def _put(row: Array, part: Array, start: Array) -> Array:
