@@ -211,6 +211,7 @@ SHARDED = """
 """
 
 
+@pytest.mark.slow
 def test_sharded_model_gives_the_same_ids(tmp_path):
     """Eight devices, every kind of batch: same greedy ids, and one program of each kind."""
     folder = testing.save_tiny_checkpoint(tmp_path / "model")

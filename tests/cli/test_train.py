@@ -33,6 +33,7 @@ def test_a_run_and_its_end(run, recipe, tmp_path):
     assert "optimizer.steps: 2 → 3" in progress
 
 
+@pytest.mark.slow
 def test_dry_run(run, recipe):
     code, said, _ = run("train", "--config", recipe, "--dry-run", "--json")
     assert code == 0

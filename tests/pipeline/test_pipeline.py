@@ -434,6 +434,7 @@ def test_names_at_the_top():
         _ = sa2jax.Nothing
 
 
+@pytest.mark.slow
 def test_a_long_neighbour_does_not_lengthen_an_answer(model):
     """The default limit follows each recording's own length."""
     rng = np.random.default_rng(5)

@@ -127,14 +127,9 @@ def test_interleaved_streams_equal_separate_ones(speak, voices, parity):
 
 @pytest.mark.parametrize(
     "parts",
-    [
-        (28, 25, 7),
-        pytest.param((1, 2, 3, 40, 14), marks=pytest.mark.slow),
-        pytest.param((60,), marks=pytest.mark.slow),
-        pytest.param((57, 0, 0, 3), marks=pytest.mark.slow),
-        pytest.param((60, 0), marks=pytest.mark.slow),
-    ],
+    [(28, 25, 7), (1, 2, 3, 40, 14), (57, 0, 0, 3), (60, 0)],
 )
+@pytest.mark.slow
 def test_any_partition_gives_all_samples(speak, voices, parts):
     codes = reply(0, 60)
     wave = run(speak, speak.start(voices[:1]), codes, parts)
@@ -182,6 +177,7 @@ def test_a_started_voice_is_kept(speak, voices):
     assert len(speak._starts) <= token2wav.MAX_STARTS
 
 
+@pytest.mark.slow
 def test_join_and_pick(speak, voices):
     """A stream may leave a group and come into another at any time."""
     codes = [reply(i, 50) for i in range(3)]

@@ -15,7 +15,7 @@ from sa2jax.train.language.recipe import LanguageRecipe
 from sa2jax.train.language.task import train_language_model
 from sa2jax.train.recipe import build_config
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.optimized]
 LIMIT = 300  # seconds of processor time for all three
 
 

@@ -58,6 +58,7 @@ def leaves(folder):
     return {name: leaf.read().result() for name, leaf in checkpoint.open_leaves(folder).items()}
 
 
+@pytest.mark.slow
 def test_a_fresh_model_is_whole(begun, recording):
     model = StepAudio2.from_pretrained(begun)
     special = model.tokenizer.special
@@ -103,6 +104,7 @@ def test_parts_in_one_file_each(begun, joined):
             np.testing.assert_array_equal(array.astype("bfloat16"), after[name])
 
 
+@pytest.mark.slow
 def test_what_was_joined_speaks(joined):
     model = StepAudio2.from_pretrained(joined)
     assert list(model.speech.folder.voices) == ["anna", "sue"]
@@ -112,6 +114,7 @@ def test_what_was_joined_speaks(joined):
     assert np.isfinite(wave).all()
 
 
+@pytest.mark.slow
 def test_a_joined_model_is_trained_on(joined, tmp_path):
     """One network of a folder of single files, the others as they were."""
     network = open_detokenizer_network("flow", joined)

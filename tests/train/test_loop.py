@@ -134,6 +134,7 @@ def test_killed_and_resumed_is_uninterrupted(home, model, pairs, whole):
     assert learnt(out) == evaluated
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_with_a_checkpoint_and_the_same_call_goes_on(home, model, pairs, whole):
     out, seen = home / "interrupted", []
 

@@ -87,6 +87,7 @@ def test_shards(talks, tmp_path):
     assert source[2].codes[1].tolist() == [1, 2, 6560]
 
 
+@pytest.mark.slow
 def test_same_bytes_everywhere(talks, tmp_path, monkeypatch):
     """Whoever reads, however many they are, wherever the data is."""
     prepare_dataset([talks], tmp_path / "one", PrepareConfig(workers=1))

@@ -197,7 +197,7 @@ SHARDED = """
 
     alone, expected, _ = run(None, 2)
     found = {}
-    for spec in ("data=2,fsdp=2,tensor=2", "fsdp=8", "data=4,tensor=2"):
+    for spec in ("data=2,fsdp=2,tensor=2", "fsdp=8"):
         TRACES.clear()
         state, losses, kept = run(spec, 2)
         moment = state.opt_state[2].nu["decoder"]["layers"]["mlp"]["up"]["kernel"]
@@ -211,16 +211,13 @@ SHARDED = """
 """
 
 
+@pytest.mark.slow
 def test_a_sharded_step_is_the_same_step(tmp_path: Path):
     """Eight devices: equal losses and parameters, moments split as parameters, nothing gathered."""
     run = run_on_devices(8, ["-c", textwrap.dedent(SHARDED)], tmp_path)
     assert "Involuntary full rematerialization" not in run.stderr
     result = json.loads(run.stdout)
-    for spec, ways in (
-        ("data=2,fsdp=2,tensor=2", (1, 2, 2)),
-        ("fsdp=8", (1, 1, 8)),
-        ("data=4,tensor=2", (1, 2, 1)),
-    ):
+    for spec, ways in (("data=2,fsdp=2,tensor=2", (1, 2, 2)), ("fsdp=8", (1, 1, 8))):
         found = result["found"][spec]
         np.testing.assert_allclose(found["losses"], result["expected"], rtol=1e-5)
         assert found["distance"] < 1e-5

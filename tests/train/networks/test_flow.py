@@ -288,6 +288,7 @@ def test_a_flow_learns_a_recording_and_says_it(flow):
     assert after < before / 3, (before, after)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_draws_what_it_would_have_drawn(flow):
     batch = rows(flow)
     optimizer = make_optimizer(
