@@ -58,9 +58,12 @@ class Speech:
             raise ConfigError(f"expected steps and batch_size >= 1, got {steps} and {batch_size}")
         self.folder = folder
         self._options = {
-            "dtype": dtype, "steps": steps, "guidance": guidance, "batch_size": batch_size,
+            "dtype": dtype,
+            "steps": steps,
+            "guidance": guidance,
+            "batch_size": batch_size,
             "mesh": make_mesh(mesh) if isinstance(mesh, str) else mesh,
-        }  # fmt: skip
+        }
 
     @classmethod
     def from_pretrained(cls, home: str | Path, **options: Any) -> Self:

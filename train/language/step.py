@@ -105,13 +105,15 @@ def language_loss(
         features = shard(features, None, None, None)
     x = net.embed(batch.ids, features, batch.feature_index)
     with jax.named_scope("decoder"):
-        hidden, _ = net.decoder(
-            x, segments=batch.segments, positions=batch.positions, remat=remat
-        )  # fmt: skip
+        hidden, _ = net.decoder(x, segments=batch.segments, positions=batch.positions, remat=remat)
     return next_token_loss(
-        net.decoder.head, hidden, batch.targets, batch.weights,
-        metric_masks=batch.metric_masks, loss_chunk=loss_chunk,
-    )  # fmt: skip
+        net.decoder.head,
+        hidden,
+        batch.targets,
+        batch.weights,
+        metric_masks=batch.metric_masks,
+        loss_chunk=loss_chunk,
+    )
 
 
 def make_language_step(
@@ -163,7 +165,10 @@ def make_language_step(
 
             def add(so_far, part):
                 new = gradient_of(trained, frozen, part, total)
-                plus = lambda old, new: old + new.astype(old.dtype)
+
+                def plus(old, new):
+                    return old + new.astype(old.dtype)
+
                 return jax.tree.map(plus, so_far, new), None
 
             like = jax.tree.map(lambda leaf: leaf[0], batch)
@@ -287,7 +292,9 @@ def abstract_language_batch(
         metric_masks: names of positions that are reported apart.
     """
     lead = (accumulation_steps,) if accumulation_steps else ()
-    zeros = lambda dtype, *shape: jnp.zeros((*lead, *shape), dtype)
+
+    def zeros(dtype, *shape):
+        return jnp.zeros((*lead, *shape), dtype)
 
     def make():
         ids = zeros(jnp.int32, rows, length)

@@ -81,7 +81,10 @@ def scale_conv_init(network: Params) -> Params:
 
     As drawn they make a tenth of that, and what layers and positions add would drown it.
     """
-    louder = lambda conv: conv | {"kernel": CONV_GAIN * conv["kernel"]}
+
+    def louder(conv):
+        return conv | {"kernel": CONV_GAIN * conv["kernel"]}
+
     return network | {name: louder(network[name]) for name in ("conv1", "conv2")}
 
 

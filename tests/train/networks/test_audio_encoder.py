@@ -99,7 +99,10 @@ def test_what_is_taught_is_what_the_adapter_gets():
     params, batch = init_audio_encoder(cfg, seed=1), place_network_batch(tones(), None)
     structure = step_audio2(whole)
     like = structure.abstract["audio_encoder"]
-    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+    def shapes(tree):
+        return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
     assert shapes(network_params(params)) == shapes(like)
     heard = make_loss_evaluation(audio_encoder_forward, audio_encoder_with_heads(cfg))(
         params, batch
