@@ -24,7 +24,7 @@ from jaxtyping import Float
 from sa2jax import audio
 from sa2jax.audio.rates import SAMPLE_RATE
 from sa2jax.errors import DataError
-from sa2jax.evaluate.words import normalized, one_number
+from sa2jax.evaluate.normalizer import normalized, one_number
 
 _PAD = 0.2  # seconds of silence around what the grammar judge hears
 _PEAK = 0.7  # of what it hears

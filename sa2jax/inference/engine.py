@@ -38,9 +38,8 @@ from sa2jax.nn import Functional, Params
 TOKEN_BUCKETS = tuple(2**n for n in range(6, 18))  # prompt and cache buckets, tokens
 MEL_BUCKETS = (128, 256, 512, 1024, 1536, 2048, 2504)  # clip buckets, 10 ms frames
 CLIP_BATCH = 8
-PREFILL_CHUNK = (
-    512  # tokens that a conversation reads at once: bounds memory and the number of programs
-)
+# Tokens that a conversation reads at once: bounds memory and the number of programs.
+PREFILL_CHUNK = 512
 
 
 def bucket(size: int, sizes: Sequence[int]) -> int:

@@ -27,9 +27,8 @@ from sa2jax.speech.token2wav import CHUNK, Codes, Token2Wav
 from sa2jax.speech.voices import MAX_SECONDS, Voice
 
 AnyVoice = Voice | str | Path
-MAX_WHOLE_CODES = (
-    1500  # codes (a minute) of a reply that is spoken in one piece; longer ones are streamed
-)
+# Codes (a minute) of a reply that is spoken in one piece; longer ones are streamed.
+MAX_WHOLE_CODES = 1500
 
 
 class Speech:

@@ -20,7 +20,7 @@ import numpy as np
 from sa2jax.chat.template import TASKS
 from sa2jax.chat.toolbox import Toolbox
 from sa2jax.errors import ConfigError
-from sa2jax.evaluate.words import number_words
+from sa2jax.evaluate.normalizer import number_words
 from sa2jax.train.corpus import grammar
 from sa2jax.train.corpus.grammar import DAYS, Exchange, exchanges
 

@@ -12,7 +12,7 @@ from math import prod
 
 import numpy as np
 
-from sa2jax.evaluate.words import DIGITS, ONES, TENS, number_words
+from sa2jax.evaluate.normalizer import DIGITS, ONES, TENS, number_words
 
 Exchange = tuple[str, str]  # a question and its answer
 

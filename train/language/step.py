@@ -153,6 +153,19 @@ def make_language_step(
         gradient, sums = jax.grad(mean, has_aux=True)(trained)
         return pinned(gradient), sums
 
+    def accumulate_gradients(trained, frozen, parts, total):
+        """Gradients of the parts of a batch, one part at a time, added up in `grad_dtype`."""
+
+        def add(so_far, part):
+            new = gradient_of(trained, frozen, part, total)
+            return jax.tree.map(lambda old, new: old + new.astype(old.dtype), so_far, new), None
+
+        first = jax.tree.map(lambda leaf: leaf[0], parts)
+        gradient, sums = jax.eval_shape(gradient_of, trained, frozen, first, total)
+        zeros = pinned(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, grad_dtype), gradient))
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), sums)
+        return jax.lax.scan(add, (zeros, nothing), parts)[0]
+
     def step(state: TrainState, batch: LanguageBatch[Array]):
         TRACES["step"] += 1
         trained, frozen = optimizer.partition(state.params)
@@ -162,20 +175,7 @@ def make_language_step(
         if batch.ids.ndim == 2:
             gradient, sums = gradient_of(trained, frozen, batch, total)
         else:
-
-            def add(so_far, part):
-                new = gradient_of(trained, frozen, part, total)
-
-                def plus(old, new):
-                    return old + new.astype(old.dtype)
-
-                return jax.tree.map(plus, so_far, new), None
-
-            like = jax.tree.map(lambda leaf: leaf[0], batch)
-            like = jax.eval_shape(gradient_of, trained, frozen, like, total)
-            zeros = pinned(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, grad_dtype), like[0]))
-            nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like[1])
-            (gradient, sums), _ = jax.lax.scan(add, (zeros, nothing), batch)
+            gradient, sums = accumulate_gradients(trained, frozen, batch, total)
         new, norm = apply_gradient(optimizer, state, gradient)
         report = {
             "grad_norm": norm,

@@ -39,16 +39,11 @@ from sa2jax.errors import TrainError
 from sa2jax.models.speaker_encoder import SpeakerEncoder
 from sa2jax.nn import Functional, Params, Policy, functional, init_params, param
 from sa2jax.speech_config import SpeakerEncoderConfig
+from sa2jax.train.networks.augmentation import Augmentation, augment_waveform, spec_augment
 from sa2jax.train.networks.batches import SoundBatch
 from sa2jax.train.networks.model_io import DetokenizerNetwork, open_detokenizer_network
 from sa2jax.train.networks.recipes import NetworkRecipe
-from sa2jax.train.networks.recognition import (
-    Augmentation,
-    RecognitionOutput,
-    augment_waveform,
-    loss_from_forward,
-    spec_augment,
-)
+from sa2jax.train.networks.recognition import RecognitionOutput, loss_from_forward
 from sa2jax.train.networks.speech_data import ClipConfig, read_speech_info
 from sa2jax.train.networks.trainer import ClipTrainer
 from sa2jax.train.optimizer import param_name

@@ -41,20 +41,18 @@ from sa2jax.nn import (
     stack,
 )
 from sa2jax.speech_config import SpeechTokenizerConfig
+from sa2jax.train.networks.augmentation import Augmentation, augment_waveform, spec_augment
 from sa2jax.train.networks.batches import SoundBatch
 from sa2jax.train.networks.model_io import DetokenizerNetwork, open_detokenizer_network
 from sa2jax.train.networks.recipes import NetworkRecipe
 from sa2jax.train.networks.recognition import (
-    Augmentation,
     CTCHead,
     CTCLogits,
     RecognitionOutput,
-    augment_waveform,
     ctc_greedy_decode,
     ctc_loss,
     loss_from_forward,
     scale_conv_init,
-    spec_augment,
 )
 from sa2jax.train.networks.speech_data import ClipConfig
 from sa2jax.train.networks.trainer import ClipTrainer

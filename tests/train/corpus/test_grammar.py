@@ -10,7 +10,7 @@ import pytest
 from sa2jax.chat.template import TASKS
 from sa2jax.chat.toolbox import Toolbox, get_date_time
 from sa2jax.errors import ConfigError, DataError
-from sa2jax.evaluate.words import number_words
+from sa2jax.evaluate.normalizer import number_words
 from sa2jax.train.corpus import conversations, grammar
 from sa2jax.train.corpus.conversations import DialogueConfig, Turn, plan_dialogues
 from sa2jax.train.corpus.plan import CorpusPlan, read_corpus

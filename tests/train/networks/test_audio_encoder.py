@@ -23,7 +23,8 @@ from sa2jax.train.networks.audio_encoder import (
     init_audio_encoder,
     sinusoids,
 )
-from sa2jax.train.networks.recognition import SYMBOLS, Augmentation, letters_to_text, network_params
+from sa2jax.train.networks.augmentation import Augmentation
+from sa2jax.train.networks.recognition import SYMBOLS, letters_to_text, network_params
 from sa2jax.train.networks.step import make_loss_evaluation, place_network_batch
 from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
 

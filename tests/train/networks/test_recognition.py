@@ -10,18 +10,16 @@ import pytest
 from jax import jit
 
 from sa2jax.errors import TrainError
+from sa2jax.train.networks.augmentation import Augmentation, augment_waveform, spec_augment
 from sa2jax.train.networks.batches import SoundBatch, abstract_sound_batch
 from sa2jax.train.networks.recognition import (
     LETTERS,
     SYMBOLS,
-    Augmentation,
-    augment_waveform,
     ctc_greedy_decode,
     ctc_loss,
     letter_ids,
     letters_to_text,
     network_params,
-    spec_augment,
 )
 from sa2jax.train.networks.step import place_network_batch
 

@@ -13,8 +13,9 @@ from jax import jit
 from sa2jax.audio.features import fbank
 from sa2jax.errors import TrainError
 from sa2jax.models.speaker_encoder import speaker_encoder
+from sa2jax.train.networks.augmentation import Augmentation
 from sa2jax.train.networks.batches import SoundBatch
-from sa2jax.train.networks.recognition import Augmentation, network_params
+from sa2jax.train.networks.recognition import network_params
 from sa2jax.train.networks.speaker_encoder import (
     FROZEN,
     SpeakerEncoderLossConfig,

@@ -14,7 +14,8 @@ from jax import jit
 from sa2jax.audio.features import s3_log_mel
 from sa2jax.errors import TrainError
 from sa2jax.models.speech_tokenizer import FSQ_SCALE, speech_tokenizer
-from sa2jax.train.networks.recognition import Augmentation, letters_to_text, network_params
+from sa2jax.train.networks.augmentation import Augmentation
+from sa2jax.train.networks.recognition import letters_to_text, network_params
 from sa2jax.train.networks.speech_tokenizer import (
     SpeechTokenizerLossConfig,
     codebook_balance_loss,
