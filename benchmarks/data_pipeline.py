@@ -90,9 +90,13 @@ def prepare(folder: Path, minutes: float) -> tuple[int, float]:
 def measure(folder: Path, workers: int, mel_rows: int, seconds: float) -> Figures:
     """Take batches for so many seconds."""
     config = DataConfig(
-        sources={str(folder): 1.0}, length=LENGTH, rows=2, mel_rows=mel_rows, clips=15,
+        sources={str(folder): 1.0},
+        length=LENGTH,
+        rows=2,
+        mel_rows=mel_rows,
+        clips=15,
         workers=workers,
-    )  # fmt: skip
+    )
     tokenizer, cfg = Tokenizer(tokenizer_files.byte_tokenizer()), StepAudio2Config.preset("mini")
     data = make_language_data(config, tokenizer, cfg, seed=0)
     for _ in range(20):  # processes have started, buffers are filled, open rows are full
@@ -140,8 +144,12 @@ def main() -> None:
     short = []
     for setting, found in zip(SETTINGS, zip(*runs, strict=True), strict=True):
         cells = []
-        for name, form in (("wall", "{:.0f}"), ("core", "{:.0f}"), ("tokens", "{:.1%}"),
-                           ("frames", "{:.1%}")):  # fmt: skip
+        for name, form in (
+            ("wall", "{:.0f}"),
+            ("core", "{:.0f}"),
+            ("tokens", "{:.1%}"),
+            ("frames", "{:.1%}"),
+        ):
             values = [getattr(figures, name) for figures in found]
             middle, low, high = (
                 form.format(v) for v in (statistics.median(values), min(values), max(values))

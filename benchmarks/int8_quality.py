@@ -48,8 +48,11 @@ def trained():
         ),
         audio_encoder=AudioEncoderConfig(mels=16, layers=1, embed=16, heads=2),
     )
-    texts = [path for path in sorted(HERE.rglob("*.md")) + sorted(HERE.glob("sa2jax/**/*.py"))
-             if str(path.relative_to(HERE)) not in HELD_OUT]  # fmt: skip
+    texts = [
+        path
+        for path in sorted(HERE.rglob("*.md")) + sorted(HERE.glob("sa2jax/**/*.py"))
+        if str(path.relative_to(HERE)) not in HELD_OUT
+    ]
     seen = np.concatenate([np.frombuffer(path.read_bytes(), np.uint8) for path in texts])
     model = step_audio2(cfg)
     optimizer = make_optimizer(OptimizerConfig(learning_rate=3e-3, warmup_steps=20, steps=STEPS))
@@ -61,9 +64,10 @@ def trained():
         places = rng.integers(0, len(seen) - LENGTH - 1, ROWS)[:, None] + np.arange(LENGTH + 1)
         rows = seen[places].astype(np.int32)
         batch = LanguageBatch(
-            ids=jnp.asarray(rows[:, :-1]), targets=jnp.asarray(rows[:, 1:]),
+            ids=jnp.asarray(rows[:, :-1]),
+            targets=jnp.asarray(rows[:, 1:]),
             weights=jnp.ones((ROWS, LENGTH), jnp.float32),
-        )  # fmt: skip
+        )
         state, report = step(state, batch)
         if number % 100 == 99:
             print(f"step {number + 1}: loss {float(report['loss']):.3f}", file=sys.stderr)
@@ -102,9 +106,13 @@ def main(folders):
         for first, second in pairs:
             found = compare_logits(made[first], made[second])
             table.add_row(
-                name, first, second, str(found.positions), f"{found.top1_agreement:.1%}",
+                name,
+                first,
+                second,
+                str(found.positions),
+                f"{found.top1_agreement:.1%}",
                 f"{found.kl:.2g}",
-            )  # fmt: skip
+            )
     Console(width=120).print(table)
 
 

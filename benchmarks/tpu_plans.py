@@ -16,32 +16,47 @@ READING = [*ONE, *FOUR, *EIGHT]
 SPECS = {
     "decode": [
         Spec(topology=topology, dtype=dtype, batch=batch)
-        for topology in READING for dtype in ("bfloat16", "int8") for batch in (1, 8, 32)
-    ] + [
+        for topology in READING
+        for dtype in ("bfloat16", "int8")
+        for batch in (1, 8, 32)
+    ]
+    + [
         Spec(topology=topology, dtype="bfloat16", batch=batch, mesh=mesh)
-        for topology, mesh, batch in (("v5e:4x4", "data=4,tensor=4", 32),
-                                      ("v5e:8x8", "data=16,tensor=4", 128),
-                                      ("v6e:8x8", "data=16,tensor=4", 128),
-                                      ("v5p:4x4x4", "data=64", 256))
+        for topology, mesh, batch in (
+            ("v5e:4x4", "data=4,tensor=4", 32),
+            ("v5e:8x8", "data=16,tensor=4", 128),
+            ("v6e:8x8", "data=16,tensor=4", 128),
+            ("v5p:4x4x4", "data=64", 256),
+        )
     ],
     "prefill": [
         Spec(topology=topology, dtype=dtype, workload="prefill")
-        for topology in READING for dtype in ("bfloat16", "int8")
+        for topology in READING
+        for dtype in ("bfloat16", "int8")
     ],
     "encode": [Spec(topology=topology, workload="encode") for topology in ONE],
     "train": [
         Spec(topology=topology, dtype=dtype, workload="train")
-        for topology, dtype in (("v5e:2x4", "bfloat16"), ("v6e:2x2", "bfloat16"),
-                                ("v6e:2x4", "float32"), ("v5p:2x2x1", "float32"),
-                                ("v5e:8x8", "float32"), ("v6e:8x8", "float32"),
-                                ("v5p:4x4x4", "float32"))
+        for topology, dtype in (
+            ("v5e:2x4", "bfloat16"),
+            ("v6e:2x2", "bfloat16"),
+            ("v6e:2x4", "float32"),
+            ("v5p:2x2x1", "float32"),
+            ("v5e:8x8", "float32"),
+            ("v6e:8x8", "float32"),
+            ("v5p:4x4x4", "float32"),
+        )
     ],
     "lora": [
         Spec(topology=topology, dtype=dtype, workload="lora")
-        for topology, dtype in (("v6e:1x1", "bfloat16"), ("v5e:1x1", "int8"),
-                                ("v6e:1x1", "int8"), ("v5p:1x1x1", "bfloat16"))
+        for topology, dtype in (
+            ("v6e:1x1", "bfloat16"),
+            ("v5e:1x1", "int8"),
+            ("v6e:1x1", "int8"),
+            ("v5p:1x1x1", "bfloat16"),
+        )
     ],
-}  # fmt: skip
+}
 
 
 def command(spec: Spec) -> str:

@@ -45,9 +45,11 @@ def some_batch(cfg, rows: int, length: int, sound: float, packed: int) -> Langua
                 at = 4 + clip * (heard + 2)
                 slots[row, at : at + heard] = (row * clips + clip) * room // 8 + np.arange(heard)
         batch |= {
-            "mels": mels, "frames": np.full((rows * clips, 1), frames, np.int32),
-            "starts": np.zeros((rows * clips, 1), np.int32), "feature_index": slots,
-        }  # fmt: skip
+            "mels": mels,
+            "frames": np.full((rows * clips, 1), frames, np.int32),
+            "starts": np.zeros((rows * clips, 1), np.int32),
+            "feature_index": slots,
+        }
     return LanguageBatch(
         ids=ids[:, :-1], targets=ids[:, 1:], weights=np.ones((rows, length), np.float32), **batch
     )
@@ -103,14 +105,22 @@ def main() -> None:
     token, second = training_flops(cfg, base_trained=not lora, encoder_trained=False)
     best = sorted(times)[len(times) // 2]
     peak, stats = peak_flops(), jax.devices()[0].memory_stats() or {}
-    print(json.dumps({
-        "device": jax.devices()[0].device_kind, **vars(given),
-        "compile_s": round(compiled, 1), "step_ms": round(1e3 * best, 1),
-        "tokens_per_s": round(tokens / best), "sound_s_per_s": round(heard / best, 1),
-        "mfu": round((token * tokens + second * heard) / best / peak, 3) if peak else None,
-        "memory_gib": round(stats.get("peak_bytes_in_use", 0) / 2**30, 2),
-        "loss": float(report["loss"]),
-    }), flush=True)  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "device": jax.devices()[0].device_kind,
+                **vars(given),
+                "compile_s": round(compiled, 1),
+                "step_ms": round(1e3 * best, 1),
+                "tokens_per_s": round(tokens / best),
+                "sound_s_per_s": round(heard / best, 1),
+                "mfu": round((token * tokens + second * heard) / best / peak, 3) if peak else None,
+                "memory_gib": round(stats.get("peak_bytes_in_use", 0) / 2**30, 2),
+                "loss": float(report["loss"]),
+            }
+        ),
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

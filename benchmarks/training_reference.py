@@ -27,11 +27,16 @@ def main() -> None:
     path = resources.files("sa2jax.configs.models") / f"{given.preset}.yaml"
     sizes = yaml.safe_load(path.read_text(encoding="utf-8"))["decoder"]
     config = Qwen2Config(
-        vocab_size=sizes["vocab"], hidden_size=sizes["embed"], intermediate_size=sizes["mlp"],
-        num_hidden_layers=given.layers or sizes["layers"], num_attention_heads=sizes["heads"],
-        num_key_value_heads=sizes["kv_heads"], rms_norm_eps=sizes["norm_eps"],
-        rope_theta=sizes["rope_theta"], tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=sizes["vocab"],
+        hidden_size=sizes["embed"],
+        intermediate_size=sizes["mlp"],
+        num_hidden_layers=given.layers or sizes["layers"],
+        num_attention_heads=sizes["heads"],
+        num_key_value_heads=sizes["kv_heads"],
+        rms_norm_eps=sizes["norm_eps"],
+        rope_theta=sizes["rope_theta"],
+        tie_word_embeddings=False,
+    )
     model = Qwen2ForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1)
     ids = torch.randint(0, sizes["vocab"], (given.rows, given.length))
@@ -45,10 +50,17 @@ def main() -> None:
         optimizer.zero_grad()
         times.append(time.perf_counter() - begun)
     best = sorted(times[1:])[given.steps // 2]
-    print(json.dumps({
-        "torch": torch.__version__, **vars(given), "step_ms": round(1e3 * best, 1),
-        "tokens_per_s": round(given.rows * given.length / best), "loss": float(loss),
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "torch": torch.__version__,
+                **vars(given),
+                "step_ms": round(1e3 * best, 1),
+                "tokens_per_s": round(given.rows * given.length / best),
+                "loss": float(loss),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -136,7 +136,10 @@ def to_official(params: Params, cfg: FlowConfig) -> dict[str, np.ndarray]:
 
 def _both(source: str, target: str, kernel: Op | None = None, bias: Op | None = None) -> list[Rule]:
     """Weight and bias of a linear map or a convolution."""
-    steps = lambda op: [] if op is None else [op]
+
+    def steps(op):
+        return [] if op is None else [op]
+
     return [
         rule(f"{source}.weight", f"{target}.kernel", *steps(kernel)),
         rule(f"{source}.bias", f"{target}.bias", *steps(bias)),

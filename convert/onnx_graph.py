@@ -197,7 +197,10 @@ class OnnxGraph:
 
     def _layer(self, node: Any) -> Layer | None:
         """The layer that an operator is, or None for one without learned numbers."""
-        at = lambda i: node.input[i] if len(node.input) > i else ""
+
+        def at(i):
+            return node.input[i] if len(node.input) > i else ""
+
         attributes = {a.name: self.onnx.helper.get_attribute_value(a) for a in node.attribute}
         out, name = node.output[0], node.name or node.output[0]
         kinds = {"Conv": CONV, "LayerNormalization": LAYER_NORM, "BatchNormalization": BATCH_NORM}

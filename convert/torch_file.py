@@ -105,7 +105,10 @@ def write(
     with atomic_io.disk_errors(path):
         try:
             with part.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
-                add = lambda name, data: _add(archive, f"{path.stem}/{name}", data)
+
+                def add(name, data):
+                    return _add(archive, f"{path.stem}/{name}", data)
+
                 add("data.pkl", _program(tensors))
                 add("byteorder", b"little")
                 for key, (name, info) in enumerate(tensors.items()):

@@ -323,7 +323,9 @@ class Folded:
         return {f"{n}.{p}" for n in self.norms.values() for p in NORM_PARTS if p != "bias"}
 
     def _affine(self, conv: str) -> tuple[np.ndarray, np.ndarray]:
-        get = lambda part: self.source.get(f"{self.norms[conv]}.{part}").astype(np.float64)
+        def get(part):
+            return self.source.get(f"{self.norms[conv]}.{part}").astype(np.float64)
+
         factor = get("weight") / np.sqrt(get("running_var") + NORM_EPS)
         return factor, get("running_mean")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import soundfile
-from hibari import Hibari  # type: ignore
+from hibari import Hibari
 
 from sa2jax import audio
 from sa2jax.chat.template import TASKS
@@ -79,8 +79,10 @@ def records() -> list[dict[str, Any]]:
     def chat(name: str, said: str, prompt: str = CHAT) -> dict[str, Any]:
         return record([system(prompt), user(), spoken(said)], name)
 
-    call = {"role": "tool_call", "content": '{"name": "get_weather", "arguments": {"location": '
-            '"Oslo"}}'}  # fmt: skip
+    call = {
+        "role": "tool_call",
+        "content": '{"name": "get_weather", "arguments": {"location": "Oslo"}}',
+    }
     two = [user(), spoken("12_first"), user(), spoken("12_second")]
     caption = record(
         [system(CAPTION), user(), reply("A woman says good night, then a tone sounds.")], "14_night"
@@ -128,9 +130,7 @@ def spoken(name: str) -> dict[str, Any]:
     return reply(SAID[name][0]) | {"speech": f"audio/reply_{name}.flac"}
 
 
-def say(
-    tts: Hibari, text: str, seed: int, speed: float = 1.0, pitch: float = 1.0
-) -> np.ndarray:  # fmt: skip
+def say(tts: Hibari, text: str, seed: int, speed: float = 1.0, pitch: float = 1.0) -> np.ndarray:
     """Speech at 16 kHz with 80 ms of silence around; a lower pitch is a slower tape."""
     wave = tts(text, seed=seed, speed=speed / pitch)
     wave = audio.resample(wave, round(24_000 * pitch), RATE)

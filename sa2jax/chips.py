@@ -46,14 +46,27 @@ class Chip:
 
 
 def _tpu(
-    name: str, hbm: float, usable: float, bandwidth: float, bf16: float, int8: float,
-    network: float, source: str,
-) -> Chip:  # fmt: skip
+    name: str,
+    hbm: float,
+    usable: float,
+    bandwidth: float,
+    bf16: float,
+    int8: float,
+    network: float,
+    source: str,
+) -> Chip:
     """A TPU: GiB, GiB, GB/s, TFLOP/s, TOP/s, GB/s."""
     return Chip(
-        name=name, kind="tpu", hbm=hbm * GIB, usable=usable * GIB, bandwidth=bandwidth * GB,
-        bf16=bf16 * TERA, int8=int8 * TERA, network=network * GB, source=source,
-    )  # fmt: skip
+        name=name,
+        kind="tpu",
+        hbm=hbm * GIB,
+        usable=usable * GIB,
+        bandwidth=bandwidth * GB,
+        bf16=bf16 * TERA,
+        int8=int8 * TERA,
+        network=network * GB,
+        source=source,
+    )
 
 
 def _gpu(
@@ -62,9 +75,16 @@ def _gpu(
     """A GPU: GB, GB/s, TFLOP/s, TOP/s, GB/s. A program is taken to get 92 % of the memory."""
     # The CUDA context, libraries' workspaces and fragmentation take the rest.
     return Chip(
-        name=name, kind="gpu", hbm=hbm * GB, usable=0.92 * hbm * GB, bandwidth=bandwidth * GB,
-        bf16=bf16 * TERA, int8=int8 * TERA, network=network * GB, source=source,
-    )  # fmt: skip
+        name=name,
+        kind="gpu",
+        hbm=hbm * GB,
+        usable=0.92 * hbm * GB,
+        bandwidth=bandwidth * GB,
+        bf16=bf16 * TERA,
+        int8=int8 * TERA,
+        network=network * GB,
+        source=source,
+    )
 
 
 _CLOUD = "Google Cloud documentation, TPU"

@@ -171,10 +171,13 @@ class StepAudio2Config:
             del audio["adapter_hidden"]
         kept = self.hf or {
             "top": {"architectures": [self.architecture], "model_type": self.model_type},
-            "text_config": {"num_attention_groups": self.decoder.kv_heads, "rope_scaling": None,
-                            "torch_dtype": self.dtype},
+            "text_config": {
+                "num_attention_groups": self.decoder.kv_heads,
+                "rope_scaling": None,
+                "torch_dtype": self.dtype,
+            },
             "audio_encoder_config": {"n_codebook_size": 4096},
-        }  # fmt: skip
+        }
         text |= kept["text_config"]
         audio |= kept["audio_encoder_config"]
         if self.flat:
@@ -236,14 +239,38 @@ _FLOATS = {"norm_eps", "rope_theta"}
 _NUMBERS: Mapping[Any, str] = {int: "a whole number above 0", float: "a number above 0"}
 # Keys that change nothing this library computes: kept for export.
 _INERT_KEYS = {
-    "_attn_implementation", "_name_or_path", "architectures", "attention_bias", "attention_dropout",
-    "auto_map", "bos_token_id", "dtype", "eos_token_id", "hidden_act", "initializer_range",
-    "is_encoder_decoder", "layer_types", "max_seq_len", "max_window_layers", "model_type",
-    "n_codebook_size", "num_attention_groups", "output_attentions", "output_hidden_states",
-    "pad_token_id", "quantization_config", "return_dict", "rope_scaling", "sliding_window",
-    "tie_word_embeddings", "torch_dtype", "torchscript", "transformers_version", "use_cache",
+    "_attn_implementation",
+    "_name_or_path",
+    "architectures",
+    "attention_bias",
+    "attention_dropout",
+    "auto_map",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "hidden_act",
+    "initializer_range",
+    "is_encoder_decoder",
+    "layer_types",
+    "max_seq_len",
+    "max_window_layers",
+    "model_type",
+    "n_codebook_size",
+    "num_attention_groups",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "quantization_config",
+    "return_dict",
+    "rope_scaling",
+    "sliding_window",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "torchscript",
+    "transformers_version",
+    "use_cache",
     "use_sliding_window",
-}  # fmt: skip
+}
 
 
 def read_preset(folder: str, what: str, name: str) -> dict[str, Any]:

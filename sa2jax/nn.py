@@ -1,4 +1,4 @@
-"""What every network here shares: parameters with named axes, Linear, Conv, norms, rotary.
+"""What every network here shares: parameters with named axes, Linear, norms, rotary.
 
 Modules only declare parameters and describe a forward pass. At run time a model is a pair
 `(graphdef, params)` with `params` a plain nested dict; `functional` makes that pair and `bind`
@@ -6,7 +6,7 @@ joins it again inside a traced function.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -22,11 +22,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from sa2jax import sharding
-from sa2jax.errors import ConfigError
 
 Params = dict[Any, Any]
 Remat = Literal["full", "dots"]
-Padding = Literal["same", "causal", "none"]
 M = TypeVar("M", bound=nnx.Module)
 ModelT = TypeVar("ModelT", covariant=True)
 ArrayT = TypeVar("ArrayT", Array, np.ndarray)
@@ -88,11 +86,16 @@ class Functional(Generic[ModelT]):
 
     def shardings(self, mesh: Mesh) -> Params:
         """Where each parameter lives on a mesh, in the same tree."""
-        is_axes = lambda v: isinstance(v, tuple)
+
+        def is_axes(v):
+            return isinstance(v, tuple)
+
         return jax.tree.map(
             lambda axes, leaf: sharding.sharding_of(leaf.shape, axes, mesh),
-            self.axes, self.abstract, is_leaf=is_axes,
-        )  # fmt: skip
+            self.axes,
+            self.abstract,
+            is_leaf=is_axes,
+        )
 
     def with_shardings(self, mesh: Mesh | None) -> Params:
         """`abstract` with `shardings`: the tree that a checkpoint is read into."""
@@ -104,7 +107,10 @@ class Functional(Generic[ModelT]):
 def functional(make: Callable[[], M]) -> Functional[M]:
     """Describe the module that `make` builds without allocating any memory."""
     graphdef, state = nnx.split(nnx.eval_shape(make))
-    is_param = lambda v: isinstance(v, nnx.Variable)
+
+    def is_param(v):
+        return isinstance(v, nnx.Variable)
+
     axes = jax.tree.map(lambda v: v.get_metadata("axes"), state, is_leaf=is_param)
     return Functional(graphdef, nnx.to_pure_dict(state), nnx.to_pure_dict(axes))
 
@@ -116,7 +122,10 @@ def init_params(make: Callable[[], nnx.Module], shardings: Params | None = None)
         make: builds the module.
         shardings: where they go, see `Functional.shardings`; by default the first device.
     """
-    draw = lambda: nnx.to_pure_dict(nnx.state(make()))
+
+    def draw():
+        return nnx.to_pure_dict(nnx.state(make()))
+
     # It runs once, and of each parameter's draw LLVM makes much: on a CPU that is most of the time.
     quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     return jax.jit(draw, out_shardings=shardings, compiler_options=quick)()
@@ -272,116 +281,6 @@ class Linear(nnx.Module):
         return jax.lax.dot_general(
             x, matrix.astype(x.dtype), contract, precision=self.policy.precision
         )
-
-
-def conv(
-    x: Float[Array, "B *T C"],
-    kernel: Float[Array, "*W C D"],
-    bias: Float[Array, "D"] | None = None,
-    *,
-    stride: Sequence[int] = (1,),
-    dilation: Sequence[int] = (1,),
-    padding: Sequence[tuple[int, int]] = ((0, 0),),
-    groups: int = 1,
-    policy: Policy,
-) -> Float[Array, "B *S D"]:
-    """Convolve over one or two dimensions, channels last: on every backend the fastest layout here.
-
-    Args:
-        x: input.
-        kernel: taps, then inputs of a group, then outputs.
-        bias: added to each frame, if there is one.
-        stride: of each dimension.
-        dilation: distance of taps in each dimension.
-        padding: zeros before and after each dimension.
-        groups: parts of the channels that do not see each other.
-        policy: dtypes.
-    """
-    space = "HW"[: kernel.ndim - 2]
-    y = jax.lax.conv_general_dilated(
-        x.astype(policy.compute),
-        kernel.astype(policy.compute),
-        window_strides=stride,
-        padding=padding,
-        rhs_dilation=dilation,
-        dimension_numbers=(f"N{space}C", f"{space}IO", f"N{space}C"),
-        feature_group_count=groups,
-        precision=policy.precision,
-    )
-    return y if bias is None else y + bias.astype(policy.compute)
-
-
-class Conv(nnx.Module):
-    """Convolution over one or two dimensions, channels last.
-
-    Args:
-        inputs: channels of the input.
-        outputs: channels of the output.
-        kernel: taps, of each dimension if there are two.
-        stride: frames from one output to the next, likewise.
-        dilation: distance of taps, in every dimension.
-        groups: parts of the channels that do not see each other.
-        padding: zeros at the ends. `same`: as many at both, so that a size s becomes
-            `(s - 1) // stride + 1` if `dilation * (kernel - 1)` is even. `causal`: all before, so
-            that no output sees what comes later. `none`. Or a number of them at each end.
-        bias: whether there is one.
-        policy: dtypes.
-        rngs: source of randomness.
-
-    Raises:
-        ConfigError: if `groups` does not divide the channels, or for another padding.
-    """
-
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        *,
-        kernel: int | Sequence[int],
-        stride: int | Sequence[int] = 1,
-        dilation: int = 1,
-        groups: int = 1,
-        padding: Padding | int = "same",
-        bias: bool = True,
-        policy: Policy,
-        rngs: nnx.Rngs,
-    ):
-        if inputs % groups or outputs % groups:
-            raise ConfigError(f"{groups} groups: expected a divisor of {inputs} and {outputs}")
-        taps = (kernel,) if isinstance(kernel, int) else tuple(kernel)
-        self.stride = (stride,) * len(taps) if isinstance(stride, int) else tuple(stride)
-        self.dilation = (dilation,) * len(taps)
-        self.padding = tuple(_ends(padding, dilation * (size - 1)) for size in taps)
-        self.groups, self.policy = groups, policy
-        shape = (*taps, inputs // groups, outputs)
-        scale = math.prod(shape[:-1]) ** -0.5
-        self.kernel = param(rngs, shape, (None,) * len(shape), dtype=policy.param, scale=scale)
-        self.bias = (
-            param(rngs, (outputs,), (None,), dtype=policy.param, scale=0.02) if bias else None
-        )
-
-    def __call__(self, x: Float[Array, "B *T C"]) -> Float[Array, "B *S D"]:
-        """Convolve; a size s becomes `(s + zeros - dilation * (kernel - 1) - 1) // stride + 1`."""
-        return conv(
-            x,
-            self.kernel[...],
-            None if self.bias is None else self.bias[...],
-            stride=self.stride,
-            dilation=self.dilation,
-            padding=self.padding,
-            groups=self.groups,
-            policy=self.policy,
-        )
-
-
-def _ends(padding: Padding | int, reach: int) -> tuple[int, int]:
-    """Zeros before and after a dimension over which taps reach so far."""
-    if isinstance(padding, int):
-        return padding, padding
-    ends = {"same": (reach // 2, reach // 2), "causal": (reach, 0), "none": (0, 0)}
-    if padding not in ends:
-        raise ConfigError(f"padding {padding!r}: expected {', '.join(ends)} or a number")
-    return ends[padding]
 
 
 class RMSNorm(nnx.Module):

@@ -168,7 +168,9 @@ def per_device(
     mesh = jax.sharding.get_abstract_mesh()
 
     def split(*args):
-        of = lambda axes: lambda x: spec_of(x.shape, axes, mesh)
+        def of(axes):
+            return lambda x: spec_of(x.shape, axes, mesh)
+
         specs = tuple(jax.tree.map(of(axes), arg) for axes, arg in zip(inputs, args, strict=True))
         out = specs[[tuple(axes) for axes in inputs].index(tuple(output))]
         return jax.shard_map(run, in_specs=specs, out_specs=out, check_vma=False)(*args)
@@ -217,7 +219,10 @@ def device_put_rows(tree: Any, mesh: Mesh | None, rows: int, axes: Any) -> Any:
     """Put arrays where `shard_rows` takes them from, and leaves them; nothing if they are there."""
     if mesh is None:
         return tree
-    place = lambda axis, x: jax.device_put(x, NamedSharding(mesh, _spec_of_rows(mesh, rows, axis)))
+
+    def place(axis, x):
+        return jax.device_put(x, NamedSharding(mesh, _spec_of_rows(mesh, rows, axis)))
+
     return jax.tree.map(lambda axis, x: jax.tree.map(partial(place, axis), x), axes, tree)
 
 
@@ -228,7 +233,10 @@ def _spec_of_rows(mesh: Mesh, rows: int, axis: int) -> PartitionSpec:
 
 def with_shardings(abstract: Any, shardings: Any) -> Any:
     """Shapes and dtypes with the places where they go."""
-    place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    def place(leaf, where):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
     return jax.tree.map(place, abstract, shardings)
 
 

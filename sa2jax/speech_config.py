@@ -344,7 +344,9 @@ class Token2WavConfig:
         """The sizes of the released Step-Audio 2 detokenizer."""
         return cls(
             flow=FlowConfig(
-                codes=6561, mels=80, speaker=192,
+                codes=6561,
+                mels=80,
+                speaker=192,
                 encoder=ConformerConfig(
                     inputs=512, embed=512, heads=8, mlp=2048, layers=6, up_layers=4
                 ),
@@ -355,10 +357,18 @@ class Token2WavConfig:
                 mels=128, layers=6, embed=1280, mlp=5120, memory=31, digits=8
             ),
             speaker_encoder=SpeakerEncoderConfig(
-                mels=80, head=32, stages=(2, 2), channels=128, growth=32, bottleneck=128, mask=64,
-                layers=(12, 24, 16), dilations=(1, 2, 2), embed=192,
+                mels=80,
+                head=32,
+                stages=(2, 2),
+                channels=128,
+                growth=32,
+                bottleneck=128,
+                mask=64,
+                layers=(12, 24, 16),
+                dilations=(1, 2, 2),
+                embed=192,
             ),
-        )  # fmt: skip
+        )
 
     @classmethod
     def preset(cls, name: str) -> Self:
@@ -371,7 +381,8 @@ class Token2WavConfig:
         flow = raw["flow"]
         return cls(
             flow=FlowConfig(
-                **flow | {
+                **flow
+                | {
                     "encoder": ConformerConfig(**flow["encoder"]),
                     "estimator": EstimatorConfig(**flow["estimator"]),
                 }
@@ -379,7 +390,7 @@ class Token2WavConfig:
             vocoder=VocoderConfig(**raw["vocoder"]),
             speech_tokenizer=SpeechTokenizerConfig(**raw["speech_tokenizer"]),
             speaker_encoder=SpeakerEncoderConfig(**raw["speaker_encoder"]),
-        )  # fmt: skip
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -402,10 +413,11 @@ def _from_dict(kind: Any, values: Any, where: str) -> Any:
         odd = sorted(set(known) ^ set(values)) if isinstance(values, Mapping) else values
         raise ConfigError(f"{where}: unknown or missing settings: {odd}")
     made = {
-        name: _from_dict(f.type, values[name], f"{where}.{name}") if is_dataclass(f.type)
+        name: _from_dict(f.type, values[name], f"{where}.{name}")
+        if is_dataclass(f.type)
         else values[name]
         for name, f in known.items()
-    }  # fmt: skip
+    }
     return kind(**made)
 
 

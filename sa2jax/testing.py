@@ -22,11 +22,16 @@ def tiny_config(
     """A model of a few hundred thousand parameters that hears, for `byte_tokenizer(296, 512)`."""
     return StepAudio2Config(
         decoder=DecoderConfig(
-            vocab=vocab, layers=layers, embed=32, mlp=48, heads=4, kv_heads=2,
+            vocab=vocab,
+            layers=layers,
+            embed=32,
+            mlp=48,
+            heads=4,
+            kv_heads=2,
             max_positions=max_positions,
         ),
         audio_encoder=AudioEncoderConfig(mels=16, layers=layers, embed=16, heads=2),
-    )  # fmt: skip
+    )
 
 
 def tiny_params(cfg: StepAudio2Config, *, seed: int = 0) -> Params:

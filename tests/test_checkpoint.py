@@ -16,7 +16,9 @@ FIRST = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 @pytest.fixture
 def params(rng) -> checkpoint.Params:
-    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
     return {"layers": {"w": draw(3, 4, 5), "b": draw(3, 4)}, "table": draw(7, 4)}
 
 

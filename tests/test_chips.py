@@ -78,9 +78,9 @@ def test_links_of_gpus():
 
 @needs_libtpu
 @pytest.mark.parametrize(
-    "name", [f"{kind}:{shape}" for kind in SHAPES if CHIPS[kind].kind == "tpu"
-             for shape in SHAPES[kind]],
-)  # fmt: skip
+    "name",
+    [f"{kind}:{shape}" for kind in SHAPES if CHIPS[kind].kind == "tpu" for shape in SHAPES[kind]],
+)
 def test_libtpu_knows_them_all(name):
     """One device for each chip, whatever cores it has."""
     place = chips.topology(name)

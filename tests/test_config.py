@@ -14,27 +14,47 @@ MINI = {
     "architectures": ["StepAudio2ForCausalLM"],
     "model_type": "step_audio_2",
     "text_config": {
-        "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28,
-        "num_attention_groups": 4, "num_key_value_heads": 4, "num_hidden_layers": 28,
-        "max_seq_len": 16384, "vocab_size": 158720, "rms_norm_eps": 1e-06, "eos_token_id": 151643,
-        "pad_token_id": 151643, "rope_theta": 1000000.0, "max_position_embeddings": 16384,
-        "rope_scaling": None, "torch_dtype": "bfloat16",
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_attention_heads": 28,
+        "num_attention_groups": 4,
+        "num_key_value_heads": 4,
+        "num_hidden_layers": 28,
+        "max_seq_len": 16384,
+        "vocab_size": 158720,
+        "rms_norm_eps": 1e-06,
+        "eos_token_id": 151643,
+        "pad_token_id": 151643,
+        "rope_theta": 1000000.0,
+        "max_position_embeddings": 16384,
+        "rope_scaling": None,
+        "torch_dtype": "bfloat16",
     },
     "audio_encoder_config": {
-        "n_mels": 128, "n_audio_ctx": 1500, "n_audio_state": 1280, "n_audio_head": 20,
-        "n_audio_layer": 32, "n_codebook_size": 4096, "llm_dim": 3584, "kernel_size": 3,
+        "n_mels": 128,
+        "n_audio_ctx": 1500,
+        "n_audio_state": 1280,
+        "n_audio_head": 20,
+        "n_audio_layer": 32,
+        "n_codebook_size": 4096,
+        "llm_dim": 3584,
+        "kernel_size": 3,
         "adapter_stride": 2,
     },
-}  # fmt: skip
+}
 # A 32 B sibling: the text fields lie at the top level.
 LARGE = {
     "architectures": ["StepAudio2ForCausalLM"],
     "model_type": "step_audio_2",
     **MINI["text_config"],
-    "hidden_size": 5120, "intermediate_size": 27648, "num_attention_heads": 40,
-    "num_attention_groups": 8, "num_key_value_heads": 8, "num_hidden_layers": 64,
+    "hidden_size": 5120,
+    "intermediate_size": 27648,
+    "num_attention_heads": 40,
+    "num_attention_groups": 8,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 64,
     "audio_encoder_config": MINI["audio_encoder_config"] | {"llm_dim": 5120},
-}  # fmt: skip
+}
 
 
 def changed(base: dict, path: str, value) -> dict:
@@ -57,9 +77,17 @@ def changed(base: dict, path: str, value) -> dict:
 def test_mini():
     cfg = StepAudio2Config.from_hf(MINI)
     assert cfg.decoder == DecoderConfig(
-        vocab=158720, layers=28, embed=3584, mlp=18944, heads=28, kv_heads=4, head_dim=128,
-        max_positions=16384, norm_eps=1e-6, rope_theta=1e6,
-    )  # fmt: skip
+        vocab=158720,
+        layers=28,
+        embed=3584,
+        mlp=18944,
+        heads=28,
+        kv_heads=4,
+        head_dim=128,
+        max_positions=16384,
+        norm_eps=1e-6,
+        rope_theta=1e6,
+    )
     assert cfg.audio_encoder == AudioEncoderConfig(
         mels=128, layers=32, embed=1280, heads=20, max_positions=1500
     )
@@ -123,9 +151,13 @@ def test_unknown_preset_names_the_known_ones():
 
 def test_optional_keys():
     raw = MINI
-    for path in ("text_config.max_position_embeddings", "text_config.max_seq_len",
-                 "audio_encoder_config.kernel_size", "audio_encoder_config.adapter_stride",
-                 "text_config.torch_dtype"):  # fmt: skip
+    for path in (
+        "text_config.max_position_embeddings",
+        "text_config.max_seq_len",
+        "audio_encoder_config.kernel_size",
+        "audio_encoder_config.adapter_stride",
+        "text_config.torch_dtype",
+    ):
         raw = changed(raw, path, ...)
     cfg = StepAudio2Config.from_hf(raw)
     assert cfg == StepAudio2Config.from_hf(MINI)
@@ -200,7 +232,7 @@ def refused(raw) -> str:
         ("text_config.head_dim", 127, "decoder head_dim must be even"),
         ("audio_encoder_config.n_audio_head", 19, "encoder embed must be a multiple of heads"),
     ],
-)  # fmt: skip
+)
 def test_refused(path, value, message):
     assert message in refused(changed(MINI, path, value))
 
@@ -218,9 +250,16 @@ def test_all_problems_are_reported_together():
     raw["audio_encoder_config"] |= {"speed": 2, "n_mels": "many"}
     del raw["audio_encoder_config"]["n_audio_layer"]
     message = refused(raw)
-    for part in ("lacks vocab_size", "rope_scaling={'factor': 4}", "keys num_experts", "keys speed",
-                 "hidden_size must be", "n_mels must be", "lacks n_audio_layer",
-                 "llm_dim=3584 and hidden_size=-1"):  # fmt: skip
+    for part in (
+        "lacks vocab_size",
+        "rope_scaling={'factor': 4}",
+        "keys num_experts",
+        "keys speed",
+        "hidden_size must be",
+        "n_mels must be",
+        "lacks n_audio_layer",
+        "llm_dim=3584 and hidden_size=-1",
+    ):
         assert part in message
 
 

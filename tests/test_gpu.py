@@ -31,12 +31,17 @@ def test_cudnn_attends_like_xla(steps, packed):
     mask = Mask(causal=True, segments=segments)
 
     def both(attend):
-        loss = lambda q, k, v: (attend(q, k, v, mask).astype(jnp.float32) ** 2).sum()
+        def loss(q, k, v):
+            return (attend(q, k, v, mask).astype(jnp.float32) ** 2).sum()
+
         return attend(q, k, v, mask), *jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
 
     text = jax.jit(lambda *x: attention(*x, mask)).lower(q, k, v).compile().as_text()
     assert ("cudnn" in text) is not packed  # it knows no segments
-    asked = lambda: attention(q, k, v, mask, implementation="cudnn")
+
+    def asked():
+        return attention(q, k, v, mask, implementation="cudnn")
+
     if packed:
         with pytest.raises(ConfigError, match="'cudnn' cannot compute this: expected a causal"):
             asked()
@@ -44,7 +49,10 @@ def test_cudnn_attends_like_xla(steps, packed):
         np.testing.assert_array_equal(*map(np.float32, (asked(), attention(q, k, v, mask))))
     exact = both(lambda q, k, v, m: attention_xla(*(x.astype("f4") for x in (q, k, v)), m))
     for ours, plain, true in zip(both(attention), both(attention_xla), exact, strict=True):
-        distance = lambda x, true=true: float(jnp.linalg.norm((x - true).astype("f4")))
+
+        def distance(x, true=true):
+            return float(jnp.linalg.norm((x - true).astype("f4")))
+
         assert distance(ours) < 2 * distance(plain) + 1e-3
 
 

@@ -140,7 +140,10 @@ def test_every_parameter_of_the_released_model_has_a_place():
     """On 8 chips nothing large is left whole, and no dimension of mini is refused on 4."""
     model = step_audio2(StepAudio2Config.preset("mini"))
     mesh = mesh_of(fsdp=2, tensor=4)
-    is_axes = lambda leaf: isinstance(leaf, tuple)
+
+    def is_axes(leaf):
+        return isinstance(leaf, tuple)
+
     leaves = jax.tree.leaves(model.abstract)
     axes = jax.tree.leaves(model.axes, is_leaf=is_axes)
     assert len(leaves) == len(axes)

@@ -59,12 +59,14 @@ class Checkpoints:
         with disk_errors(self.folder):
             self._manager.save(
                 step,
-                args=ocp.args.Composite(**{
-                    STATE: ocp.args.PyTreeSave(saved),
-                    DATA: ocp.args.JsonSave({"hosts": _gather_json(data)}),
-                }),
+                args=ocp.args.Composite(
+                    **{
+                        STATE: ocp.args.PyTreeSave(saved),
+                        DATA: ocp.args.JsonSave({"hosts": _gather_json(data)}),
+                    }
+                ),
                 force=True,
-            )  # fmt: skip
+            )
 
     def restore(
         self, step: int, optimizer: Optimizer, like: TrainState, params: Mapping[str, Any]
@@ -86,18 +88,24 @@ class Checkpoints:
         wanted = _saved_tree(optimizer, like)
         one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         wanted = jax.tree.map(
-            lambda leaf: leaf if leaf.sharding is not None
-            else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one), wanted,
-        )  # fmt: skip
+            lambda leaf: (
+                leaf
+                if leaf.sharding is not None
+                else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one)
+            ),
+            wanted,
+        )
         how = ocp.checkpoint_utils.construct_restore_args(wanted)
         try:
             found = self._manager.restore(
                 step,
-                args=ocp.args.Composite(**{
-                    STATE: ocp.args.PyTreeRestore(wanted, restore_args=how),
-                    DATA: ocp.args.JsonRestore(),
-                }),
-            )  # fmt: skip
+                args=ocp.args.Composite(
+                    **{
+                        STATE: ocp.args.PyTreeRestore(wanted, restore_args=how),
+                        DATA: ocp.args.JsonRestore(),
+                    }
+                ),
+            )
         except (ValueError, KeyError, OSError) as error:
             reason = " ".join(str(error).split())[:200]
             raise TrainError(

@@ -122,13 +122,15 @@ def parameter_groups(config: OptimizerConfig, state: TrainState) -> tuple[Parame
         found.setdefault(key, []).append((name, leaf))
     return tuple(
         ParameterGroup(
-            part, ", ".join(sorted({leaf.dtype.name for _, leaf in leaves})),
-            sum(leaf.size for _, leaf in leaves), rate,
+            part,
+            ", ".join(sorted({leaf.dtype.name for _, leaf in leaves})),
+            sum(leaf.size for _, leaf in leaves),
+            rate,
             sum(leaf.size for name, leaf in leaves if name.rsplit(".", 1)[-1] in MATRICES),
             sum(_bytes(leaf) for _, leaf in leaves),
         )
         for (part, rate), leaves in sorted(found.items())
-    )  # fmt: skip
+    )
 
 
 def _part_of(name: str) -> str:

@@ -21,16 +21,37 @@ from sa2jax.errors import TrainError
 METRICS, CURVES = "metrics.jsonl", "loss.png"
 # How devices call themselves, and their names here.
 DEVICE_KINDS = {
-    "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p",
-    "TPU v6 lite": "v6e", "TPU v6e": "v6e", "H100": "h100", "H200": "h200", "A100": "a100-80gb",
-    "L4": "l4", "T4": "t4", "B200": "b200",
-}  # fmt: skip
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "H100": "h100",
+    "H200": "h200",
+    "A100": "a100-80gb",
+    "L4": "l4",
+    "T4": "t4",
+    "B200": "b200",
+}
 # What a line on the screen has; the files have all.
 CONSOLE_METRICS = (
-    "loss", "text/loss", "audio/loss", "accuracy", "grad_norm", "learning_rate", "evaluate/loss",
-    "evaluate/accuracy", "step_seconds", "tokens_per_second", "token_utilization",
-    "audio_utilization", "mfu", "data_wait_fraction",
-)  # fmt: skip
+    "loss",
+    "text/loss",
+    "audio/loss",
+    "accuracy",
+    "grad_norm",
+    "learning_rate",
+    "evaluate/loss",
+    "evaluate/accuracy",
+    "step_seconds",
+    "tokens_per_second",
+    "token_utilization",
+    "audio_utilization",
+    "mfu",
+    "data_wait_fraction",
+)
 
 
 class TrainingLog:
@@ -50,10 +71,14 @@ class TrainingLog:
         console = Console(stderr=True)
         self._live = self._mine and not quiet
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-            TimeRemainingColumn(), console=console, transient=True,
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
             disable=not (self._live and console.is_terminal),
-        )  # fmt: skip
+        )
         self._task = self._progress.add_task("training", total=steps, completed=start)
         self.steps = steps
         if not self._mine:

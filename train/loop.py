@@ -257,7 +257,10 @@ def micro_batch_rows(rows: int, parts: int, mesh: Mesh | None) -> int:
 def describe_training(name: str, like: TrainState, optimizer: Optimizer, mesh: Mesh | None) -> str:
     """A line that says how much is trained, and where."""
     trained, frozen = optimizer.partition(like.params)
-    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree)) / 1e6
+
+    def count(tree):
+        return sum(leaf.size for leaf in jax.tree.leaves(tree)) / 1e6
+
     return (
         f"{name}: {count(trained):.4g} M parameters trained, {count(frozen):.4g} M frozen, on "
         f"{describe_mesh(mesh)}"

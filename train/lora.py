@@ -76,10 +76,8 @@ def add_lora(
         lead = shape[: len(shape) - len(axes)]
         outputs, inputs = shape[len(lead) : -1], shape[-1]
         linear.lora_a = nnx.data(
-            param(
-                rngs, (*lead, rank, inputs), (None, axes[-1]), dtype=dtype, scale=inputs**-0.5
-            )
-        )  # fmt: skip
+            param(rngs, (*lead, rank, inputs), (None, axes[-1]), dtype=dtype, scale=inputs**-0.5)
+        )
         linear.lora_b = nnx.data(
             param(rngs, (*lead, *outputs, rank), (*axes[:-1], None), dtype=dtype, constant=0.0)
         )

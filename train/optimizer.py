@@ -128,9 +128,10 @@ def make_optimizer(config: OptimizerConfig) -> Optimizer:
 
     def of_part(updates, params):
         del params
-        share = lambda path, x: (
-            x * (config.learning_rate_of(param_name(path)) / config.learning_rate)
-        )
+
+        def share(path, x):
+            return x * (config.learning_rate_of(param_name(path)) / config.learning_rate)
+
         return jax.tree.map_with_path(share, updates)
 
     first, second = config.betas
@@ -215,7 +216,9 @@ def matrix_mask(tree: Any) -> Any:
 
 
 def _to_float32(tree: Any) -> Any:
-    floating = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+    def floating(x):
+        return jnp.issubdtype(x.dtype, jnp.floating)
+
     return jax.tree.map(lambda x: x.astype(jnp.float32) if floating(x) else x, tree)
 
 

@@ -57,8 +57,10 @@ def recipe_names() -> list[str]:
     folders = [("", home), *((f"{item.name}/", item) for item in home.iterdir() if item.is_dir())]
     return sorted(
         prefix + Path(item.name).stem
-        for prefix, folder in folders for item in folder.iterdir() if item.name.endswith(".yaml")
-    )  # fmt: skip
+        for prefix, folder in folders
+        for item in folder.iterdir()
+        if item.name.endswith(".yaml")
+    )
 
 
 def read_recipe_values(source: str | Path) -> dict[str, Any]:

@@ -120,10 +120,15 @@ def _decode_block(layer, filled, q, k, v, *rest, block: int, scaled: bool):
         slots = at * block + jax.lax.broadcasted_iota(jnp.int32, (rows, block), 1)
         for head in range(K):
             kind = q.dtype
-            scores = jax.lax.dot_general(
-                q[head], k[head].astype(kind), (((1,), (1,)), ((), ())),
-                preferred_element_type=jnp.float32,
-            ) * H**-0.5  # fmt: skip
+            scores = (
+                jax.lax.dot_general(
+                    q[head],
+                    k[head].astype(kind),
+                    (((1,), (1,)), ((), ())),
+                    preferred_element_type=jnp.float32,
+                )
+                * H**-0.5
+            )
             if of_k is not None:
                 scores = scores * of_k[head][None]
             scores = jnp.where(slots < filled[row], scores, -1e30)

@@ -83,9 +83,15 @@ def _splash_kernel(group: int, steps: int, interpret: bool):
 
     block = next(size for size in (SPLASH_BLOCK, 256, LANES) if steps % size == 0)
     sizes = lib.BlockSizes(
-        block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block,
-        block_kv_dkv=block, block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
-    )  # fmt: skip
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
     mask = masks.MultiHeadMask([masks.CausalMask((steps, steps))] * group)
     return lib.make_splash_mqa(
         mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret

@@ -1,5 +1,6 @@
 """Audio: files in and out, and the four front-ends of the models."""
 
+from sa2jax.audio.chunks import split_chunks
 from sa2jax.audio.features import (
     CHUNK_SAMPLES,
     HOP,
@@ -11,7 +12,7 @@ from sa2jax.audio.features import (
     pad_mels,
     s3_log_mel,
 )
-from sa2jax.audio.io import Audio, load_audio, pcm_16, read_audio, resample, split_chunks, write_wav
+from sa2jax.audio.io import Audio, load_audio, pcm_16, read_audio, resample, write_wav
 from sa2jax.audio.rates import SAMPLE_RATE
 
 __all__ = [

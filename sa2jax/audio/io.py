@@ -5,11 +5,9 @@ in blocks: an hour of 48 kHz stereo costs `load_audio` about twice the 16 kHz mo
 """
 
 import io
-import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias
 
@@ -17,16 +15,14 @@ import numpy as np
 import soundfile
 from jaxtyping import Float, Int16
 
-from sa2jax.audio.blas import one_thread
-from sa2jax.audio.features import CHUNK_SAMPLES
 from sa2jax.audio.rates import SAMPLE_RATE
+from sa2jax.audio.resampling import resample_blocks
 from sa2jax.errors import AudioError
 
 Audio: TypeAlias = str | os.PathLike[str] | bytes | BinaryIO | np.ndarray | tuple[np.ndarray, int]
 """A path, the bytes of an audio file, an open binary file, or an array with its rate in Hz."""
 
 _BLOCK = 1 << 19  # samples per channel that are in flight at once
-_GROUP = 64  # outputs that share one resampling matrix
 _MAX_RATE = 1_000_000
 _MAX_CHANNELS = 64  # more are samples: a transposed array
 _FULL_SCALE = {"int8": 2.0**7, "uint8": 2.0**7, "int16": 2.0**15, "int32": 2.0**31}
@@ -77,25 +73,7 @@ def load_audio(
     with _open(source, None) as (name, from_rate, blocks):
         # Mixing commutes with resampling, so one channel is resampled instead of all.
         mixed = (b[:1] if mono == "first" else b.mean(0, keepdims=True) for b in blocks)
-        return _join(_resampled(_finite(mixed, name), from_rate, to_rate), name)[0]
-
-
-def split_chunks(
-    samples: Float[np.ndarray, " T"], chunk: int = CHUNK_SAMPLES
-) -> list[Float[np.ndarray, " T"]]:
-    """Cut a recording into views of `chunk` samples (25 s at 16 kHz); the last one is shorter.
-
-    There is no limit on the length. The model hears every chunk as a clip of its own.
-
-    Raises:
-        AudioError: not one channel, no samples, or a chunk below one sample.
-    """
-    if samples.ndim != 1 or samples.size == 0 or chunk < 1:
-        raise AudioError(
-            f"expected samples [T] with T >= 1 and chunk >= 1, got shape {samples.shape} and chunk "
-            f"{chunk}; read the audio with load_audio()"
-        )
-    return [samples[start : start + chunk] for start in range(0, samples.size, chunk)]
+        return _join(resample_blocks(_finite(mixed, name), from_rate, to_rate), name)[0]
 
 
 @contextmanager
@@ -211,8 +189,6 @@ def _join(blocks: Iterable[Float[np.ndarray, "C T"]], name: str) -> Float[np.nda
 
 
 # ---- resampling ----------------------------------------------------------------------------------
-# Not soxr: the official loader uses torchaudio's kernel, a windowed sinc of six zero crossings. Its
-# aliasing and roll-off are not those of soxr's better filters, and parity needs the same numbers.
 
 
 def resample(
@@ -235,77 +211,8 @@ def resample(
         AudioError: bad rate or shape, no samples, NaN or Inf.
     """
     rates = _check_rate(from_rate), _check_rate(to_rate)
-    out = _join(_resampled(_slices(_as_samples(samples)), *rates), "the array")
+    out = _join(resample_blocks(_slices(_as_samples(samples)), *rates), "the array")
     return out[0] if np.ndim(samples) == 1 else out
-
-
-def _resampled(
-    blocks: Iterable[Float[np.ndarray, "C T"]], from_rate: int, to_rate: int
-) -> Iterator[Float[np.ndarray, "C T"]]:
-    """Resample a stream of blocks of any length; only the kernel's reach is kept between blocks."""
-    if from_rate == to_rate:
-        yield from blocks
-        return
-    common = math.gcd(from_rate, to_rate)
-    p, q = from_rate // common, to_rate // common  # p samples in make q samples out
-    reach = math.ceil(6 * p / (min(p, q) * 0.99))
-    repeat = math.ceil(
-        _GROUP / q
-    )  # several periods at once when q is small: matrices worth a BLAS call
-    step_in, step_out = repeat * p, repeat * q
-    held = None  # samples from `reach` before the next period on
-    total = produced = 0
-    for block in blocks:
-        total += block.shape[1]
-        before = np.zeros((len(block), reach), np.float32) if held is None else held
-        held = np.concatenate([before, block], axis=1)
-        if (n := (held.shape[1] - 2 * reach) // step_in) > 0:
-            yield _polyphase(held, n, p, q, repeat)
-            held = held[:, n * step_in :]
-            produced += n * step_out
-    if held is None:
-        return
-    # torchaudio rounds the length in float32, which costs long recordings a sample: so do we.
-    wanted = min(math.ceil(np.float32(q * total / p)), q * (total // p + 1))
-    if (n := math.ceil((wanted - produced) / step_out)) > 0:
-        short = n * step_in + 2 * reach - held.shape[1]
-        held = np.pad(held, ((0, 0), (0, max(short, 0))))
-        yield _polyphase(held, n, p, q, repeat)[:, : wanted - produced]
-
-
-def _polyphase(
-    held: Float[np.ndarray, "C T"], n: int, p: int, q: int, repeat: int
-) -> Float[np.ndarray, "C T2"]:
-    """Compute `n` steps of `repeat` periods each: one matrix product per group of output phases."""
-    step_in, step_out = repeat * p, repeat * q
-    out = np.empty((len(held), n, step_out), np.float32)
-    for first in range(0, step_out, _GROUP):
-        last = min(first + _GROUP, step_out)
-        start, kernel = _kernel(p, q, first, last)
-        width = len(kernel)
-        reached = held[:, start : start + (n - 1) * step_in + width]
-        windows = np.lib.stride_tricks.sliding_window_view(reached, width, axis=1)[:, ::step_in]
-        if width > step_in:  # overlapping rows are no matrix to BLAS
-            windows = np.ascontiguousarray(windows)
-        with one_thread():
-            np.matmul(windows, kernel, out=out[:, :, first:last])
-    return out.reshape(len(held), -1)
-
-
-@lru_cache(maxsize=32)
-def _kernel(p: int, q: int, first: int, last: int) -> tuple[int, Float[np.ndarray, "taps phases"]]:
-    """The first sample that the outputs first..last-1 of a step see, and their kernel."""
-    base = min(p, q) * 0.99
-    reach = math.ceil(6 * p / base)
-    phase = np.arange(first, last)
-    start = first * p // q
-    taps = np.arange(start, (last - 1) * p // q + 2 * reach + 1) - reach
-    # torchaudio divides the phase in float32, the rest in float64: 160 phases make that visible.
-    offset = (-(phase % q)).astype(np.float32) / np.float32(q)
-    time = (taps[:, None] - phase // q * p) / p + offset.astype(np.float64)
-    time = np.clip(time * base, -6.0, 6.0)
-    kernel = np.sinc(time) * np.cos(time * (math.pi / 12)) ** 2 * (base / p)
-    return start, kernel.astype(np.float32)
 
 
 # ---- writing -------------------------------------------------------------------------------------

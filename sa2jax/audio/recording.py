@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from sa2jax.audio import io
+from sa2jax.audio.chunks import split_chunks
 from sa2jax.audio.features import log_mel
 from sa2jax.audio.rates import SAMPLE_RATE
 from sa2jax.errors import AudioError
@@ -55,7 +56,7 @@ class Recording:
     def mels(self, n_mels: int) -> list[Float32[np.ndarray, "M frames"]]:
         """Log-mel frames of each 25 s of it; computed once and kept, read-only."""
         if n_mels not in self._mels:
-            chunks = io.split_chunks(self.samples)
+            chunks = split_chunks(self.samples)
             mels = tuple(np.asarray(log_mel(chunk, n_mels=n_mels)) for chunk in chunks)
             for mel in mels:
                 mel.flags.writeable = False
@@ -67,7 +68,7 @@ class Recording:
         if len(self.samples) <= max_samples:
             return [self]
         parts = []
-        for samples in io.split_chunks(self.samples, max_samples):
+        for samples in split_chunks(self.samples, max_samples):
             part = object.__new__(type(self))
             object.__setattr__(part, "samples", samples)
             object.__setattr__(part, "_mels", {})

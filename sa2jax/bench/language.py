@@ -151,7 +151,10 @@ class Ours:
         mesh: Mesh | None = None,
     ):
         wide = pad_heads_for_mesh(cfg, mesh)
-        make = lambda: StepAudio2Model(wide, policy=policy, rngs=nnx.Rngs(0))
+
+        def make():
+            return StepAudio2Model(wide, policy=policy, rngs=nnx.Rngs(0))
+
         places = None if mesh is None else step_audio2(wide, policy).shardings(mesh)
         params = init_params(make, places)
         stacked = uses_scan(mesh)
@@ -172,7 +175,10 @@ class Ours:
 
     def parts(self, steps: int) -> dict[str, Callable[[], Any]]:
         """What is timed, in this order."""
-        decode = lambda: self.decode(steps)
+
+        def decode():
+            return self.decode(steps)
+
         return {
             "encode": self.encode,
             "prefill": self.prefill,

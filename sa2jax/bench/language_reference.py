@@ -71,7 +71,10 @@ class Reference:
 
     def parts(self, steps: int) -> dict[str, Callable[[], Any]]:
         """What is timed, in this order."""
-        decode = lambda: self.decode(steps)
+
+        def decode():
+            return self.decode(steps)
+
         return {
             "encode": self.encode,
             "prefill": self.prefill,
@@ -120,7 +123,10 @@ class Reference:
         seconds = []
         for extra in points:
             part = ids[:, : self.ids.shape[1] + extra]
-            run = lambda part=part: self.decoder(part, use_cache=False, logits_to_keep=1)
+
+            def run(part=part):
+                return self.decoder(part, use_cache=False, logits_to_keep=1)
+
             seconds.append(timed(run))
         pairs = zip(points, points[1:], seconds, seconds[1:], strict=False)
         return sum((b - a) * (s + t) / 2 for a, b, s, t in pairs)

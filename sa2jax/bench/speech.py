@@ -196,7 +196,10 @@ def random_params(abstract: Params, seed: int = 0) -> Params:
 
 def whole_rows(times: Times, seconds: float) -> list[Row]:
     """Rows of one recording, spoken again in its own voice."""
-    factor = lambda t: t / seconds
+
+    def factor(t):
+        return t / seconds
+
     clip = f"one recording of {seconds:g} s"
     notes = {
         "tokenizer": ("speech tokenizer", f"{clip}: log-mel and codes"),
@@ -219,7 +222,10 @@ def stream_rows(times: Times, streams: Sequence[int], chunk: int) -> list[Row]:
     for side in {side for side, _ in times}:
         pairs = zip(times[side, "start"], times[side, "first"], strict=True)
         times[side, "sound"] = [sum(pair) for pair in pairs]
-    same = lambda t: t
+
+    def same(t):
+        return t
+
     rows = [
         row("start", SECONDS, "start", times, same, "what a stream's voice alone decides"),
         row("first sound", SECONDS, "sound", times, same, f"start, and {chunk} codes"),
@@ -234,7 +240,10 @@ def stream_rows(times: Times, streams: Sequence[int], chunk: int) -> list[Row]:
         if n > 1 and (REFERENCE, part) in times:
             note += f"; the official code: {n} calls"
         rows.append(row(f"chunk, {name}", SECONDS, part, times, same, note))
-        factor = lambda t, n=n: t * CODE_RATE / (chunk * n)
+
+        def factor(t, n=n):
+            return t * CODE_RATE / (chunk * n)
+
         note = f"chunks of {chunk} codes, per second of each stream's sound"
         rows.append(row(f"stream, {name}", FACTOR, part, times, factor, note))
     return rows

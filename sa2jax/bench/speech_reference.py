@@ -86,7 +86,10 @@ class Reference:
     def speak(self) -> None:
         """The reply's mel frames."""
         codes, mel, speaker = self.whole
-        length = lambda x: torch.tensor([x.shape[1]], dtype=torch.int32, device=self.device)
+
+        def length(x):
+            return torch.tensor([x.shape[1]], dtype=torch.int32, device=self.device)
+
         self.mel = self.flow.inference(
             self.reply, length(self.reply), codes, length(codes), mel, length(mel), speaker, STEPS
         )

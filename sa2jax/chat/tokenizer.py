@@ -17,9 +17,8 @@ import tokenizers
 
 from sa2jax.errors import PromptError, TokenizerError
 
-NUM_CODES = (
-    6561  # 3^8 entries of the released speech codebook; `<audio_6561>` after them is the pad
-)
+# 3^8 entries of the released speech codebook; `<audio_6561>` after them is the pad.
+NUM_CODES = 6561
 
 # Qwen2's way of cutting text before BPE (transformers: Qwen2Converter).
 _QWEN2_SPLIT = (

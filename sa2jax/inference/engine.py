@@ -38,9 +38,8 @@ from sa2jax.nn import Functional, Params
 TOKEN_BUCKETS = tuple(2**n for n in range(6, 18))  # prompt and cache buckets, tokens
 MEL_BUCKETS = (128, 256, 512, 1024, 1536, 2048, 2504)  # clip buckets, 10 ms frames
 CLIP_BATCH = 8
-PREFILL_CHUNK = (
-    512  # tokens that a conversation reads at once: bounds memory and the number of programs
-)
+# Tokens that a conversation reads at once: bounds memory and the number of programs.
+PREFILL_CHUNK = 512
 
 
 def bucket(size: int, sizes: Sequence[int]) -> int:
@@ -69,7 +68,10 @@ class Engine:
         block: int = 32,
     ):
         self.model, self.params, self.cfg, self.mesh, self.block = model, params, cfg, mesh, block
-        jit = lambda f, **options: jax.jit(partial(f, model), **options)
+
+        def jit(f, **options):
+            return jax.jit(partial(f, model), **options)
+
         self._encode_audio, self._logits = jit(programs.encode_audio), jit(programs.logits)
         # With clips or without, features have one dtype and one sharding: one program for both.
         self._compute = model.bind(model.abstract).decoder.policy.compute
@@ -240,9 +242,15 @@ class Engine:
         seen[0, ids] = True
         with sharding.use_mesh(self.mesh):
             return self._sample_first_token(
-                self.params, cache, hidden, seen, self._keys(options, [prompt_index]),
-                np.array([limit], np.int32), _stop_array(options), options.sampling.arrays(),
-            )  # fmt: skip
+                self.params,
+                cache,
+                hidden,
+                seen,
+                self._keys(options, [prompt_index]),
+                np.array([limit], np.int32),
+                _stop_array(options),
+                options.sampling.arrays(),
+            )
 
     def replicas(self) -> list[Self]:
         """An engine for each index of the mesh's data axis, with the copies that lie there.
@@ -252,11 +260,14 @@ class Engine:
         """
         return [
             type(self)(
-                self.model, sharding.replica_of(self.params, mesh), self.cfg, mesh=mesh,
+                self.model,
+                sharding.replica_of(self.params, mesh),
+                self.cfg,
+                mesh=mesh,
                 block=self.block,
             )
             for mesh in sharding.replicas(self.mesh)
-        ] or [self]  # fmt: skip
+        ] or [self]
 
     def _keys(self, options: GenerationConfig, prompt_indices: Sequence[int]) -> PRNGKeyArray:
         """The random key of each reply to prompts of these numbers."""
@@ -301,9 +312,15 @@ class Engine:
         padded = [*prompt_indices, *[0] * (rows - len(requests))]
         with sharding.use_mesh(self.mesh):
             return self._prefill(
-                self.params, batch, self._keys(options, padded), np.repeat(limit, options.samples),
-                _stop_array(options), options.sampling.arrays(), samples=options.samples, size=size,
-            )  # fmt: skip
+                self.params,
+                batch,
+                self._keys(options, padded),
+                np.repeat(limit, options.samples),
+                _stop_array(options),
+                options.sampling.arrays(),
+                samples=options.samples,
+                size=size,
+            )
 
     def logits(self, request: Request) -> Float[np.ndarray, "T V"]:
         """Scores of the next token after each position of a prompt."""
@@ -358,7 +375,10 @@ def _find_stop(
     ids: list[int], options: GenerationConfig, decode_text: Callable[[Sequence[int]], str]
 ) -> int | None:
     """Length of the shortest beginning of a reply that holds a stop string, if there is one."""
-    holds = lambda n: any(s in decode_text(ids[:n]) for s in options.stop_strings)
+
+    def holds(n):
+        return any(s in decode_text(ids[:n]) for s in options.stop_strings)
+
     return bisect_left(range(len(ids)), True, key=holds) if holds(len(ids)) else None
 
 

@@ -109,7 +109,10 @@ def reply_keys(
 ) -> PRNGKeyArray:
     """Random keys of replies: reply j to prompt n has the key (seed, n, j); [B * samples]."""
     fold = jax.random.fold_in
-    one = lambda n: jax.vmap(partial(fold, fold(jax.random.key(seed), n)))(jnp.arange(samples))
+
+    def one(n):
+        return jax.vmap(partial(fold, fold(jax.random.key(seed), n)))(jnp.arange(samples))
+
     return jax.vmap(one)(prompt_indices).reshape(-1)
 
 
@@ -232,10 +235,13 @@ def abstract_state(
         net, none = model.bind(model.abstract), jnp.zeros(rows, jnp.int32)
         return DecodeState(
             cache=KVCache.zeros(net.cfg.decoder, rows, size, net.decoder.cache_dtype),
-            last_token=none, seen=jnp.zeros((rows, net.cfg.decoder.vocab), bool),
-            keys=jax.random.split(jax.random.key(0), rows), num_generated=none, limit=none,
+            last_token=none,
+            seen=jnp.zeros((rows, net.cfg.decoder.vocab), bool),
+            keys=jax.random.split(jax.random.key(0), rows),
+            num_generated=none,
+            limit=none,
             done=none > 0,
-        )  # fmt: skip
+        )
 
     state = jax.eval_shape(blank)
     if mesh is None:
@@ -304,9 +310,14 @@ def _first(
     """The state after the first token of each reply."""
     nothing = jnp.zeros(limit.shape, jnp.int32)
     state = DecodeState(
-        cache=cache, last_token=nothing, seen=seen, keys=keys, num_generated=nothing, limit=limit,
+        cache=cache,
+        last_token=nothing,
+        seen=seen,
+        keys=keys,
+        num_generated=nothing,
+        limit=limit,
         done=limit == 0,
-    )  # fmt: skip
+    )
     return _pinned(_choose(net, state, hidden, stop_ids, sampling))
 
 

@@ -17,7 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 from sa2jax.attention.base import Mask
 from sa2jax.attention.dispatch import attention
 from sa2jax.config import AdapterConfig, AudioEncoderConfig
-from sa2jax.nn import Conv, LayerNorm, Linear, Policy, Remat, over_layers, param, stack, tap
+from sa2jax.models.convolution import Conv
+from sa2jax.nn import LayerNorm, Linear, Policy, Remat, over_layers, param, stack, tap
 from sa2jax.sharding import shard
 
 MEL_TAIL = 2  # frames at the end of each clip that the released code does not count as its length
@@ -89,7 +90,10 @@ class AudioEncoder(nnx.Module):
         self.positions = param(
             rngs, (cfg.max_positions, cfg.embed), (None, None), dtype=policy.param, scale=0.02
         )
-        make = lambda rngs: EncoderLayer(cfg, policy=policy, rngs=rngs)
+
+        def make(rngs):
+            return EncoderLayer(cfg, policy=policy, rngs=rngs)
+
         self.layers = stack(make, cfg.layers, rngs)
         self.norm = LayerNorm(cfg.embed, policy=policy, rngs=rngs)
 
@@ -162,9 +166,14 @@ class Adapter(nnx.Module):
         self, cfg: AdapterConfig, encoder: int, decoder: int, *, policy: Policy, rngs: nnx.Rngs
     ):
         self.conv = Conv(
-            encoder, encoder, kernel=cfg.kernel, stride=cfg.stride, padding=cfg.kernel // 2,
-            policy=policy, rngs=rngs,
-        )  # fmt: skip
+            encoder,
+            encoder,
+            kernel=cfg.kernel,
+            stride=cfg.stride,
+            padding=cfg.kernel // 2,
+            policy=policy,
+            rngs=rngs,
+        )
         wide = {"mlp": cfg.hidden}
         self.up = Linear({"embed": encoder}, wide, policy=policy, rngs=rngs)
         self.down = Linear(wide, {"embed": decoder}, policy=policy, rngs=rngs)
@@ -202,6 +211,9 @@ def _clips(frames: Array, starts: Array | None, total: int) -> _Clips:
         return _Clips(own, own.astype(jnp.int32), jnp.broadcast_to(place, own.shape), length)
     offset = place[..., None] - starts[:, None]  # [B, T, N]
     inside = (offset >= 0) & (offset < frames[:, None])
-    pick = lambda x: jnp.sum(jnp.where(inside, x, 0), axis=-1)
+
+    def pick(x):
+        return jnp.sum(jnp.where(inside, x, 0), axis=-1)
+
     number = pick(1 + jnp.arange(starts.shape[1]))
     return _Clips(inside.any(-1), number, pick(offset), pick(frames[:, None]))

@@ -50,7 +50,10 @@ class KVCache:
     def zeros(cls, cfg: DecoderConfig, batch: int, size: int, dtype: DTypeLike) -> Self:
         """An empty cache with room for `size` tokens a row; int8 ones have scales."""
         shape = (cfg.layers, batch, cfg.kv_heads, size, cfg.head_dim)
-        empty = lambda shape, dtype: shard(jnp.zeros(shape, dtype), *CACHE_AXES[: len(shape)])
+
+        def empty(shape, dtype):
+            return shard(jnp.zeros(shape, dtype), *CACHE_AXES[: len(shape)])
+
         scales = None
         if jnp.dtype(dtype) == jnp.int8:
             scales = empty(shape[:-1], jnp.float32), empty(shape[:-1], jnp.float32)
@@ -222,7 +225,10 @@ class Decoder(nnx.Module):
         self.table = param(
             rngs, (cfg.vocab, cfg.embed), ("vocab", "embed"), dtype=policy.param, scale=0.02
         )
-        make = lambda rngs: DecoderLayer(cfg, policy=policy, rngs=rngs)
+
+        def make(rngs):
+            return DecoderLayer(cfg, policy=policy, rngs=rngs)
+
         if stacked:
             self.layers = stack(make, cfg.layers, rngs)
         else:

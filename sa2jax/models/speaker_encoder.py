@@ -18,12 +18,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from sa2jax.models.convolution import Conv, conv
 from sa2jax.nn import (
-    Conv,
     Functional,
     Linear,
     Policy,
-    conv,
     functional,
     length_mask,
     over_layers,
@@ -42,7 +41,9 @@ class BatchNorm(nnx.Module):
     """Batch norm with the statistics of training, in float32."""
 
     def __init__(self, size: int, *, affine: bool = True, policy: Policy, rngs: nnx.Rngs):
-        make = lambda value: param(rngs, (size,), (None,), dtype=policy.param, constant=value)
+        def make(value):
+            return param(rngs, (size,), (None,), dtype=policy.param, constant=value)
+
         self.mean, self.variance = make(0.0), make(1.0)
         self.scale, self.bias = (make(1.0), make(0.0)) if affine else (None, None)
 
@@ -181,10 +182,13 @@ class SpeakerEncoder(nnx.Module):
         size = cfg.head
         self.conv_in = Conv(1, size, kernel=(3, 3), **make)
         self.stages = nnx.Dict(
-            {f"stage{s}": nnx.Dict(
-                {f"block{b}": ResidualBlock(size, halve=b == 0, **make) for b in range(blocks)}
-            ) for s, blocks in enumerate(cfg.stages, 1)}
-        )  # fmt: skip
+            {
+                f"stage{s}": nnx.Dict(
+                    {f"block{b}": ResidualBlock(size, halve=b == 0, **make) for b in range(blocks)}
+                )
+                for s, blocks in enumerate(cfg.stages, 1)
+            }
+        )
         self.conv_out = Conv(size, size, kernel=(3, 3), stride=(1, STRIDE), **make)
         # Over time, and over all bands that are left at once.
         bands, size = cfg.mels // cfg.shrink, cfg.channels

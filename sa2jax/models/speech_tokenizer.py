@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sa2jax.attention.base import Mask
 from sa2jax.attention.dispatch import attention
+from sa2jax.models.convolution import Conv
 from sa2jax.nn import (
-    Conv,
     Functional,
     LayerNorm,
     Linear,
@@ -121,11 +121,15 @@ class SpeechTokenizer(nnx.Module):
         conv = {"kernel": 3, "stride": 2, "policy": policy, "rngs": rngs}
         self.conv1 = Conv(cfg.mels, cfg.embed, **conv)
         self.conv2 = Conv(cfg.embed, cfg.embed, **conv)
-        make = lambda rngs: Layer(cfg, policy=policy, rngs=rngs)
+
+        def make(rngs):
+            return Layer(cfg, policy=policy, rngs=rngs)
+
         self.layers = (
-            stack(make, cfg.layers, rngs) if stacked
+            stack(make, cfg.layers, rngs)
+            if stacked
             else nnx.List(make(rngs) for _ in range(cfg.layers))
-        )  # fmt: skip
+        )
         self.digits = Linear({"embed": cfg.embed}, {"digits": cfg.digits}, policy=policy, rngs=rngs)
 
     def encode(

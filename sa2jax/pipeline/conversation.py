@@ -51,9 +51,16 @@ class Chat(ChatState):
     ):
         replica = model.next_replica()
         super().__init__(
-            model, head, replica=replica, session=PrefixCache(model.replicas[replica]), tools=tools,
-            think=think, options=options, overflow=overflow, max_tool_rounds=max_tool_rounds,
-        )  # fmt: skip
+            model,
+            head,
+            replica=replica,
+            session=PrefixCache(model.replicas[replica]),
+            tools=tools,
+            think=think,
+            options=options,
+            overflow=overflow,
+            max_tool_rounds=max_tool_rounds,
+        )
         self._stream: Stream | None = None
         self.voice = voice
 
@@ -120,9 +127,15 @@ class Chat(ChatState):
             known = voice or self._voice or "default"
             chosen = known if isinstance(known, Voice) else self.model.speech.voice(known)
         self._stream = Stream(
-            self, turns, rounds, is_newest=self.ends_with, voice=chosen, chunk=chunk, first=first,
+            self,
+            turns,
+            rounds,
+            is_newest=self.ends_with,
+            voice=chosen,
+            chunk=chunk,
+            first=first,
             options=self.options if seed is None else replace(self.options, seed=seed),
-        )  # fmt: skip
+        )
         return self._stream
 
     def undo(self) -> None:
@@ -140,9 +153,15 @@ class Chat(ChatState):
         """Another conversation that begins like this one and then goes its own way."""
         self._end_stream()
         other = Chat(
-            self.model, self.head, voice=self._voice, tools=self.tools, think=self.think,
-            options=self.options, overflow=self.overflow, max_tool_rounds=self.max_tool_rounds,
-        )  # fmt: skip
+            self.model,
+            self.head,
+            voice=self._voice,
+            tools=self.tools,
+            think=self.think,
+            options=self.options,
+            overflow=self.overflow,
+            max_tool_rounds=self.max_tool_rounds,
+        )
         other.rounds, other.session = list(self.rounds), self.session.fork()
         other.replica = self.replica
         other._voice_name = self._voice_name

@@ -88,11 +88,17 @@ class StepAudio2(Tasks):
         home = folder if speech is None else speech
         special = family_of(found.cfg).special_tokens
         return cls(
-            found.cfg, found.params, lambda: Tokenizer.from_folder(tokenizer or folder, special),
-            speech=home if isinstance(home, Speech)
+            found.cfg,
+            found.params,
+            lambda: Tokenizer.from_folder(tokenizer or folder, special),
+            speech=home
+            if isinstance(home, Speech)
             else lambda: Speech.from_pretrained(home, mesh=found.mesh),
-            policy=found.policy, mesh=found.mesh, prompt_style=prompt_style, batch_size=batch_size,
-        )  # fmt: skip
+            policy=found.policy,
+            mesh=found.mesh,
+            prompt_style=prompt_style,
+            batch_size=batch_size,
+        )
 
     # --- conversations ---------------------------------------------------------------------
 
@@ -139,6 +145,12 @@ class StepAudio2(Tasks):
         if box:
             head.append(template.tools_turn(box.text))
         return Chat(
-            self, head, voice=voice, tools=box, think=think, overflow=overflow,
-            options=options or task_options(TASKS["chat"]), max_tool_rounds=max_tool_rounds,
-        )  # fmt: skip
+            self,
+            head,
+            voice=voice,
+            tools=box,
+            think=think,
+            overflow=overflow,
+            options=options or task_options(TASKS["chat"]),
+            max_tool_rounds=max_tool_rounds,
+        )

@@ -172,9 +172,12 @@ class Stream(Iterator[ReplyPiece]):
             speaker = None
             if self._voice is not None:
                 speaker = SynthesisWorker(
-                    chat.model.token2wav(chat.replica), self._voice, chunk=self._chunk,
-                    first=self._first, seed=self._options.seed,
-                )  # fmt: skip
+                    chat.model.token2wav(chat.replica),
+                    self._voice,
+                    chunk=self._chunk,
+                    first=self._first,
+                    seed=self._options.seed,
+                )
             pieces = step.run(
                 chat.session, request, self._options, number=self._number, speaker=speaker
             )

@@ -403,9 +403,12 @@ def _convolution(it: Instruction, lhs: Shape, rhs: Shape) -> float:
     spatial = sum(c.isdigit() for c in left)
     meets = 1.0
     for axis in range(spatial):
-        value = lambda key, default: (
-            window[key].split("x")[axis] if key in window else default  # noqa: B023
-        )
+
+        def value(key, default):
+            return (
+                window[key].split("x")[axis] if key in window else default  # noqa: B023
+            )
+
         low = int(value("pad", "0_0").split("_")[0])
         meets *= _meetings(
             lhs.dims[left.index(str(axis))],

@@ -240,7 +240,10 @@ def token2wav(spec: Spec, mesh: Where) -> Work:
     cfg, dtype = Token2WavConfig.released(), jnp.dtype(spec.dtype)
     flow = flow_model(cfg.flow, Policy(param=dtype, compute=dtype))
     vocode = vocoder(cfg.vocoder)
-    place = lambda leaf: _replicated(mesh, *leaf.shape, dtype=leaf.dtype)
+
+    def place(leaf):
+        return _replicated(mesh, *leaf.shape, dtype=leaf.dtype)
+
     weights = jax.tree.map(place, {"flow": flow.abstract, "vocoder": vocode.abstract})
     rows, codes, voice = spec.batch, CODE_RATE * spec.length, CODE_RATE * VOICE_SECONDS
     ratio = cfg.flow.encoder.upsample

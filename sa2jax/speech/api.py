@@ -27,9 +27,8 @@ from sa2jax.speech.token2wav import CHUNK, Codes, Token2Wav
 from sa2jax.speech.voices import MAX_SECONDS, Voice
 
 AnyVoice = Voice | str | Path
-MAX_WHOLE_CODES = (
-    1500  # codes (a minute) of a reply that is spoken in one piece; longer ones are streamed
-)
+# Codes (a minute) of a reply that is spoken in one piece; longer ones are streamed.
+MAX_WHOLE_CODES = 1500
 
 
 class Speech:
@@ -58,9 +57,12 @@ class Speech:
             raise ConfigError(f"expected steps and batch_size >= 1, got {steps} and {batch_size}")
         self.folder = folder
         self._options = {
-            "dtype": dtype, "steps": steps, "guidance": guidance, "batch_size": batch_size,
+            "dtype": dtype,
+            "steps": steps,
+            "guidance": guidance,
+            "batch_size": batch_size,
             "mesh": make_mesh(mesh) if isinstance(mesh, str) else mesh,
-        }  # fmt: skip
+        }
 
     @classmethod
     def from_pretrained(cls, home: str | Path, **options: Any) -> Self:

@@ -44,7 +44,10 @@ def mel(
 ) -> Float[Array, "B R M"]:
     """Whole replies as mel frames; see `Flow.__call__`."""
     TRACES["mel"] += 1
-    run = lambda params, *inputs: nets.flow.bind(params)(*inputs)
+
+    def run(params, *inputs):
+        return nets.flow.bind(params)(*inputs)
+
     rows = shard_rows(run, nets.mesh, (ALL, 0, 0, 0, ALL), 0)
     return rows(params, prompt, codes, lengths, options)
 
@@ -64,7 +67,10 @@ def wave(nets: Networks, params, mel, frames, noise, seed) -> Float[Array, "B N"
 def start(nets: Networks, params, prompt: VoicePrompt, options: FlowOptions) -> FlowState:
     """Streams that have said nothing; see `Flow.start`."""
     TRACES["start"] += 1
-    run = lambda params, prompt, options: nets.flow.bind(params).start(prompt, options)
+
+    def run(params, prompt, options):
+        return nets.flow.bind(params).start(prompt, options)
+
     if nets.mesh is None:
         return run(params, prompt, options)
     axes = batch_axes(jax.eval_shape(run, params, prompt, options))

@@ -56,9 +56,14 @@ def concat_streams(states: Sequence[StreamState]) -> StreamState:
             "expected streams started with the same `parity` and `keep_frames`, got several kinds: "
             "step them apart"
         )
-    lines = lambda *parts: np.concatenate([np.asarray(p) for p in parts])
+
+    def lines(*parts):
+        return np.concatenate([np.asarray(p) for p in parts])
+
     # One part alone would not be copied, and lost when the result is donated.
-    rows = lambda *parts: jnp.concatenate(parts) if len(parts) > 1 else jnp.copy(parts[0])
+    def rows(*parts):
+        return jnp.concatenate(parts) if len(parts) > 1 else jnp.copy(parts[0])
+
     return StreamState(
         flow=concat_flow_streams([s.flow for s in states]),
         vocoder=jax.tree.map(rows, *(s.vocoder for s in states)),

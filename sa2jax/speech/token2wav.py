@@ -113,7 +113,10 @@ class Token2Wav:
         self._starts: OrderedDict[tuple, StreamState] = OrderedDict()
         encoder = self.cfg.flow.encoder
         nets = Networks(self.flow, self.vocoder, encoder.lookahead, encoder.upsample, self._mesh)
-        jit = lambda f, **options: jax.jit(partial(f, nets), **options)
+
+        def jit(f, **options):
+            return jax.jit(partial(f, nets), **options)
+
         self._mel_program, self._wave_program = jit(programs.mel), jit(programs.wave)
         self._start_program = jit(programs.start)
         self._step_program = jit(
@@ -186,9 +189,7 @@ class Token2Wav:
         prompt, options = self._prompt(voices), replace(self._options, seed=seed)
         frames = self.cfg.flow.encoder.upsample * lengths
         with sharding.use_mesh(self._mesh):
-            mel = self._mel_program(
-                self.params["flow"], prompt, codes, lengths, options,
-            )  # fmt: skip
+            mel = self._mel_program(self.params["flow"], prompt, codes, lengths, options)
             noise = pad_noise(source_noise, self._sizes.samples * mel.shape[1])
             speech = np.asarray(
                 self._wave_program(self.params["vocoder"], mel, frames, noise, seed)
@@ -217,9 +218,8 @@ class Token2Wav:
         for rows in self._batches(codes):
             padded, lengths = pad_codes([codes[i] for i in rows])
             prompt = self._prompt([_speaker_only(speakers[i], self.cfg.flow.mels) for i in rows])
-            mel = self._mel_program(
-                self.params["flow"], prompt, padded, lengths, replace(self._options, seed=seed),
-            )  # fmt: skip
+            options = replace(self._options, seed=seed)
+            mel = self._mel_program(self.params["flow"], prompt, padded, lengths, options)
             counts = self.cfg.flow.encoder.upsample * lengths
             for i, row, count in zip(rows, np.asarray(mel), counts, strict=True):
                 found[i] = row[:count]
@@ -300,9 +300,16 @@ class Token2Wav:
         flow, vocoder = sharding.device_put_rows((flow, state.vocoder), self._mesh, rows, axes)
         with sharding.use_mesh(self._mesh):
             flow, voc, speech, counts = self._step_program(
-                self.params, flow, vocoder, pad_codes(lines, max_codes + lookahead)[0],
-                present, ends, options, noise, max_codes=max_codes,
-            )  # fmt: skip
+                self.params,
+                flow,
+                vocoder,
+                pad_codes(lines, max_codes + lookahead)[0],
+                present,
+                ends,
+                options,
+                noise,
+                max_codes=max_codes,
+            )
         pieces = [row[:n] for row, n in zip(np.asarray(speech), np.asarray(counts), strict=True)]
         return replace(state, flow=flow, vocoder=voc, **after), pieces
 
@@ -391,13 +398,14 @@ class Token2Wav:
         key = voice.hash, seed, parity, keep_frames
         if key not in self._starts:
             options = replace(
-                self._options, seed=seed, keep_frames=keep_frames, capacity=INITIAL_CAPACITY,
+                self._options,
+                seed=seed,
+                keep_frames=keep_frames,
+                capacity=INITIAL_CAPACITY,
                 parity=parity,
-            )  # fmt: skip
+            )
             with sharding.use_mesh(self._mesh):
-                flow = self._start_program(
-                    self.params["flow"], self._prompt([voice]), options
-                )  # fmt: skip
+                flow = self._start_program(self.params["flow"], self._prompt([voice]), options)
             lookahead = self.cfg.flow.encoder.lookahead
             state = StreamState(
                 flow=flow,

@@ -168,9 +168,13 @@ class Voice:
             raise VoiceError(f"{path} is no voice: expected a file made by `sa2jax voice add`")
         try:
             voice = cls(
-                described["name"], arrays["codes"], arrays["speaker"], arrays["mel"],
-                described["audio"], described["analysis"],
-            )  # fmt: skip
+                described["name"],
+                arrays["codes"],
+                arrays["speaker"],
+                arrays["mel"],
+                described["audio"],
+                described["analysis"],
+            )
             intact = described["hash"] == voice.hash
         except KeyError as error:
             raise VoiceError(f"{path} lacks {error}: add the voice again") from None

@@ -35,7 +35,10 @@ def test_splash(heads, kv_heads, packed):
 def test_splash_has_the_gradients_of_the_default():
     q, k, v = (normal(n, 1, 128, 2, 128) for n in range(3))
     causal = Mask(causal=True)
-    loss = lambda f: lambda q, k, v: jnp.sum(jnp.sin(f(q, k, v).astype(jnp.float32)))
+
+    def loss(f):
+        return lambda q, k, v: jnp.sum(jnp.sin(f(q, k, v).astype(jnp.float32)))
+
     default = loss(lambda *x: attention_xla(*x, causal))
     expected = jax.grad(default, (0, 1, 2))(q, k, v)
     got = jax.grad(loss(lambda *x: splash(*x, causal, interpret=True)), (0, 1, 2))(q, k, v)
@@ -74,13 +77,15 @@ def test_decode_kernel_skips_blocks_that_are_empty():
 
 @pytest.mark.parametrize(
     ("dtype", "steps", "width", "mask", "why"),
-    [(HALF, 256, 128, Mask(causal=True), None),
-     (jnp.float32, 256, 128, Mask(causal=True), "expected bfloat16 or float16, got float32"),
-     (HALF, 250, 128, Mask(causal=True), "of a multiple of 128, got 250 and 128"),
-     (HALF, 256, 64, Mask(causal=True), "of a multiple of 128, got 256 and 64"),
-     (HALF, 256, 128, Mask(), "expected a causal mask"),
-     (HALF, 256, 128, Mask(causal=True, keys=jnp.ones((1, 256), bool)), "without marked keys")],
-)  # fmt: skip
+    [
+        (HALF, 256, 128, Mask(causal=True), None),
+        (jnp.float32, 256, 128, Mask(causal=True), "expected bfloat16 or float16, got float32"),
+        (HALF, 250, 128, Mask(causal=True), "of a multiple of 128, got 250 and 128"),
+        (HALF, 256, 64, Mask(causal=True), "of a multiple of 128, got 256 and 64"),
+        (HALF, 256, 128, Mask(), "expected a causal mask"),
+        (HALF, 256, 128, Mask(causal=True, keys=jnp.ones((1, 256), bool)), "without marked keys"),
+    ],
+)
 def test_splash_takes_half_precision_whole_tiles_and_causal_masks(dtype, steps, width, mask, why):
     q, k = jnp.zeros((1, steps, 4, width), dtype), jnp.zeros((1, steps, 2, width), dtype)
     refusal = splash_refusal(q, k, k, mask)
@@ -89,10 +94,13 @@ def test_splash_takes_half_precision_whole_tiles_and_causal_masks(dtype, steps, 
 
 @pytest.mark.parametrize(
     ("dtype", "steps", "slots", "why"),
-    [(HALF, 1, 1024, None), (HALF, 2, 1024, "expected one query a row, got 2"),
-     (HALF, 1, 1000, "of a multiple of 128, got 1000 and 128"),
-     (jnp.float32, 1, 1024, "expected bfloat16 or float16, got float32")],
-)  # fmt: skip
+    [
+        (HALF, 1, 1024, None),
+        (HALF, 2, 1024, "expected one query a row, got 2"),
+        (HALF, 1, 1000, "of a multiple of 128, got 1000 and 128"),
+        (jnp.float32, 1, 1024, "expected bfloat16 or float16, got float32"),
+    ],
+)
 def test_decode_kernel_takes_one_query_a_row(dtype, steps, slots, why):
     q, k = jnp.zeros((1, steps, 4, 128), dtype), jnp.zeros((3, 1, 2, slots, 128), dtype)
     refusal = decode_refusal(q, k)
@@ -109,7 +117,10 @@ def test_a_tpu_program_has_the_kernels_where_they_fit(dtype, kernel):
     text = lowered_for_tpu(lambda *x: attention(*x, Mask(causal=True)), q, k, v)
     assert ("tpu_custom_call" in text) == kernel
     cache = [normal(n, 1, 1, 2, 256, 128, dtype=dtype) for n in (1, 2)]
-    step = lambda q, k, v: cached_attention(q, k, v, 0, jnp.array([[3]]))
+
+    def step(q, k, v):
+        return cached_attention(q, k, v, 0, jnp.array([[3]]))
+
     assert ("tpu_custom_call" in lowered_for_tpu(step, q[:, :1], *cache)) == kernel
 
 
@@ -124,14 +135,21 @@ def test_masks_are_what_all_their_rules_allow():
     segments = jnp.array([[0, 0, 1, 1]])
     mask = Mask(causal=True, keys=keys, segments=segments).dense(4)
     assert np.asarray(mask[0]).astype(int).tolist() == [
-        [1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1],
-    ]  # fmt: skip
+        [1, 0, 0, 0],
+        [1, 1, 0, 0],
+        [0, 0, 0, 0],
+        [0, 0, 0, 1],
+    ]
 
 
-@pytest.mark.parametrize("mask", [
-    Mask(causal=True), Mask(keys=jnp.arange(40)[None] < jnp.array([[40], [17]])),
-    Mask(causal=True, segments=jnp.arange(40)[None] // jnp.array([[9], [40]])),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Mask(causal=True),
+        Mask(keys=jnp.arange(40)[None] < jnp.array([[40], [17]])),
+        Mask(causal=True, segments=jnp.arange(40)[None] // jnp.array([[9], [40]])),
+    ],
+)
 def test_one_head_after_the_other_equals_all_at_once(mask):
     q, k, v = (normal(n, 2, 40, heads, 16, dtype=jnp.float32) for n, heads in enumerate((6, 2, 2)))
     with jax.default_matmul_precision("highest"):

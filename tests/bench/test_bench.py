@@ -127,7 +127,10 @@ def test_lengths_that_cannot_be_timed(wrong):
 
 def test_sides_take_turns_and_the_first_round_does_not_count():
     calls = []
-    part = lambda name: lambda: calls.append(name)
+
+    def part(name):
+        return lambda: calls.append(name)
+
     sides = {OURS: {"a": part("a"), "b": part("b")}, REFERENCE: {"b": part("B")}}
     times = take_turns(sides, 2)
     assert calls == ["a", "b", "B"] * 3

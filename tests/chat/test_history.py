@@ -2,6 +2,7 @@ import hashlib
 import io
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -101,17 +102,16 @@ def test_what_is_no_recording(samples):
 def test_mels_are_computed_once_for_each_number_of_bands(rng, monkeypatch):
     clip = heard(rng, audio.CHUNK_SAMPLES + 1600)
     want = [audio.log_mel(chunk, n_mels=80) for chunk in audio.split_chunks(clip.samples)]
-    calls, log_mel = [], audio.log_mel
-    spy = lambda *a, **k: calls.append(k) or log_mel(*a, **k)
+    spy = Mock(wraps=audio.log_mel)
     monkeypatch.setattr("sa2jax.audio.recording.log_mel", spy)
     first, second = clip.mels(80), clip.mels(80)
     assert len(first) == len(want) == 2
     assert all(a is b for a, b in zip(first, second, strict=True))
     for got, expected in zip(first, want, strict=True):
         np.testing.assert_array_equal(got, expected)
-    assert len(calls) == 2
+    assert spy.call_count == 2
     assert clip.mels(128)[0].shape[0] == 128
-    assert len(calls) == 4
+    assert spy.call_count == 4
     with pytest.raises(ValueError, match="read-only"):
         first[0][0, 0] = 1
     first.clear()

@@ -1,5 +1,5 @@
 import functools
-from typing import Annotated, Any, List, Literal, Optional, Union  # noqa: UP035
+from typing import Annotated, Any, List, Literal, Optional, Union
 
 import pytest
 from helpers.example_tools import SEARCH, run, search
@@ -139,7 +139,7 @@ def test_without_parameters_or_docstring():
         (float, {"type": "number"}),
         (bool, {"type": "boolean"}),
         (list, {"type": "array"}),
-        (List, {"type": "array"}),  # noqa: UP006
+        (List, {"type": "array"}),
         (dict, {"type": "object"}),
         (dict[str, Any], {"type": "object"}),
         (list[int], {"type": "array", "items": {"type": "integer"}}),
@@ -147,7 +147,7 @@ def test_without_parameters_or_docstring():
         (Literal[1, 2], {"type": "integer", "enum": [1, 2]}),
         (Literal["a", 1], {"type": ["string", "integer"], "enum": ["a", 1]}),
         (Literal["a", None], {"type": ["string", "null"], "enum": ["a", None]}),
-        (Optional[str], {"type": ["string", "null"]}),  # noqa: UP045
+        (Optional[str], {"type": ["string", "null"]}),
         (None | float, {"type": ["number", "null"]}),
         (Literal["a"] | None, {"type": ["string", "null"], "enum": ["a", None]}),
         (Annotated[int, 3, "d", "e"], {"type": "integer", "description": "d"}),
@@ -171,7 +171,7 @@ def test_annotations(annotation, want):
         object,
         None,
         int | str,
-        Union[int, str, None],  # noqa: UP007
+        Union[int, str, None],
         list[bytes],
         Annotated[bytes, "d"],
         Literal[b"a"],

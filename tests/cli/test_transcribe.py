@@ -221,7 +221,10 @@ def test_no_tokenizer(refused, broken, recordings):
 def strip_audio_tokens(folder: Path) -> None:
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text())
-    keep = lambda token: not token.startswith("<audio_")
+
+    def keep(token):
+        return not token.startswith("<audio_")
+
     vocab = content["model"]["vocab"]
     content["model"]["vocab"] = {token: i for token, i in vocab.items() if keep(token)}
     content["added_tokens"] = [t for t in content["added_tokens"] if keep(t["content"])]

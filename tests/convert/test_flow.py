@@ -32,9 +32,12 @@ def yaml(folder) -> str:
 
 def released(shapes) -> FlowConfig:
     """The released sizes: SPEC section 6 for the heads, the names' shapes for the rest."""
-    count = lambda prefix: len(
-        {name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)}
-    )
+
+    def count(prefix):
+        return len(
+            {name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)}
+        )
+
     codes, inputs = shapes["input_embedding.weight"]
     mels, speaker = shapes["spk_embed_affine_layer.weight"]
     heads, head_dim = shapes["encoder.encoders.0.self_attn.pos_bias_u"]

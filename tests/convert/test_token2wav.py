@@ -47,7 +47,10 @@ def require_same_release(a: Path, b: Path) -> None:
 
 def test_a_whole_model_there_and_back(model, tmp_path):
     calls = []
-    tick = lambda done, total: calls.append((done, total))
+
+    def tick(done, total):
+        return calls.append((done, total))
+
     report = hf.convert(model, tmp_path / "ours", progress=tick)
     assert entries(tmp_path) == ["model", "ours"]
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
@@ -169,7 +172,10 @@ def test_free_norms_of_the_speaker_encoder(official, tmp_path, with_free_norms):
     for other in ("ours", "back"):
         result = verify(official, tmp_path / other)
         assert (result.same, result.folded) == (True, 0)
-    little = lambda array: (array * np.float64(1 + 5e-7)).astype(np.float32)
+
+    def little(array):
+        return (array * np.float64(1 + 5e-7)).astype(np.float32)
+
     change_tensor(path, little, lambda _, array: array.ndim == 4)
     result = verify(tmp_path / "ours", official)
     assert (result.same, result.folded) == (True, 1)
@@ -285,7 +291,10 @@ def test_a_fold_may_change_numbers_a_little_and_no_more(official, kept):
 
     def scaled(factor: float, name_ends: str):
         shutil.copy(kept / "official" / "hift.pt", path)
-        change = lambda array: (array * np.float64(factor)).astype(np.float32)
+
+        def change(array):
+            return (array * np.float64(factor)).astype(np.float32)
+
         change_tensor(path, change, lambda name, _: name.endswith(name_ends))
         return verify(kept / "ours", official)
 

@@ -129,7 +129,10 @@ def test_flow_yaml_of_another_model(model):
 def test_files_of_different_detokenizers(model, key, size, tensor, message):
     path = model / "token2wav" / "flow.yaml"
     path.write_text(path.read_text().replace(key, f"{key.split()[0]} {size}"))
-    smaller = lambda a: a[:size] if len(a) > 192 else a[:, :size]
+
+    def smaller(a):
+        return a[:size] if len(a) > 192 else a[:, :size]
+
     change_tensor(path.with_name("flow.pt"), smaller, lambda name, _: name == tensor)
     error = refused(model, message)
     assert f"{model / 'token2wav'} holds files of different detokenizers" in error

@@ -94,7 +94,10 @@ def test_names_do_not_matter(folder, converted, tmp_path, file):
     model = onnx.load(folder / file)
     kept = {v.name for v in (*model.graph.input, *model.graph.output)} | {""}
     new: dict[str, str] = {}
-    rename = lambda name: name if name in kept else new.setdefault(name, f"v{len(new)}")
+
+    def rename(name):
+        return name if name in kept else new.setdefault(name, f"v{len(new)}")
+
     for node in model.graph.node:
         node.name = ""
         node.input[:] = [rename(name) for name in node.input]

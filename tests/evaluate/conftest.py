@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from sa2jax.evaluate.words import DIGITS, SUMS
+from sa2jax.evaluate.normalizer import DIGITS, SUMS
 
 RATE = 24_000
 VOICES = ("anna", "bert")

@@ -8,8 +8,8 @@ import pytest
 from sa2jax.errors import AudioError, DataError
 from sa2jax.evaluate import judges
 from sa2jax.evaluate.judges import GrammarJudge, OpenJudge, require, shuffled
+from sa2jax.evaluate.normalizer import SUMS
 from sa2jax.evaluate.voice_judge import VoiceJudge, read_legacy
-from sa2jax.evaluate.words import SUMS
 
 RATE = 16_000
 

@@ -15,8 +15,8 @@ from sa2jax.evaluate.base import EvalOptions
 from sa2jax.evaluate.nano import Judges
 from sa2jax.evaluate.nano_metrics import METRICS, NanoOptions
 from sa2jax.evaluate.nano_suite import NANO
+from sa2jax.evaluate.normalizer import DIGITS, SUMS
 from sa2jax.evaluate.runner import run_suite
-from sa2jax.evaluate.words import DIGITS, SUMS
 from sa2jax.pipeline.reply import Reply, ReplyPiece, Timings
 
 RATE = 24_000

@@ -11,9 +11,9 @@ from sa2jax.errors import DataError
 from sa2jax.evaluate import suites
 from sa2jax.evaluate.base import EvalOptions, Suite, SuiteRun
 from sa2jax.evaluate.heldout import evenly_spaced, read_samples
+from sa2jax.evaluate.normalizer import normalized
 from sa2jax.evaluate.runner import run_suite
 from sa2jax.evaluate.scores import Metric
-from sa2jax.evaluate.words import normalized
 from sa2jax.pipeline import StepAudio2
 
 QUESTIONS = {"two and two": "four", "one and two": "three", "one and one": "two", "ten": "ten"}

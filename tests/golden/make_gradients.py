@@ -185,7 +185,10 @@ def torch_gradients(
         losses = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
         loss = loss + (losses * torch.from_numpy(case["weights"][row])).sum()
     loss.backward()
-    zero = lambda value: np.zeros(value.shape, np.float32)
+
+    def zero(value):
+        return np.zeros(value.shape, np.float32)
+
     return loss.item(), {
         name: zero(value) if value.grad is None else value.grad.numpy()
         for name, value in params.items()

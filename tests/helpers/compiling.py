@@ -28,9 +28,12 @@ QUICK = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 KEEP_DAYS = 14
 OLD = tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11)
 MALLOC = {
-    "hugetlb": 1, "top_pad": 2**27, "trim_threshold": 2**30, "mmap_threshold": 2**29,
+    "hugetlb": 1,
+    "top_pad": 2**27,
+    "trim_threshold": 2**30,
+    "mmap_threshold": 2**29,
     "tcache_count": 500,
-}  # fmt: skip
+}
 
 
 def processor() -> str:

@@ -34,8 +34,11 @@ def run_on_devices(
 ) -> subprocess.CompletedProcess[str]:
     """Run Python with these arguments; it must end well."""
     run = subprocess.run(
-        [sys.executable, *map(str, command)], env=environment(count, home, *flags),
-        capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
+        [sys.executable, *map(str, command)],
+        env=environment(count, home, *flags),
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert run.returncode == 0, run.stderr
     return run

@@ -12,5 +12,6 @@ def cost(text: str, turns: int = 1, header: str = "HloModule m, num_partitions=4
 def entry(body: str, others: str = "", **options) -> hlo.Cost:
     """Cost of a program whose parameters and instructions are given."""
     lines = textwrap.indent(textwrap.dedent(body).strip(), "  ")
-    return cost(f"{textwrap.dedent(others)}\nENTRY %main (p: f32[]) -> f32[] {{\n{lines}\n}}\n",
-                **options)  # fmt: skip
+    return cost(
+        f"{textwrap.dedent(others)}\nENTRY %main (p: f32[]) -> f32[] {{\n{lines}\n}}\n", **options
+    )

@@ -57,10 +57,13 @@ def places(model, state):
     layers = model.engine.params["decoder"]["layers"]
     layers = layers.get(0, layers)  # a mesh of one device has its layers apart
     arrays = {
-        "q": layers["attn"]["q"]["kernel"], "k": layers["attn"]["k"]["kernel"],
+        "q": layers["attn"]["q"]["kernel"],
+        "k": layers["attn"]["k"]["kernel"],
         "head": model.engine.params["decoder"]["head"]["kernel"],
-        "cache": state.cache.k, "seen": state.seen, "token": state.last_token,
-    }  # fmt: skip
+        "cache": state.cache.k,
+        "seen": state.seen,
+        "token": state.last_token,
+    }
     return {name: [*map(str, x.sharding.spec)] for name, x in arrays.items()} | {
         "cache_shape": state.cache.k.shape,
         "cache_shard": state.cache.k.sharding.shard_shape(state.cache.k.shape),
@@ -77,11 +80,12 @@ def speech_report(speak, voices, waves):
     traces = dict(speech_programs.TRACES)
     spoken(speak, voices)
     return {
-        "wave": far(sound, waves), "traces": traces,
+        "wave": far(sound, waves),
+        "traces": traces,
         "new": dict(speech_programs.TRACES) == traces,
         "stream": [*map(str, stream.flow.estimator.kv.sharding.spec)],
         "kv": stream.flow.estimator.kv.shape,
-    }  # fmt: skip
+    }
 
 
 def main(folder, meshes):
@@ -102,11 +106,15 @@ def main(folder, meshes):
         options = GenerationConfig(max_new_tokens=8)
         state, _ = model.engine.decode(model.engine.prefill(requests, options), options, 4)
         report = {
-            "mesh": spec, "devices": jax.device_count(), "ways": batch_axis_size(model.engine.mesh),
-            "logits": far([got], [logits]), "ids": same == ids == again,
-            "length": [len(line) for line in same], "traces": traces,
+            "mesh": spec,
+            "devices": jax.device_count(),
+            "ways": batch_axis_size(model.engine.mesh),
+            "logits": far([got], [logits]),
+            "ids": same == ids == again,
+            "length": [len(line) for line in same],
+            "traces": traces,
             "new": dict(programs.TRACES) == traces | {"decode": 2},  # blocks of another size
-        } | places(model, state)  # fmt: skip
+        } | places(model, state)
         if spec in SPEAKING:
             speak = Token2Wav(cfg, params, mesh=make_mesh(spec))
             report["speech"] = speech_report(speak, voices, waves)

@@ -20,9 +20,11 @@ def processor_seconds() -> float:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--cpu-limit", type=float, metavar="SECONDS",
+        "--cpu-limit",
+        type=float,
+        metavar="SECONDS",
         help="print the dearest tests; fail if one not marked slow took more processor time",
-    )  # fmt: skip
+    )
 
 
 class Meter:

@@ -55,8 +55,13 @@ AUDIO = {
 def text_tensors(seed: int = 0) -> dict[str, np.ndarray]:
     """Random weights of `TEXT`; every dimension of table and head has its own mean and width."""
     rng = np.random.default_rng(seed)
-    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
-    wide = lambda: draw(ROWS, 32) * np.linspace(0.1, 1, 32, dtype=np.float32) + draw(32)
+
+    def draw(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
+    def wide():
+        return draw(ROWS, 32) * np.linspace(0.1, 1, 32, dtype=np.float32) + draw(32)
+
     tensors = {"model.embed_tokens.weight": wide(), "lm_head.weight": wide()}
     tensors["model.norm.weight"] = 1 + draw(32) / 10
     for layer in range(2):
@@ -75,7 +80,10 @@ def text_tensors(seed: int = 0) -> dict[str, np.ndarray]:
 
 def audio_tensors(prefix: str = "audio_tower.") -> dict[str, np.ndarray]:
     rng = np.random.default_rng(1)
-    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+
+    def draw(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
     tensors = {
         "conv1.weight": draw(16, 16, 3) / 6,
         "conv1.bias": draw(16),

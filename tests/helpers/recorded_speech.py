@@ -23,22 +23,30 @@ def recorded_token2wav(golden: Path) -> tuple[Token2WavConfig, dict]:
     tokenizer = read_speech_tokenizer(folder / SPEECH_TOKENIZER_FILE)
     speaker = read_speaker_encoder(folder / SPEAKER_ENCODER_FILE)
     cfg = Token2WavConfig(
-        flow=flow, vocoder=vocoder, speech_tokenizer=tokenizer.config,
+        flow=flow,
+        vocoder=vocoder,
+        speech_tokenizer=tokenizer.config,
         speaker_encoder=speaker.config,
-    )  # fmt: skip
+    )
     params = {
-        "flow": flow_params, "vocoder": vocoder_params,
-        "speech_tokenizer": tokenizer.params, "speaker_encoder": speaker.params,
-    }  # fmt: skip
+        "flow": flow_params,
+        "vocoder": vocoder_params,
+        "speech_tokenizer": tokenizer.params,
+        "speaker_encoder": speaker.params,
+    }
     return cfg, params
 
 
 def recorded_voice(golden: Path) -> Voice:
     prompt = np.load(golden / "t2w_golden" / "prepare_prompt.npz")
     return Voice(
-        "recorded", prompt["prompt_tokens"][0], prompt["spk_emb"][0],
-        prompt["prompt_mel_padded"][0], audio_hash="", analysis_hash="",
-    )  # fmt: skip
+        "recorded",
+        prompt["prompt_tokens"][0],
+        prompt["spk_emb"][0],
+        prompt["prompt_mel_padded"][0],
+        audio_hash="",
+        analysis_hash="",
+    )
 
 
 def other_voice(seed: int, codes: int, cfg: Token2WavConfig) -> Voice:

@@ -33,23 +33,42 @@ from sa2jax.train.state import init_state
 TEXTS = ("abca", "cb", "ba ca")
 SMALL = Token2WavConfig(
     flow=FlowConfig(
-        codes=81, mels=80, speaker=8,
+        codes=81,
+        mels=80,
+        speaker=8,
         encoder=ConformerConfig(inputs=8, embed=8, heads=2, mlp=8, layers=1, up_layers=1),
         estimator=EstimatorConfig(embed=8, heads=2, head_dim=4, layers=1, frequencies=8),
     ),
     vocoder=VocoderConfig(
-        channels=32, harmonics=3, rates=(30,), kernels=(60,), n_fft=64, hop=16, block_kernels=(3,),
-        block_dilations=((1,),), source_kernels=(3,), source_dilations=((1,),), f0_channels=16,
+        channels=32,
+        harmonics=3,
+        rates=(30,),
+        kernels=(60,),
+        n_fft=64,
+        hop=16,
+        block_kernels=(3,),
+        block_dilations=((1,),),
+        source_kernels=(3,),
+        source_dilations=((1,),),
+        f0_channels=16,
         f0_layers=1,
     ),
     speech_tokenizer=SpeechTokenizerConfig(
         mels=16, layers=1, embed=32, mlp=64, memory=5, digits=4, head_dim=16
     ),
     speaker_encoder=SpeakerEncoderConfig(
-        mels=16, head=4, stages=(1,), channels=16, growth=8, bottleneck=8, mask=4, layers=(2,),
-        dilations=(1,), embed=8,
+        mels=16,
+        head=4,
+        stages=(1,),
+        channels=16,
+        growth=8,
+        bottleneck=8,
+        mask=4,
+        layers=(2,),
+        dilations=(1,),
+        embed=8,
     ),
-)  # fmt: skip
+)
 
 
 # The same with as many codes as a released model: for tests that need a voice, but no real one.
@@ -106,9 +125,12 @@ def tones(texts=TEXTS, *, room: int = 0, rows: int = 0) -> SoundBatch:
         letters[row, : len(ids)] = ids
     counts = np.array([len(ids) for ids in said], np.int32)
     return SoundBatch(
-        sound=sound.astype(np.float32), lengths=1920 * counts, letters=letters,
-        letter_counts=counts, speaker=0 * counts,
-    )  # fmt: skip
+        sound=sound.astype(np.float32),
+        lengths=1920 * counts,
+        letters=letters,
+        letter_counts=counts,
+        speaker=0 * counts,
+    )
 
 
 def save_tones(folder: Path, texts=TEXTS) -> Path:

@@ -47,11 +47,16 @@ def values(model: Path, data: Path, /, **changes: Any) -> dict[str, Any]:
     recipe = {
         "model": {"folder": str(model)},
         "data": {
-            "sources": {str(data): 1}, "length": 192, "rows": 2, "mel_frames": 400, "clips": 5,
+            "sources": {str(data): 1},
+            "length": 192,
+            "rows": 2,
+            "mel_frames": 400,
+            "clips": 5,
         },
         "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2, "steps": 6},
-        "remat": None, "intervals": {"log_every": 1, "save_every": 2},
-    }  # fmt: skip
+        "remat": None,
+        "intervals": {"log_every": 1, "save_every": 2},
+    }
     for key, value in changes.items():
         section, _, name = key.partition("__")
         if name:

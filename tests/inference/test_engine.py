@@ -249,9 +249,7 @@ def plain_loop(engine, request, options, number: int, draw: int) -> list[int]:
     for step in range(options.max_new_tokens):
         logits = engine.logits(replace(request, ids=np.array(ids, np.int32)))[-1:]
         seen = np.isin(np.arange(logits.shape[-1]), ids)[None]
-        token = sample(
-            jax.random.fold_in(key, step)[None], logits, seen, options.sampling.arrays()
-        )  # fmt: skip
+        token = sample(jax.random.fold_in(key, step)[None], logits, seen, options.sampling.arrays())
         ids.append(int(token[0]))
     return ids[len(request.ids) :]
 

@@ -29,9 +29,7 @@ def text(seed: int, length: int) -> np.ndarray:
 def heard(ids: np.ndarray, *clips: tuple[int, int], seed: int = 0) -> Request:
     """A prompt with clips of (start, mel frames)."""
     rng = np.random.default_rng(seed)
-    mels = tuple(
-        rng.standard_normal((CFG.audio_encoder.mels, n), np.float32) for _, n in clips
-    )  # fmt: skip
+    mels = tuple(rng.standard_normal((CFG.audio_encoder.mels, n), np.float32) for _, n in clips)
     counts = tuple(int(audio.num_tokens(n)) for _, n in clips)
     return Request(ids, mels, tuple(start for start, _ in clips), counts)
 
@@ -259,11 +257,14 @@ def test_fifty_turns_compile_nothing_new(engine):
 
     converse(50, 0)
     before, compiled = Counter(TRACES), []
-    watch = lambda event, seconds, **about: (
-        compiled.append(about.get("fun_name"))
-        if event.endswith("backend_compile_duration")
-        else None
-    )
+
+    def watch(event, seconds, **about):
+        return (
+            compiled.append(about.get("fun_name"))
+            if event.endswith("backend_compile_duration")
+            else None
+        )
+
     jax.monitoring.register_event_duration_secs_listener(watch)
     try:
         converse(50, 1)

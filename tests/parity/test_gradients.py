@@ -49,10 +49,15 @@ def alone(case) -> LanguageBatch:
             count = features_of(clip.shape[1])
             slots[row, start : start + count] = row * stride + np.arange(count)
     return LanguageBatch(
-        ids=ids[:, :-1], targets=ids[:, 1:], weights=case["weights"], mels=mels,
-        frames=frames[:, None], starts=np.zeros_like(frames)[:, None], feature_index=slots,
+        ids=ids[:, :-1],
+        targets=ids[:, 1:],
+        weights=case["weights"],
+        mels=mels,
+        frames=frames[:, None],
+        starts=np.zeros_like(frames)[:, None],
+        feature_index=slots,
         metric_masks={"heard": slots >= 0},
-    )  # fmt: skip
+    )
 
 
 def packed(case) -> LanguageBatch:
@@ -78,17 +83,24 @@ def packed(case) -> LanguageBatch:
     for row, start, count in zip(np.flatnonzero(case["starts"] >= 0), starts, frames, strict=True):
         mels[0, :, start : start + count] = case[f"mel_{row}"]
     return LanguageBatch(
-        ids=line(apart.ids), targets=line(apart.targets), weights=line(apart.weights),
-        mels=mels, frames=np.array([[*frames, 0]], np.int32),
-        starts=np.array([[*starts, begin]], np.int32), feature_index=line(slots, -1),
+        ids=line(apart.ids),
+        targets=line(apart.targets),
+        weights=line(apart.weights),
+        mels=mels,
+        frames=np.array([[*frames, 0]], np.int32),
+        starts=np.array([[*starts, begin]], np.int32),
+        feature_index=line(slots, -1),
         segments=line([np.full(n, i + 1, np.int32) for i, n in enumerate(lengths)]),
         positions=line([np.arange(n, dtype=np.int32) for n in lengths]),
-    )  # fmt: skip
+    )
 
 
 def gradients(model, params, cfg, batch, remat):
     """The loss, and its gradient under the released names."""
-    loss = lambda params: language_loss(model, params, batch, remat=remat, loss_chunk=CHUNK)
+
+    def loss(params):
+        return language_loss(model, params, batch, remat=remat, loss_chunk=CHUNK)
+
     (value, _), tree = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     leaves = {name: np.asarray(leaf) for name, leaf in checkpoint.flatten(tree).items()}
     found = {}

@@ -74,9 +74,12 @@ def stream(official, voice, chunks):
         for i, chunk in enumerate(chunks):
             last = i == len(chunks) - 1
             made, cache = official.flow.inference_chunk(
-                token=torch.tensor(chunk)[None], spk=speaker, cache=cache, last_chunk=last,
+                token=torch.tensor(chunk)[None],
+                spk=speaker,
+                cache=cache,
+                last_chunk=last,
                 n_timesteps=10,
-            )  # fmt: skip
+            )
             attention, first = cache["estimator_att_cache"], mel.shape[1]
             if attention.shape[4] > first + 100:
                 kept = attention[:, :, :, :, :first], attention[:, :, :, :, -100:]

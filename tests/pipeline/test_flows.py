@@ -42,9 +42,11 @@ SHORT = GenerationConfig(max_new_tokens=6)
 HEARD = turn("human", heard(13))
 TOOLS = [
     {"type": "function", "function": {"name": "get_date_time", "description": "查询当前时间"}},
-    {"type": "function", "function": {"name": "search", "description": "搜索工具",
-                                      "parameters": QUERY}},
-]  # fmt: skip
+    {
+        "type": "function",
+        "function": {"name": "search", "description": "搜索工具", "parameters": QUERY},
+    },
+]
 
 
 @pytest.fixture(scope="module")
@@ -170,9 +172,7 @@ def test_speech_to_speech_translation(tiny, prompts, to, name):
 
 def test_recordings_and_texts_in_one_list(tiny):
     replies = tiny.translate_speech_batch([CLIP, Text("你好"), CLIP], to="en", max_new_tokens=30)
-    assert replies[1].ids == tiny.translate_speech(
-        Text("你好"), to="en", max_new_tokens=30
-    ).ids  # fmt: skip
+    assert replies[1].ids == tiny.translate_speech(Text("你好"), to="en", max_new_tokens=30).ids
     assert replies[0].ids != replies[1].ids
     assert tiny.translate_speech_batch([]) == []
 
@@ -234,8 +234,12 @@ def test_tool_call(tiny, prompts, script):
     """The decoder is told to call; its prompts are those of the example."""
     filler = [*groups("Hm", range(8)), *call("search", '{"query": "上证指数"}')]
     script.will_say(filler, groups("Up", range(8)))
-    chat = tiny.chat("你的名字叫小跃", voice="default", tools=TOOLS,
-                     functions={"search": lambda query: f"{query}: 3883"})  # fmt: skip
+    chat = tiny.chat(
+        "你的名字叫小跃",
+        voice="default",
+        tools=TOOLS,
+        functions={"search": lambda query: f"{query}: 3883"},
+    )
     check_spoken(chat.say([CLIP]))
     assert prompts == []  # nothing but the script spoke
     head = turn("system", "你的名字叫小跃") + turn(
@@ -243,9 +247,12 @@ def test_tool_call(tiny, prompts, script):
     )
     assert script.prompts == [
         head + HEARD + SPOKEN,
-        head + HEARD + turn("assistant", [TTS_START, *filler])
-        + turn("input", "上证指数: 3883", SUMMARISE) + SPOKEN,
-    ]  # fmt: skip
+        head
+        + HEARD
+        + turn("assistant", [TTS_START, *filler])
+        + turn("input", "上证指数: 3883", SUMMARISE)
+        + SPOKEN,
+    ]
 
 
 def test_tools_are_in_the_prompt_of_the_real_decoder(tiny, prompts):
@@ -280,7 +287,10 @@ def test_base_tasks(base, prompts):
     check_spoken(base.tts("你好", max_new_tokens=6))
     check_spoken(base.translate_speech(Text("你好"), to="en", max_new_tokens=6))
     check_spoken(base.translate_speech(CLIP, max_new_tokens=6))
-    text = lambda s: list(s.encode())
+
+    def text(s):
+        return list(s.encode())
+
     assert prompts == [
         [*text("请记录下你所听到的语音内容。"), *heard(13)],
         [*text("以自然的语速读出下面的文字。\n你好"), TTS_START],

@@ -140,9 +140,13 @@ def test_every_form_of_a_recording_is_heard_alike(scripted, model, tmp_path):
     data = (tmp_path / "a.wav").read_bytes()
     stereo = np.stack([samples, noise(1, 9)])  # the first channel counts
     forms = [
-        tmp_path / "a.wav", str(tmp_path / "a.wav"), data, io.BytesIO(data), (samples, RATE),
+        tmp_path / "a.wav",
+        str(tmp_path / "a.wav"),
+        data,
+        io.BytesIO(data),
+        (samples, RATE),
         (stereo, RATE),
-    ]  # fmt: skip
+    ]
     script = scripted()
     model.transcribe_batch(forms)
     for request in script.requests:
@@ -167,9 +171,7 @@ def test_few_samples_after_25_seconds(scripted, model):
     script = scripted()
     model.transcribe((noise(25, extra=5), RATE))
     (request,) = script.requests
-    assert request.ids.tolist()[51:][: 7 + 315 + 2] == [
-        BOT, *b"human\n", *heard(313), *heard(0)
-    ]  # fmt: skip
+    assert request.ids.tolist()[51:][: 7 + 315 + 2] == [BOT, *b"human\n", *heard(313), *heard(0)]
     assert (request.counts, len(request.mels)) == ((313,), 1)
     assert request.ids[request.starts[0] - 1] == AUDIO_START
 

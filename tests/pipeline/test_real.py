@@ -57,8 +57,13 @@ def test_the_second_answer_depends_on_the_first(model):
     assert (len(first.ids), first.finish_reason) == (8, "length")
     assert model.chat(system, options=greedy).say("hello") == first
     assert model.chat(system, options=greedy).say("and now?").ids != second.ids
-    turns = [turn("system", system), turn("human", "hello"), turn("assistant", list(first.ids)),
-             turn("human", "and now?"), turn("assistant", close=False)]  # fmt: skip
+    turns = [
+        turn("system", system),
+        turn("human", "hello"),
+        turn("assistant", list(first.ids)),
+        turn("human", "and now?"),
+        turn("assistant", close=False),
+    ]
     ids = np.concatenate(turns).astype(np.int32)
     ((alone,),) = model.generate([Request(ids)], SHORT)
     assert alone.ids == second.ids

@@ -32,8 +32,11 @@ def test_a_spoken_answer(script, model):
     chat = model.chat(system=None)
     reply = chat.say("hello", speak=True)
     assert (reply.text, reply.codes, reply.finish_reason, reply.voice) == (
-        "Hello!", tuple(codes), "stop", "anna",
-    )  # fmt: skip
+        "Hello!",
+        tuple(codes),
+        "stop",
+        "anna",
+    )
     assert reply.ids == tuple(reply_ids)
     np.testing.assert_array_equal(reply.audio, sound(codes))
     assert reply.sample_rate == 24_000
@@ -47,9 +50,11 @@ def test_a_spoken_answer(script, model):
     assert script.prompts[0] == turn("human", "hello") + SPOKEN
     chat.say("more", speak=False)
     assert script.prompts[1] == (
-        turn("human", "hello") + turn("assistant", [TTS_START, *reply_ids])
-        + turn("human", "more") + OPEN
-    )  # fmt: skip
+        turn("human", "hello")
+        + turn("assistant", [TTS_START, *reply_ids])
+        + turn("human", "more")
+        + OPEN
+    )
 
 
 def test_a_chosen_voice_makes_answers_spoken(script, model):

@@ -188,9 +188,10 @@ def test_cancelled_before_anything_came(script, model, speak):
     reply = chat.stream("a", speak=speak).cancel()
     assert (reply.text, reply.codes, len(reply.audio)) == ("", (), 0)
     assert chat.history[1] == (
-        template.spoken_turn([TTS_END]) if speak
+        template.spoken_turn([TTS_END])
+        if speak
         else template.Message("assistant", [template.Ids(())])
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("leave", ["with", "say", "undo", "fork"])

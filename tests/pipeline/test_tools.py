@@ -50,16 +50,21 @@ def test_a_tool_call_inside_a_spoken_reply(script, model):
     head = turn("tool_json_schemas", json.dumps([SEARCH])) + turn("human", heard(13))
     assert script.prompts[0] == head + SPOKEN
     assert script.prompts[1] == (
-        head + turn("assistant", [TTS_START, *filler, *asked])
-        + turn("input", "wet", SUMMARISE) + SPOKEN
-    )  # fmt: skip
+        head
+        + turn("assistant", [TTS_START, *filler, *asked])
+        + turn("input", "wet", SUMMARISE)
+        + SPOKEN
+    )
     assert len(chat.rounds) == 1
 
 
 def test_several_calls_at_once(script, model):
     script.will_say([*call("search", '{"query": "a"}'), *call("get_date_time")], b"done")
-    chat = model.chat(system=None, tools=[SEARCH, "get_date_time"],
-                      functions={"search": lambda query: {"found": query}})  # fmt: skip
+    chat = model.chat(
+        system=None,
+        tools=[SEARCH, "get_date_time"],
+        functions={"search": lambda query: {"found": query}},
+    )
     reply = chat.say("a")
     assert reply.text == "done"
     assert [c.name for c in reply.tool_calls] == ["search", "get_date_time"]
@@ -67,8 +72,9 @@ def test_several_calls_at_once(script, model):
     assert lines[0] == '{"found": "a"}'
     told = f"search: {lines[0]}\nget_date_time: {lines[1]}"
     assert script.prompts[1][-len(OPEN) - len((told + SUMMARISE).encode()) - 1 : -len(OPEN)] == [
-        *(told + SUMMARISE).encode(), EOT,
-    ]  # fmt: skip
+        *(told + SUMMARISE).encode(),
+        EOT,
+    ]
 
 
 @pytest.mark.parametrize(

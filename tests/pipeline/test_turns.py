@@ -44,10 +44,13 @@ def test_second_turn_holds_the_first(script, model):
     assert script.prompts[1] == start + turn("assistant", "Hi!") + second + OPEN
     chat.say("bye")
     assert script.prompts[2] == (
-        start + turn("assistant", "Hi!") + second
+        start
+        + turn("assistant", "Hi!")
+        + second
         + turn("assistant", [*b"Bye", CODE_0, AUDIO_START])  # as generated, nothing lost
-        + turn("human", "bye") + OPEN
-    )  # fmt: skip
+        + turn("human", "bye")
+        + OPEN
+    )
     assert script.requests[2].counts == (13,)  # the generated <audio_start> is no clip
     assert script.prompt_indices == [0, 1, 2]  # each answer draws anew
 

@@ -10,15 +10,13 @@ from jax import ShapeDtypeStruct as Abstract
 from sa2jax.errors import PlanError
 from sa2jax.plan import hlo
 
-# --- arithmetic ---
-
 
 def test_dot():
     done = entry("""
         %a = bf16[3,8,16]{2,1,0} parameter(0)
         %b = bf16[3,16,32]{2,1,0} parameter(1)
         ROOT %dot.1 = f32[3,8,32]{2,1,0} dot(%a, %b), lhs_batch_dims={0}, lhs_contracting_dims={2}, rhs_batch_dims={0}, rhs_contracting_dims={1}
-    """)  # noqa: E501
+    """)
     assert done.flops == 2 * 3 * 8 * 16 * 32
     assert done.flops8 == 0
     assert done.read == 2 * 3 * (8 * 16 + 16 * 32)
@@ -107,7 +105,7 @@ def test_product_with_a_vector():
           %r.1 = f32[64]{0} reduce(%mf, %none), dimensions={1}, to_apply=%add
           ROOT %c = bf16[64]{0} convert(%r.1)
         }
-        """,  # noqa: E501
+        """,
     )
     assert done.flops == 2 * 64 * 32
     assert done.read == 2 * (64 * 32 + 32)  # one layer of the two
@@ -180,7 +178,7 @@ def test_fusion_reads_slices_and_updates_in_place():
         %v = f32[1,128]{1,0} parameter(2)
         %i = s32[]{:S(6)} parameter(3)
         ROOT %f = (f32[100,128]{1,0}, f32[1]{0:S(1)}) fusion(%c, %d, %v, %i), kind=kLoop, calls=%fused
-        """,  # noqa: E501
+        """,
         FUSED_UPDATE,
     )
     assert done.read == 512 + 512  # a row of d through the inner fusion, and v; nothing of c
@@ -216,7 +214,7 @@ def test_fusion_reads_through_copies():
           %y = f32[64,32]{1,0} fusion(%x.2), kind=kLoop, calls=%renamed
           ROOT %sum = f32[64,32]{1,0} add(%flat, %y)
         }
-        """,  # noqa: E501
+        """,
     )
     assert done.read == 64 * 32 + 4 * 64 * 32
     assert done.written == 4 * 64 * 32
@@ -358,7 +356,7 @@ def test_kernel_whose_metadata_takes_lines():
         ROOT %c = f32[16]{0} custom-call(%a), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
         "xprof_metadata":"{\\"block_q\\": 512}"
         }}, backend_config={"custom_call_config": {"cost_estimate": {"flops": 700, "bytes_accessed": 12}}}
-    """)  # noqa: E501
+    """)
     assert (done.hbm, done.flops) == (12, 700)
 
 
@@ -416,10 +414,11 @@ def test_scan_on_a_cpu():
 
 
 def test_nested_and_open_loops_on_a_cpu():
+    def more(carry):
+        return (carry[0] < 10) & (jnp.max(carry[1]) > 0)
+
     def until(x, weights):
-        step = lambda carry: (carry[0] + 1, layers(carry[1], weights))
-        more = lambda carry: (carry[0] < 10) & (jnp.max(carry[1]) > 0)
-        return jax.lax.while_loop(more, step, (0, x))
+        return jax.lax.while_loop(more, lambda c: (c[0] + 1, layers(c[1], weights)), (0, x))
 
     shapes = Abstract((8, 32), jnp.float32), Abstract((3, 32, 32), jnp.float32)
     text = jax.jit(until).lower(*shapes).compile().as_text()
@@ -439,7 +438,10 @@ def test_scan_on_a_tpu(rows):
     from sa2jax import chips
 
     where = SingleDeviceSharding(chips.devices(chips.topology("v5e:1x1"))[0])
-    place = lambda *shape: Abstract(shape, jnp.bfloat16, sharding=where)
+
+    def place(*shape):
+        return Abstract(shape, jnp.bfloat16, sharding=where)
+
     program = jax.jit(layers).lower(place(rows, 2048), place(12, 2048, 2048))
     done = hlo.cost(program.compile().as_text())
     weights = 2 * 12 * 2048 * 2048

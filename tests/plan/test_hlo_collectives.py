@@ -50,7 +50,7 @@ def test_async_collective_counts_once():
         %a = f32[16]{0} parameter(0)
         %s = (f32[16]{0}, f32[64]{0}) all-gather-start(%a), replica_groups=[1,4]<=[4], dimensions={0}
         ROOT %d = f32[64]{0} all-gather-done(%s)
-    """)  # noqa: E501
+    """)
     assert done.collectives == {"all-gather": hlo.Collective(1, 192)}
     assert (done.read, done.written) == (64, 256)
 
@@ -116,7 +116,7 @@ CHAIN = f"""
       %f = (f32[8,8]{{1,0}}, f32[16]{{0:S(1)}}, f32[64]{{0}}, f32[64]{{0}}, u32[]{{:S(2)}}) fusion(%t#1, %t#2, %t#3, %t#4), kind=kOutput, calls=%async_collective_fusion.1
       ROOT %r = (s32[], f32[16]{{0:S(1)}}, f32[64]{{0}}, u32[]{{:S(2)}}, f32[8,8]{{1,0}}) tuple(%j, %f#1, %f#2, %f#4, %f#0)
     }}
-"""  # noqa: E501
+"""
 
 
 def test_gather_spread_over_fusions_counts_once():
@@ -129,7 +129,7 @@ def test_gather_spread_over_fusions_counts_once():
         %t = (s32[], f32[16]{0:S(1)}, f32[64]{0}, u32[]{:S(2)}, f32[8,8]{1,0}) tuple(%zero, %s#0, %s#1, %s#2, %a)
         %w = (s32[], f32[16]{0:S(1)}, f32[64]{0}, u32[]{:S(2)}, f32[8,8]{1,0}) while(%t), condition=%condition, body=%body
         ROOT %d = f32[64]{0} fusion(%w#1, %w#2, %w#3), kind=kCustom, calls=%done
-        """,  # noqa: E501
+        """,
         CHAIN,
     )
     assert done.collectives == {"all-gather": hlo.Collective(1, 192)}
@@ -165,7 +165,7 @@ def test_windowed_product_counts_each_hop():
           %j = u32[] add(%i, %two)
           ROOT %r = (u32[], f32[16]{0}) tuple(%j, %x.3)
         }
-        """,  # noqa: E501
+        """,
     )
     assert done.collectives == {"collective-permute": hlo.Collective(4, 4 * 64)}
 
@@ -189,7 +189,7 @@ SPARSE_CORE = """
       %i.3 = s32[4]{0} parameter(1)
       ROOT %c = f32[4,128]{1,0} custom-call(%t.3, %i.3), custom_call_target="TODO", called_computations={%called}
     }, execution_thread="sparsecore"
-"""  # noqa: E501
+"""
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_async_slice():
         %a = f32[100,128]{1,0} parameter(0)
         %s = ((f32[100,128]{1,0}), f32[2,128]{1,0:S(1)}, s32[]{:S(2)}) async-start(%a), calls=%sliced
         ROOT %d = f32[2,128]{1,0:S(1)} async-done(%s)
-        """,  # noqa: E501
+        """,
         """
         %sliced (x: f32[100,128]) -> f32[2,128] {
           %x = f32[100,128]{1,0} parameter(0)

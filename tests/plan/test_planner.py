@@ -109,7 +109,9 @@ def test_what_xla_says_when_memory_is_short(message, sizes):
 
 
 def work(**changes) -> Work:
-    never = lambda: pytest.fail("nothing is compiled here")
+    def never():
+        return pytest.fail("nothing is compiled here")
+
     return Work(
         **{"lower": never, "weights": {}, "ideal": 1.0, "output": 4, "real": 31.25} | changes
     )
@@ -280,7 +282,9 @@ def test_plan_of_a_program_that_cannot_be_read(monkeypatch):
 
 
 def test_meshes():
-    of = lambda count, **changes: list(plan.meshes(Spec(**changes), count))
+    def of(count, **changes):
+        return list(plan.meshes(Spec(**changes), count))
+
     assert of(4) == ["data=1,fsdp=1,tensor=4"]  # one row cannot be split
     assert of(4, batch=2) == ["data=2,fsdp=1,tensor=2", "data=1,fsdp=1,tensor=4"]
     assert "data=1,fsdp=4,tensor=1" in of(4, batch=4, workload="train")
@@ -312,8 +316,13 @@ def test_search_keeps_to_a_mesh():
 
 def test_search_puts_what_cannot_be_read_last(monkeypatch):
     real = plan.plan
-    unread = lambda spec: replace(real(spec), seconds=0, bound="")
-    pick = lambda spec: unread(spec) if "tensor=1" in spec.mesh else real(spec)
+
+    def unread(spec):
+        return replace(real(spec), seconds=0, bound="")
+
+    def pick(spec):
+        return unread(spec) if "tensor=1" in spec.mesh else real(spec)
+
     monkeypatch.setattr(plan, "plan", pick)
     tried = plan.search(Spec(topology="l4", batch=32))
     fitting = [made for made in tried if made.fits]
@@ -334,7 +343,10 @@ def test_nothing_is_large_enough():
 def test_text_where_a_sparse_core_gathers(tmp_path):
     """Of a program that jaxlib 0.10 cannot print."""
     where = SingleDeviceSharding(chips.devices(chips.topology("v6e:1x1"))[0])
-    place = lambda shape, dtype: ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    def place(shape, dtype):
+        return ShapeDtypeStruct(shape, dtype, sharding=where)
+
     table, rows = place((158720, 896), jnp.bfloat16), place((4, 4096), jnp.int32)
     matrix = place((4096, 4096), jnp.bfloat16)
     lowered = jax.jit(lambda t, i, m: (t[i], m @ m)).lower(table, rows, matrix)

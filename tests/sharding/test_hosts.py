@@ -79,9 +79,10 @@ def free_port():
 
 def place(number, port):
     return {
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2",
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": "2",
         "JAX_PROCESS_ID": str(number),
-    }  # fmt: skip
+    }
 
 
 def run_together(command, home):
@@ -89,11 +90,14 @@ def run_together(command, home):
     port = free_port()
     both = [
         subprocess.Popen(
-            command, env=environment(2, home / str(number)) | place(number, port), text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            command,
+            env=environment(2, home / str(number)) | place(number, port),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         for number in range(2)
-    ]  # fmt: skip
+    ]
     try:
         results = [run.communicate(timeout=400) for run in both]
     finally:
@@ -138,9 +142,20 @@ def test_a_command_on_two_hosts_prints_once(tmp_path):
     source = testing.save_tiny_checkpoint(tmp_path / "hf")
     wav = Path(__file__).parents[1] / "golden" / "frontend" / "stereo48k.wav"
     command = [
-        sys.executable, "-m", "sa2jax.cli", "asr", str(wav), "--model", str(source),
-        "--mesh", "data=2,tensor=2", "--distributed", "--max-new-tokens", "4", "--json",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "sa2jax.cli",
+        "asr",
+        str(wav),
+        "--model",
+        str(source),
+        "--mesh",
+        "data=2,tensor=2",
+        "--distributed",
+        "--max-new-tokens",
+        "4",
+        "--json",
+    ]
     first, second = run_together(command, tmp_path)
     assert json.loads(first)
     assert second == ""
@@ -154,9 +169,18 @@ def test_two_hosts_train_as_one(tmp_path):
     plan["data"]["rows"] = 4
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(plan))
     command = [
-        sys.executable, "-m", "sa2jax.cli", "train", "--config", str(tmp_path / "own.yaml"),
-        "--out", str(tmp_path / "run"), "--distributed", "--steps", "4",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "sa2jax.cli",
+        "train",
+        "--config",
+        str(tmp_path / "own.yaml"),
+        "--out",
+        str(tmp_path / "run"),
+        "--distributed",
+        "--steps",
+        "4",
+    ]
     first, second = run_together(command, tmp_path)
     assert f"model: {tmp_path / 'run' / 'model'}" in first
     assert second == ""

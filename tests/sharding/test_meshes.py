@@ -63,7 +63,10 @@ def check_places(mesh, found):
     """Where the arrays of a batch under way are, as one host reads it off their shardings."""
     sizes = dict(pair.split("=") for pair in mesh.split(","))
     data, fsdp, tensor = (int(sizes.get(axis, 1)) for axis in ("data", "fsdp", "tensor"))
-    split = lambda ways, axis: axis if ways > 1 else "None"
+
+    def split(ways, axis):
+        return axis if ways > 1 else "None"
+
     layers, rows, heads, slots, width = found["cache_shape"]
     # 14 heads on 2 key heads become 16 on 4, and 16 on 8.
     assert heads == {4: 4, 8: 8}.get(tensor, 2)

@@ -101,8 +101,12 @@ def test_interleaved_streams_equal_separate_ones(speak, voices, parity):
     """Three streams that begin and end at different times, with idle steps between."""
     replies = [reply(i, n) for i, n in enumerate((72, 46, 69))]
     plan = [  # codes of each stream in each joint step; -1 ends it with all that is left
-        (25, 0, 0), (24, 25, 0), (0, -1, 25), (0, 0, 22), (-1, 0, -1),
-    ]  # fmt: skip
+        (25, 0, 0),
+        (24, 25, 0),
+        (0, -1, 25),
+        (0, 0, 22),
+        (-1, 0, -1),
+    ]
     state = speak.start(voices, parity=parity)
     joint, places, own = [[] for _ in voices], [0] * 3, [[] for _ in voices]
     for sizes in plan:
@@ -145,8 +149,11 @@ def test_codes_alone_decide_the_partition(speak, voices):
     expected = run(speak, speak.start(voices[:1]), codes, (28, 32))
     state, pieces = speak.start(voices[:1]), []
     for part, last in (
-        ([*codes[:2], PAD], False), ([PAD], False), ([*codes[2:28]], False), (codes[28:], True),
-    ):  # fmt: skip
+        ([*codes[:2], PAD], False),
+        ([PAD], False),
+        ([*codes[2:28]], False),
+        (codes[28:], True),
+    ):
         state, (piece,) = speak.step(state, [part], last)
         pieces.append(piece)
     assert [len(p) for p in pieces[:2]] == [0, 0]

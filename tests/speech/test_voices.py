@@ -154,9 +154,17 @@ def test_description(voice):
 def test_too_short_for_codes():
     tokenizer = SpeechTokenizerConfig(mels=8, layers=1, embed=64, mlp=8, memory=3, digits=2)
     speaker = SpeakerEncoderConfig(
-        mels=8, head=2, stages=(1,), channels=4, growth=2, bottleneck=2, mask=2, layers=(1,),
-        dilations=(1,), embed=4,
-    )  # fmt: skip
+        mels=8,
+        head=2,
+        stages=(1,),
+        channels=4,
+        growth=2,
+        bottleneck=2,
+        mask=2,
+        layers=(1,),
+        dilations=(1,),
+        embed=4,
+    )
 
     class Sizes:
         speech_tokenizer, speaker_encoder = tokenizer, speaker

@@ -117,9 +117,11 @@ def test_killed_and_resumed_is_uninterrupted(home, model, pairs, whole):
     file.write_text(yaml.safe_dump(values(model, pairs)))
     run = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(KILLED), str(file), str(out), str(step)],
-        capture_output=True, text=True, timeout=300,
+        capture_output=True,
+        text=True,
+        timeout=300,
         env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(home / "xla")},
-    )  # fmt: skip
+    )
     assert run.returncode == -signal.SIGKILL, run.stderr
     assert not (out / "model").exists()
     # What a kill in the middle of writing leaves.
@@ -220,9 +222,11 @@ def test_low_rank_matrices_alone_are_trained_and_merged(home, model, pairs):
 
 def test_int8_matrices_keep_an_adapter_beside_them(home, model, pairs):
     plan = recipe(
-        model, pairs, model={"folder": str(model), "dtype": "int8", "compute_dtype": "float32"},
+        model,
+        pairs,
+        model={"folder": str(model), "dtype": "int8", "compute_dtype": "float32"},
         lora={"rank": 2, "alpha": 4.0},
-    )  # fmt: skip
+    )
     outcome = train_language_model(plan, home / "qlora", quiet=True)
     assert outcome.finished
     assert "model" not in outcome.results

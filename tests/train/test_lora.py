@@ -101,7 +101,10 @@ def test_merged_equals_unmerged(params):
 def test_a_list_of_layers_has_the_same_matrices(params):
     whole = combine(params, noisy(init_lora(with_lora(), jax.random.key(0))))
     listed = with_lora(stacked=False).abstract
-    shapes = lambda tree: jax.tree.map(lambda leaf: leaf.shape, tree)
+
+    def shapes(tree):
+        return jax.tree.map(lambda leaf: leaf.shape, tree)
+
     assert shapes(listed) == shapes(unstack_decoder(whole))
     one, other = merge_lora(unstack_decoder(whole), 2.0), unstack_decoder(merge_lora(whole, 2.0))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), one, other)

@@ -118,7 +118,10 @@ def test_moments_in_bfloat16(params):
     config = OptimizerConfig(learning_rate=1e-3, warmup_steps=0, moment_dtype=jnp.bfloat16)
     asked, default = (make_optimizer(c).transform for c in (config, OptimizerConfig()))
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    kinds = lambda tree: {leaf.dtype.name for leaf in jax.tree.leaves(tree) if leaf.ndim}
+
+    def kinds(tree):
+        return {leaf.dtype.name for leaf in jax.tree.leaves(tree) if leaf.ndim}
+
     for transform, given in ((asked, params), (default, half)):
         state = jax.eval_shape(transform.init, given)
         assert kinds(state) == {"bfloat16"}

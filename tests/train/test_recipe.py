@@ -85,12 +85,17 @@ def test_stages_have_the_rates_of_the_paper():
             pytest.approx(config.learning_rate * config.final_fraction),
         )
     assert rates == {
-        "align": (1e-4, 2e-5), "vocabulary": (2e-5, 2e-5), "main": (2e-5, 2e-5),
-        "cooldown": (2e-5, 5e-6), "sft": (1e-5, 1e-6),
-    }  # fmt: skip
+        "align": (1e-4, 2e-5),
+        "vocabulary": (2e-5, 2e-5),
+        "main": (2e-5, 2e-5),
+        "cooldown": (2e-5, 5e-6),
+        "sft": (1e-5, 1e-6),
+    }
     config = read_language_recipe("vocabulary").optimizer
-    named = [config.learning_rate_of(f"{part}.kernel") for part in
-             ("decoder.layers.mlp.up", "adapter.up", "decoder.table", "decoder.head")]  # fmt: skip
+    named = [
+        config.learning_rate_of(f"{part}.kernel")
+        for part in ("decoder.layers.mlp.up", "adapter.up", "decoder.table", "decoder.head")
+    ]
     assert named == [2e-5, 5e-5, 5e-5, 4e-5]
 
 
@@ -111,8 +116,11 @@ def test_changes_by_key(tmp_path):
         ("optimizer.learning_rate=1e-5", "data.epochs=2", "lora={rank: 4}", "mesh=null")
     )
     assert changes == {
-        "optimizer.learning_rate": "1e-5", "data.epochs": 2, "lora": {"rank": 4}, "mesh": None
-    }  # fmt: skip
+        "optimizer.learning_rate": "1e-5",
+        "data.epochs": 2,
+        "lora": {"rank": 4},
+        "mesh": None,
+    }
     recipe = read_language_recipe("smoke", changes)
     assert (recipe.optimizer.learning_rate, recipe.data.epochs, recipe.lora.rank) == (1e-5, 2, 4)
     assert recipe.optimizer.steps == read_language_recipe("smoke").optimizer.steps

@@ -26,8 +26,9 @@ def test_smoke(tmp_path, monkeypatch):
     model = StepAudio2.from_pretrained(outcome.results["model"])
     heard = ["examples/audio/01_harbour.flac", "examples/audio/02_bread.flac"]
     assert model.transcribe_batch(heard) == [
-        "The boats come back at noon.", "She baked two loaves of bread."
-    ]  # fmt: skip
+        "The boats come back at noon.",
+        "She baked two loaves of bread.",
+    ]
     chat = model.chat(options=GenerationConfig(max_new_tokens=64))
     assert chat.say("Name a fruit.").text == "An apple."
     chat = model.chat(options=GenerationConfig(max_new_tokens=64))

@@ -37,9 +37,10 @@ def test_stages_are_run_in_order_once(ran, tmp_path):
     assert outcome.finished
     assert set(outcome.done) == set(THREE)
     assert lines == [
-        f"data show {tmp_path}/one --json", "train --set seed=4",
+        f"data show {tmp_path}/one --json",
+        "train --set seed=4",
         f"assemble {tmp_path}/a {tmp_path}/b {tmp_path}/c",
-    ]  # fmt: skip
+    ]
     assert said[0].startswith("stage 1 of 3, first: sa2jax data show")
     assert run_stages(recipe, tmp_path).finished
     assert len(lines) == 3

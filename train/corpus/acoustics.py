@@ -56,9 +56,15 @@ class AcousticAugmentation:
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}: expected 0 to 1, got {getattr(self, name)}")
         for name in (
-            "peak_db", "silence_seconds", "snr_db", "rt60_seconds", "reverb_db",
-            "tilt_db_per_octave", "bandpass_low_hz", "bandpass_high_hz",
-        ):  # fmt: skip
+            "peak_db",
+            "silence_seconds",
+            "snr_db",
+            "rt60_seconds",
+            "reverb_db",
+            "tilt_db_per_octave",
+            "bandpass_low_hz",
+            "bandpass_high_hz",
+        ):
             given = getattr(self, name)
             if len(given) != 2 or given[0] > given[1]:
                 raise ConfigError(f"{name}: expected [low, high], got {list(given)}")

@@ -20,7 +20,7 @@ import numpy as np
 from sa2jax.chat.template import TASKS
 from sa2jax.chat.toolbox import Toolbox
 from sa2jax.errors import ConfigError
-from sa2jax.evaluate.words import number_words
+from sa2jax.evaluate.normalizer import number_words
 from sa2jax.train.corpus import grammar
 from sa2jax.train.corpus.grammar import DAYS, Exchange, exchanges
 
@@ -320,9 +320,12 @@ def _chat(draw: _Sampler) -> tuple[Turn, ...]:
     if kind == "name":
         name = draw.one(grammar.WORDS["name"])
         return (
-            system, _heard(f"my name is {name}"), _said(f"hello {name} nice to meet you"),
-            _heard(grammar.ASK_NAME), _said(f"your name is {name}"),
-        )  # fmt: skip
+            system,
+            _heard(f"my name is {name}"),
+            _said(f"hello {name} nice to meet you"),
+            _heard(grammar.ASK_NAME),
+            _said(f"your name is {name}"),
+        )
     question, answer = draw.exchange(*([] if kind in ("again", "two") else [kind]))
     lines = system, _heard(question), _said(answer)
     if kind == "again":
@@ -362,9 +365,11 @@ def _tools(draw: _Sampler) -> tuple[Turn, ...]:
 def _voices(draw: _Sampler) -> tuple[Turn, ...]:
     if draw.part(draw.config.voices) == "who":
         voice = draw.one(draw.config.known_voices)
-        return _system("paralinguistic"), _heard(draw.one(grammar.ASK_WHO), voice=voice), _said(
-            f"this is {voice}"
-        )  # fmt: skip
+        return (
+            _system("paralinguistic"),
+            _heard(draw.one(grammar.ASK_WHO), voice=voice),
+            _said(f"this is {voice}"),
+        )
     loud = bool(draw.rng.integers(2))
     answer = f"you are {'loud' if loud else 'soft'}"
     return _system("paralinguistic"), _heard(draw.one(grammar.ASK_LOUD), loud=loud), _said(answer)
@@ -389,12 +394,20 @@ def _text(draw: _Sampler) -> tuple[Turn, ...]:
 
 
 _TASKS: Mapping[str, Callable[[_Sampler], tuple[Turn, ...]]] = {
-    "asr": _asr, "short": _short, "tts": _tts, "repeat": _repeat, "sums": _sum, "chat": _chat,
-    "tools": _tools, "voices": _voices, "text": _text, "clock": _clock_in_text,
-}  # fmt: skip
-_HELD_OUT = {
-    ("asr_seen" if name == "asr" else name): task for name, task in _TASKS.items()
-} | {"asr_unseen": _asr}  # fmt: skip
+    "asr": _asr,
+    "short": _short,
+    "tts": _tts,
+    "repeat": _repeat,
+    "sums": _sum,
+    "chat": _chat,
+    "tools": _tools,
+    "voices": _voices,
+    "text": _text,
+    "clock": _clock_in_text,
+}
+_HELD_OUT = {("asr_seen" if name == "asr" else name): task for name, task in _TASKS.items()} | {
+    "asr_unseen": _asr
+}
 _PARTS: Mapping[str, tuple[str, ...]] = {
     "open": ("sentence", "digits", "number", "word", "question"),
     "chat": ("greeting", "opposite", "count", "again", "name", "two"),

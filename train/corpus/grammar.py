@@ -12,7 +12,7 @@ from math import prod
 
 import numpy as np
 
-from sa2jax.evaluate.words import DIGITS, ONES, TENS, number_words
+from sa2jax.evaluate.normalizer import DIGITS, ONES, TENS, number_words
 
 Exchange = tuple[str, str]  # a question and its answer
 
@@ -97,9 +97,12 @@ _GREETINGS: tuple[Exchange, ...] = (
     ("what can you do", "i can listen and talk"),
 )
 ASK_TIME = (
-    "what time is it", "what is the time", "tell me the time please", "can you tell me the time",
+    "what time is it",
+    "what is the time",
+    "tell me the time please",
+    "can you tell me the time",
     "do you know what time it is",
-)  # fmt: skip
+)
 ASK_DAY = ("what day is it today", "which day is it", "tell me what day it is")
 ASK_WHO = ("who is speaking", "who am i", "whose voice is this")
 ASK_NAME = "what is my name"

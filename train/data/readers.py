@@ -144,9 +144,11 @@ class TfioReader:
         try:
             self._process = subprocess.Popen(
                 [self.python, tfio_reader.__file__],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
                 process_group=0,  # Ctrl-C is for us; it ends when its input does
-            )  # fmt: skip
+            )
             header, _ = read_frame(self._process.stdout)  # type: ignore[arg-type]
         except OSError as error:
             raise DataError(f"{self.python} cannot be run ({error}): {MAKE_ENVIRONMENT}") from None

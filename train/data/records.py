@@ -23,15 +23,30 @@ from sa2jax.errors import DataError, PromptError
 
 AUDIO_MARK = "<audio>"  # stands in a text where a clip goes
 ROLES = (
-    "system", "user", "human", "assistant", "tool_call", "tool_response", "tool", "input",
+    "system",
+    "user",
+    "human",
+    "assistant",
+    "tool_call",
+    "tool_response",
+    "tool",
+    "input",
     "function_output",
-)  # fmt: skip
+)
 
 # Keys that would change what is learnt if they were left out without a word.
 _UNSUPPORTED_KEYS = (
-    "images", "videos", "objects", "rejected_messages", "rejected_audios", "rejected_images",
-    "rejected_videos", "rejected_tools", "positive_messages", "negative_messages",
-)  # fmt: skip
+    "images",
+    "videos",
+    "objects",
+    "rejected_messages",
+    "rejected_audios",
+    "rejected_images",
+    "rejected_videos",
+    "rejected_tools",
+    "positive_messages",
+    "negative_messages",
+)
 
 
 class RecordError(DataError):

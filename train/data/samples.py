@@ -193,9 +193,13 @@ class LineIndex:
             digest.update(found)
         empty = [np.zeros(0, np.int64)]
         return cls(
-            tuple(files), tuple(names), tuple(first), np.concatenate(offsets or empty),
-            np.concatenate(numbers or empty).astype(np.int32), digest.hexdigest(),
-        )  # fmt: skip
+            tuple(files),
+            tuple(names),
+            tuple(first),
+            np.concatenate(offsets or empty),
+            np.concatenate(numbers or empty).astype(np.int32),
+            digest.hexdigest(),
+        )
 
     def __len__(self) -> int:
         return len(self.offsets)

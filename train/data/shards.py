@@ -276,8 +276,10 @@ def length_plotter() -> Callable[[DatasetStatistics, Path], None]:
     def plot(tally: DatasetStatistics, path: Path) -> None:
         figure = Figure(figsize=(9, 3.5), layout="constrained")
         FigureCanvasAgg(figure)
-        panels = ("audio heard, seconds", tally.heard), (f"whole sample, {tally.unit}",
-                                                         tally.lengths)  # fmt: skip
+        panels = (
+            ("audio heard, seconds", tally.heard),
+            (f"whole sample, {tally.unit}", tally.lengths),
+        )
         for axes, (title, values) in zip(figure.subplots(1, 2), panels, strict=True):
             axes.hist(np.asarray(values), bins=40, color="#3b6ea5")
             axes.set(title=title, ylabel="samples")

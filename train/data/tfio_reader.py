@@ -148,8 +148,8 @@ def _tensorflow() -> tuple[dict[str, str], tuple[Callable, Callable, Callable]]:
     """Versions and functions; one operation is run, as importing alone proves nothing."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
-    import tensorflow as tf  # type: ignore
-    import tensorflow_io as tfio  # type: ignore
+    import tensorflow as tf
+    import tensorflow_io as tfio
 
     def decode(path: str) -> Clip:
         tensor = tfio.audio.AudioIOTensor(path)
@@ -176,8 +176,22 @@ def _tensorflow() -> tuple[dict[str, str], tuple[Callable, Callable, Callable]]:
             yield (lines[0] if lines else b""), list(found["audio"].bytes_list.value)
 
     tone = np.arange(-80, 80, dtype="<i2")
-    head = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + 320, b"WAVE", b"fmt ", 16, 1, 1, 16_000,
-                       32_000, 2, 16, b"data", 320)  # fmt: skip
+    head = struct.pack(
+        "<4sI4s4sIHHIIHH4sI",
+        b"RIFF",
+        36 + 320,
+        b"WAVE",
+        b"fmt ",
+        16,
+        1,
+        1,
+        16_000,
+        32_000,
+        2,
+        16,
+        b"data",
+        320,
+    )
     found, rate = decode_bytes(head + tone.tobytes())
     if rate != 16_000 or not np.array_equal(found[:, 0], tone):
         raise RuntimeError("it does not read what was written")

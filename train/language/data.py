@@ -105,9 +105,9 @@ def make_language_data(
     makers = [replace(maker, label=label) for label in labels]
     rows = _packed_rows(config, list(sources.values()), makers, shape, seed, host, hosts)
     # Where rows come from and in which order; not the names of paths, which may move.
-    facts: dict[str, Any] = asdict(config) | {"sources": [
-        [weight, sources[path].fingerprint] for path, weight in config.sources.items()
-    ]}  # fmt: skip
+    facts: dict[str, Any] = asdict(config) | {
+        "sources": [[weight, sources[path].fingerprint] for path, weight in config.sources.items()]
+    }
     del facts["max_rejects"]
     facts |= {"shape": asdict(shape), "seed": seed, "hosts": hosts}
     facts["tokenizer"] = hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest()
@@ -118,9 +118,15 @@ def make_language_data(
     if place is not None and hosts > 1:
         place = place.with_name(f"{place.stem}-{host}{place.suffix}")
     return LanguageData(
-        rows, config, shape, fingerprint, host=host, hosts=hosts, rejects=place,
+        rows,
+        config,
+        shape,
+        fingerprint,
+        host=host,
+        hosts=hosts,
+        rejects=place,
         max_consecutive_rejects=int(longest) + 1,
-    )  # fmt: skip
+    )
 
 
 # --- rows ---------------------------------------------------------------------------------------
@@ -169,9 +175,14 @@ class _ExampleMaker:
 
 
 def _packed_rows(
-    config: DataConfig, sources: Sequence[Any], makers: Sequence[_ExampleMaker], shape: RowShape,
-    seed: int, host: int, hosts: int,
-) -> grain.IterDataset:  # fmt: skip
+    config: DataConfig,
+    sources: Sequence[Any],
+    makers: Sequence[_ExampleMaker],
+    shape: RowShape,
+    seed: int,
+    host: int,
+    hosts: int,
+) -> grain.IterDataset:
     """The pipeline up to packed rows."""
     drawn = [grain.MapDataset.source(source) for source in sources]
     if config.shuffle:
@@ -332,16 +343,18 @@ class LanguageData(Iterator[LanguageBatch]):
 
     def state(self) -> dict[str, Any]:
         """Where this is, as plain JSON data."""
-        return copy.deepcopy({
-            "fingerprint": self.fingerprint,
-            "host": self._host,
-            "rows": self._rows.get_state(),
-            "consecutive_rejects": self._consecutive_rejects,
-            "batches": self.batches,
-            "tokens": self.tokens,
-            "audio_seconds": self.audio_seconds,
-            "rejected": self.rejected,
-        })  # fmt: skip
+        return copy.deepcopy(
+            {
+                "fingerprint": self.fingerprint,
+                "host": self._host,
+                "rows": self._rows.get_state(),
+                "consecutive_rejects": self._consecutive_rejects,
+                "batches": self.batches,
+                "tokens": self.tokens,
+                "audio_seconds": self.audio_seconds,
+                "rejected": self.rejected,
+            }
+        )
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on after the batch after which the state was taken, bit for bit.

@@ -128,7 +128,10 @@ class BaseModel:
         else:
             places = None if mesh is None else self.without_lora.shardings(mesh)
             module = family_of(self.cfg).module
-            make = lambda: module(self.cfg, policy=self.policy, rngs=nnx.Rngs(seed))
+
+            def make():
+                return module(self.cfg, policy=self.policy, rngs=nnx.Rngs(seed))
+
             params = init_params(make, places)
         if self.lora is None:
             return params
@@ -172,7 +175,10 @@ class BaseModel:
         """
         dtype = self._stored_dtype()
         cast = jax.jit(lambda leaf: leaf.astype(dtype))
-        floating = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)
+
+        def floating(leaf):
+            return jnp.issubdtype(leaf.dtype, jnp.floating)
+
         params = jax.tree.map(
             lambda leaf: cast(leaf) if floating(leaf) and leaf.dtype != dtype else leaf,
             self.merged(params),

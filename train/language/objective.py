@@ -117,7 +117,10 @@ def token_losses(
     with jax.named_scope("loss"):
         heads = _head_per_group(head, groups, hidden.dtype)
         found = jax.lax.map(lambda xs: one(heads, *xs), (chunks(hidden), chunks(targets)))
-    join = lambda x: jnp.moveaxis(x, 0, 2).reshape(batch, -1)[:, :steps]
+
+    def join(x):
+        return jnp.moveaxis(x, 0, 2).reshape(batch, -1)[:, :steps]
+
     return join(found[0]), join(found[1])
 
 

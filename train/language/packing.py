@@ -31,9 +31,8 @@ from sa2jax.train.data.samples import Reject
 PackedRow = dict[str, Any]
 """A row's arrays by name, see `RowShape.empty`, and `rejects`: what was left out before it."""
 
-_MAX_CONSECUTIVE_REJECTS = (
-    64  # rejects in a row that are reported without waiting for something to go with them
-)
+# Rejects in a row that are reported without waiting for something to go with them.
+_MAX_CONSECUTIVE_REJECTS = 64
 _MAX_REPLAY = 16  # draws between two examples up to which going on is cheaper than starting there
 
 

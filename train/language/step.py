@@ -105,13 +105,15 @@ def language_loss(
         features = shard(features, None, None, None)
     x = net.embed(batch.ids, features, batch.feature_index)
     with jax.named_scope("decoder"):
-        hidden, _ = net.decoder(
-            x, segments=batch.segments, positions=batch.positions, remat=remat
-        )  # fmt: skip
+        hidden, _ = net.decoder(x, segments=batch.segments, positions=batch.positions, remat=remat)
     return next_token_loss(
-        net.decoder.head, hidden, batch.targets, batch.weights,
-        metric_masks=batch.metric_masks, loss_chunk=loss_chunk,
-    )  # fmt: skip
+        net.decoder.head,
+        hidden,
+        batch.targets,
+        batch.weights,
+        metric_masks=batch.metric_masks,
+        loss_chunk=loss_chunk,
+    )
 
 
 def make_language_step(
@@ -151,6 +153,19 @@ def make_language_step(
         gradient, sums = jax.grad(mean, has_aux=True)(trained)
         return pinned(gradient), sums
 
+    def accumulate_gradients(trained, frozen, parts, total):
+        """Gradients of the parts of a batch, one part at a time, added up in `grad_dtype`."""
+
+        def add(so_far, part):
+            new = gradient_of(trained, frozen, part, total)
+            return jax.tree.map(lambda old, new: old + new.astype(old.dtype), so_far, new), None
+
+        first = jax.tree.map(lambda leaf: leaf[0], parts)
+        gradient, sums = jax.eval_shape(gradient_of, trained, frozen, first, total)
+        zeros = pinned(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, grad_dtype), gradient))
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), sums)
+        return jax.lax.scan(add, (zeros, nothing), parts)[0]
+
     def step(state: TrainState, batch: LanguageBatch[Array]):
         TRACES["step"] += 1
         trained, frozen = optimizer.partition(state.params)
@@ -160,17 +175,7 @@ def make_language_step(
         if batch.ids.ndim == 2:
             gradient, sums = gradient_of(trained, frozen, batch, total)
         else:
-
-            def add(so_far, part):
-                new = gradient_of(trained, frozen, part, total)
-                plus = lambda old, new: old + new.astype(old.dtype)
-                return jax.tree.map(plus, so_far, new), None
-
-            like = jax.tree.map(lambda leaf: leaf[0], batch)
-            like = jax.eval_shape(gradient_of, trained, frozen, like, total)
-            zeros = pinned(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, grad_dtype), like[0]))
-            nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like[1])
-            (gradient, sums), _ = jax.lax.scan(add, (zeros, nothing), batch)
+            gradient, sums = accumulate_gradients(trained, frozen, batch, total)
         new, norm = apply_gradient(optimizer, state, gradient)
         report = {
             "grad_norm": norm,
@@ -287,7 +292,9 @@ def abstract_language_batch(
         metric_masks: names of positions that are reported apart.
     """
     lead = (accumulation_steps,) if accumulation_steps else ()
-    zeros = lambda dtype, *shape: jnp.zeros((*lead, *shape), dtype)
+
+    def zeros(dtype, *shape):
+        return jnp.zeros((*lead, *shape), dtype)
 
     def make():
         ids = zeros(jnp.int32, rows, length)

@@ -90,11 +90,19 @@ def make_language_task(recipe: LanguageRecipe, out: Path) -> TrainingTask:
     # --- model and update ---------------------------------------------------------------------
     optimizer = make_optimizer(optimizer_config(recipe))
     step = make_language_step(
-        base.model, optimizer, mesh, remat=recipe.remat, loss_chunk=recipe.loss_chunk,
-        grad_dtype=recipe.grad_dtype, unroll=recipe.unroll,
-    )  # fmt: skip
+        base.model,
+        optimizer,
+        mesh,
+        remat=recipe.remat,
+        loss_chunk=recipe.loss_chunk,
+        grad_dtype=recipe.grad_dtype,
+        unroll=recipe.unroll,
+    )
     like = abstract_state(base.model, optimizer, mesh)
-    trains = lambda part: optimizer.is_trained(f"{part}.kernel")
+
+    def trains(part):
+        return optimizer.is_trained(f"{part}.kernel")
+
     work = training_flops(
         base.cfg,
         base_trained=trains("decoder.layers.mlp.up"),
@@ -180,8 +188,9 @@ def _evaluation_metrics(found: Iterator[dict[str, LossSums]]) -> dict[str, float
     means = {name: sums.means() for name, sums in jax.device_get(total).items()}
     return {
         f"evaluate/{'' if name == 'all' else f'{name}/'}{key}": float(value)
-        for name, of_name in means.items() for key, value in of_name.items()
-    }  # fmt: skip
+        for name, of_name in means.items()
+        for key, value in of_name.items()
+    }
 
 
 def _write_results(
@@ -194,9 +203,14 @@ def _write_results(
         lora = loop.gather_to_host(split_lora(state.params)[1])
         if jax.process_index() == 0:
             save_adapter(
-                results["adapter"], lora, base.cfg, rank=base.lora.rank, alpha=base.lora.alpha,
-                base=str(base.spec.folder or base.spec.preset), overwrite=True,
-            )  # fmt: skip
+                results["adapter"],
+                lora,
+                base.cfg,
+                rank=base.lora.rank,
+                alpha=base.lora.alpha,
+                base=str(base.spec.folder or base.spec.preset),
+                overwrite=True,
+            )
     if base.is_int8:
         log.print("int8 matrices cannot take in what was learnt: the adapter is the result")
     else:

@@ -30,19 +30,17 @@ from sa2jax.audio.features import log_mel, num_frames
 from sa2jax.config import AudioEncoderConfig
 from sa2jax.models.audio_encoder import AudioEncoder, encoder_length
 from sa2jax.nn import Functional, Params, Policy, functional, init_params
+from sa2jax.train.networks.augmentation import Augmentation, augment_waveform, spec_augment
 from sa2jax.train.networks.batches import SoundBatch
 from sa2jax.train.networks.model_io import EncoderNetwork, open_audio_encoder
 from sa2jax.train.networks.recipes import NetworkRecipe
 from sa2jax.train.networks.recognition import (
-    Augmentation,
     CTCHead,
     RecognitionOutput,
-    augment_waveform,
     ctc_greedy_decode,
     ctc_loss,
     loss_from_forward,
     scale_conv_init,
-    spec_augment,
 )
 from sa2jax.train.networks.speech_data import ClipConfig
 from sa2jax.train.networks.trainer import ClipTrainer

@@ -25,9 +25,14 @@ def dry_run_network(recipe: NetworkRecipe) -> DryRun:
     state = abstract_state(model, optimizer, mesh)
     rows = micro_batch_rows(recipe.data.rows, 0, mesh)
     step = make_loss_step(
-        trainer.loss, model, optimizer, recipe.loss, mesh, seed=recipe.seed,
+        trainer.loss,
+        model,
+        optimizer,
+        recipe.loss,
+        mesh,
+        seed=recipe.seed,
         unroll=recipe.unroll,
-    )  # fmt: skip
+    )
     memory = memory_per_device(step, state, trainer.abstract_batch(network, recipe, mesh, rows))
     units, unit = rows * trainer.longest_row(recipe), f"{trainer.unit} at most"
     groups = parameter_groups(recipe.optimizer, state)

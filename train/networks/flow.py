@@ -162,9 +162,13 @@ def flow_loss(
         prior = jnp.sum(jnp.where(valid, jnp.abs(mu.astype(jnp.float32) - mel), 0)) / numbers
     real = lengths > 0
     report = {
-        "flow": loss, "prior": prior, "frames": count, "rows": jnp.sum(real),
-        "dropped": jnp.sum(dropped & real), "prompted": jnp.sum(prompted & ~dropped & real),
-    }  # fmt: skip
+        "flow": loss,
+        "prior": prior,
+        "frames": count,
+        "rows": jnp.sum(real),
+        "dropped": jnp.sum(dropped & real),
+        "prompted": jnp.sum(prompted & ~dropped & real),
+    }
     report = {name: jnp.asarray(value, jnp.float32) for name, value in report.items()}
     return loss + config.prior_weight * prior, report
 

@@ -39,16 +39,11 @@ from sa2jax.errors import TrainError
 from sa2jax.models.speaker_encoder import SpeakerEncoder
 from sa2jax.nn import Functional, Params, Policy, functional, init_params, param
 from sa2jax.speech_config import SpeakerEncoderConfig
+from sa2jax.train.networks.augmentation import Augmentation, augment_waveform, spec_augment
 from sa2jax.train.networks.batches import SoundBatch
 from sa2jax.train.networks.model_io import DetokenizerNetwork, open_detokenizer_network
 from sa2jax.train.networks.recipes import NetworkRecipe
-from sa2jax.train.networks.recognition import (
-    Augmentation,
-    RecognitionOutput,
-    augment_waveform,
-    loss_from_forward,
-    spec_augment,
-)
+from sa2jax.train.networks.recognition import RecognitionOutput, loss_from_forward
 from sa2jax.train.networks.speech_data import ClipConfig, read_speech_info
 from sa2jax.train.networks.trainer import ClipTrainer
 from sa2jax.train.optimizer import param_name
@@ -56,8 +51,9 @@ from sa2jax.train.optimizer import param_name
 # Rates of what is given, not learnt: statistics of norms, but for the mean of vectors, which is the
 # only bias that these have.
 FROZEN: Mapping[str, float] = {
-    r"model\.blocks\..*norm\.(mean|variance)": 0.0, r"model\.norm\.variance": 0.0,
-}  # fmt: skip
+    r"model\.blocks\..*norm\.(mean|variance)": 0.0,
+    r"model\.norm\.variance": 0.0,
+}
 BEFORE_RELU = ("conv", "tdnn", "squeeze", "context", "local")  # what a rectifier follows
 WINDOW = 400  # samples of a filterbank frame
 
@@ -91,9 +87,7 @@ class SpeakerHeads(nnx.Module):
 
     def __init__(self, embed: int, speakers: int, *, policy: Policy, rngs: nnx.Rngs):
         axes = ("speakers", "embed")
-        self.kernel = param(
-            rngs, (speakers, embed), axes, dtype=policy.param, scale=embed**-0.5
-        )  # fmt: skip
+        self.kernel = param(rngs, (speakers, embed), axes, dtype=policy.param, scale=embed**-0.5)
 
     def __call__(self, vectors: Float[Array, "B D"]) -> Float[Array, "B V"]:
         """Cosines of vectors of unit length with each voice."""
@@ -125,7 +119,10 @@ def init_speaker_encoder(
 ) -> Params:
     """Random parameters that keep the size of activations through rectifiers (He et al., 2015)."""
     policy = Policy() if policy is None else policy
-    rngs = lambda: nnx.Rngs(seed)
+
+    def rngs():
+        return nnx.Rngs(seed)
+
     params = init_params(lambda: SpeakerEncoderWithHeads(cfg, speakers, policy=policy, rngs=rngs()))
 
     def gained(path, x):
@@ -190,8 +187,12 @@ def speaker_encoder_forward(
         loss = jnp.sum(jnp.where(real, cost, 0)) / count
         right = real & (jnp.argmax(cosines, axis=-1) == batch.speaker)
     pairs = speaker_similarity(vectors, batch.speaker, real)
-    report = {"rows": jnp.sum(real), "accuracy": jnp.sum(right) / count,
-              "same_speaker": pairs.same, "other_speaker": pairs.other}  # fmt: skip
+    report = {
+        "rows": jnp.sum(real),
+        "accuracy": jnp.sum(right) / count,
+        "same_speaker": pairs.same,
+        "other_speaker": pairs.other,
+    }
     report = {name: jnp.asarray(x, jnp.float32) for name, x in report.items()}
     return RecognitionOutput(loss, report, vectors=vectors)
 
@@ -206,10 +207,16 @@ def _random_crop(batch: SoundBatch[Array], key: Array | None, size: int) -> Soun
     rows = jnp.arange(len(batch.sound))
     start = jnp.zeros_like(batch.lengths)
     if key is not None:
-        draw = lambda row: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, 2), row))
+
+        def draw(row):
+            return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, 2), row))
+
         spare = jnp.maximum(batch.lengths - size, 0)
         start = (jax.vmap(draw)(rows) * (spare + 1)).astype(jnp.int32)
-    take = lambda x, at: jax.lax.dynamic_slice(x, (at,), (size,))
+
+    def take(x, at):
+        return jax.lax.dynamic_slice(x, (at,), (size,))
+
     lengths = jnp.minimum(batch.lengths, size)
     return replace(batch, sound=jax.vmap(take)(batch.sound, start), lengths=lengths)
 
@@ -233,7 +240,10 @@ def speaker_similarity(
     cosines = vectors @ vectors.T
     pairs = real[:, None] & real & ~jnp.eye(len(real), dtype=bool)
     same = speaker[:, None] == speaker
-    mean = lambda which: jnp.sum(jnp.where(which, cosines, 0)) / jnp.maximum(which.sum(), 1)
+
+    def mean(which):
+        return jnp.sum(jnp.where(which, cosines, 0)) / jnp.maximum(which.sum(), 1)
+
     return SpeakerSimilarity(mean(pairs & same), mean(pairs & ~same))
 
 

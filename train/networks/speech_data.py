@@ -141,9 +141,13 @@ def prepare_speech(
     def describe(lengths: list[int]) -> dict[str, Any]:
         seconds = sum(lengths) * HOPS[rate] / rate
         return {
-            "format": FORMAT, "rate": rate, "seconds": seconds, "pitch": pitch,
-            "mel": model is not None, "speakers": sorted(speakers),
-        }  # fmt: skip
+            "format": FORMAT,
+            "rate": rate,
+            "seconds": seconds,
+            "pitch": pitch,
+            "mel": model is not None,
+            "speakers": sorted(speakers),
+        }
 
     return write_samples(out, packed(), describe, max_rejects=max_rejects, overwrite=overwrite)
 
@@ -207,7 +211,7 @@ def _load_sample(item: RecordingEntry, rate: int, most: float) -> SpeechSample:
 def _pitch_finder() -> Callable[[np.ndarray], np.ndarray]:
     """Pitch of each frame of 20 ms, at the frame's middle."""
     try:
-        import pyworld  # type: ignore[import-untyped]
+        import pyworld
     except ImportError:
         raise DataError(
             "pitch is found by pyworld, which is not installed: pip install 'sa2jax[synthesis]'"
@@ -218,10 +222,10 @@ def _pitch_finder() -> Callable[[np.ndarray], np.ndarray]:
         wave = np.concatenate([sound / 32768.0, np.zeros(hop)])
         # Every 10 ms from 0 on: each other one is the middle of a frame.
         period = 500.0 * hop / rate
-        found, times = pyworld.dio(  # type: ignore[missing-attribute]
+        found, times = pyworld.dio(
             wave, rate, f0_floor=MIN_PITCH, f0_ceil=MAX_PITCH, frame_period=period
         )
-        found = pyworld.stonemask(wave, found, times, rate)  # type: ignore[missing-attribute]
+        found = pyworld.stonemask(wave, found, times, rate)
         return found[1::2][: -(-len(sound) // hop)].astype(np.float32)
 
     return find
@@ -313,9 +317,14 @@ class ClipData(BucketData[SoundBatch[np.ndarray]]):
     units_per_second = MEL_RATE
 
     def __init__(
-        self, config: ClipConfig, *, seed: int, speakers: Sequence[str] | None = None,
-        host: int = 0, hosts: int = 1,
-    ):  # fmt: skip
+        self,
+        config: ClipConfig,
+        *,
+        seed: int,
+        speakers: Sequence[str] | None = None,
+        host: int = 0,
+        hosts: int = 1,
+    ):
         folder = Path(config.folder)
         self.about, lengths = read_speech_info(folder, SAMPLE_RATE)
         self.speakers = tuple(self.about["speakers"] if speakers is None else speakers)

@@ -26,9 +26,9 @@ from jaxtyping import Array, Float, Int
 
 from sa2jax.audio.features import HOP, s3_log_mel
 from sa2jax.errors import TrainError
+from sa2jax.models.convolution import Conv
 from sa2jax.models.speech_tokenizer import FSQ_SCALE, LEVELS, Layer, SpeechTokenizer, code_length
 from sa2jax.nn import (
-    Conv,
     Functional,
     LayerNorm,
     Linear,
@@ -41,20 +41,18 @@ from sa2jax.nn import (
     stack,
 )
 from sa2jax.speech_config import SpeechTokenizerConfig
+from sa2jax.train.networks.augmentation import Augmentation, augment_waveform, spec_augment
 from sa2jax.train.networks.batches import SoundBatch
 from sa2jax.train.networks.model_io import DetokenizerNetwork, open_detokenizer_network
 from sa2jax.train.networks.recipes import NetworkRecipe
 from sa2jax.train.networks.recognition import (
-    Augmentation,
     CTCHead,
     CTCLogits,
     RecognitionOutput,
-    augment_waveform,
     ctc_greedy_decode,
     ctc_loss,
     loss_from_forward,
     scale_conv_init,
-    spec_augment,
 )
 from sa2jax.train.networks.speech_data import ClipConfig
 from sa2jax.train.networks.trainer import ClipTrainer
@@ -257,9 +255,13 @@ def speech_tokenizer_forward(
     seen = jnp.zeros(teacher.cfg.codebook).at[codes].max(length_mask(lengths, codes.shape[1]))
     bent, beyond = codebook_balance_loss(digits, lengths), saturation_loss(raw, lengths)
     report |= {
-        "ctc": ctc, "intermediate_ctc": early, "mel_error": error, "codebook_balance": bent,
-        "saturation": beyond, "codebook_usage": seen.mean(),
-    }  # fmt: skip
+        "ctc": ctc,
+        "intermediate_ctc": early,
+        "mel_error": error,
+        "codebook_balance": bent,
+        "saturation": beyond,
+        "codebook_usage": seen.mean(),
+    }
     spread = config.codebook_weight * (bent + beyond)
     loss = ctc + config.intermediate_ctc_weight * early + config.mel_weight * error + spread
     return RecognitionOutput(loss, report, letters=ctc_greedy_decode(*spelled), codes=codes)

@@ -63,7 +63,10 @@ def make_loss_step(
         TRACES["step"] += 1
         trained, frozen = optimizer.partition(state.params)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        of_trained = lambda part: loss(model, combine(part, frozen), batch, key, config)
+
+        def of_trained(part):
+            return loss(model, combine(part, frozen), batch, key, config)
+
         (value, report), gradient = jax.value_and_grad(of_trained, has_aux=True)(trained)
         if mesh is not None:
             gradient = jax.lax.with_sharding_constraint(gradient, places)
@@ -79,9 +82,11 @@ def make_loss_step(
 
 
 def make_loss_evaluation(
-    measure: Callable[..., Any], model: Functional[Any], config: Any = None,
+    measure: Callable[..., Any],
+    model: Functional[Any],
+    config: Any = None,
     mesh: Mesh | None = None,
-) -> Callable[..., Any]:  # fmt: skip
+) -> Callable[..., Any]:
     """A loss, or what else is made of a batch, compiled for a mesh; nothing is learnt.
 
     Args:
@@ -120,5 +125,7 @@ def abstract_network_batch(make: Callable[[], BatchT], mesh: Mesh | None) -> Bat
 
 
 def _shardings(batch: Any, mesh: Mesh) -> Any:
-    rows = lambda leaf: ("batch", *(None,) * (leaf.ndim - 1))
+    def rows(leaf):
+        return ("batch", *(None,) * (leaf.ndim - 1))
+
     return jax.tree.map(lambda leaf: sharding_of(leaf.shape, rows(leaf), mesh), batch)

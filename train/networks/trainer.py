@@ -16,7 +16,7 @@ from jaxtyping import Int
 
 from sa2jax.audio.features import HOP
 from sa2jax.evaluate.judges import require
-from sa2jax.evaluate.words import word_errors
+from sa2jax.evaluate.word_errors import word_errors
 from sa2jax.models.speech_tokenizer import code_length
 from sa2jax.nn import Functional, Params
 from sa2jax.train.data.bucketing import BucketData

@@ -184,9 +184,13 @@ def vocoder_loss(
         loss = config.convergence_weight * convergence + config.magnitude_weight * magnitude
         loss = loss + config.mel_weight * timbre + config.pitch_weight * pitch
     report = {
-        "convergence": convergence, "magnitude": magnitude, "mel": timbre, "pitch": pitch,
-        "voicing": right, "frames": jnp.sum(frames),
-    }  # fmt: skip
+        "convergence": convergence,
+        "magnitude": magnitude,
+        "mel": timbre,
+        "pitch": pitch,
+        "voicing": right,
+        "frames": jnp.sum(frames),
+    }
     return loss, {name: jnp.asarray(value, jnp.float32) for name, value in report.items()}
 
 

@@ -24,8 +24,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from sa2jax.models.convolution import Conv
 from sa2jax.models.flow.layers import attend, window
-from sa2jax.nn import Conv, LayerNorm, Linear, Policy, over_layers, stack, tap
+from sa2jax.nn import LayerNorm, Linear, Policy, over_layers, stack, tap
 from sa2jax.speech_config import EstimatorConfig
 
 EPS = 1e-6  # of the norms that adaLN modulates
@@ -138,7 +139,10 @@ def assign_slots(
     Returns:
         The next `slot_order`, and the slot of each new entry, beyond the last if it is not kept.
     """
-    column = lambda x: x[:, None]
+
+    def column(x):
+        return x[:, None]
+
     fresh = jnp.broadcast_to(jnp.arange(new)[None], (len(order), new))
     real = fresh < column(counts)
     if parity:
@@ -146,12 +150,19 @@ def assign_slots(
         filled = jnp.sum(order >= 0, axis=1) + counts
         start, end = prompt, filled - keep_frames
         removed = column(jnp.maximum(end - start, 0))
-        close_up = lambda o: jnp.where(o >= column(end), o - removed, o)
+
+        def close_up(o):
+            return jnp.where(o >= column(end), o - removed, o)
     else:
         old, fresh = order, fresh + column(seen)
         start, end = prompt, seen + counts - keep_frames
-        close_up = lambda o: o
-    stays = lambda o: (o < column(start)) | (o >= column(end))
+
+        def close_up(o):
+            return o
+
+    def stays(o):
+        return (o < column(start)) | (o >= column(end))
+
     kept, taken = (order >= 0) & stays(old), real & stays(fresh)
     free = jnp.argsort(kept, axis=1, stable=True)  # free slots first
     slots = order.shape[1]
@@ -171,7 +182,10 @@ def _scatter_slots(
     places: Int[Array, "B T"],
 ) -> Float[Array, "E L 2 2 B N A H"]:
     """Write new entries into their slots; those beyond the last are dropped."""
-    put = lambda c, f, at: c.at[..., at, :].set(f, mode="drop", unique_indices=True)
+
+    def put(c, f, at):
+        return c.at[..., at, :].set(f, mode="drop", unique_indices=True)
+
     return jax.vmap(put, in_axes=(4, 4, 0), out_axes=4)(cache, new, places)
 
 
@@ -221,9 +235,11 @@ class CausalConvs(nnx.Module):
     """Convolution, norm, mish, convolution; both look back only."""
 
     def __init__(self, cfg: EstimatorConfig, *, policy: Policy, rngs: nnx.Rngs):
-        conv = lambda: Conv(
-            cfg.embed, cfg.embed, kernel=cfg.kernel, padding="none", policy=policy, rngs=rngs
-        )
+        def conv():
+            return Conv(
+                cfg.embed, cfg.embed, kernel=cfg.kernel, padding="none", policy=policy, rngs=rngs
+            )
+
         self.conv1 = conv()
         self.norm = LayerNorm(cfg.embed, policy=policy, rngs=rngs)
         self.conv2 = conv()
@@ -285,11 +301,15 @@ class DiT(nnx.Module):
         self.time_in = Linear({"frequency": cfg.frequencies}, embed, **common)
         self.time_out = Linear(embed, {"time": cfg.embed}, **common)
         self.inputs = Linear({"inputs": 4 * mels}, embed, **common)
-        make = lambda rngs: Block(cfg, policy=policy, rngs=rngs)
+
+        def make(rngs):
+            return Block(cfg, policy=policy, rngs=rngs)
+
         self.blocks = (
-            stack(make, cfg.layers, rngs) if stacked
+            stack(make, cfg.layers, rngs)
+            if stacked
             else nnx.List(make(rngs) for _ in range(cfg.layers))
-        )  # fmt: skip
+        )
         self.modulation = Linear(embed, {"part": 2, "modulated": cfg.embed}, **common)
         self.out = Linear(embed, {"mels": mels}, **common)
 

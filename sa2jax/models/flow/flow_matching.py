@@ -91,7 +91,10 @@ def start_noise(
 
     def row(seed, first):
         key = jax.random.key(seed)
-        draw = lambda number: jax.random.normal(jax.random.fold_in(key, number), (mels,))
+
+        def draw(number):
+            return jax.random.normal(jax.random.fold_in(key, number), (mels,))
+
         return jax.vmap(draw)(first + jnp.arange(frames))
 
     return jax.vmap(row)(jnp.broadcast_to(seed, first.shape), first)
@@ -147,9 +150,17 @@ class Flow(nnx.Module):
         cond = jnp.where(length_mask(ratio * prompts, frames)[..., None], cond, 0)
         x = self._start_noise(jnp.zeros(batch, jnp.int32), frames, options)
         x, _ = self._euler(
-            x, mu, self._project_speaker(prompt.speaker, trace), cond, ratio * total, estimator,
-            levels, guidance=options.guidance, record=False, trace=trace,
-        )  # fmt: skip
+            x,
+            mu,
+            self._project_speaker(prompt.speaker, trace),
+            cond,
+            ratio * total,
+            estimator,
+            levels,
+            guidance=options.guidance,
+            record=False,
+            trace=trace,
+        )
         place = ratio * prompts[:, None] + jnp.arange(ratio * room)
         mel = jnp.take_along_axis(x, place[..., None], axis=1)
         return jnp.where(length_mask(ratio * lengths, ratio * room)[..., None], mel, 0)
@@ -184,17 +195,30 @@ class Flow(nnx.Module):
         codes = _concat_ragged(prompt.codes, ahead, prompts)
         encoder, estimator = self._empty_states(batch, options.steps)
         mu, encoder = self._encode(
-            codes, prompts + lookahead, prompts, encoder, given,
-            capacity=max(options.capacity, capacity_for(given + 1)), trace=trace,
-        )  # fmt: skip
+            codes,
+            prompts + lookahead,
+            prompts,
+            encoder,
+            given,
+            capacity=max(options.capacity, capacity_for(given + 1)),
+            trace=trace,
+        )
         levels = self.estimator.timestep_modulation(schedule(options.steps)[0], trace=trace)
         frames, keep = ratio * prompts, options.keep_frames
         x = self._start_noise(jnp.zeros(batch, jnp.int32), mu.shape[1], options)
         voice = self._project_speaker(prompt.speaker, trace)
         _, fresh = self._euler(
-            x, mu, voice, prompt.mel, frames, estimator, levels,
-            guidance=options.guidance, record=True, trace=trace,
-        )  # fmt: skip
+            x,
+            mu,
+            voice,
+            prompt.mel,
+            frames,
+            estimator,
+            levels,
+            guidance=options.guidance,
+            record=True,
+            trace=trace,
+        )
         estimator = estimator.grow(ratio * given + keep).evict_and_insert(
             fresh, frames, frames, jnp.zeros_like(frames), keep_frames=keep, parity=options.parity
         )
@@ -243,9 +267,17 @@ class Flow(nnx.Module):
         first = state.estimator.filled if state.parity else seen
         x = self._start_noise(first, mu.shape[1], options)
         x, fresh = self._euler(
-            x, mu, state.speaker, jnp.zeros_like(mu), frames, state.estimator, state.modulation,
-            guidance=options.guidance, record=True, trace=trace,
-        )  # fmt: skip
+            x,
+            mu,
+            state.speaker,
+            jnp.zeros_like(mu),
+            frames,
+            state.estimator,
+            state.modulation,
+            guidance=options.guidance,
+            record=True,
+            trace=trace,
+        )
         estimator = state.estimator.evict_and_insert(
             fresh, frames, state.prompt, seen, keep_frames=state.keep_frames, parity=state.parity
         )
@@ -290,7 +322,10 @@ class Flow(nnx.Module):
         """Carry noise to mel frames; gives what the caches need of every step, if recorded."""
         guidance = self.cfg.guidance if guidance is None else guidance
         steps = state.kv.shape[0]
-        both = lambda a: jnp.concatenate([a, jnp.zeros_like(a)])
+
+        def both(a):
+            return jnp.concatenate([a, jnp.zeros_like(a)])
+
         voice = jnp.broadcast_to(speaker[:, None], mu.shape)
         fixed = both(jnp.concatenate([mu, voice, cond.astype(mu.dtype)], axis=-1))
         mask = jnp.concatenate([state.slot_order >= 0, length_mask(counts, x.shape[1])], axis=1)

@@ -73,5 +73,8 @@ def window(x: Array, start: Int[Array, "B"], size: int, *, time: int = 1, batch:
         time: axis of the frames.
         batch: axis of the rows, before `time`.
     """
-    cut = lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, size, time - 1)
+
+    def cut(row, first):
+        return jax.lax.dynamic_slice_in_dim(row, first, size, time - 1)
+
     return jax.vmap(cut, in_axes=(batch, 0), out_axes=batch)(x, start)

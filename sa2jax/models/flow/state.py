@@ -64,7 +64,10 @@ def batch_axes(tree: Any) -> Any:
     for part in fields(tree):
         if not part.metadata.get("static"):
             value, axis = getattr(tree, part.name), part.metadata.get("batch_axis", 0)
-            axis_of = lambda x, axis=axis: axis if np.ndim(x) > axis else -1
+
+            def axis_of(x, axis=axis):
+                return axis if np.ndim(x) > axis else -1
+
             found[part.name] = (
                 batch_axes(value) if is_dataclass(value) else jax.tree.map(axis_of, value)
             )

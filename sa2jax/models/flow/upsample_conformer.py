@@ -25,8 +25,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from sa2jax.models.convolution import Conv
 from sa2jax.models.flow.layers import attend, window
-from sa2jax.nn import Conv, LayerNorm, Linear, Policy, length_mask, over_layers, param, stack, tap
+from sa2jax.nn import LayerNorm, Linear, Policy, length_mask, over_layers, param, stack, tap
 from sa2jax.speech_config import ConformerConfig
 
 LAYER_EPS = 1e-12  # of the norms inside layers; the others have 1e-5
@@ -77,7 +78,10 @@ class ConformerState:
         if not extra:
             return self
         up_extra = extra * self.up_kv.shape[SLOTS] // self.capacity
-        pad = lambda x, front: jnp.pad(x, [(0, 0)] * SLOTS + [(front, 0), (0, 0)])
+
+        def pad(x, front):
+            return jnp.pad(x, [(0, 0)] * SLOTS + [(front, 0), (0, 0)])
+
         return replace(self, kv=pad(self.kv, extra), up_kv=pad(self.up_kv, up_extra))
 
 
@@ -143,9 +147,12 @@ class RelativeAttention(nnx.Module):
         content = (q + self.content_bias[...].astype(q.dtype)).swapaxes(1, 2)
         place = (q + self.position_bias[...].astype(q.dtype)).swapaxes(1, 2)
         scores = jnp.einsum(
-            "bnth,nrh->bntr", place, position,
-            precision=self.policy.precision, preferred_element_type=jnp.float32,
-        )  # fmt: skip
+            "bnth,nrh->bntr",
+            place,
+            position,
+            precision=self.policy.precision,
+            preferred_element_type=jnp.float32,
+        )
         return self.o(attend(content, k, v, mask, relative_shift(scores, k.shape[2]))), new
 
 
@@ -191,8 +198,12 @@ class UpsampleConformer(nnx.Module):
     ):
         self.cfg, self.policy = cfg, policy
         common = {"policy": policy, "rngs": rngs}
-        conv = lambda taps: Conv(cfg.embed, cfg.embed, kernel=taps, padding="none", **common)
-        make = lambda rngs: ConformerLayer(cfg, policy=policy, rngs=rngs)
+
+        def conv(taps):
+            return Conv(cfg.embed, cfg.embed, kernel=taps, padding="none", **common)
+
+        def make(rngs):
+            return ConformerLayer(cfg, policy=policy, rngs=rngs)
 
         def layers(count):
             return (
@@ -259,10 +270,15 @@ class UpsampleConformer(nnx.Module):
             x = tap(trace, "up_embed", self.up_embed(x))
         with jax.named_scope("up_layers"):
             x, up_kv = self._attend(
-                self.up_layers, x, ratio * counts,
+                self.up_layers,
+                x,
+                ratio * counts,
                 None if chunks is None else jnp.repeat(chunks, ratio, axis=1),
-                ratio * state.length, state.up_kv, trace, "up_layers",
-            )  # fmt: skip
+                ratio * state.length,
+                state.up_kv,
+                trace,
+                "up_layers",
+            )
         size = state.capacity if capacity is None else capacity
         state = ConformerState(
             length=state.length + counts,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from sa2jax.models.convolution import Conv, conv
 from sa2jax.models.vocoder.signal import (
     RowMask,
     apply_mask,
@@ -23,7 +24,7 @@ from sa2jax.models.vocoder.signal import (
     stft,
 )
 from sa2jax.models.vocoder.stream import HiFTState, vocoder_state, vocoder_step
-from sa2jax.nn import Conv, Functional, Linear, Policy, conv, functional, length_mask, param, tap
+from sa2jax.nn import Functional, Linear, Policy, functional, length_mask, param, tap
 from sa2jax.speech_config import VocoderConfig
 
 MAX_MAGNITUDE = 100.0
@@ -92,9 +93,14 @@ class ResBlock(nnx.Module):
     """Pairs of convolutions, each pair added to its input."""
 
     def __init__(
-        self, channels: int, *, kernel: int, dilations: tuple[int, ...], policy: Policy,
+        self,
+        channels: int,
+        *,
+        kernel: int,
+        dilations: tuple[int, ...],
+        policy: Policy,
         rngs: nnx.Rngs,
-    ):  # fmt: skip
+    ):
         self.pairs = len(dilations)
         for i, dilation in enumerate(dilations):
             for name, spacing in (("first", dilation), ("second", 1)):
@@ -330,7 +336,10 @@ class HiFT(nnx.Module):
         for i, factor in enumerate(cfg.rates):
             rate *= factor
             last = i == len(cfg.rates) - 1
-            tap_here = lambda name, x, i=i: tap(trace, f"{name}{i}", x)
+
+            def tap_here(name, x, i=i):
+                return tap(trace, f"{name}{i}", x)
+
             if frames is not None:
                 mask = mask_of(frames * rate + last, mel.shape[1] * rate + last)
             with jax.named_scope(f"stage{i}"):

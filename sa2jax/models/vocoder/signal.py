@@ -101,7 +101,10 @@ def _overlap_add(x: Float[Array, "B S n"], hop: int, overlap: int) -> Float[Arra
 def _sine_square(degree: int = 6) -> list[np.float32]:
     """Coefficients of sin²(√u)/u on [0, (π/2)²], lowest first; off by at most 2e-10."""
     end = (np.pi / 2) ** 2
-    ratio = lambda u: np.sinc(np.sqrt(u) / np.pi) ** 2
+
+    def ratio(u):
+        return np.sinc(np.sqrt(u) / np.pi) ** 2
+
     series = np.polynomial.Chebyshev.interpolate(ratio, degree, domain=[0, end])
     return list(series.convert(kind=np.polynomial.Polynomial).coef.astype(np.float32))
 

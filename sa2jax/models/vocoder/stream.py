@@ -46,7 +46,10 @@ def vocoder_state(
         key: one key, or one for each stream; by default key 0.
     """
     keys = jax.random.key(0) if key is None else key
-    silence = lambda: jnp.zeros((rows, cfg.carry * cfg.samples))  # each its own, to be donated
+
+    def silence():
+        return jnp.zeros((rows, cfg.carry * cfg.samples))  # each its own, to be donated
+
     return HiFTState(
         mel=jnp.zeros((rows, cfg.carry, cfg.mels)),
         source=silence(),
@@ -143,7 +146,10 @@ def crossfade_weights(
     if equal_gain:
         rise = 0.5 - 0.5 * jnp.cos(jnp.pi * (place + 0.5) / count)
         return rise, 1 - rise
-    hamming = lambda n: 0.54 - 0.46 * jnp.cos(2 * jnp.pi * n / (2 * count - 1))
+
+    def hamming(n):
+        return 0.54 - 0.46 * jnp.cos(2 * jnp.pi * n / (2 * count - 1))
+
     return hamming(place), hamming(place + count)
 
 

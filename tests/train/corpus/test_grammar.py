@@ -10,7 +10,7 @@ import pytest
 from sa2jax.chat.template import TASKS
 from sa2jax.chat.toolbox import Toolbox, get_date_time
 from sa2jax.errors import ConfigError, DataError
-from sa2jax.evaluate.words import number_words
+from sa2jax.evaluate.normalizer import number_words
 from sa2jax.train.corpus import conversations, grammar
 from sa2jax.train.corpus.conversations import DialogueConfig, Turn, plan_dialogues
 from sa2jax.train.corpus.plan import CorpusPlan, read_corpus
@@ -40,9 +40,13 @@ def heard(line: Turn) -> str:
 
 @pytest.mark.parametrize(
     ("time", "words"),
-    [((0, 0), "twelve o clock"), ((15, 30), "three thirty"), ((9, 5), "nine oh five"),
-     ((12, 59), "twelve fifty nine")],
-)  # fmt: skip
+    [
+        ((0, 0), "twelve o clock"),
+        ((15, 30), "three thirty"),
+        ((9, 5), "nine oh five"),
+        ((12, 59), "twelve fifty nine"),
+    ],
+)
 def test_clock(time, words):
     assert grammar.clock(*time) == words
 
@@ -283,8 +287,10 @@ def test_words_of_ones_own():
         "talks/asr": 500,
         "heldout/asr_seen": 60,
     }
-    said = {file: [heard(dialogue.turns[1]) for dialogue in of(planned, file)] for file in
-            ("talks/asr", "heldout/asr_seen")}  # fmt: skip
+    said = {
+        file: [heard(dialogue.turns[1]) for dialogue in of(planned, file)]
+        for file in ("talks/asr", "heldout/asr_seen")
+    }
     assert not {*said["talks/asr"]} & {*said["heldout/asr_seen"]}
     assert all(new & {*text.split()} for texts in said.values() for text in texts)
     assert new == {word for text in said["talks/asr"] for word in text.split() if word in new}
@@ -292,13 +298,15 @@ def test_words_of_ones_own():
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"dialogues.templates": ["play the {horn}"]}, "has a slot horn; there are animal, "),
-     ({"dialogues.templates": [""]}, "expected words and {slots}, got ''"),
-     ({"dialogues.templates": ["Play it!"]}, "expected words and {slots}, got 'Play it!'"),
-     ({"dialogues.templates": ["play {0}  it"]}, "expected words and {slots}"),
-     ({"dialogues.templates": ["play {it"]}, "expected words and {slots}"),
-     ({"dialogues.slot_values": {"beast": " "}}, "dialogues.slot_values.beast: expected words")],
-)  # fmt: skip
+    [
+        ({"dialogues.templates": ["play the {horn}"]}, "has a slot horn; there are animal, "),
+        ({"dialogues.templates": [""]}, "expected words and {slots}, got ''"),
+        ({"dialogues.templates": ["Play it!"]}, "expected words and {slots}, got 'Play it!'"),
+        ({"dialogues.templates": ["play {0}  it"]}, "expected words and {slots}"),
+        ({"dialogues.templates": ["play {it"]}, "expected words and {slots}"),
+        ({"dialogues.slot_values": {"beast": " "}}, "dialogues.slot_values.beast: expected words"),
+    ],
+)
 def test_bad_words(change, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         read_corpus("words/corpus", change)

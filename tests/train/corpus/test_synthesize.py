@@ -110,7 +110,10 @@ def test_clean_speech(made):
         assert {row["text"] for row in said if row["speaker"] == name} == short
         assert all(f"/said/{name}/" in row["audio"] for row in said if row["speaker"] == name)
     assert {row["speaker"] for row in said} == {"anna", "sue", "rob"}
-    seconds = lambda name: soundfile.info(folder / name).duration
+
+    def seconds(name):
+        return soundfile.info(folder / name).duration
+
     for row in rows:
         assert not ("voice" in row and seconds(row["audio"]) >= 1)
         assert "voice" not in row or seconds(row["voice"]) >= 1

@@ -184,16 +184,29 @@ def test_a_record_is_what_a_task_asks(name, model):
 
 
 def test_what_is_called_a_name_of_the_template_is_taken_as_it_is():
-    example = example_of([
-        {"role": "human", "content": "a"}, says("b"), {"role": "input", "content": "<audio>c"},
-        says("d"), {"role": "function_output", "content": "f\ng"}, says("h"),
-        {"role": "tool", "content": "i"}, says("j"),
-    ], [SHORT])  # fmt: skip
+    example = example_of(
+        [
+            {"role": "human", "content": "a"},
+            says("b"),
+            {"role": "input", "content": "<audio>c"},
+            says("d"),
+            {"role": "function_output", "content": "f\ng"},
+            says("h"),
+            {"role": "tool", "content": "i"},
+            says("j"),
+        ],
+        [SHORT],
+    )
     assert example.ids.tolist() == [
-        *turn("human", "a"), *turn("assistant", "b"), *turn("input", heard(13), "c"),
-        *turn("assistant", "d"), *turn("function_output", "f\ng"), *turn("assistant", "h"),
-        *turn("input", "i" + SUMMARISE), *turn("assistant", "j"),
-    ]  # fmt: skip
+        *turn("human", "a"),
+        *turn("assistant", "b"),
+        *turn("input", heard(13), "c"),
+        *turn("assistant", "d"),
+        *turn("function_output", "f\ng"),
+        *turn("assistant", "h"),
+        *turn("input", "i" + SUMMARISE),
+        *turn("assistant", "j"),
+    ]
 
 
 def test_speech_ends_before_a_call_in_the_text():
@@ -242,13 +255,19 @@ def test_a_chunk_of_a_few_samples_is_not_heard(model):
         ([asks("a<audio>b", loss=True)], [[*b"a"], [*b"b", EOT]]),
         ([{"role": "system", "content": "a", "loss": True}, asks("b")], [[*b"a", EOT]]),
         (
-            [asks("a"), says("b", loss=False),
-             {"role": "tool_call", "content": json.dumps(SEARCH_CALL)}],
+            [
+                asks("a"),
+                says("b", loss=False),
+                {"role": "tool_call", "content": json.dumps(SEARCH_CALL)},
+            ],
             [[*ASKED, EOT]],
         ),
         (
-            [asks("a"), says("b"),
-             {"role": "tool_call", "content": json.dumps(SEARCH_CALL), "loss": False}],
+            [
+                asks("a"),
+                says("b"),
+                {"role": "tool_call", "content": json.dumps(SEARCH_CALL), "loss": False},
+            ],
             [[*b"b"]],
         ),
         (
@@ -256,7 +275,7 @@ def test_a_chunk_of_a_few_samples_is_not_heard(model):
             [[EOT]],
         ),
     ],
-)  # fmt: skip
+)
 def test_loss_of_a_turn(messages, expected):
     clips = [SHORT] * sum(m["content"].count("<audio>") for m in messages)
     assert learnt(example_of(messages, clips)) == expected
@@ -293,8 +312,9 @@ def test_raw_is_what_a_base_model_is_asked(model):
     task = template.TASKS["s2st_en"]
     example = example_of(
         [{"role": "system", "content": task.system}, asks("<audio>"), says("Hi", speech=[3, 4])],
-        [SHORT], prompt_style="base",
-    )  # fmt: skip
+        [SHORT],
+        prompt_style="base",
+    )
     request = model.request(task.base_pieces(template.Audio(SHORT)))
     assert example.ids[: len(request.ids)].tolist() == request.ids.tolist()
     assert example.ids[len(request.ids) :].tolist() == [*groups("Hi", [3, 4]), END_OF_TEXT]
@@ -316,7 +336,7 @@ def test_raw_text_is_learnt_but_for_what_nothing_predicts():
         ([says("")], {}, "nothing to learn"),
         ([asks("a"), says("b", loss=False)], {}, "nothing to learn"),
     ],
-)  # fmt: skip
+)
 def test_raw_refuses(messages, more, reason):
     if reason is None:
         assert learnt(example_of([asks("z"), *messages], prompt_style="base", **more)) == [[*b"a"]]
@@ -334,15 +354,21 @@ def test_raw_refuses(messages, more, reason):
         ([asks("a")], None, "^nothing to learn: expected an assistant's turn"),
         ([{"role": "system", "content": "a"}], None, "nothing to learn"),
         ([asks("a"), says("b", loss=False)], None, "nothing to learn"),
-        ([asks("a"), says("b", speech=[5, CODES])], None,
-         rf"^message 2: no audio code {CODES}, expected 0 to {CODES - 1}"),
-        ([asks("a"), says("b", speech=[5])], {1: np.array([-1], np.int32)},
-         "message 2: no audio code -1"),
+        (
+            [asks("a"), says("b", speech=[5, CODES])],
+            None,
+            rf"^message 2: no audio code {CODES}, expected 0 to {CODES - 1}",
+        ),
+        (
+            [asks("a"), says("b", speech=[5])],
+            {1: np.array([-1], np.int32)},
+            "message 2: no audio code -1",
+        ),
         ([asks("a"), says("b", speech="b.wav")], {}, "message 2: its speech has no codes: run"),
         ([asks("a"), says("b<tts_end>", speech=[5])], None, "^message 2: text id 302 is no text"),
         ([asks("a"), says("x</think>b", speech=[5])], None, "message 2: a spoken turn cannot hold"),
     ],
-)  # fmt: skip
+)
 def test_refuses(messages, codes, reason):
     with pytest.raises(RecordError, match=reason):
         example_of(messages, codes=codes)

@@ -215,9 +215,11 @@ def test_a_model(spoken, tmp_path, model, monkeypatch):
     assert about["lengths"]["unit"] == "tokens"
     rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").open()]
     assert rejects == [
-        {"where": "talks.jsonl:4",
-         "reason": "the speech tokenizer found code 208, the model has 208"},
-    ]  # fmt: skip
+        {
+            "where": "talks.jsonl:4",
+            "reason": "the speech tokenizer found code 208, the model has 208",
+        },
+    ]
     spoken.write_text(row(speech=[208]) + "\n" + row())
     about = prepare_dataset([spoken], tmp_path / "other", PrepareConfig(model=model))
     reject = json.loads((tmp_path / "other" / "rejects.jsonl").read_text())

@@ -99,9 +99,11 @@ def test_tools(tools, expected):
 
 @pytest.mark.parametrize(
     "content",
-    ['{"name": "search", "arguments": {"query": "sea"}}',
-     '{"name": "search", "arguments": "{\\"query\\": \\"sea\\"}"}'],
-)  # fmt: skip
+    [
+        '{"name": "search", "arguments": {"query": "sea"}}',
+        '{"name": "search", "arguments": "{\\"query\\": \\"sea\\"}"}',
+    ],
+)
 def test_tool_call(content):
     call = parse_tool_call(content)
     assert (call.name, call.arguments) == ("search", {"query": "sea"})
@@ -155,7 +157,7 @@ def with_reply(**changes):
         (line({"role": "tool_call", "content": '{"name": "a b"}'}), "with the name of a tool"),
         (line({"role": "tool_call", "content": '{"name": "a", "arguments": [1]}'}), "by name"),
     ],
-)  # fmt: skip
+)
 def test_refused(text, reason):
     with pytest.raises(RecordError) as caught:
         parse_record(text, "talks.jsonl:1", ".")

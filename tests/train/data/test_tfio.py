@@ -183,9 +183,11 @@ def test_records(stand_in, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("none.tfrecord", r"cannot be read as TFRecord after 0 records: .*No such file"),
-     ("crash.tfrecord", r"tensorflow-io crashed on crash\.tfrecord")],
-)  # fmt: skip
+    [
+        ("none.tfrecord", r"cannot be read as TFRecord after 0 records: .*No such file"),
+        ("crash.tfrecord", r"tensorflow-io crashed on crash\.tfrecord"),
+    ],
+)
 def test_no_records(stand_in, name, message):
     with TfioReader(stand_in()) as reader, pytest.raises(DataError, match=message):
         list(reader.records(name))
@@ -195,10 +197,12 @@ def test_no_records(stand_in, name, message):
     ("start", "message"),
     [
         ("raise SystemExit('no TensorFlow')", r"does not work \(it ends at once: no TensorFlow\)"),
-        ("tfio_reader.write_frame(answers, {'error': 'undefined symbol'}); os._exit(0)",
-         r"does not work \(undefined symbol\): make it with"),
+        (
+            "tfio_reader.write_frame(answers, {'error': 'undefined symbol'}); os._exit(0)",
+            r"does not work \(undefined symbol\): make it with",
+        ),
     ],
-)  # fmt: skip
+)
 def test_environments_that_do_not_work(stand_in, start, message):
     with pytest.raises(DataError, match=message):
         TfioReader(stand_in(start))
@@ -261,10 +265,11 @@ def test_tfrecord_source(stand_in, recording, tmp_path):
     (tmp_path / "t.jsonl").write_text(row("a.flac"))
     ticks = []
     prepare_dataset(
-        [tmp_path / "a.tfrecord", tmp_path / "t.jsonl"], tmp_path / "out",
+        [tmp_path / "a.tfrecord", tmp_path / "t.jsonl"],
+        tmp_path / "out",
         PrepareConfig(reader="tfio", tfio_python=stand_in(), workers=1),
         progress=lambda *tick: ticks.append(tick),
-    )  # fmt: skip
+    )
     source = ShardSource(tmp_path / "out")
     samples = [source[index] for index in range(len(source))]
     assert [s.record.where for s in samples] == ["a.tfrecord:1", "a.tfrecord:5", "t.jsonl:1"]
@@ -337,9 +342,12 @@ def test_real_shards(recordings, tmp_path):
     (recordings / "t.jsonl").write_text("\n".join(map(row, [*names, "text.wav", "cut.flac"])))
     lines = [[row(name), str(recordings / name)] for name in [*names, "text.wav"]]
     subprocess.run(
-        [REAL, "-c", WRITE_TFRECORD, tmp_path / "t.tfrecord"], input=json.dumps(lines), text=True,
-        check=True, capture_output=True,
-    )  # fmt: skip
+        [REAL, "-c", WRITE_TFRECORD, tmp_path / "t.tfrecord"],
+        input=json.dumps(lines),
+        text=True,
+        check=True,
+        capture_output=True,
+    )
     made = {}
     for name, source, options in (
         ("plain", recordings / "t.jsonl", {}),

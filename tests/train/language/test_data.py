@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -263,7 +264,7 @@ def test_hosts_share_the_samples(ready, epochs):
 def test_going_on_after_any_batch(ready, tmp_path, options, place):
     lines = [line(f"b{n}") if n % 5 else {} for n in range(COUNT)]
     bad = write_jsonl(tmp_path / "bad.jsonl", lines)
-    make = lambda: data_of(ready, bad, **options, **place)
+    make = partial(data_of, ready, bad, **options, **place)
     data, batches = make(), []
     states = [json.dumps(data.state())]
     for batch in data:

@@ -107,9 +107,16 @@ def test_packed_sequences_have_the_loss_and_gradients_of_rows_of_their_own():
                 slots[row, at + 2 : at + 2 + heard[n]] = first + np.arange(heard[n])
             at += len(weight)
         return LanguageBatch(
-            ids=ids, targets=targets, weights=share, segments=segments, positions=positions,
-            feature_index=slots, mels=rows, starts=starts, frames=frames,
-        )  # fmt: skip
+            ids=ids,
+            targets=targets,
+            weights=share,
+            segments=segments,
+            positions=positions,
+            feature_index=slots,
+            mels=rows,
+            starts=starts,
+            frames=frames,
+        )
 
     def loss(params, batch):
         return language_loss(model, params, batch, loss_chunk=8)[0]

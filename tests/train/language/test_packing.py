@@ -167,8 +167,9 @@ def test_the_fullest_row_is_given_out(frames, names_of_first):
     rows = list(pack([example(0, 30), example(1, 20, heard), example(2, 60)], shape, open_rows=2))
     if frames:
         assert names(rows[0]) == [0, 1]  # one row has room for both
-        rows = list(pack([example(0, 40), example(1, 25, (146,)), example(2, 60)], shape,
-                         open_rows=2))  # fmt: skip
+        rows = list(
+            pack([example(0, 40), example(1, 25, (146,)), example(2, 60)], shape, open_rows=2)
+        )
     else:
         rows = list(pack([example(0, 40), example(1, 25), example(2, 60)], shape, open_rows=2))
     assert names(rows[0]) == names_of_first

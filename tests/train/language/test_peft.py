@@ -40,15 +40,20 @@ def noisy(targets: str = DECODER_MATRICES, dtype=jnp.float32):
     """Low-rank matrices, no two numbers equal."""
     rng = np.random.default_rng(0)
     _, like = split_lora(with_lora(targets).abstract)
-    draw = lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), dtype)
+
+    def draw(leaf):
+        return jnp.asarray(0.3 * rng.standard_normal(leaf.shape), dtype)
+
     return jax.tree.map(draw, like)
 
 
 def save(folder: Path, lora=None, **options) -> Path:
     return save_adapter(
-        folder, noisy() if lora is None else lora, CFG,
+        folder,
+        noisy() if lora is None else lora,
+        CFG,
         **{"rank": RANK, "alpha": ALPHA, "base": "some/base"} | options,
-    )  # fmt: skip
+    )
 
 
 def edit(folder: Path, **changes) -> None:
@@ -70,7 +75,10 @@ def test_there_and_back_bit_for_bit(tmp_path, targets, dtype):
     found, rank, alpha = load_adapter(tmp_path / "adapter", step_audio2(CFG))
     assert (rank, alpha) == (RANK, ALPHA)
     assert jax.tree.structure(found) == jax.tree.structure(lora)
-    same = lambda a, b: np.testing.assert_array_equal(a, b, strict=True)
+
+    def same(a, b):
+        return np.testing.assert_array_equal(a, b, strict=True)
+
     jax.tree.map(same, found, lora)
     again = split_lora(with_lora(targets_of(found)).abstract)[1]
     assert jax.tree.structure(again) == jax.tree.structure(lora)
@@ -185,14 +193,17 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
         (lambda f: (f / TENSORS).rename(f / "adapter_model.bin"), TrainError, "as safetensors"),
         (lambda f: (f / TENSORS).write_bytes(b"x" * 20), TrainError, "is damaged"),
         (add("odd", 2), CheckpointError, "1 unknown tensors: odd"),
-        (add("base_model.model.model.embed_tokens.lora_embedding_A", 3, 512), CheckpointError,
-         "1 unknown tensors: base_model.model.model.embed_tokens.lora_embedding_A"),
+        (
+            add("base_model.model.model.embed_tokens.lora_embedding_A", 3, 512),
+            CheckpointError,
+            "1 unknown tensors: base_model.model.model.embed_tokens.lora_embedding_A",
+        ),
         (drop("layers.1.self_attn.q_proj.lora_A.weight"), CheckpointError, "1 missing tensors"),
         (drop("o_proj.lora_B.weight"), CheckpointError, "2 missing tensors"),
         (add(f"{Q}.lora_A.weight", 4, 32), CheckpointError, "expected [3, 32], got [4, 32]"),
         (lambda f: edit(f, r=5), CheckpointError, "wrong shape"),
     ],
-)  # fmt: skip
+)
 def test_damaged_adapters(tmp_path, damage, error, message):
     folder = save(tmp_path / "adapter")
     damage(folder)
@@ -236,10 +247,15 @@ def qwen():
     pytest.importorskip("peft", reason=reason)
     d = CFG.decoder
     config = transformers.Qwen2Config(
-        vocab_size=d.vocab, hidden_size=d.embed, intermediate_size=d.mlp, rope_theta=d.rope_theta,
-        num_hidden_layers=d.layers, num_attention_heads=d.heads, num_key_value_heads=d.kv_heads,
+        vocab_size=d.vocab,
+        hidden_size=d.embed,
+        intermediate_size=d.mlp,
+        rope_theta=d.rope_theta,
+        num_hidden_layers=d.layers,
+        num_attention_heads=d.heads,
+        num_key_value_heads=d.kv_heads,
         tie_word_embeddings=False,
-    )  # fmt: skip
+    )
     config._attn_implementation = "eager"
     leaves = checkpoint.flatten(testing.tiny_params(CFG))
     state = {}

@@ -23,7 +23,8 @@ from sa2jax.train.networks.audio_encoder import (
     init_audio_encoder,
     sinusoids,
 )
-from sa2jax.train.networks.recognition import SYMBOLS, Augmentation, letters_to_text, network_params
+from sa2jax.train.networks.augmentation import Augmentation
+from sa2jax.train.networks.recognition import SYMBOLS, letters_to_text, network_params
 from sa2jax.train.networks.step import make_loss_evaluation, place_network_batch
 from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
 
@@ -99,7 +100,10 @@ def test_what_is_taught_is_what_the_adapter_gets():
     params, batch = init_audio_encoder(cfg, seed=1), place_network_batch(tones(), None)
     structure = step_audio2(whole)
     like = structure.abstract["audio_encoder"]
-    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+    def shapes(tree):
+        return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
     assert shapes(network_params(params)) == shapes(like)
     heard = make_loss_evaluation(audio_encoder_forward, audio_encoder_with_heads(cfg))(
         params, batch

@@ -41,15 +41,16 @@ def rows(flow, lengths=(CODES,), room: int | None = None) -> FlowBatch:
     """Smooth mel frames and steady codes: something that can be learnt."""
     room, mels = room or max(lengths), flow.cfg.mels
     time = np.arange(2 * room)[:, None]
-    mel = np.stack([
-        -4 + 2 * np.sin(time / (3 + row) + np.arange(mels) / 9) for row in range(len(lengths))
-    ])  # fmt: skip
+    mel = np.stack(
+        [-4 + 2 * np.sin(time / (3 + row) + np.arange(mels) / 9) for row in range(len(lengths))]
+    )
     rng = np.random.default_rng(0)
     return FlowBatch(
         codes=np.stack([flow.codes(row, room)[0] for row in range(len(lengths))]),
-        mels=mel.astype(np.float32), lengths=np.array(lengths, np.int32),
+        mels=mel.astype(np.float32),
+        lengths=np.array(lengths, np.int32),
         speaker=rng.normal(size=(len(lengths), flow.cfg.speaker)).astype(np.float32),
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -201,9 +202,11 @@ def test_a_key_is_a_loss(flow, losses):
 def test_rows_are_dropped_and_prompted_as_often_as_asked(flow, losses):
     count = 400
     batch = FlowBatch(
-        codes=np.zeros((count, 1), np.int32), mels=np.zeros((count, 2, flow.cfg.mels)),
-        lengths=np.ones(count, np.int32), speaker=np.ones((count, flow.cfg.speaker)),
-    )  # fmt: skip
+        codes=np.zeros((count, 1), np.int32),
+        mels=np.zeros((count, 2, flow.cfg.mels)),
+        lengths=np.ones(count, np.int32),
+        speaker=np.ones((count, flow.cfg.speaker)),
+    )
     _, report = losses(batch, 0, FlowLossConfig())
     three = 3 * (0.2 * 0.8 / count) ** 0.5
     assert float(report["dropped"]) / count == pytest.approx(0.2, abs=three)
@@ -222,11 +225,14 @@ def test_a_dropped_row_knows_neither_codes_nor_voice_nor_prompt(flow, losses):
 
 def test_a_prompt_is_heard(flow, losses):
     batch = rows(flow)
-    loss = lambda share: float(
-        losses(batch, 0, FlowLossConfig(cfg_dropout=0, prompt_prob=1.0, max_prompt_fraction=share))[
-            0
-        ]
-    )
+
+    def loss(share):
+        return float(
+            losses(
+                batch, 0, FlowLossConfig(cfg_dropout=0, prompt_prob=1.0, max_prompt_fraction=share)
+            )[0]
+        )
+
     plain = float(losses(batch)[0])
     assert loss(0.0) == pytest.approx(plain, rel=1e-6)
     assert abs(loss(1.0) / plain - 1) > 1e-4
@@ -297,7 +303,10 @@ def test_a_run_that_goes_on_draws_what_it_would_have_drawn(flow):
         )
     )
     step = make_loss_step(flow_loss, flow.model, optimizer, seed=5)
-    fresh = lambda: jax.tree.map(jnp.copy, flow.params)
+
+    def fresh():
+        return jax.tree.map(jnp.copy, flow.params)
+
     state, found = init_state(flow.model, optimizer, None, fresh()), []
     step = compiled(step, state, place_network_batch(batch, None))
     for number in range(3):

@@ -113,7 +113,9 @@ def test_an_epoch_has_some_buckets_more_often(prepared):
 
 
 def test_the_order_is_the_seeds_and_can_be_gone_back_to(prepared):
-    same = lambda a, b: all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
+    def same(a, b):
+        return all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
+
     one, other = (FlowData(config(prepared, rows=1), seed=seed) for seed in (0, 1))
     first = [next(one) for _ in range(12)]
     assert not all(map(same, first, (next(other) for _ in range(12))))

@@ -10,18 +10,16 @@ import pytest
 from jax import jit
 
 from sa2jax.errors import TrainError
+from sa2jax.train.networks.augmentation import Augmentation, augment_waveform, spec_augment
 from sa2jax.train.networks.batches import SoundBatch, abstract_sound_batch
 from sa2jax.train.networks.recognition import (
     LETTERS,
     SYMBOLS,
-    Augmentation,
-    augment_waveform,
     ctc_greedy_decode,
     ctc_loss,
     letter_ids,
     letters_to_text,
     network_params,
-    spec_augment,
 )
 from sa2jax.train.networks.step import place_network_batch
 
@@ -105,14 +103,20 @@ def clips(rng, seconds=(1.0, 0.5), room: float | None = None) -> SoundBatch:
     sound[np.arange(total) >= lengths[:, None]] = 0
     zeros = np.zeros(len(seconds), np.int32)
     return SoundBatch(
-        sound=sound.astype(np.float32), lengths=lengths, letters=zeros[:, None],
-        letter_counts=zeros, speaker=zeros,
-    )  # fmt: skip
+        sound=sound.astype(np.float32),
+        lengths=lengths,
+        letters=zeros[:, None],
+        letter_counts=zeros,
+        speaker=zeros,
+    )
 
 
 def wider(batch: SoundBatch, samples: int, rows: int = 0) -> SoundBatch:
     sound = np.pad(batch.sound, ((0, rows), (0, samples)))
-    more = lambda x: np.pad(x, [(0, rows)] + [(0, 0)] * (x.ndim - 1))
+
+    def more(x):
+        return np.pad(x, [(0, rows)] + [(0, 0)] * (x.ndim - 1))
+
     others = {name: more(getattr(batch, name)) for name in vars(batch) if name != "sound"}
     return SoundBatch(sound=sound, **others)
 
@@ -135,7 +139,10 @@ def test_what_is_drawn_for_a_clip_is_its_own(rng):
 
 def test_a_key_is_a_disturbance_and_none_is_none(rng):
     batch, config = clips(rng), Augmentation(noise_prob=1.0)
-    draw = lambda seed: np.asarray(augment_waveform(batch, jax.random.key(seed), config))
+
+    def draw(seed):
+        return np.asarray(augment_waveform(batch, jax.random.key(seed), config))
+
     assert (draw(0) == draw(0)).all()
     assert np.abs(draw(0) - draw(1)).max() > 0.01
     assert np.abs(draw(0)[0] - draw(0)[1])[: SECOND // 2].max() > 0.01
@@ -148,7 +155,10 @@ def test_a_key_is_a_disturbance_and_none_is_none(rng):
 
 def test_noise_is_as_loud_and_gain_as_large_as_asked(rng):
     batch = clips(rng, (1.0,) * 24)
-    power = lambda x: np.square(np.asarray(x)).mean(1)
+
+    def power(x):
+        return np.square(np.asarray(x)).mean(1)
+
     only = Augmentation(gain_db=0, noise_prob=1.0, snr_db=(6, 6))
     noise = augment_waveform(batch, jax.random.key(0), only) - batch.sound
     ratio = 10 * np.log10(power(batch.sound) / power(noise))
@@ -215,7 +225,10 @@ def test_an_abstract_batch_is_like_a_placed_one(rng):
     batch = clips(rng, (0.2, 0.1, 0.1))
     like = abstract_sound_batch(None, 3, 3200, 1)
     found = place_network_batch(batch, None)
-    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+    def shapes(tree):
+        return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
     assert shapes(found) == shapes(like)
     spoilt = replace(batch, lengths=batch.lengths.astype(np.int64))
     assert shapes(place_network_batch(spoilt, None)) == shapes(like)

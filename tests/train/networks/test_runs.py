@@ -168,7 +168,10 @@ def test_a_run(kind, home, model, clips):
 
     # --- how it goes on
     out = home / f"{kind}-interrupted"
-    interrupt = lambda step: os.kill(os.getpid(), signal.SIGINT)
+
+    def interrupt(step):
+        return os.kill(os.getpid(), signal.SIGINT)
+
     first = train_network(plan, out, quiet=True, on_step=interrupt)
     assert (first.step, first.finished, first.results) == (1, False, {})
     second = train_network(plan, out, quiet=True)
@@ -176,7 +179,10 @@ def test_a_run(kind, home, model, clips):
     other = leaves(checkpoint.load_params(second.results["model"]))
     for name, leaf in new.items():
         np.testing.assert_array_equal(leaf, other[name], err_msg=name)
-    timeless = lambda line: {name: line[name] for name in line.keys() - TIMES}
+
+    def timeless(line):
+        return {name: line[name] for name in line.keys() - TIMES}
+
     both = (read_metrics(home / name / "metrics.jsonl") for name in (kind, out.name))
     one, two = ([timeless(line) for line in lines] for lines in both)
     assert one == two

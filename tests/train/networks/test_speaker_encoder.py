@@ -13,8 +13,9 @@ from jax import jit
 from sa2jax.audio.features import fbank
 from sa2jax.errors import TrainError
 from sa2jax.models.speaker_encoder import speaker_encoder
+from sa2jax.train.networks.augmentation import Augmentation
 from sa2jax.train.networks.batches import SoundBatch
-from sa2jax.train.networks.recognition import Augmentation, network_params
+from sa2jax.train.networks.recognition import network_params
 from sa2jax.train.networks.speaker_encoder import (
     FROZEN,
     SpeakerEncoderLossConfig,
@@ -46,11 +47,17 @@ def voices(seed: int = 0, *, each: int = 3, room: int = 0, rows: int = 0) -> Sou
         white, hum = 0.02 * rng.normal(size=8001), np.sin(np.arange(8000) * (0.1 + 0.3 * voice))
         coloured = white[1:] + (voice - 1) * 0.8 * white[:-1] + 0.02 * hum * rng.uniform(0.5, 2)
         sound[row, : lengths[row]] = coloured[: lengths[row]]
-    more = lambda x: np.pad(x, (0, rows)).astype(np.int32)
+
+    def more(x):
+        return np.pad(x, (0, rows)).astype(np.int32)
+
     return SoundBatch(
-        sound=sound.astype(np.float32), lengths=more(lengths), speaker=more(speaker),
-        letters=more(0 * speaker)[:, None], letter_counts=more(0 * speaker),
-    )  # fmt: skip
+        sound=sound.astype(np.float32),
+        lengths=more(lengths),
+        speaker=more(speaker),
+        letters=more(0 * speaker)[:, None],
+        letter_counts=more(0 * speaker),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +108,12 @@ def test_a_part_of_a_long_clip_is_heard(params, losses):
     short = replace(PLAIN, max_seconds=0.25)
     batch = voices()
     first = replace(batch, sound=batch.sound[:, :4000], lengths=np.minimum(batch.lengths, 4000))
-    loss = lambda batch, config, seed=None: float(
-        losses(params, batch, None if seed is None else jax.random.key(seed), config)[0][0]
-    )
+
+    def loss(batch, config, seed=None):
+        return float(
+            losses(params, batch, None if seed is None else jax.random.key(seed), config)[0][0]
+        )
+
     assert loss(batch, short) == pytest.approx(loss(first, PLAIN), rel=1e-5)
     assert loss(batch, short, 0) == loss(batch, short, 0) != loss(batch, short, 1)
     assert loss(batch, SpeakerEncoderLossConfig(), 0) != loss(batch, SpeakerEncoderLossConfig(), 1)
@@ -155,9 +165,14 @@ def test_an_encoder_learns_voices_and_keeps_given_statistics(params):
 
 
 def test_matrices_begin_with_the_gain_that_rectifiers_take(params):
-    plain = lambda width: width**-0.5
+    def plain(width):
+        return width**-0.5
+
     model = network_params(params)
-    deviation = lambda x: float(np.std(np.asarray(x)))
+
+    def deviation(x):
+        return float(np.std(np.asarray(x)))
+
     # Stacked, in a head's stage, and not followed by a rectifier.
     layers = model["blocks"]["block1"]["layers"]
     assert deviation(model["tdnn"]) == pytest.approx(2**0.5 * plain(5 * 4 * 4), rel=0.1)

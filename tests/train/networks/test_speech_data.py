@@ -117,9 +117,11 @@ def test_pieces_are_parts_of_their_clips(high):
                 continue
             piece = batch.sound[row, : 480 * count]
             found = [
-                start for clip in clips.sound for start in range(0, len(clip) - len(piece) + 1, 480)
+                start
+                for clip in clips.sound
+                for start in range(0, len(clip) - len(piece) + 1, 480)
                 if np.array_equal(clip[start : start + len(piece)], piece)
-            ]  # fmt: skip
+            ]
             assert found
             firsts.add(found[0])
     assert len(firsts) > 3  # they begin anywhere

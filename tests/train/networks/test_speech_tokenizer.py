@@ -14,7 +14,8 @@ from jax import jit
 from sa2jax.audio.features import s3_log_mel
 from sa2jax.errors import TrainError
 from sa2jax.models.speech_tokenizer import FSQ_SCALE, speech_tokenizer
-from sa2jax.train.networks.recognition import Augmentation, letters_to_text, network_params
+from sa2jax.train.networks.augmentation import Augmentation
+from sa2jax.train.networks.recognition import letters_to_text, network_params
 from sa2jax.train.networks.speech_tokenizer import (
     SpeechTokenizerLossConfig,
     codebook_balance_loss,
@@ -69,7 +70,10 @@ def test_digits_are_whole_and_their_gradient_passes_the_rounding(params):
     digits = np.asarray(straight_through_digits(raw))
     np.testing.assert_allclose(digits, np.round(digits), atol=1e-6)
     assert set(np.round(digits).ravel()) == {-1, 0, 1}
-    soft = lambda x: jnp.tanh(x) * FSQ_SCALE
+
+    def soft(x):
+        return jnp.tanh(x) * FSQ_SCALE
+
     gradients = [jax.grad(lambda x, f=f: f(x).sum())(raw) for f in (soft, straight_through_digits)]
     np.testing.assert_allclose(*gradients, rtol=1e-5)
 
@@ -118,7 +122,9 @@ def test_a_tokenizer_learns_to_spell(params):
 
 @pytest.mark.slow
 def test_a_seed_is_a_run(params, losses):
-    key = lambda seed: jax.random.key(seed)
+    def key(seed):
+        return jax.random.key(seed)
+
     config = SpeechTokenizerLossConfig()
     loss = [float(losses(params, tones(), key(seed), config)[0][0]) for seed in (0, 0, 1)]
     assert loss[0] == loss[1] != loss[2]

@@ -79,7 +79,10 @@ def test_only_what_lies_inside_counts(noise):
     spoilt = noise.copy()
     spoilt[0, 3000:], spoilt[1, :256], spoilt[1, 2048:] = 5, -5, 7
     np.testing.assert_array_equal(np.stack(distance(spoilt, other, first, last)), found)
-    pad = lambda x: np.pad(x, ((0, 1), (0, 500)), constant_values=3)
+
+    def pad(x):
+        return np.pad(x, ((0, 1), (0, 500)), constant_values=3)
+
     wide = distance(pad(noise), pad(other), np.append(first, 0), np.append(last, 0))
     np.testing.assert_allclose(np.stack(wide), found, rtol=1e-5)
     assert float(distance(noise, other, first, last + 256)[1]) != pytest.approx(float(found[1]))
@@ -99,7 +102,9 @@ def test_gradients_are_finite(noise, kind):
 
     @jit
     def gradient(made):
-        both = lambda made: multi_resolution_stft_loss(made, noise, 0 * last, last, RESOLUTIONS)
+        def both(made):
+            return multi_resolution_stft_loss(made, noise, 0 * last, last, RESOLUTIONS)
+
         return jax.grad(lambda made: sum(both(made)))(made)
 
     found = np.asarray(gradient(made))

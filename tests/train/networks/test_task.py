@@ -52,8 +52,9 @@ def test_a_models_voices_and_recordings_come_along(model, tmp_path):
     assert set(made.voices) == {"anna"}
     assert {path.name for path in out.iterdir()} == {
         *(path.name for path in (model / "token2wav").iterdir() if path.name != ".half"),
-        "assets", "voices",
-    }  # fmt: skip
+        "assets",
+        "voices",
+    }
     assert made.voice("anna").hash == SpeechFolder(model).voice("anna").hash
     voice("bert", model).save(out / "voices" / "bert.safetensors")
     flow.save(halved(flow), out)

@@ -132,7 +132,10 @@ def test_padding_and_what_lies_in_it_change_nothing(params):
     spoilt = replace(batch, sound=batch.sound.copy(), f0=batch.f0.copy())
     spoilt.sound[1, 6 * 480 :], spoilt.f0[1, 6:] = 0.7, 300
     assert losses(params, spoilt) == found
-    pad = lambda x, size: np.pad(x, ((0, 0), (0, size)), constant_values=0.3)
+
+    def pad(x, size):
+        return np.pad(x, ((0, 0), (0, size)), constant_values=0.3)
+
     wide = replace(batch, sound=pad(batch.sound, 3 * 480), f0=pad(batch.f0, 3))
     assert losses(params, wide) == pytest.approx(found, rel=2e-4)
     assert losses(params, rows((10, 7)))["mel"] != pytest.approx(found["mel"], rel=1e-3)
@@ -210,7 +213,9 @@ def test_gradients_are_finite(params):
 
     @jit
     def gradient(params, batch):
-        loss = lambda params: vocoder_loss(MODEL, params, batch, jax.random.key(0), PLAIN)[0]
+        def loss(params):
+            return vocoder_loss(MODEL, params, batch, jax.random.key(0), PLAIN)[0]
+
         return jax.grad(loss)(params)
 
     batch = rows((10, 0, 10, 1))

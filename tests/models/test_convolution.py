@@ -6,7 +6,8 @@ import pytest
 from flax import nnx
 
 from sa2jax.errors import ConfigError
-from sa2jax.nn import Conv, Policy
+from sa2jax.models.convolution import Conv
+from sa2jax.nn import Policy
 
 
 def make(inputs, outputs, **options):
@@ -77,9 +78,9 @@ def test_a_causal_one_does_not_see_what_comes_later():
 
 
 def test_parameters():
-    shapes = lambda net: {
-        name: leaf.shape for name, leaf in nnx.to_pure_dict(nnx.state(net)).items()
-    }
+    def shapes(net):
+        return {name: leaf.shape for name, leaf in nnx.to_pure_dict(nnx.state(net)).items()}
+
     assert shapes(make(4, 6, kernel=3, groups=2)) == {"kernel": (3, 2, 6), "bias": (6,)}
     assert shapes(make(4, 6, kernel=(3, 2), bias=False)) == {"kernel": (3, 2, 4, 6)}
 

@@ -1,6 +1,7 @@
 import pytest
 
-from sa2jax.evaluate.words import normalized, number_words, one_number, word_errors
+from sa2jax.evaluate.normalizer import normalized, number_words, one_number
+from sa2jax.evaluate.word_errors import word_errors
 
 
 @pytest.mark.parametrize(

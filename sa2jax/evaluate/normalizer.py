@@ -1,8 +1,7 @@
-"""Text normalizer and word errors: lower case, no punctuation, numbers spelled out."""
+"""Text normalizer: lower case, no punctuation, numbers spelled out."""
 
 import re
 import unicodedata
-from collections.abc import Sequence
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ONES = (
@@ -61,23 +60,3 @@ def one_number(text: str) -> str:
     """A normalised text; where it is a single word that sounds like a number, that number."""
     plain = normalized(text)
     return _SOUNDS_LIKE.get(plain, plain)
-
-
-def word_errors(expected: Sequence[str], predicted: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Substituted, left out and added words of each text, and the words that were expected.
-
-    Texts are compared as `normalized`. The word error rate is sum of the first by sum of the
-    second; counts of each text are what a confidence interval is drawn from.
-    """
-    import jiwer
-
-    errors, totals = [], []
-    for want, got in zip(map(normalized, expected), map(normalized, predicted), strict=True):
-        totals.append(len(want.split()))
-        alignment = jiwer.process_words(want, got) if want else None
-        errors.append(
-            len(got.split())
-            if alignment is None
-            else alignment.substitutions + alignment.deletions + alignment.insertions
-        )
-    return errors, totals
