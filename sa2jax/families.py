@@ -73,5 +73,12 @@ def read_config(source: Mapping[str, Any] | str | Path) -> StepAudio2Config:
 
 
 def family_of(cfg: StepAudio2Config) -> Family:
-    """The family of a config."""
-    return next(family for family in FAMILIES.values() if family.config is type(cfg))
+    """The family of a config.
+
+    Raises:
+        ConfigError: for a config class that no family has.
+    """
+    for family in FAMILIES.values():
+        if family.config is type(cfg):
+            return family
+    raise ConfigError(f"no family has the config {type(cfg).__name__}: see families.FAMILIES")

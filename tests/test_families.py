@@ -120,3 +120,10 @@ def test_a_family_has_its_tokens_and_its_template(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(model, "request", seen)
     with pytest.raises(PromptError, match=r"^toy: $"):
         model.chat(system=None).say("hello")
+
+
+def test_a_config_that_no_family_has():
+    cfg = testing.tiny_config()
+    stray = ToyConfig(**{f.name: getattr(cfg, f.name) for f in fields(cfg)})
+    with pytest.raises(ConfigError, match="no family has the config ToyConfig"):
+        family_of(stray)

@@ -70,6 +70,7 @@ def test_a_fresh_model_is_whole(begun, recording):
     assert max(codes) < 243
 
 
+@pytest.mark.slow
 def test_what_has_to_begin_as_nothing_does(begun):
     flow = leaves(begun / "token2wav")
     for name in ("estimator.blocks.modulation.kernel", "estimator.out.kernel"):
@@ -93,6 +94,7 @@ def test_texts_that_are_not_enough(tmp_path):
         Token2WavConfig.preset("micro")
 
 
+@pytest.mark.slow
 def test_parts_in_one_file_each(begun, joined):
     assert sorted(path.name for path in joined.glob("*.safetensors")) == ["params.safetensors"]
     assert not (joined / "params").exists()
@@ -129,6 +131,7 @@ def test_a_joined_model_is_trained_on(joined, tmp_path):
     assert made.voice().name == "sue"
 
 
+@pytest.mark.slow
 def test_a_network_that_hears_leaves_voices_behind(joined, tmp_path):
     network = open_detokenizer_network("speech_tokenizer", joined)
     params = jax.tree.map(lambda leaf: leaf * 2, jax.device_get(network.load_params(None)))
@@ -140,6 +143,7 @@ def test_a_network_that_hears_leaves_voices_behind(joined, tmp_path):
     assert made.analysis_hash != SpeechFolder(joined).analysis_hash
 
 
+@pytest.mark.slow
 def test_an_encoder_in_its_model(begun, tmp_path):
     encoder = open_audio_encoder(begun)
     params = jax.tree.map(lambda leaf: leaf / 2, jax.device_get(encoder.load_params(None)))
@@ -151,6 +155,7 @@ def test_an_encoder_in_its_model(begun, tmp_path):
     assert StepAudio2.from_pretrained(tmp_path / "model").tokenizer.special.num_codes == 243
 
 
+@pytest.mark.slow
 def test_what_cannot_be_joined(begun, golden, tmp_path):
     mistakes = [
         (begun / "token2wav", begun, "is no model folder of this library"),

@@ -76,6 +76,7 @@ def assert_same(one, other):
         np.testing.assert_array_equal(a, b, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_model_that_answers(whole, model):
     outcome, out = whole
     assert (outcome.step, outcome.finished) == (6, True)
