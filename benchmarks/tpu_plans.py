@@ -13,6 +13,23 @@ from sa2jax.plan import planner as plan
 GIB = 2**30
 ONE, FOUR, EIGHT = ("v5e:1x1", "v6e:1x1", "v5p:1x1x1"), ("v5e:2x2", "v6e:2x2"), ("v5e:2x4",)
 READING = [*ONE, *FOUR, *EIGHT]
+TRAINING = {
+    "train": [
+        ("v5e:2x4", "bfloat16"),
+        ("v6e:2x2", "bfloat16"),
+        ("v6e:2x4", "float32"),
+        ("v5p:2x2x1", "float32"),
+        ("v5e:8x8", "float32"),
+        ("v6e:8x8", "float32"),
+        ("v5p:4x4x4", "float32"),
+    ],
+    "lora": [
+        ("v6e:1x1", "bfloat16"),
+        ("v5e:1x1", "int8"),
+        ("v6e:1x1", "int8"),
+        ("v5p:1x1x1", "bfloat16"),
+    ],
+}
 SPECS = {
     "decode": [
         Spec(topology=topology, dtype=dtype, batch=batch)
@@ -35,27 +52,9 @@ SPECS = {
         for dtype in ("bfloat16", "int8")
     ],
     "encode": [Spec(topology=topology, workload="encode") for topology in ONE],
-    "train": [
-        Spec(topology=topology, dtype=dtype, workload="train")
-        for topology, dtype in (
-            ("v5e:2x4", "bfloat16"),
-            ("v6e:2x2", "bfloat16"),
-            ("v6e:2x4", "float32"),
-            ("v5p:2x2x1", "float32"),
-            ("v5e:8x8", "float32"),
-            ("v6e:8x8", "float32"),
-            ("v5p:4x4x4", "float32"),
-        )
-    ],
-    "lora": [
-        Spec(topology=topology, dtype=dtype, workload="lora")
-        for topology, dtype in (
-            ("v6e:1x1", "bfloat16"),
-            ("v5e:1x1", "int8"),
-            ("v6e:1x1", "int8"),
-            ("v5p:1x1x1", "bfloat16"),
-        )
-    ],
+} | {
+    workload: [Spec(topology=topology, dtype=dtype, workload=workload) for topology, dtype in where]
+    for workload, where in TRAINING.items()
 }
 
 

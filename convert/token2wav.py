@@ -198,15 +198,7 @@ def supply_voices(folder: Path, old: Path) -> list[str]:
 
 
 def export_into(source: ConvertedDetokenizer, out: Path, progress: Progress) -> list[str]:
-    """Write a converted detokenizer in the released form.
-
-    Args:
-        source: the detokenizer.
-        out: folder to make, inside `atomic_io.new_folder`.
-        progress: called with (bytes_done, bytes_total).
-
-    Returns:
-        Files of the source that were not taken along, relative to it.
+    """Write a converted detokenizer in the released form; see `convert_into`, its inverse.
 
     Raises:
         CheckpointError: if the source is damaged, or the onnx package is missing.

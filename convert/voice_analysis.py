@@ -19,6 +19,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from sa2jax import atomic_io, checkpoint
+from sa2jax.convert import whisper
 from sa2jax.convert.onnx_graph import OnnxGraph
 from sa2jax.convert.rules import Join, Op, Rule, Shape, Split, Transpose, rule
 from sa2jax.convert.transfer import Network, TransferPlan, make_plan, read
@@ -127,30 +128,13 @@ def speech_tokenizer_config(
 
 def speech_tokenizer_rules(cfg: SpeechTokenizerConfig) -> list[Rule]:
     """The table of the speech tokenizer: official name, our leaf, what happens between."""
-    heads = (cfg.heads, cfg.head_dim)
-    conv = Transpose(2, 1, 0)  # torch keeps [out, in, time]
     block, layers = "encoder.blocks.{layer}", "layers"
+    conv = Transpose(2, 1, 0)  # torch keeps [out, in, time]
     return [
-        rule("encoder.conv1.weight", "conv1.kernel", conv),
-        rule("encoder.conv1.bias", "conv1.bias"),
-        rule("encoder.conv2.weight", "conv2.kernel", conv),
-        rule("encoder.conv2.bias", "conv2.bias"),
-        rule(f"{block}.attn_ln.weight", f"{layers}.attn_norm.scale"),
-        rule(f"{block}.attn_ln.bias", f"{layers}.attn_norm.bias"),
-        rule(f"{block}.attn.query.weight", f"{layers}.attn.q.kernel", Split(0, heads)),
-        rule(f"{block}.attn.query.bias", f"{layers}.attn.q.bias", Split(0, heads)),
-        rule(f"{block}.attn.key.weight", f"{layers}.attn.k.kernel", Split(0, heads)),
-        rule(f"{block}.attn.value.weight", f"{layers}.attn.v.kernel", Split(0, heads)),
-        rule(f"{block}.attn.value.bias", f"{layers}.attn.v.bias", Split(0, heads)),
-        rule(f"{block}.attn.out.weight", f"{layers}.attn.o.kernel"),
-        rule(f"{block}.attn.out.bias", f"{layers}.attn.o.bias"),
+        *whisper.conv_rules("encoder.", ""),
+        *whisper.attention_rules(block, layers, (cfg.heads, cfg.head_dim)),
         rule(f"{block}.attn.fsmn_block.weight", f"{layers}.attn.memory", conv),
-        rule(f"{block}.mlp_ln.weight", f"{layers}.mlp_norm.scale"),
-        rule(f"{block}.mlp_ln.bias", f"{layers}.mlp_norm.bias"),
-        rule(f"{block}.mlp.0.weight", f"{layers}.up.kernel"),
-        rule(f"{block}.mlp.0.bias", f"{layers}.up.bias"),
-        rule(f"{block}.mlp.2.weight", f"{layers}.down.kernel"),
-        rule(f"{block}.mlp.2.bias", f"{layers}.down.bias"),
+        *whisper.mlp_rules(block, layers, layers),
         rule("quantizer._codebook.project_down.weight", "digits.kernel"),
         rule("quantizer._codebook.project_down.bias", "digits.bias"),
     ]

@@ -163,6 +163,15 @@ def stack(make: Callable[[nnx.Rngs], M], layers: int, rngs: nnx.Rngs) -> M:
     return jax.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), layers))
 
 
+def make_layers(
+    make: Callable[[nnx.Rngs], M], layers: int, rngs: nnx.Rngs, *, stacked: bool
+) -> M | nnx.List[M]:
+    """`layers` modules of one shape: stacked, see `stack`, or each its own in a list."""
+    if stacked:
+        return stack(make, layers, rngs)
+    return nnx.List([make(rngs) for _ in range(layers)])
+
+
 def unstack(params: Params) -> Params:
     """Stacked parameters [L, ...] as one tree per layer: `{0: ..., 1: ...}`.
 

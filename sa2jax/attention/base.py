@@ -55,6 +55,23 @@ def half_precision_refusal(q: Float[Array, "B T N H"]) -> str | None:
     return None if q.dtype in HALF else f"expected bfloat16 or float16, got {q.dtype}"
 
 
+def tile_refusal(q: Float[Array, "B T N H"], kv_heads: int, length: int, unit: str) -> str | None:
+    """What hardware kernels say of operands; None for whole tiles, heads alike, half precision.
+
+    Args:
+        q: queries.
+        kv_heads: heads of keys.
+        length: of the axis that is cut into tiles, beside that of a head.
+        unit: what it counts.
+    """
+    width = q.shape[3]
+    if length % LANES or width % LANES:
+        return f"expected {unit} and heads of a multiple of {LANES}, got {length} and {width}"
+    if not split_alike(q.shape[2], kv_heads):
+        return "expected a mesh that divides the heads of queries and keys"
+    return half_precision_refusal(q)
+
+
 def _takes_all(*operands: object) -> str | None:
     return None
 

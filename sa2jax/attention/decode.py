@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Shaped
 
-from sa2jax.attention.base import CACHE_AXES, HEADS, LANES, half_precision_refusal, split_alike
+from sa2jax.attention.base import CACHE_AXES, HEADS, LANES, tile_refusal
 from sa2jax.sharding import per_device
 
 DECODE_BLOCK = 1024  # slots that the decode kernel reads at a time: 2 MB of four heads
@@ -20,12 +20,7 @@ def decode_refusal(
     """Why `decode` cannot take these; None for one query a row, half precision, whole tiles."""
     if q.shape[1] != 1:
         return f"expected one query a row, got {q.shape[1]}"
-    slots, width = k.shape[3:]
-    if slots % LANES or width % LANES:
-        return f"expected slots and heads of a multiple of {LANES}, got {slots} and {width}"
-    if not split_alike(q.shape[2], k.shape[2]):
-        return "expected a mesh that divides the heads of queries and keys"
-    return half_precision_refusal(q)
+    return tile_refusal(q, k.shape[2], k.shape[3], "slots")
 
 
 def decode(

@@ -12,8 +12,7 @@ from sa2jax.attention.base import (
     KV_HEADS,
     LANES,
     Mask,
-    half_precision_refusal,
-    split_alike,
+    tile_refusal,
 )
 from sa2jax.sharding import per_device
 
@@ -30,12 +29,7 @@ def splash_refusal(
     """
     if not mask.causal or mask.keys is not None:
         return "expected a causal mask without marked keys"
-    steps, width = q.shape[1], q.shape[3]
-    if steps % LANES or width % LANES:
-        return f"expected tokens and heads of a multiple of {LANES}, got {steps} and {width}"
-    if not split_alike(q.shape[2], k.shape[2]):
-        return "expected a mesh that divides the heads of queries and keys"
-    return half_precision_refusal(q)
+    return tile_refusal(q, k.shape[2], q.shape[1], "tokens")
 
 
 def splash(

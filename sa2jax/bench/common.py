@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -81,6 +82,32 @@ def take_turns(
         if progress is not None:
             progress(round_ + 1, repeats + 1)
     return {key: seconds[1:] for key, seconds in times.items()}
+
+
+def language_parts(side: Any, steps: int) -> dict[str, Callable[[], Any]]:
+    """What is timed of a side of the language benchmark, in this order.
+
+    Args:
+        side: has a method for each part; `decode` takes `steps`.
+        steps: tokens to decode.
+    """
+    return {
+        "encode": side.encode,
+        "prefill": side.prefill,
+        "decode": partial(side.decode, steps),
+        "turn": side.turn,
+    }
+
+
+def stream_parts(side: Any, streams: Sequence[int]) -> dict[str, Callable[[], Any]]:
+    """What is timed of a side's streams, in this order.
+
+    Args:
+        side: has the methods `start`, `first`, and `step`, which takes a number of streams.
+        streams: numbers of streams; none for no parts.
+    """
+    begin = {"start": side.start, "first": side.first} if streams else {}
+    return begin | {f"chunk {n}": partial(side.step, n) for n in streams}
 
 
 def row(

@@ -21,6 +21,7 @@ from sa2jax.bench.common import (
     Bench,
     Row,
     copy_bandwidth,
+    language_parts,
     machine,
     row,
     take_turns,
@@ -79,7 +80,9 @@ def bench(
     ours = Ours(cfg, policy, prompt, seconds, where)
     theirs = _reference(cfg, jnp.dtype(policy.compute).name, prompt, seconds) if reference else None
     steps = min(tokens, 32)
-    sides = {OURS: ours.parts(steps)} | ({} if theirs is None else {REFERENCE: theirs.parts(steps)})
+    sides = {OURS: language_parts(ours, steps)}
+    if theirs is not None:
+        sides[REFERENCE] = language_parts(theirs, steps)
     times = take_turns(sides, repeats, progress)
     bandwidth = copy_bandwidth()
     rows = [
@@ -172,19 +175,6 @@ class Ours:
         self.options = GenerationConfig(max_new_tokens=256)
         self.state: Any = None
         self.session, self._rng = PrefixCache(self.engine), rng
-
-    def parts(self, steps: int) -> dict[str, Callable[[], Any]]:
-        """What is timed, in this order."""
-
-        def decode():
-            return self.decode(steps)
-
-        return {
-            "encode": self.encode,
-            "prefill": self.prefill,
-            "decode": decode,
-            "turn": self.turn,
-        }
 
     def encode(self) -> None:
         """One clip through encoder and adapter."""

@@ -4,7 +4,6 @@ Imported only by the benchmark and only where the `[parity]` extra is installed.
 """
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -68,19 +67,6 @@ class Reference:
         self.ids = torch.randint(0, d.vocab, (1, prompt))
         self.cache: Any = None
         self.token: Any = None
-
-    def parts(self, steps: int) -> dict[str, Callable[[], Any]]:
-        """What is timed, in this order."""
-
-        def decode():
-            return self.decode(steps)
-
-        return {
-            "encode": self.encode,
-            "prefill": self.prefill,
-            "decode": decode,
-            "turn": self.turn,
-        }
 
     @torch.inference_mode()
     def encode(self) -> None:

@@ -5,7 +5,6 @@ factor); less is better. The reference is the official PyTorch code, where it is
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +14,17 @@ from jax.sharding import Mesh
 
 from sa2jax import audio
 from sa2jax.audio.rates import CODE_RATE
-from sa2jax.bench.common import OURS, REFERENCE, Bench, Row, Times, machine, row, take_turns
+from sa2jax.bench.common import (
+    OURS,
+    REFERENCE,
+    Bench,
+    Row,
+    Times,
+    machine,
+    row,
+    stream_parts,
+    take_turns,
+)
 from sa2jax.errors import ConfigError
 from sa2jax.models.flow import VoicePrompt, flow_model
 from sa2jax.models.speaker_encoder import speaker_encoder
@@ -71,10 +80,11 @@ def bench_speech(
     enable_compilation_cache()
     cfg = Token2WavConfig.released() if cfg is None else cfg
     work = cfg, round(seconds * CODE_RATE), round(prompt_seconds * CODE_RATE), chunk
-    sides = {OURS: Ours(*work, dtype, None if mesh is None else make_mesh(mesh)).parts(streams)}
+    ours = Ours(*work, dtype, None if mesh is None else make_mesh(mesh))
+    sides = {OURS: ours.whole_parts() | stream_parts(ours, streams)}
     theirs = _reference(*work) if reference else None
     if theirs is not None:
-        sides[REFERENCE] = theirs.parts(streams)
+        sides[REFERENCE] = theirs.whole_parts() | stream_parts(theirs, streams)
     times = take_turns(sides, repeats, progress)
     rows = whole_rows(times, seconds) + (stream_rows(times, streams, chunk) if streams else [])
     return Bench(machine(OFFICIAL if theirs is not None else ()), "token2wav", tuple(rows))
@@ -120,17 +130,14 @@ class Ours:
         self.fresh: StreamState | None = None
         self.running: dict[int, StreamState] = {}
 
-    def parts(self, streams: Sequence[int]) -> dict[str, Callable[[], Any]]:
-        """What is timed, in this order."""
-        parts = {
+    def whole_parts(self) -> dict[str, Callable[[], Any]]:
+        """What is timed of a whole recording, in this order; for streams see `stream_parts`."""
+        return {
             "tokenizer": lambda: self.analyzer.codes_of([self.clip]),
             "speaker": lambda: self.analyzer.speaker_of(self.clip),
             "flow": self.flow,
             "vocoder": self.vocoder,
         }
-        if streams:
-            parts |= {"start": self.start, "first": self.first}
-        return parts | {f"chunk {n}": partial(self.step, n) for n in streams}
 
     def flow(self) -> None:
         """The reply's mel frames."""

@@ -5,7 +5,7 @@ Imported only by the benchmark and only where the `[parity]` extra is installed.
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from importlib.machinery import ModuleSpec
@@ -65,16 +65,13 @@ class Reference:
         self.fresh: Any = None
         self.running: Any = None
 
-    def parts(self, streams: Sequence[int]) -> dict[str, Callable[[], Any]]:
-        """What is timed, in this order."""
-        parts: dict[str, Callable[[], Any]] = {
+    def whole_parts(self) -> dict[str, Callable[[], Any]]:
+        """What is timed of a whole recording, in this order; for streams see `stream_parts`."""
+        return {
             "tokenizer": self.tokenize,
             "flow": self.speak,
             "vocoder": self.vocode,
         }
-        if streams:
-            parts |= {"start": self.start, "first": self.first}
-        return parts | {f"chunk {n}": partial(self.step, n) for n in streams}
 
     def tokenize(self) -> None:
         """Codes of the recording."""

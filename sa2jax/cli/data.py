@@ -1,6 +1,7 @@
 """The commands `data`: prepare, synthesize and show training data."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -44,7 +45,6 @@ def _prepare(
     """
     from sa2jax.train.data.prepare import PrepareConfig, prepare_dataset
 
-    *sources, out = _sources_and_out(paths)
     config = PrepareConfig(
         model=model,
         reader=reader,
@@ -53,9 +53,8 @@ def _prepare(
         workers=workers,
         max_rejects=max_rejects,
     )
-    with common.progress_bar("preparing", unit="records") as progress:
-        about = prepare_dataset(sources, out, config, overwrite=overwrite, progress=progress)
-    _print(about, Path(out), json)
+    make = partial(prepare_dataset, config=config, overwrite=overwrite)
+    _make_folder(paths, make, json, title="preparing", unit="records")
 
 
 def _prepare_flow(
@@ -82,19 +81,15 @@ def _prepare_flow(
     from sa2jax.runtime import enable_compilation_cache
     from sa2jax.train.networks.flow_data import prepare_flow
 
-    *sources, out = _sources_and_out(paths)
     enable_compilation_cache()
-    with common.progress_bar("hearing", unit="recordings") as progress:
-        about = prepare_flow(
-            sources,
-            out,
-            model,
-            perturbations=perturbations,
-            max_rejects=max_rejects,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    _print(about, Path(out), json)
+    make = partial(
+        prepare_flow,
+        model=model,
+        perturbations=perturbations,
+        max_rejects=max_rejects,
+        overwrite=overwrite,
+    )
+    _make_folder(paths, make, json, title="hearing")
 
 
 def _prepare_speech(
@@ -125,20 +120,16 @@ def _prepare_speech(
     """
     from sa2jax.train.networks.speech_data import prepare_speech
 
-    *sources, out = _sources_and_out(paths)
-    with common.progress_bar("reading", unit="recordings") as progress:
-        about = prepare_speech(
-            sources,
-            out,
-            rate=rate,
-            pitch=pitch,
-            model=model,
-            max_seconds=max_seconds,
-            max_rejects=max_rejects,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    _print(about, Path(out), json)
+    make = partial(
+        prepare_speech,
+        rate=rate,
+        pitch=pitch,
+        model=model,
+        max_seconds=max_seconds,
+        max_rejects=max_rejects,
+        overwrite=overwrite,
+    )
+    _make_folder(paths, make, json, title="reading")
 
 
 def _synthesize(
@@ -225,13 +216,31 @@ def data(
     """
 
 
-def _sources_and_out(paths: tuple[str, ...]) -> tuple[str, ...]:
-    """Check that there are at least two paths."""
+def _make_folder(
+    paths: tuple[str, ...],
+    make: Callable[..., Mapping[str, Any]],
+    json: bool,
+    *,
+    title: str,
+    unit: str = "recordings",
+) -> None:
+    """Make a prepared folder of sources, with a progress bar, and print what it holds.
+
+    Args:
+        paths: the sources and, last, the folder.
+        make: gives what dataset.json says, from the sources, the folder and `progress`.
+        json: print JSON.
+        title: of the progress bar.
+        unit: what it counts.
+    """
     from sa2jax.errors import DataError
 
     if len(paths) < 2:
         raise DataError(f"expected SOURCE ... OUT, got {' '.join(paths) or 'nothing'}")
-    return paths
+    *sources, out = paths
+    with common.progress_bar(title, unit=unit) as progress:
+        about = make(sources, out, progress=progress)
+    _print(about, Path(out), json)
 
 
 def _print(about: Mapping[str, Any], folder: Path, json: bool) -> None:

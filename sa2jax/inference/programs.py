@@ -158,9 +158,8 @@ def prefill(
     seen = seen.at[rows, jnp.where(valid, batch.ids, nowhere)].set(True, mode="drop")
 
     repeat = partial(jnp.repeat, repeats=samples, axis=0)
-    return _first(
-        net, cache.repeat(samples), repeat(hidden), repeat(seen), keys, limit, stop_ids, sampling
-    )
+    state = _init_state(cache.repeat(samples), repeat(seen), keys, limit)
+    return _pinned(_choose(net, state, repeat(hidden), stop_ids, sampling))
 
 
 def prefill_chunk(
@@ -203,7 +202,8 @@ def sample_first_token(
         sampling: sampling.
     """
     TRACES["sample_first_token"] += 1
-    return _first(model.bind(params), cache, hidden, seen, keys, limit, stop_ids, sampling)
+    state = _init_state(cache, seen, keys, limit)
+    return _pinned(_choose(model.bind(params), state, hidden, stop_ids, sampling))
 
 
 def empty_cache(model: Functional[StepAudio2Model], *, rows: int, size: int) -> KVCache:
@@ -297,19 +297,12 @@ def decode(
     return _pinned(state), shard(tokens, None, None)
 
 
-def _first(
-    net: StepAudio2Model,
-    cache: KVCache,
-    hidden: Float[Array, "B D"],
-    seen: Bool[Array, "B V"],
-    keys: PRNGKeyArray,
-    limit: Int[Array, "B"],
-    stop_ids: Int[Array, "Z"],
-    sampling: SamplingArrays,
+def _init_state(
+    cache: KVCache, seen: Bool[Array, "B V"], keys: PRNGKeyArray, limit: Int[Array, "B"]
 ) -> DecodeState:
-    """The state after the first token of each reply."""
+    """The state before the first token of each reply."""
     nothing = jnp.zeros(limit.shape, jnp.int32)
-    state = DecodeState(
+    return DecodeState(
         cache=cache,
         last_token=nothing,
         seen=seen,
@@ -318,7 +311,6 @@ def _first(
         limit=limit,
         done=limit == 0,
     )
-    return _pinned(_choose(net, state, hidden, stop_ids, sampling))
 
 
 def _on_mesh(

@@ -18,6 +18,7 @@ from sa2jax.attention.base import Mask
 from sa2jax.attention.dispatch import attention
 from sa2jax.config import AdapterConfig, AudioEncoderConfig
 from sa2jax.models.convolution import Conv
+from sa2jax.models.whisper import AttentionProjections
 from sa2jax.nn import LayerNorm, Linear, Policy, Remat, over_layers, param, stack, tap
 from sa2jax.sharding import shard
 
@@ -36,15 +37,11 @@ def adapter_length(encoder_frames, config: AdapterConfig):
     return (encoder_frames + 2 * padding - config.kernel) // config.stride + 1
 
 
-class SelfAttention(nnx.Module):
+class SelfAttention(AttentionProjections):
     """Multi-head attention over audio frames; the key projection has no bias."""
 
     def __init__(self, cfg: AudioEncoderConfig, *, policy: Policy, rngs: nnx.Rngs):
-        embed, heads = {"embed": cfg.embed}, {"heads": cfg.heads, "head_dim": cfg.head_dim}
-        self.q = Linear(embed, heads, policy=policy, rngs=rngs)
-        self.k = Linear(embed, heads, bias=False, policy=policy, rngs=rngs)
-        self.v = Linear(embed, heads, policy=policy, rngs=rngs)
-        self.o = Linear(heads, embed, policy=policy, rngs=rngs)
+        super().__init__(cfg.embed, cfg.heads, cfg.head_dim, policy=policy, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"], mask: Mask) -> Float[Array, "B T D"]:
         """Attend where the mask allows."""

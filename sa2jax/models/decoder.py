@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from sa2jax.attention.base import CACHE_AXES, Mask
 from sa2jax.attention.dispatch import attention, cached_attention, implementation_of
 from sa2jax.config import DecoderConfig
-from sa2jax.nn import Linear, Policy, Remat, RMSNorm, over_layers, param, rotary, stack
+from sa2jax.nn import Linear, Policy, Remat, RMSNorm, make_layers, over_layers, param, rotary
 from sa2jax.quantize import quantize_rows
 from sa2jax.sharding import per_device, shard
 
@@ -229,10 +229,7 @@ class Decoder(nnx.Module):
         def make(rngs):
             return DecoderLayer(cfg, policy=policy, rngs=rngs)
 
-        if stacked:
-            self.layers = stack(make, cfg.layers, rngs)
-        else:
-            self.layers = nnx.List([make(rngs) for _ in range(cfg.layers)])
+        self.layers = make_layers(make, cfg.layers, rngs, stacked=stacked)
         self.norm = RMSNorm(cfg.embed, eps=cfg.norm_eps, policy=policy, rngs=rngs)
         self.head = Linear(
             {"embed": cfg.embed}, {"vocab": cfg.vocab}, bias=False, policy=policy.of_head, rngs=rngs

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sa2jax.attention.base import Mask
 from sa2jax.attention.dispatch import attention
 from sa2jax.models.convolution import Conv
+from sa2jax.models.whisper import AttentionProjections
 from sa2jax.nn import (
     Functional,
     LayerNorm,
@@ -24,10 +25,10 @@ from sa2jax.nn import (
     Policy,
     functional,
     length_mask,
+    make_layers,
     over_layers,
     param,
     rotary,
-    stack,
     tap,
     unstack,
 )
@@ -48,15 +49,11 @@ def code_length(frames):
     return (frames + 3) // 4
 
 
-class FsmnAttention(nnx.Module):
+class FsmnAttention(AttentionProjections):
     """Rotary attention plus a memory: a depthwise convolution over the values."""
 
     def __init__(self, cfg: SpeechTokenizerConfig, *, policy: Policy, rngs: nnx.Rngs):
-        embed, heads = {"embed": cfg.embed}, {"heads": cfg.heads, "head_dim": cfg.head_dim}
-        self.q = Linear(embed, heads, policy=policy, rngs=rngs)
-        self.k = Linear(embed, heads, bias=False, policy=policy, rngs=rngs)
-        self.v = Linear(embed, heads, policy=policy, rngs=rngs)
-        self.o = Linear(heads, embed, policy=policy, rngs=rngs)
+        super().__init__(cfg.embed, cfg.heads, cfg.head_dim, policy=policy, rngs=rngs)
         shape, scale = (cfg.memory, 1, cfg.embed), cfg.memory**-0.5
         self.memory = param(rngs, shape, (None, None, None), dtype=policy.param, scale=scale)
 
@@ -125,11 +122,7 @@ class SpeechTokenizer(nnx.Module):
         def make(rngs):
             return Layer(cfg, policy=policy, rngs=rngs)
 
-        self.layers = (
-            stack(make, cfg.layers, rngs)
-            if stacked
-            else nnx.List(make(rngs) for _ in range(cfg.layers))
-        )
+        self.layers = make_layers(make, cfg.layers, rngs, stacked=stacked)
         self.digits = Linear({"embed": cfg.embed}, {"digits": cfg.digits}, policy=policy, rngs=rngs)
 
     def encode(

@@ -5,27 +5,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sa2jax.audio import (
-    CHUNK_SAMPLES,
-    fbank,
-    features,
-    log_mel,
-    mel_24k,
-    num_frames,
-    num_tokens,
-    pad_mels,
-    s3_log_mel,
-    split_chunks,
-)
+from sa2jax import audio
+from sa2jax.audio import features
 from sa2jax.errors import AudioError
 
 # name: the function, frames of n samples, least samples, axis of the frames
 FRONT_ENDS = {
-    "log_mel": (log_mel, num_frames, 0, -1),
-    "s3_log_mel": (s3_log_mel, lambda n: n // 160, 201, -1),
-    "mel_24k": (mel_24k, lambda n: n // 480, 721, -1),
-    "fbank": (fbank, lambda n: (n - 400) // 160 + 1, 400, -2),
-    "fbank_mean": (partial(fbank, subtract_mean=True), lambda n: (n - 400) // 160 + 1, 400, -2),
+    "log_mel": (audio.log_mel, audio.num_frames, 0, -1),
+    "s3_log_mel": (audio.s3_log_mel, lambda n: n // 160, 201, -1),
+    "mel_24k": (audio.mel_24k, lambda n: n // 480, 721, -1),
+    "fbank": (audio.fbank, lambda n: (n - 400) // 160 + 1, 400, -2),
+    "fbank_mean": (
+        partial(audio.fbank, subtract_mean=True),
+        lambda n: (n - 400) // 160 + 1,
+        400,
+        -2,
+    ),
 }
 
 
@@ -68,12 +63,12 @@ def test_log_mel_equals_official(golden, run):
     compared = 0
     for name in sorted(key for key in arrays if key.endswith("_i16")):
         stem = name.removesuffix("_i16")
-        for i, chunk in enumerate(split_chunks(wave(arrays[name]))):
+        for i, chunk in enumerate(audio.split_chunks(wave(arrays[name]))):
             key = f"{stem}_chunk{i}"
-            got = run(log_mel, chunk)
+            got = run(audio.log_mel, chunk)
             assert got.dtype == np.float32
-            assert got.shape[-1] == num_frames(len(chunk)) == arrays[f"{key}_frames"].item()
-            assert num_tokens(got.shape[-1]) == arrays[f"{key}_ntok"].item()
+            assert got.shape[-1] == audio.num_frames(len(chunk)) == arrays[f"{key}_frames"].item()
+            assert audio.num_tokens(got.shape[-1]) == arrays[f"{key}_ntok"].item()
             if f"{key}_mel" in arrays:
                 close(got, arrays[f"{key}_mel"])
             else:
@@ -101,13 +96,13 @@ def test_other_front_ends_equal_official(golden, run):
     arrays = np.load(golden / "frontend/other_features.npz")
     x16, x24 = wave(arrays["wav16_i16"]), wave(arrays["wav24_i16"])
     close = partial(np.testing.assert_allclose, rtol=0)
-    close(run(s3_log_mel, x16), arrays["s3_log_mel"], atol=2e-5)  # measured: 3e-6
-    close(run(mel_24k, x24), arrays["mel24k"], atol=1e-5)  # measured: 1e-6
+    close(run(audio.s3_log_mel, x16), arrays["s3_log_mel"], atol=2e-5)  # measured: 3e-6
+    close(run(audio.mel_24k, x24), arrays["mel24k"], atol=1e-5)  # measured: 1e-6
     # Quiet bands: the official array is 8e-5 off a float64 run, NumPy's 4e-5, and XLA's FFT rounds
     # in its own way. Measured: 5e-5 and 1.1e-4 between them, on average 1.2e-6.
     atol = 1e-4 if run is on_host else 2e-4
     for mean, key in ((False, "fbank80"), (True, "fbank80_meansub")):
-        got = run(fbank, x16, subtract_mean=mean)
+        got = run(audio.fbank, x16, subtract_mean=mean)
         close(got, arrays[key], atol=atol)
         assert np.abs(got - arrays[key]).mean() < 5e-6
 
@@ -115,15 +110,15 @@ def test_other_front_ends_equal_official(golden, run):
 def test_token_numbers_equal_official(golden):
     arrays = np.load(golden / "frontend/token_num.npz")
     frames, want = arrays["mel_frames"], arrays["token_num"]
-    np.testing.assert_array_equal(num_tokens(frames), want)
-    np.testing.assert_array_equal(num_tokens(jnp.asarray(frames)), want)
-    assert [num_tokens(int(n)) for n in frames] == want.tolist()
+    np.testing.assert_array_equal(audio.num_tokens(frames), want)
+    np.testing.assert_array_equal(audio.num_tokens(jnp.asarray(frames)), want)
+    assert [audio.num_tokens(int(n)) for n in frames] == want.tolist()
 
 
 def test_pad_mels_equals_official(golden):
     arrays = np.load(golden / "frontend/padding_mels.npz")
     padded, frames = arrays["padded"], arrays["frames"]
-    got, counts = pad_mels([mel[:, :n] for mel, n in zip(padded, frames, strict=True)])
+    got, counts = audio.pad_mels([mel[:, :n] for mel, n in zip(padded, frames, strict=True)])
     np.testing.assert_array_equal(got, padded)
     np.testing.assert_array_equal(counts, frames)
     np.testing.assert_array_equal(counts - 2, arrays["lens"])
@@ -133,21 +128,21 @@ def test_pad_mels_equals_official(golden):
 
 
 def test_known_lengths():
-    assert num_frames(CHUNK_SAMPLES) == 2502
-    assert num_tokens(num_frames(CHUNK_SAMPLES)) == 313
-    assert num_tokens(num_frames(160_000)) == 125
-    assert num_tokens(num_frames(1)) == 0
-    assert num_tokens(0) == 0
-    assert num_tokens(-9) == 0
+    assert audio.num_frames(audio.CHUNK_SAMPLES) == 2502
+    assert audio.num_tokens(audio.num_frames(audio.CHUNK_SAMPLES)) == 313
+    assert audio.num_tokens(audio.num_frames(160_000)) == 125
+    assert audio.num_tokens(audio.num_frames(1)) == 0
+    assert audio.num_tokens(0) == 0
+    assert audio.num_tokens(-9) == 0
 
 
 def test_every_short_clip_has_its_frames():
     for n in (1, 2, 160, 161, 199, 200, 201, 321):
-        assert log_mel(np.ones(n, np.float32)).shape == (128, num_frames(n))
+        assert audio.log_mel(np.ones(n, np.float32)).shape == (128, audio.num_frames(n))
 
 
 def test_silence_is_the_floor():
-    np.testing.assert_allclose(log_mel(np.zeros(1000, np.float32)), -1.5, atol=1e-6)
+    np.testing.assert_allclose(audio.log_mel(np.zeros(1000, np.float32)), -1.5, atol=1e-6)
 
 
 # ---- batches -------------------------------------------------------------------------------------
@@ -199,7 +194,7 @@ def test_lengths_do_not_retrace():
     def jitted(x, lengths):
         nonlocal traces
         traces += 1
-        return log_mel(x, lengths)
+        return audio.log_mel(x, lengths)
 
     x = jnp.ones((2, 800))
     results = [jitted(x, jnp.array(n)) for n in ([800, 1], [3, 800], [0, 0])]
@@ -209,9 +204,9 @@ def test_lengths_do_not_retrace():
 
 def test_long_numpy_clip_is_cut_into_blocks_without_a_seam(rng, monkeypatch):
     x = noise(rng, 20_000)
-    want = s3_log_mel(x)
+    want = audio.s3_log_mel(x)
     monkeypatch.setattr(features, "_BLOCK", 7)
-    np.testing.assert_allclose(s3_log_mel(x), want, atol=1e-5)
+    np.testing.assert_allclose(audio.s3_log_mel(x), want, atol=1e-5)
 
 
 # ---- the TPU's path ------------------------------------------------------------------------------
@@ -263,10 +258,10 @@ def test_refusals(name):
 def test_pad_mels_refusals_and_bucket():
     mel = np.ones((4, 5), np.float32)
     with pytest.raises(AudioError, match="clips"):
-        pad_mels([])
+        audio.pad_mels([])
     with pytest.raises(AudioError, match="at most 4 frames"):
-        pad_mels([mel], 4)
-    padded, counts = pad_mels([mel, mel[:, :2]], 8)
+        audio.pad_mels([mel], 4)
+    padded, counts = audio.pad_mels([mel, mel[:, :2]], 8)
     assert padded.shape == (2, 4, 8)
     assert counts.tolist() == [5, 2]
     assert padded.sum() == mel.sum() + mel[:, :2].sum()

@@ -3,24 +3,22 @@
 import csv
 import io
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import jax
 import pytest
+from helpers.small_speech import SMALL
 from rich.console import Console
 
 from sa2jax import bench as package
 from sa2jax.bench import bench_speech, print_bench
-from sa2jax.bench.common import OURS, REFERENCE, row, take_turns
+from sa2jax.bench.common import OURS, REFERENCE, row, stream_parts, take_turns
 from sa2jax.config import StepAudio2Config
 from sa2jax.convert import voice_analysis
 from sa2jax.errors import ConfigError
 from sa2jax.models.flow import flow_model
 from sa2jax.speech_config import (
-    ConformerConfig,
-    EstimatorConfig,
-    FlowConfig,
-    SpeakerEncoderConfig,
     SpeechTokenizerConfig,
     Token2WavConfig,
     VocoderConfig,
@@ -29,13 +27,7 @@ from sa2jax.testing import tiny_config
 
 STAGES = ["speech tokenizer", "speaker encoder", "flow", "vocoder"]
 TINY = Token2WavConfig(
-    flow=FlowConfig(
-        codes=9,
-        mels=80,
-        speaker=8,
-        encoder=ConformerConfig(inputs=8, embed=8, heads=2, mlp=8, layers=1, up_layers=1),
-        estimator=EstimatorConfig(embed=8, heads=2, head_dim=4, layers=1, frequencies=8),
-    ),
+    flow=replace(SMALL.flow, codes=9),
     vocoder=VocoderConfig(
         channels=8,
         f0_channels=8,
@@ -47,17 +39,14 @@ TINY = Token2WavConfig(
         source_dilations=((1,),) * 3,
     ),
     speech_tokenizer=SpeechTokenizerConfig(mels=128, layers=1, embed=64, mlp=8, memory=3, digits=2),
-    speaker_encoder=SpeakerEncoderConfig(
+    speaker_encoder=replace(
+        SMALL.speaker_encoder,
         mels=80,
-        head=4,
         stages=(1, 1),
         channels=8,
         growth=4,
         bottleneck=4,
-        mask=4,
         layers=(1,),
-        dilations=(1,),
-        embed=8,
     ),
 )
 
@@ -139,6 +128,14 @@ def test_sides_take_turns_and_the_first_round_does_not_count():
         (OURS, "b"): 2,
         (REFERENCE, "b"): 2,
     }
+
+
+def test_a_stream_is_timed_from_its_start():
+    side = SimpleNamespace(start=lambda: "start", first=lambda: "first", step=lambda n: n)
+    parts = stream_parts(side, (1, 8))
+    assert list(parts) == ["start", "first", "chunk 1", "chunk 8"]
+    assert [run() for run in parts.values()] == ["start", "first", 1, 8]
+    assert stream_parts(side, ()) == {}
 
 
 def test_the_ratio_is_taken_round_by_round():

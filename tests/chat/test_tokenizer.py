@@ -39,6 +39,17 @@ def edit(folder, name, change):
     (folder / name).write_text(json.dumps(content))
 
 
+def forget_tokens(folder, vocab):
+    """Take special tokens out of tokenizer.json, and ordinary ones from the id `vocab` on."""
+
+    def forget(content):
+        content["added_tokens"] = [t for t in content["added_tokens"] if t["id"] < 273]
+        model = content["model"]
+        model["vocab"] = {t: i for t, i in model["vocab"].items() if i < vocab}
+
+    edit(folder, "tokenizer.json", forget)
+
+
 # --- ids -------------------------------------------------------------------------------------
 
 
@@ -181,13 +192,7 @@ def test_full_size_files_are_small(tmp_path, full):
 
 def test_added_tokens_missing_in_tokenizer_json_are_added(tmp_path, tok):
     folder = tokenizer_files.save_tokenizer_files(tmp_path, **MICRO)
-
-    def forget(content):
-        content["added_tokens"] = [t for t in content["added_tokens"] if t["id"] < 273]
-        vocab = content["model"]["vocab"]
-        content["model"]["vocab"] = {t: i for t, i in vocab.items() if i < 251}
-
-    edit(folder, "tokenizer.json", forget)
+    forget_tokens(folder, vocab=251)
     assert Tokenizer.from_folder(folder).backend.get_vocab() == tok.backend.get_vocab()
 
 
@@ -200,13 +205,7 @@ def test_truncation_and_padding_in_the_file_are_off(tmp_path):
 
 def test_a_plain_qwen_tokenizer_is_refused_naming_all_it_lacks(tmp_path):
     folder = tokenizer_files.save_tokenizer_files(tmp_path, **MICRO)
-
-    def forget(content):
-        content["added_tokens"] = [t for t in content["added_tokens"] if t["id"] < 273]
-        vocab = content["model"]["vocab"]
-        content["model"]["vocab"] = {t: i for t, i in vocab.items() if i < 273}
-
-    edit(folder, "tokenizer.json", forget)
+    forget_tokens(folder, vocab=273)
     (folder / "added_tokens.json").unlink()
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(TokenizerError) as caught:
@@ -273,21 +272,20 @@ def test_missing_and_damaged_files(tmp_path):
     with pytest.raises(TokenizerError, match=r"expected tokenizer.json, or vocab.json"):
         Tokenizer.from_folder(tmp_path / "nowhere")
     folder = tokenizer_files.save_tokenizer_files(tmp_path, **MICRO)
-    (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(TokenizerError, match=r"tokenizer.json cannot be read as JSON"):
-        Tokenizer.from_folder(folder)
-    (folder / "tokenizer.json").write_text("[]")
-    with pytest.raises(TokenizerError, match="expected a JSON object"):
-        Tokenizer.from_folder(folder)
-    (folder / "tokenizer.json").write_text('{"model": {"vocab": []}}')
-    with pytest.raises(TokenizerError, match="no byte-level BPE model"):
-        Tokenizer.from_folder(folder)
-    (folder / "tokenizer.json").write_text('{"model": {"vocab": {}}, "added_tokens": []}')
-    with pytest.raises(TokenizerError, match="cannot load it"):
-        Tokenizer.from_folder(folder)
-    (folder / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"x": 3}}')
-    with pytest.raises(TokenizerError, match="added_tokens_decoder is not"):
-        Tokenizer.from_folder(folder)
+    for name, text, message in (
+        ("tokenizer.json", "{", r"tokenizer.json cannot be read as JSON"),
+        ("tokenizer.json", "[]", "expected a JSON object"),
+        ("tokenizer.json", '{"model": {"vocab": []}}', "no byte-level BPE model"),
+        ("tokenizer.json", '{"model": {"vocab": {}}, "added_tokens": []}', "cannot load it"),
+        (
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": {"x": 3}}',
+            "added_tokens_decoder is not",
+        ),
+    ):
+        (folder / name).write_text(text)
+        with pytest.raises(TokenizerError, match=message):
+            Tokenizer.from_folder(folder)
 
 
 @pytest.mark.parametrize(("audio_start", "vocab"), [(289, 512), (296, 304), (151688, 151696)])

@@ -50,36 +50,15 @@ QUICK = ("--limit", 1, "--metric", "tool_unasked", "--metric", "sums")
 
 @pytest.mark.both_pairs
 def test_a_table_and_its_answers(run, loads, corpus, tmp_path):
-    code, out, err = run(
-        "eval",
-        "nano",
-        "--data",
-        corpus,
-        "--model",
-        tmp_path,
-        *QUICK,
-        "--predictions",
-        tmp_path / "predictions.jsonl",
-    )
+    command = ("eval", "nano", "--data", corpus, "--model", tmp_path, *QUICK)
+    code, out, err = run(*command, "--predictions", tmp_path / "predictions.jsonl")
     assert (code, err) == (0, "")
     assert "no tool called when not asked" in out
     assert "below" in out
     assert loads == [(str(tmp_path), None)]
     lines = (tmp_path / "predictions.jsonl").read_text().splitlines()
     assert [json.loads(line)["metric"] for line in lines] == ["sums", "tool_unasked"]
-    code, out, err = run(
-        "eval",
-        "nano",
-        "--data",
-        corpus,
-        "--model",
-        tmp_path,
-        *QUICK,
-        "--metric",
-        "int8",
-        "--json",
-        "--strict",
-    )
+    code, out, err = run(*command, "--metric", "int8", "--json", "--strict")
     assert code == 1
     assert err == "below the threshold: sums\n"
     metrics = {metric["key"]: metric for metric in json.loads(out)["metrics"]}

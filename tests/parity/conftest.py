@@ -1,5 +1,6 @@
 import pytest
 from helpers.recorded import Recorded
+from helpers.recorded_flow import RecordedFlow
 
 from sa2jax.nn import Functional, Params
 
@@ -17,3 +18,8 @@ def float32(recorded) -> tuple[Functional, Params]:
 @pytest.fixture(scope="session")
 def bfloat16(recorded) -> tuple[Functional, Params]:
     return recorded.model("bfloat16")
+
+
+@pytest.fixture(scope="module")
+def flow(golden) -> RecordedFlow:
+    return RecordedFlow(golden)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.recorded import first_difference
-from helpers.recorded_flow import RecordedFlow, stack_rows
+from helpers.recorded_flow import stack_rows
 from jax import jit
 
 from sa2jax.models.flow import VoicePrompt, flow_model
@@ -19,11 +19,6 @@ from sa2jax.models.flow.upsample_conformer import relative_positions, relative_s
 from sa2jax.nn import Policy
 
 ATOL = 1e-4  # measured: 2e-5; the official code itself is 1.2e-5 from its float64 run
-
-
-@pytest.fixture(scope="module")
-def flow(golden):
-    return RecordedFlow(golden)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.recorded import first_difference
-from helpers.recorded_flow import RecordedFlow, stack_rows
+from helpers.recorded_flow import stack_rows
 from jax import jit
 
 from sa2jax.models.flow import KEEP_FRAMES, concat_streams, grow_streams, select_streams
@@ -22,11 +22,6 @@ from sa2jax.models.flow.state import capacity_for
 
 ATOL = 1e-4  # measured: 2.2e-5
 BATCH = 1e-5  # measured: 1.9e-6
-
-
-@pytest.fixture(scope="module")
-def flow(golden):
-    return RecordedFlow(golden)
 
 
 @pytest.fixture(scope="module")

@@ -73,38 +73,58 @@ def steady(model, cfg):
     return net, model[1]
 
 
-@pytest.fixture(scope="module")
-def run(model, cfg, whole):
-    """The whole vocoder on one row, compiled once: every stage as a function of what changes."""
-    return _run(model, cfg, whole)
+class CompiledVocoder:
+    """A vocoder on rows padded to the recorded sizes: each call compiled once for a batch size."""
 
+    def __init__(self, model, cfg, whole):
+        self.cfg, (net, self.params) = cfg, model
+        self.whole_size = whole["flow_offline"]["feat"].shape[-1]
+        self.chunk_size = whole["flow_stream"]["chunk0_mel"].shape[-1]
 
-@pytest.fixture(scope="module")
-def steady_run(steady, cfg, whole):
-    return _run(steady, cfg, whole)
+        @jax.jit
+        def stages(params, mel, frames, noise, cache, cached):
+            trace = {}
+            more = {"noise": noise, "cache_source": cache, "cached": cached}
+            speech, _ = net.bind(params)(mel, frames, **more, trace=trace)
+            return trace | {"speech": speech}
 
+        @jax.jit
+        def step(params, state, mel, frames, last, noise):
+            return net.bind(params).step(state, mel, frames, last=last, noise=noise)
 
-def _run(model, cfg, whole):
-    net, params = model
-    size = whole["flow_offline"]["feat"].shape[-1]
+        self._stages, self._step = stages, step
 
-    @jax.jit
-    def stages(params, mel, frames, noise, cache, cached):
-        trace = {}
-        more = {"noise": noise, "cache_source": cache, "cached": cached}
-        speech, _ = net.bind(params)(mel, frames, **more, trace=trace)
-        return trace | {"speech": speech}
-
-    def run(mel, noise, cache=None):
-        frames = mel.shape[1]
+    def run(self, mel, noise, cache=None):
+        """The whole vocoder on one row: every stage."""
+        size, frames = self.whole_size, mel.shape[1]
         cache = np.zeros((1, 0), np.float32) if cache is None else cache
-        mel = np.pad(mel, ((0, 0), (0, size - frames), (0, 0)), constant_values=9)
-        noise = np.pad(noise, ((0, 0), (0, size * cfg.samples - noise.shape[1]), (0, 0)))
+        mel = pad_rows(mel, size, 9)
+        noise = pad_rows(noise, size * self.cfg.samples)
         cached = cache.shape[1]
-        cache = np.pad(cache, ((0, 0), (0, size * cfg.samples - cached)))
-        return stages(params, mel, np.array([frames]), noise, cache, np.array([cached]))
+        cache = pad_rows(cache, size * self.cfg.samples)
+        return self._stages(self.params, mel, np.array([frames]), noise, cache, np.array([cached]))
 
-    return run
+    def advance(self, state, mel, frames, last, noise):
+        """One step of some streams."""
+        mel = pad_rows(mel, self.chunk_size, 9)
+        noise = pad_rows(noise, (self.cfg.carry + self.chunk_size) * self.cfg.samples)
+        return self._step(self.params, state, mel, np.array(frames), np.array(last), noise)
+
+
+def pad_rows(x, size, value=0):
+    """Rows padded on the right along the second axis."""
+    widths = [(0, 0), (0, size - x.shape[1]), *[(0, 0)] * (x.ndim - 2)]
+    return np.pad(x, widths, constant_values=value)
+
+
+@pytest.fixture(scope="module")
+def compiled(model, cfg, whole):
+    return CompiledVocoder(model, cfg, whole)
+
+
+@pytest.fixture(scope="module")
+def steady_compiled(steady, cfg, whole):
+    return CompiledVocoder(steady, cfg, whole)
 
 
 def draws(seed, frames, cfg):
@@ -118,10 +138,10 @@ def channels_first(trace):
     return {name: x.swapaxes(1, 2) if x.ndim == 3 else x for name, x in trace.items()}
 
 
-def test_every_stage(run, cfg, recording):
+def test_every_stage(compiled, cfg, recording):
     noise = draws(recording["draw_rng_seed"], recording["mel"].shape[-1], cfg)
     np.testing.assert_allclose(noise.sum(dtype=float), recording["draw_sine_noise_sum"][0])
-    ours = channels_first(run(recording["mel"].swapaxes(1, 2), noise))
+    ours = channels_first(compiled.run(recording["mel"].swapaxes(1, 2), noise))
     bins = cfg.n_fft // 2 + 1
     ours["stft_real"], ours["stft_imag"] = ours["stft"][:, :bins], ours["stft"][:, bins:]
     order = ["f0", "source", "stft_real", "stft_imag", "conv_pre"]
@@ -141,10 +161,10 @@ def test_every_stage(run, cfg, recording):
     assert first_difference(ours, reference, ATOL) is None
 
 
-def test_decode_of_a_given_source(run, cfg, recording):
+def test_decode_of_a_given_source(compiled, cfg, recording):
     source = recording["source"][:, 0]
     noise = np.zeros((*source.shape, cfg.harmonics + 1), np.float32)
-    ours = run(recording["mel"].swapaxes(1, 2), noise, source)
+    ours = compiled.run(recording["mel"].swapaxes(1, 2), noise, source)
     end = source.shape[1]
     np.testing.assert_array_equal(ours["source"][:, :end], source)
     np.testing.assert_allclose(ours["speech"][:, :end], recording["decode_only"], atol=TIGHT)
@@ -185,9 +205,9 @@ def test_square_of_sine(rng, size):
     assert error < 1e-6  # measured: 5e-7 at 1e4, else 3e-7
 
 
-def test_second_chunk_with_cached_source(run, cfg, recording):
+def test_second_chunk_with_cached_source(compiled, cfg, recording):
     mel, cache = recording["c_mel"].swapaxes(1, 2), recording["c_cache_source"][:, 0]
-    ours = run(mel, draws(recording["c_draw_rng_seed"], mel.shape[1], cfg), cache)
+    ours = compiled.run(mel, draws(recording["c_draw_rng_seed"], mel.shape[1], cfg), cache)
     end = mel.shape[1] * cfg.samples
     source, speech = recording["c_source"][:, 0], recording["c_speech"]
     np.testing.assert_allclose(ours["source"][:, :end], source, atol=ATOL)  # measured: 7e-6
@@ -219,9 +239,9 @@ def test_pitch_of_a_row_does_not_feel_its_batch(model, recording):
         np.testing.assert_allclose(together[row, :n], alone, rtol=0, atol=PITCH * alone.max())
 
 
-def test_a_row_does_not_feel_its_batch(steady, steady_run, cfg, recording):
+def test_a_row_does_not_feel_its_batch(steady, steady_compiled, cfg, recording):
     """Rows of any length, padded with anything: each is what it would be alone."""
-    (net, params), run = steady, steady_run
+    net, params = steady
     call = jax.jit(lambda params, mel, **more: net.bind(params)(mel, **more))
     mel = recording["mel"].swapaxes(1, 2)
     lengths = np.array([mel.shape[1], 1, 7])
@@ -235,7 +255,7 @@ def test_a_row_does_not_feel_its_batch(steady, steady_run, cfg, recording):
     for row, n in enumerate(lengths):
         end = n * cfg.samples
         own, draw = mel[:, :n], noise[row : row + 1, :end]
-        results = [run(own, draw)]
+        results = [steady_compiled.run(own, draw)]
         if n == lengths[-1]:  # and without any padding and masks
             alone = call(params, own, noise=draw)
             results.append(dict(zip(("speech", "source"), alone, strict=True)))
@@ -272,44 +292,16 @@ def test_default_noise_has_the_spread_of_the_official_draws(model, cfg, recordin
     np.testing.assert_array_equal(default, source(params, key=jax.random.key(0)))
 
 
-@pytest.fixture(scope="module")
-def advance(model, cfg, whole):
-    """One step of some streams, compiled once for each number of streams."""
-    return _advance(model, cfg, whole)
-
-
-@pytest.fixture(scope="module")
-def steady_advance(steady, cfg, whole):
-    return _advance(steady, cfg, whole)
-
-
-def _advance(model, cfg, whole):
-    net, params = model
-    size = whole["flow_stream"]["chunk0_mel"].shape[-1]
-
-    @jax.jit
-    def step(params, state, mel, frames, last, noise):
-        return net.bind(params).step(state, mel, frames, last=last, noise=noise)
-
-    def advance(state, mel, frames, last, noise):
-        mel = np.pad(mel, ((0, 0), (0, size - mel.shape[1]), (0, 0)), constant_values=9)
-        room = (cfg.carry + size) * cfg.samples
-        noise = np.pad(noise, ((0, 0), (0, room - noise.shape[1]), (0, 0)))
-        return step(params, state, mel, np.array(frames), np.array(last), noise)
-
-    return advance
-
-
 @pytest.mark.parametrize("variant", ["", "_zero_noise"])
-def test_offline_waveform_of_the_whole_pipeline(run, cfg, whole, variant):
+def test_offline_waveform_of_the_whole_pipeline(compiled, cfg, whole, variant):
     mel, e2e = whole["flow_offline"]["feat"].swapaxes(1, 2), whole["token2wav_e2e"]
     noise = draws(e2e["call_rng_seed"], mel.shape[1], cfg) * (not variant)
-    speech = run(mel, noise)["speech"]
+    speech = compiled.run(mel, noise)["speech"]
     np.testing.assert_allclose(speech, e2e[f"call_wav{variant}"], atol=ATOL)  # measured: 5e-5
 
 
 @pytest.mark.parametrize("variant", ["", "_zero_noise"])
-def test_stream_of_the_whole_pipeline(advance, cfg, whole, variant):
+def test_stream_of_the_whole_pipeline(compiled, cfg, whole, variant):
     """Every chunk that the official `stream` gave out, from the mels that its flow made."""
     flow, e2e = whole["flow_stream"], whole["token2wav_e2e"]
     state, chunks = vocoder_state(cfg), len(flow["chunk_lens"])
@@ -318,7 +310,7 @@ def test_stream_of_the_whole_pipeline(advance, cfg, whole, variant):
         frames, last = mel.shape[1], i == chunks - 1
         carried = int(state.frames[0])
         noise = draws(e2e[f"stream{i}_rng_seed"], carried + frames, cfg) * (not variant)
-        state, speech, count = advance(state, mel, [frames], [last], noise)
+        state, speech, count = compiled.advance(state, mel, [frames], [last], noise)
         pcm = official_pcm(np.asarray(speech[0, : count[0]])).astype(int)
         expected = e2e[f"stream{i}_pcm{variant}"].astype(int)
         assert pcm.shape == expected.shape
@@ -330,26 +322,25 @@ def test_stream_of_the_whole_pipeline(advance, cfg, whole, variant):
     assert int(state.frames[0]) == 0
 
 
-def test_stream_repeats_the_recorded_second_chunk(advance, cfg, recording):
+def test_stream_repeats_the_recorded_second_chunk(compiled, cfg, recording):
     """`hift.npz` holds a mel, another with its source carried on, and their cross-fade."""
     mels = [recording[name].swapaxes(1, 2) for name in ("mel", "c_mel")]
     state, span = vocoder_state(cfg), cfg.carry * cfg.samples
     noise = draws(recording["draw_rng_seed"], mels[0].shape[1], cfg)
-    state, speech, count = advance(state, mels[0], [mels[0].shape[1]], [False], noise)
+    state, speech, count = compiled.advance(state, mels[0], [mels[0].shape[1]], [False], noise)
     expected = recording["speech"][0, :-span]
     np.testing.assert_allclose(speech[0, : count[0]], expected, atol=ATOL)  # measured: 3e-5
     state = replace(state, mel=mels[1][:, : cfg.carry])  # the second mel is of another clip
     chunk = mels[1][:, cfg.carry :]
     noise = draws(recording["c_draw_rng_seed"], mels[1].shape[1], cfg)
-    _, speech, count = advance(state, chunk, [chunk.shape[1]], [True], noise)
+    _, speech, count = compiled.advance(state, chunk, [chunk.shape[1]], [True], noise)
     expected = recording["fade_out"][0]
     np.testing.assert_allclose(speech[0, : count[0]], expected, atol=ATOL)  # measured: 1e-5
 
 
 @pytest.mark.parametrize("partition", [[19], [5, 14], [1, 1, 1, 9, 3, 4], [8, 8, 3], [12, 0, 7]])
-def test_any_partition_gives_all_samples(steady_advance, steady_run, cfg, recording, partition):
+def test_any_partition_gives_all_samples(steady_compiled, cfg, recording, partition):
     """Every sample once; a single chunk is the offline run."""
-    advance, run = steady_advance, steady_run
     mel = recording["mel"].swapaxes(1, 2)
     state, done, given = vocoder_state(cfg), 0, []
     noise = np.zeros((1, mel.shape[1] * cfg.samples, cfg.harmonics + 1), np.float32)
@@ -357,18 +348,17 @@ def test_any_partition_gives_all_samples(steady_advance, steady_run, cfg, record
         chunk = mel[:, done : done + size]
         done += size
         last = i == len(partition) - 1
-        state, speech, count = advance(state, chunk, [size], [last], noise)
+        state, speech, count = steady_compiled.advance(state, chunk, [size], [last], noise)
         given.append(np.asarray(speech[0, : count[0]]))
         held = 0 if last else min(cfg.carry, done)
         assert sum(map(len, given)) == (done - held) * cfg.samples
     if len(partition) == 1:
-        offline = run(mel, noise)["speech"][0, : done * cfg.samples]
+        offline = steady_compiled.run(mel, noise)["speech"][0, : done * cfg.samples]
         np.testing.assert_allclose(given[0], offline, atol=BATCH)
 
 
-def test_streams_do_not_feel_each_other(steady_advance, cfg, recording):
+def test_streams_do_not_feel_each_other(steady_compiled, cfg, recording):
     """Streams that begin and end at different calls, batched, equal each alone."""
-    advance = steady_advance
     mel = recording["mel"][0].T
     plans = [[6, 6, 7, 0], [0, 9, 4, 6], [19, 0, 5, 0]]  # frames per call; the third replies twice
     ends = [[0, 0, 1, 0], [0, 0, 0, 1], [1, 0, 1, 0]]
@@ -385,10 +375,10 @@ def test_streams_do_not_feel_each_other(steady_advance, cfg, recording):
             chunk[row, : plan[call]] = mel[start : start + plan[call]]
         sizes = np.array([plan[call] for plan in plans])
         last = np.array([end[call] for end in ends], bool)
-        together, speech, count = advance(together, chunk, sizes, last, noise[call])
+        together, speech, count = steady_compiled.advance(together, chunk, sizes, last, noise[call])
         for row in range(len(plans)):
             mine = slice(row, row + 1)
-            alone[row], own, own_count = advance(
+            alone[row], own, own_count = steady_compiled.advance(
                 alone[row], chunk[mine], sizes[mine], last[mine], noise[call, mine]
             )
             assert int(own_count[0]) == int(count[row])

@@ -4,16 +4,10 @@ import logging
 import numpy as np
 import pytest
 import safetensors.numpy
-from flax import nnx
+from helpers.small_speech import SMALL, small_networks
 
 from sa2jax.errors import AudioError, CheckpointError, VoiceError
-from sa2jax.models.speech_tokenizer import SpeechTokenizer
-from sa2jax.nn import Policy, init_params
 from sa2jax.speech.voices import Voice, VoiceAnalyzer, check_name, describe
-from sa2jax.speech_config import (
-    SpeakerEncoderConfig,
-    SpeechTokenizerConfig,
-)
 
 RATE = 16_000
 
@@ -152,29 +146,6 @@ def test_description(voice):
 
 
 def test_too_short_for_codes():
-    tokenizer = SpeechTokenizerConfig(mels=8, layers=1, embed=64, mlp=8, memory=3, digits=2)
-    speaker = SpeakerEncoderConfig(
-        mels=8,
-        head=2,
-        stages=(1,),
-        channels=4,
-        growth=2,
-        bottleneck=2,
-        mask=2,
-        layers=(1,),
-        dilations=(1,),
-        embed=4,
-    )
-
-    class Sizes:
-        speech_tokenizer, speaker_encoder = tokenizer, speaker
-
-    params = {
-        "speech_tokenizer": init_params(
-            lambda: SpeechTokenizer(tokenizer, policy=Policy(), rngs=nnx.Rngs(0))
-        ),
-        "speaker_encoder": {},
-    }
-    ear = VoiceAnalyzer(Sizes, params, "")  # type: ignore[arg-type]
+    analyzer = VoiceAnalyzer(SMALL, small_networks(SMALL), "")
     with pytest.raises(AudioError, match="at least 320 samples, got 100"):
-        ear.codes((np.ones(100, np.float32), RATE))
+        analyzer.codes((np.ones(100, np.float32), RATE))

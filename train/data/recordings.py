@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from jaxtyping import Int
@@ -30,6 +30,7 @@ from sa2jax.train.data.shards import REJECTS, RejectWriter
 
 SAMPLES, LENGTHS = "samples.array_record", "lengths.npy"
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus")
+SampleT = TypeVar("SampleT")
 
 
 @dataclass(frozen=True)
@@ -211,26 +212,27 @@ def read_samples_info(
     return about, lengths
 
 
-class SampleFile:
-    """The blobs of a folder, its file opened when the first is asked for.
+class SampleFile(Generic[SampleT]):
+    """The samples of a folder, its file opened when the first is asked for.
 
     Args:
         folder: made by `write_samples`.
         count: how many it holds.
+        decode: makes a sample of its blob.
     """
 
-    def __init__(self, folder: Path, count: int):
-        self.folder, self.count = folder, count
+    def __init__(self, folder: Path, count: int, decode: Callable[[bytes], SampleT]):
+        self.folder, self.count, self.decode = folder, count, decode
 
-    def __getitem__(self, index: int) -> bytes:
-        """One blob.
+    def __getitem__(self, index: int) -> SampleT:
+        """One sample.
 
         Raises:
             DataError: if the file is damaged.
         """
         try:
-            return self._open[index]
-        except (ValueError, RuntimeError, OSError, IndexError) as error:
+            return self.decode(self._open[index])
+        except (ValueError, RuntimeError, OSError, LookupError, TypeError) as error:
             raise damaged_error(self.folder, error) from None
 
     @cached_property

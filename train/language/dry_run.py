@@ -7,8 +7,8 @@ from sa2jax.train.data.examples import TOKEN_KINDS
 from sa2jax.train.dry_run import DryRun, device_size, memory_per_device, parameter_groups
 from sa2jax.train.language.model_io import open_base_model
 from sa2jax.train.language.recipe import LanguageRecipe
-from sa2jax.train.language.step import abstract_language_batch, make_language_step
-from sa2jax.train.language.task import optimizer_config
+from sa2jax.train.language.step import abstract_language_batch
+from sa2jax.train.language.task import make_step, optimizer_config
 from sa2jax.train.loop import describe_mesh, mesh_from_spec, micro_batch_rows
 from sa2jax.train.optimizer import make_optimizer
 from sa2jax.train.state import abstract_state
@@ -39,15 +39,7 @@ def dry_run_language(recipe: LanguageRecipe) -> DryRun:
         accumulation_steps=accumulation,
         metric_masks=TOKEN_KINDS,
     )
-    step = make_language_step(
-        base.model,
-        optimizer,
-        mesh,
-        remat=recipe.remat,
-        loss_chunk=recipe.loss_chunk,
-        grad_dtype=recipe.grad_dtype,
-        unroll=recipe.unroll,
-    )
+    step = make_step(recipe, base, optimizer, mesh)
     trained, _ = optimizer.partition(state.params)
     numbers = sum(map(device_size, jax.tree.leaves(trained)))
     added_up = numbers * jnp.dtype(recipe.grad_dtype).itemsize

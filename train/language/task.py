@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from sa2jax.audio.rates import MEL_RATE
 from sa2jax.errors import DataError, TrainError
@@ -31,8 +32,8 @@ from sa2jax.train.language.step import (
 from sa2jax.train.log import Meter, TrainingLog, peak_flops, training_flops
 from sa2jax.train.loop import REJECTS, TrainingTask, TrainResult
 from sa2jax.train.lora import LORA_PATTERN, split_lora
-from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
-from sa2jax.train.state import TrainState, abstract_state, init_state
+from sa2jax.train.optimizer import Optimizer, OptimizerConfig, make_optimizer
+from sa2jax.train.state import TrainState, TrainStep, abstract_state, init_state
 
 
 def train_language_model(recipe: LanguageRecipe, out: str | Path, **options: Any) -> TrainResult:
@@ -89,15 +90,7 @@ def make_language_task(recipe: LanguageRecipe, out: Path) -> TrainingTask:
 
     # --- model and update ---------------------------------------------------------------------
     optimizer = make_optimizer(optimizer_config(recipe))
-    step = make_language_step(
-        base.model,
-        optimizer,
-        mesh,
-        remat=recipe.remat,
-        loss_chunk=recipe.loss_chunk,
-        grad_dtype=recipe.grad_dtype,
-        unroll=recipe.unroll,
-    )
+    step = make_step(recipe, base, optimizer, mesh)
     like = abstract_state(base.model, optimizer, mesh)
 
     def trains(part):
@@ -160,6 +153,21 @@ def optimizer_config(recipe: LanguageRecipe) -> OptimizerConfig:
     }
     return replace(
         recipe.optimizer, learning_rate=recipe.lora.learning_rate, learning_rate_overrides=rates
+    )
+
+
+def make_step(
+    recipe: LanguageRecipe, base: BaseModel, optimizer: Optimizer, mesh: Mesh | None
+) -> TrainStep[LanguageBatch]:
+    """The step of a recipe, see `language.step`."""
+    return make_language_step(
+        base.model,
+        optimizer,
+        mesh,
+        remat=recipe.remat,
+        loss_chunk=recipe.loss_chunk,
+        grad_dtype=recipe.grad_dtype,
+        unroll=recipe.unroll,
     )
 
 

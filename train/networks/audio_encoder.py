@@ -152,20 +152,9 @@ class AudioEncoderTrainer(ClipTrainer[EncoderNetwork, AudioEncoderRecipe]):
     recipe = AudioEncoderRecipe
     loss = staticmethod(audio_encoder_loss)
     forward = staticmethod(audio_encoder_forward)
-
-    def open(self, folder: str, compute_dtype: str) -> EncoderNetwork:
-        """The network of a folder, without its numbers."""
-        return open_audio_encoder(folder, compute_dtype)
-
-    def model(
-        self, network: EncoderNetwork, recipe: AudioEncoderRecipe
-    ) -> Functional[AudioEncoderWithHeads]:
-        """The structure of the network and its heads."""
-        return audio_encoder_with_heads(network.cfg, network.policy)
-
-    def init_heads(self, network: EncoderNetwork, recipe: AudioEncoderRecipe) -> Params:
-        """Fresh numbers of the heads."""
-        return init_audio_encoder(network.cfg, seed=recipe.seed)["heads"]
+    open = staticmethod(open_audio_encoder)
+    with_heads = staticmethod(audio_encoder_with_heads)
+    init_with_heads = staticmethod(init_audio_encoder)
 
 
 AUDIO_ENCODER_TRAINER = AudioEncoderTrainer()

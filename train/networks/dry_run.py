@@ -3,7 +3,6 @@
 from sa2jax.train.dry_run import DryRun, memory_per_device, parameter_groups
 from sa2jax.train.loop import describe_mesh, mesh_from_spec, micro_batch_rows
 from sa2jax.train.networks.recipes import NetworkRecipe
-from sa2jax.train.networks.step import make_loss_step
 from sa2jax.train.networks.task import TRAINERS
 from sa2jax.train.optimizer import make_optimizer
 from sa2jax.train.state import abstract_state
@@ -24,15 +23,7 @@ def dry_run_network(recipe: NetworkRecipe) -> DryRun:
     optimizer, model = make_optimizer(recipe.optimizer), trainer.model(network, recipe)
     state = abstract_state(model, optimizer, mesh)
     rows = micro_batch_rows(recipe.data.rows, 0, mesh)
-    step = make_loss_step(
-        trainer.loss,
-        model,
-        optimizer,
-        recipe.loss,
-        mesh,
-        seed=recipe.seed,
-        unroll=recipe.unroll,
-    )
+    step = trainer.make_step(model, optimizer, recipe, mesh)
     memory = memory_per_device(step, state, trainer.abstract_batch(network, recipe, mesh, rows))
     units, unit = rows * trainer.longest_row(recipe), f"{trainer.unit} at most"
     groups = parameter_groups(recipe.optimizer, state)

@@ -13,6 +13,7 @@ heard chunk by chunk, so that a stream sounds like a whole reply (section 2.3 th
 """
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -240,11 +241,8 @@ class FlowTrainer(NetworkTrainer[DetokenizerNetwork, FlowRecipe, FlowData]):
 
     recipe = FlowRecipe
     loss = staticmethod(flow_loss)
+    open = staticmethod(partial(open_detokenizer_network, "flow"))
     unit = "codes"
-
-    def open(self, folder: str, compute_dtype: str) -> DetokenizerNetwork:
-        """The flow of a folder, without its numbers."""
-        return open_detokenizer_network("flow", folder, compute_dtype)
 
     def open_data(
         self,

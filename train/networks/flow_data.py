@@ -38,7 +38,6 @@ from sa2jax.train.data.bucketing import BucketConfig, BucketData
 from sa2jax.train.data.recordings import (
     RecordingEntry,
     SampleFile,
-    damaged_error,
     list_recordings,
     read_samples_info,
     write_samples,
@@ -236,14 +235,11 @@ def decode_flow_sample(blob: bytes) -> FlowSample:
 
 @dataclass(frozen=True, kw_only=True)
 class FlowDataConfig(BucketConfig):
-    """What the flow is taught with.
+    """What the flow is taught with, see `BucketConfig`.
 
     Attributes:
         folder: made by `prepare_flow`.
-        rows: rows of a batch, of all hosts.
         buckets: lengths in codes (25 Hz) that batches are padded to; each compiles a step.
-        shuffle: another order every epoch.
-        epochs: how often; None for without end.
     """
 
     folder: str | Path
@@ -286,11 +282,11 @@ class FlowData(BucketData[FlowBatch[np.ndarray]]):
             )
         identity = self.about["fingerprint"]
         super().__init__(config, folder, lengths, identity, seed=seed, host=host, hosts=hosts)
-        self._records = SampleFile(folder, len(lengths))
+        self._samples = SampleFile(folder, len(lengths), decode_flow_sample)
 
     def _batch(self, room: int, chosen: Sequence[int]) -> tuple[FlowBatch, int]:
-        samples = [self._sample(index) if index >= 0 else None for index in chosen]
-        like = self._sample(0)
+        samples = [self._samples[index] if index >= 0 else None for index in chosen]
+        like = self._samples[0]
         codes = np.zeros((len(samples), room), np.int32)
         mels = np.zeros((len(samples), MEL_FRAMES_PER_CODE * room, like.mel.shape[1]), np.float32)
         speaker = np.zeros((len(samples), len(like.speaker)), np.float32)
@@ -303,12 +299,6 @@ class FlowData(BucketData[FlowBatch[np.ndarray]]):
                 speaker[row] = sample.speaker
         batch = FlowBatch(codes=codes, mels=mels, lengths=lengths, speaker=speaker)
         return batch, int(lengths.sum())
-
-    def _sample(self, index: int) -> FlowSample:
-        try:
-            return decode_flow_sample(self._records[index])
-        except (ValueError, KeyError, TypeError) as error:
-            raise damaged_error(self.folder, error) from None
 
 
 def read_flow_info(folder: Path) -> tuple[dict[str, Any], Int[np.ndarray, "N"]]:

@@ -24,7 +24,7 @@ use are then the same arithmetic, and no running means have to be carried along.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -265,27 +265,14 @@ class SpeakerEncoderTrainer(ClipTrainer[DetokenizerNetwork, SpeakerEncoderRecipe
     recipe = SpeakerEncoderRecipe
     loss = staticmethod(speaker_encoder_loss)
     forward = staticmethod(speaker_encoder_forward)
+    open = staticmethod(partial(open_detokenizer_network, "speaker_encoder"))
+    with_heads = staticmethod(speaker_encoder_with_heads)
+    init_with_heads = staticmethod(init_speaker_encoder)
 
-    def open(self, folder: str, compute_dtype: str) -> DetokenizerNetwork:
-        """The network of a folder, without its numbers."""
-        return open_detokenizer_network("speaker_encoder", folder, compute_dtype)
-
-    def model(
-        self, network: DetokenizerNetwork, recipe: SpeakerEncoderRecipe
-    ) -> Functional[SpeakerEncoderWithHeads]:
-        """The structure of the network and its heads."""
-        speakers = _count_speakers(recipe.data)
-        return speaker_encoder_with_heads(network.cfg, network.policy, speakers=speakers)
-
-    def init_heads(self, network: DetokenizerNetwork, recipe: SpeakerEncoderRecipe) -> Params:
-        """Fresh numbers of the heads."""
-        speakers = _count_speakers(recipe.data)
-        return init_speaker_encoder(network.cfg, speakers=speakers, seed=recipe.seed)["heads"]
-
-
-def _count_speakers(config: ClipConfig) -> int:
-    """How many speakers a folder knows."""
-    return len(read_speech_info(Path(config.folder), SAMPLE_RATE)[0]["speakers"])
+    def head_sizes(self, recipe: SpeakerEncoderRecipe) -> dict[str, int]:
+        """As many speakers as the data has."""
+        about, _ = read_speech_info(Path(recipe.data.folder), SAMPLE_RATE)
+        return {"speakers": len(about["speakers"])}
 
 
 SPEAKER_ENCODER_TRAINER = SpeakerEncoderTrainer()

@@ -268,32 +268,16 @@ def max_letters(frames: int) -> int:
     return -(-frames * MAX_LETTERS_PER_SECOND // MEL_RATE)
 
 
-class _SpeechSamples:
-    """The clips of a folder."""
-
-    def __init__(self, folder: Path, count: int):
-        self.folder, self._samples = folder, SampleFile(folder, count)
-
-    def __getitem__(self, index: int) -> SpeechSample:
-        try:
-            return decode_speech_sample(self._samples[index])
-        except (ValueError, KeyError, TypeError) as error:
-            raise damaged_error(self.folder, error) from None
-
-
 # --- batches of whole clips ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipConfig(BucketConfig):
-    """What networks that hear are taught with.
+    """What networks that hear are taught with, see `BucketConfig`.
 
     Attributes:
         folder: made by `prepare_speech` at 16 kHz.
-        rows: rows of a batch, of all hosts.
         buckets: lengths in frames (10 ms) that batches are padded to; each compiles a step.
-        shuffle: another order every epoch.
-        epochs: how often; None for without end.
     """
 
     folder: str | Path
@@ -329,7 +313,8 @@ class ClipData(BucketData[SoundBatch[np.ndarray]]):
         self.about, lengths = read_speech_info(folder, SAMPLE_RATE)
         self.speakers = tuple(self.about["speakers"] if speakers is None else speakers)
         self._numbers = {name: number for number, name in enumerate(self.speakers)}
-        self._clips, identity = _SpeechSamples(folder, len(lengths)), self.about["fingerprint"]
+        self._clips = SampleFile(folder, len(lengths), decode_speech_sample)
+        identity = self.about["fingerprint"]
         super().__init__(config, folder, lengths, identity, seed=seed, host=host, hosts=hosts)
 
     def _batch(self, room: int, chosen: Sequence[int]) -> tuple[SoundBatch, int]:
@@ -399,7 +384,7 @@ class CropData(BucketData[VocoderBatch[np.ndarray]]):
     def __init__(self, config: CropConfig, *, seed: int, host: int = 0, hosts: int = 1):
         folder = Path(config.folder)
         self.about, lengths = read_speech_info(folder, SPEECH_SAMPLE_RATE)
-        self._clips = _SpeechSamples(folder, len(lengths))
+        self._clips = SampleFile(folder, len(lengths), decode_speech_sample)
         pieces = np.maximum(lengths // config.crop, 1)
         self._owner = np.repeat(np.arange(len(lengths)), pieces)
         self._whole = lengths

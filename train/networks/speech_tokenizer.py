@@ -16,7 +16,7 @@ letters leave open but need not tell voices apart.
 """
 
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -324,20 +324,9 @@ class SpeechTokenizerTrainer(ClipTrainer[DetokenizerNetwork, SpeechTokenizerReci
     recipe = SpeechTokenizerRecipe
     loss = staticmethod(speech_tokenizer_loss)
     forward = staticmethod(speech_tokenizer_forward)
-
-    def open(self, folder: str, compute_dtype: str) -> DetokenizerNetwork:
-        """The network of a folder, without its numbers."""
-        return open_detokenizer_network("speech_tokenizer", folder, compute_dtype)
-
-    def model(
-        self, network: DetokenizerNetwork, recipe: SpeechTokenizerRecipe
-    ) -> Functional[SpeechTokenizerWithHeads]:
-        """The structure of the network and its heads."""
-        return speech_tokenizer_with_heads(network.cfg, network.policy)
-
-    def init_heads(self, network: DetokenizerNetwork, recipe: SpeechTokenizerRecipe) -> Params:
-        """Fresh numbers of the heads."""
-        return init_speech_tokenizer(network.cfg, seed=recipe.seed)["heads"]
+    open = staticmethod(partial(open_detokenizer_network, "speech_tokenizer"))
+    with_heads = staticmethod(speech_tokenizer_with_heads)
+    init_with_heads = staticmethod(init_speech_tokenizer)
 
     def code_metrics(self, codes: Int[np.ndarray, "N"]) -> dict[str, float]:
         """How much of the codebook is used."""

@@ -30,7 +30,7 @@ from sa2jax.train.networks.model_io import DetokenizerNetwork, EncoderNetwork
 from sa2jax.train.networks.recipes import NetworkRecipe
 from sa2jax.train.networks.speaker_encoder import SPEAKER_ENCODER_TRAINER
 from sa2jax.train.networks.speech_tokenizer import SPEECH_TOKENIZER_TRAINER
-from sa2jax.train.networks.step import make_loss_step, place_network_batch
+from sa2jax.train.networks.step import place_network_batch
 from sa2jax.train.networks.trainer import NetworkTrainer
 from sa2jax.train.networks.vocoder import VOCODER_TRAINER
 from sa2jax.train.optimizer import make_optimizer
@@ -148,15 +148,7 @@ def make_network_task(recipe: NetworkRecipe, out: Path) -> TrainingTask:
         abstract_state=like,
         load_params=load,
         init_state=partial(init_state, model, optimizer, mesh),
-        step=make_loss_step(
-            trainer.loss,
-            model,
-            optimizer,
-            recipe.loss,
-            mesh,
-            seed=recipe.seed,
-            unroll=recipe.unroll,
-        ),
+        step=trainer.make_step(model, optimizer, recipe, mesh),
         place_batch=partial(place_network_batch, mesh=mesh),
         evaluate=evaluate,
         write_results=partial(_write_results, trainer, network),

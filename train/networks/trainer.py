@@ -25,7 +25,9 @@ from sa2jax.train.networks.model_io import DetokenizerNetwork, EncoderNetwork
 from sa2jax.train.networks.recipes import NetworkRecipe
 from sa2jax.train.networks.recognition import RecognitionOutput, letters_to_text, network_params
 from sa2jax.train.networks.speech_data import ClipData, max_letters
-from sa2jax.train.networks.step import LossFunction, make_loss_evaluation
+from sa2jax.train.networks.step import LossFunction, make_loss_evaluation, make_loss_step
+from sa2jax.train.optimizer import Optimizer
+from sa2jax.train.state import TrainStep
 
 NetworkT = TypeVar("NetworkT", bound=DetokenizerNetwork | EncoderNetwork)
 RecipeT = TypeVar("RecipeT", bound=NetworkRecipe)
@@ -40,21 +42,16 @@ class NetworkTrainer(ABC, Generic[NetworkT, RecipeT, DataT]):
     Attributes:
         recipe: its recipe; the recipe's `kind` is the trainer's name.
         loss: what is made small, see `networks.step`.
+        open: the network of a folder, without its numbers, from the folder and the dtype of
+            computation; raises CheckpointError if the folder has no such network, TrainError if
+            the detokenizer is not converted.
         unit: what lengths of rows are counted in.
     """
 
     recipe: type[RecipeT]
     loss: LossFunction[Any]
+    open: Callable[[str, str], NetworkT]
     unit: str = "frames"
-
-    @abstractmethod
-    def open(self, folder: str, compute_dtype: str) -> NetworkT:
-        """The network of a folder, without its numbers.
-
-        Raises:
-            CheckpointError: if the folder has no such network.
-            TrainError: if the detokenizer is not converted.
-        """
 
     @abstractmethod
     def open_data(
@@ -94,6 +91,20 @@ class NetworkTrainer(ABC, Generic[NetworkT, RecipeT, DataT]):
         """The network's numbers among all."""
         return params
 
+    def make_step(
+        self, model: Functional[Any], optimizer: Optimizer, recipe: RecipeT, mesh: Mesh | None
+    ) -> TrainStep[Any]:
+        """The step of a recipe, see `networks.step`."""
+        return make_loss_step(
+            self.loss,
+            model,
+            optimizer,
+            recipe.loss,
+            mesh,
+            seed=recipe.seed,
+            unroll=recipe.unroll,
+        )
+
     def make_measure(
         self, model: Functional[Any], recipe: RecipeT, mesh: Mesh | None = None
     ) -> Measure:
@@ -128,13 +139,18 @@ class ClipTrainer(NetworkTrainer[NetworkT, RecipeT, ClipData]):
 
     Attributes:
         forward: what the network makes of a batch, see `recognition.RecognitionOutput`.
+        with_heads: the structure of network and heads, from the network's sizes and dtypes and
+            the heads' sizes.
+        init_with_heads: their random parameters, from the same sizes and a seed.
     """
 
     forward: Callable[..., RecognitionOutput]
+    with_heads: Callable[..., Functional[Any]]
+    init_with_heads: Callable[..., Params]
 
-    @abstractmethod
-    def init_heads(self, network: NetworkT, recipe: RecipeT) -> Params:
-        """Fresh numbers of the heads."""
+    def head_sizes(self, recipe: RecipeT) -> dict[str, int]:
+        """Sizes of the heads that the data decides."""
+        return {}
 
     def code_metrics(self, codes: Int[np.ndarray, "N"]) -> dict[str, float]:
         """Metrics of all codes that held-out clips have, of a network that makes some."""
@@ -154,9 +170,14 @@ class ClipTrainer(NetworkTrainer[NetworkT, RecipeT, ClipData]):
         longest = self.longest_row(recipe)
         return abstract_sound_batch(mesh, rows, HOP * longest, max_letters(longest))
 
+    def model(self, network: NetworkT, recipe: RecipeT) -> Functional[Any]:
+        """The structure of the network and its heads."""
+        return self.with_heads(network.cfg, network.policy, **self.head_sizes(recipe))
+
     def init_params(self, network: NetworkT, recipe: RecipeT, params: Params) -> Params:
         """Loaded numbers, and fresh heads."""
-        return {"model": params, "heads": self.init_heads(network, recipe)}
+        fresh = self.init_with_heads(network.cfg, seed=recipe.seed, **self.head_sizes(recipe))
+        return {"model": params, "heads": fresh["heads"]}
 
     def network_params(self, params: Params) -> Params:
         """The network's numbers, without the heads."""

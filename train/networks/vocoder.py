@@ -16,6 +16,7 @@ from the mistakes of a pitch predictor that is still bad.
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -221,10 +222,7 @@ class VocoderTrainer(NetworkTrainer[DetokenizerNetwork, VocoderRecipe, CropData]
 
     recipe = VocoderRecipe
     loss = staticmethod(vocoder_loss)
-
-    def open(self, folder: str, compute_dtype: str) -> DetokenizerNetwork:
-        """The vocoder of a folder, without its numbers."""
-        return open_detokenizer_network("vocoder", folder, compute_dtype)
+    open = staticmethod(partial(open_detokenizer_network, "vocoder"))
 
     def open_data(
         self,

@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sa2jax.models.convolution import Conv
 from sa2jax.models.flow.layers import attend, window
-from sa2jax.nn import LayerNorm, Linear, Policy, over_layers, stack, tap
+from sa2jax.nn import LayerNorm, Linear, Policy, make_layers, over_layers, tap
 from sa2jax.speech_config import EstimatorConfig
 
 EPS = 1e-6  # of the norms that adaLN modulates
@@ -305,11 +305,7 @@ class DiT(nnx.Module):
         def make(rngs):
             return Block(cfg, policy=policy, rngs=rngs)
 
-        self.blocks = (
-            stack(make, cfg.layers, rngs)
-            if stacked
-            else nnx.List(make(rngs) for _ in range(cfg.layers))
-        )
+        self.blocks = make_layers(make, cfg.layers, rngs, stacked=stacked)
         self.modulation = Linear(embed, {"part": 2, "modulated": cfg.embed}, **common)
         self.out = Linear(embed, {"mels": mels}, **common)
 

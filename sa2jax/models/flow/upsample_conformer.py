@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sa2jax.models.convolution import Conv
 from sa2jax.models.flow.layers import attend, window
-from sa2jax.nn import LayerNorm, Linear, Policy, length_mask, over_layers, param, stack, tap
+from sa2jax.nn import LayerNorm, Linear, Policy, length_mask, make_layers, over_layers, param, tap
 from sa2jax.speech_config import ConformerConfig
 
 LAYER_EPS = 1e-12  # of the norms inside layers; the others have 1e-5
@@ -206,9 +206,7 @@ class UpsampleConformer(nnx.Module):
             return ConformerLayer(cfg, policy=policy, rngs=rngs)
 
         def layers(count):
-            return (
-                stack(make, count, rngs) if stacked else nnx.List(make(rngs) for _ in range(count))
-            )
+            return make_layers(make, count, rngs, stacked=stacked)
 
         self.embed = InputProjection(cfg.inputs, cfg.embed, **common)
         self.look_ahead = conv(cfg.lookahead + 1)

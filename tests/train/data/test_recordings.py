@@ -34,7 +34,7 @@ def test_samples_come_back(made):
     again, lengths = read(folder)
     assert again == about
     np.testing.assert_array_equal(lengths, [3, 5])
-    samples = SampleFile(folder, 2)
+    samples = SampleFile(folder, 2, bytes)
     assert [samples[0], samples[1]] == [b"one", b"other"]
     row = json.loads((folder / "rejects.jsonl").read_text())
     assert row["where"] == "b.wav"
@@ -58,7 +58,13 @@ def test_damage_inside_is_told(made):
     path = folder / "samples.array_record"
     path.write_bytes(bytes(path.stat().st_size))
     with pytest.raises(DataError, match=r"is damaged .*: prepare it again"):
-        SampleFile(folder, 2)[0]
+        SampleFile(folder, 2, bytes)[0]
+
+
+@pytest.mark.parametrize("decode", [int, json.loads, lambda blob: {}[blob]])
+def test_a_sample_that_cannot_be_decoded_is_told(made, decode):
+    with pytest.raises(DataError, match=r"is damaged .*: prepare it again"):
+        SampleFile(made[0], 2, decode)[0]
 
 
 def test_nothing_usable_leaves_nothing(tmp_path):
