@@ -9,11 +9,12 @@ Same sizes, random weights, no sound, no packing: beside it run training.py with
 import argparse
 import json
 import time
-from importlib import resources
+from dataclasses import replace
 
 import torch
-import yaml
 from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from sa2jax.config import StepAudio2Config
 
 
 def main() -> None:
@@ -24,22 +25,12 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=5)
     given = parser.parse_args()
-    path = resources.files("sa2jax.configs.models") / f"{given.preset}.yaml"
-    sizes = yaml.safe_load(path.read_text(encoding="utf-8"))["decoder"]
-    config = Qwen2Config(
-        vocab_size=sizes["vocab"],
-        hidden_size=sizes["embed"],
-        intermediate_size=sizes["mlp"],
-        num_hidden_layers=given.layers or sizes["layers"],
-        num_attention_heads=sizes["heads"],
-        num_key_value_heads=sizes["kv_heads"],
-        rms_norm_eps=sizes["norm_eps"],
-        rope_theta=sizes["rope_theta"],
-        tie_word_embeddings=False,
-    )
-    model = Qwen2ForCausalLM(config)
+    sizes = StepAudio2Config.preset(given.preset).decoder
+    if given.layers:
+        sizes = replace(sizes, layers=given.layers)
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes.to_hf(), tie_word_embeddings=False))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1)
-    ids = torch.randint(0, sizes["vocab"], (given.rows, given.length))
+    ids = torch.randint(0, sizes.vocab, (given.rows, given.length))
     times = []
     for _ in range(given.steps + 1):
         begun = time.perf_counter()

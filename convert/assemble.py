@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from sa2jax import atomic_io, checkpoint
+from sa2jax.audio import AudioSource, Channel
 from sa2jax.convert.token2wav import supply_voices
 from sa2jax.convert.transfer import copy_side_files, read_stored
 from sa2jax.convert.weights import parse_dtype
 from sa2jax.errors import CheckpointError, ConfigError
+from sa2jax.files.json_files import read_json
 from sa2jax.speech.layout import ANALYSIS, DEFAULT_VOICE, KIND, VOICES, is_converted
 from sa2jax.speech.store import SpeechFolder
 
@@ -25,6 +27,7 @@ def assemble(
     dtype: str | None = None,
     single: bool = False,
     voices: Mapping[str, str | Path] | None = None,
+    channel: Channel | None = None,
     overwrite: bool = False,
 ) -> list[str]:
     """Put a language model and a detokenizer into one model folder.
@@ -37,6 +40,7 @@ def assemble(
         single: write the numbers of each as one file `params.safetensors`, for small models.
         voices: recordings of voices, by the names they shall have; the first becomes the default.
             The detokenizer's own voices come along if its numbers stay what they are.
+        channel: the channel of these recordings that is heard, see `audio.AudioSource`.
         overwrite: replace a checkpoint at `out`.
 
     Returns:
@@ -56,7 +60,8 @@ def assemble(
     info = checkpoint.read_info(model)
     if info.get("int8") is not None and cast is not None:
         raise ConfigError(f"{model} holds int8 matrices: they cannot become {dtype}")
-    with atomic_io.new_folder(out, overwrite=overwrite) as folder:
+    sources = model, detokenizer.home, *(voices or {}).values()
+    with atomic_io.new_folder(out, overwrite=overwrite, sources=sources) as folder:
         copy_side_files(
             model,
             folder,
@@ -84,7 +89,7 @@ def assemble(
         notes = supply_voices(folder, detokenizer.home)
         speech_folder = SpeechFolder(folder)
         for name, recording in (voices or {}).items():
-            speech_folder.add(name, recording, overwrite=True)
+            speech_folder.add(name, AudioSource(recording, channel), overwrite=True)
     return notes
 
 
@@ -110,7 +115,7 @@ def _write(folder: Path, params: checkpoint.Params, info: Mapping[str, Any], sin
 
 
 def _change(path: Path, change: Any) -> None:
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path, dict)
     path.write_text(json.dumps(change(config), indent=2) + "\n", encoding="utf-8")
 
 

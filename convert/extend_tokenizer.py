@@ -1,15 +1,17 @@
 """Extend a Qwen2.5 tokenizer by the tokens of Step-Audio 2, for `convert --init`."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sa2jax.chat.tokenizer import Tokenizer, added_token
+from sa2jax.atomic_io import copy_file
+from sa2jax.chat.tokenizer import Tokenizer
+from sa2jax.chat.tokenizer_description import added_token, is_id
 from sa2jax.chat.tokenizer_files import byte_tokenizer
 from sa2jax.convert.tokenizer import FILES
-from sa2jax.errors import TokenizerError
+from sa2jax.errors import FileError, TokenizerError, reason_of
+from sa2jax.files.json_files import read_json
 
 BEFORE_AUDIO = 23  # new text tokens, from <|EOT|> to the one before <audio_start>
 
@@ -30,10 +32,11 @@ def read_vocab(folder: Path) -> dict[str, int]:
         declared = (_read_json(folder / "tokenizer_config.json") or {}).get("added_tokens_decoder")
         tokens |= {token["content"]: int(i) for i, token in (declared or {}).items()}
         tokens |= _read_json(folder / "added_tokens.json") or {}
-        if not all(isinstance(i, int) and i >= 0 for i in tokens.values()):
-            raise ValueError("ids that are no numbers")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TokenizerError(f"the tokenizer in {folder} is damaged ({error!r})") from None
+        if not tokens or not all(map(is_id, tokens.values())):
+            raise ValueError("no tokens, or ids that are no numbers")
+    except (FileError, ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"{type(error).__name__}: {reason_of(error)}"
+        raise TokenizerError(f"the tokenizer in {folder} is damaged ({what})") from None
     return tokens
 
 
@@ -94,17 +97,14 @@ def copy_files(source: Path, out: Path) -> None:
         raise TokenizerError(f"no folder at {source}: expected tokenizer files")
     for name in FILES:
         if (source / name).is_file():
-            shutil.copyfile(source / name, out / name)
+            copy_file(source / name, out / name, source)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object, None if there is no such file."""
     if not path.is_file():
         return None
-    value = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(value, dict):
-        raise ValueError(f"{path.name} holds no object")
-    return value
+    return read_json(path, dict)
 
 
 def write_json(path: Path, content: Any, indent: int | None = None) -> None:

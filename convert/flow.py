@@ -9,7 +9,14 @@ import numpy as np
 from sa2jax import checkpoint
 from sa2jax.convert import torch_file
 from sa2jax.convert.rules import Op, Rule, Shape, Split, Transpose, expand, rule
-from sa2jax.convert.transfer import Network, TransferPlan, make_plan, pack_dtypes, read
+from sa2jax.convert.transfer import (
+    Network,
+    TransferPlan,
+    find_state_dict,
+    make_plan,
+    pack_dtypes,
+    read,
+)
 from sa2jax.convert.weights import Arrays
 from sa2jax.errors import CheckpointError
 from sa2jax.models.flow.dit import ADALN_PARTS
@@ -18,6 +25,7 @@ from sa2jax.nn import Params
 from sa2jax.speech_config import FlowConfig
 
 WEIGHTS = "flow.pt"
+ANCHOR = "spk_embed_affine_layer.weight"  # each flow has it
 CONV = Transpose(2, 1, 0)  # torch keeps [out, in, time]
 OF_YAML = (
     "{where} does not fit its flow.yaml: {problems}. "
@@ -85,8 +93,9 @@ def open_file(path: str | Path, cfg: FlowConfig | None = None) -> Network[FlowCo
     path = Path(path)
     path = path / WEIGHTS if path.is_dir() else path
     cfg = cfg or FlowConfig.from_yaml(path.parent)
-    plan = _plan(torch_file.read(path), cfg, str(path))
-    return Network(cfg, plan, form={"dtypes": pack_dtypes(plan.tensors)})
+    tensors, left_out = find_state_dict(torch_file.read(path), ANCHOR, str(path))
+    plan = _plan(tensors, cfg, str(path))
+    return Network(cfg, plan, form={"dtypes": pack_dtypes(plan.tensors)}, left_out=tuple(left_out))
 
 
 def load(path: str | Path, cfg: FlowConfig | None = None) -> tuple[FlowConfig, Params]:

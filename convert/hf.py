@@ -20,11 +20,13 @@ from sa2jax.checkpoint import Progress
 from sa2jax.config import StepAudio2Config
 from sa2jax.convert import token2wav
 from sa2jax.convert import tokenizer as tokenizers
+from sa2jax.convert.rules import Rule
 from sa2jax.convert.transfer import (
     Report,
     StoredTensors,
     TransferPlan,
     copy_side_files,
+    left_out_note,
     make_plan,
     make_report,
     pack_dtypes,
@@ -44,6 +46,7 @@ from sa2jax.convert.weights import (
 )
 from sa2jax.errors import CheckpointError
 from sa2jax.families import family_of, read_config
+from sa2jax.files.json_files import read_json
 from sa2jax.nn import Policy
 from sa2jax.quantize import quantized_leaves, scale_of
 
@@ -115,17 +118,19 @@ def convert(
             plan = with_int8(plan, int8_kernels(cfg, float_head=float_head))
         speech = token2wav.OfficialDetokenizer(source / SPEECH) if speaks else None
         total = plan.bytes + (speech.bytes if speech else 0)
-        with atomic_io.new_folder(out, overwrite=overwrite) as folder:
+        sources = source, tokenizer
+        with atomic_io.new_folder(out, overwrite=overwrite, sources=sources) as folder:
             atomic_io.need_space(folder, total)
             leaves = {name: (info.shape, info.dtype) for name, info in plan.leaves.items()}
             arrays = checkpoint.create(folder / checkpoint.PARAMS, leaves)
             write(plan, arrays, part_progress(progress, 0, total))
             left_out = copy_side_files(source, folder, _own(source, speech))
-            notes = tokenizers.copy_tokenizer(source, tokenizer_folder, folder, cfg)
+            notes = left_out_note(weights.left_out, source)
+            notes += tokenizers.copy_tokenizer(source, tokenizer_folder, folder, cfg)
             if speech:
                 update = part_progress(progress, plan.bytes, total)
                 left_out += _inside(token2wav.convert_into(speech, folder / SPEECH, update))
-                notes += token2wav.supply_voices(folder, Path(out))
+                notes += speech.notes + token2wav.supply_voices(folder, Path(out))
                 notes += _kept(cast)
             elif (source / SPEECH).is_dir():
                 notes.append(f"{source / SPEECH} has no {token2wav.YAML}: it was not converted")
@@ -192,7 +197,7 @@ def export(
     }
     size = sum(info.nbytes for info in tensors.values())
     total = size + (speech.bytes if speech else 0)
-    with atomic_io.new_folder(out, overwrite=overwrite) as folder:
+    with atomic_io.new_folder(out, overwrite=overwrite, sources=(source,)) as folder:
         atomic_io.need_space(folder, total)
         write_safetensors(folder, tensors, weights, limit, part_progress(progress, 0, total))
         left_out = copy_side_files(source, folder, converted)
@@ -275,7 +280,19 @@ class ModelFolder(StoredTensors):
 
 def _plan(folder: Path, weights: SafetensorsFolder, cast: np.dtype | None) -> TransferPlan:
     cfg = read_config(folder)
-    return make_plan(family_of(cfg).rules(cfg), weights, leaf_shapes(cfg), str(folder), cast=cast)
+    rules = family_of(cfg).rules(cfg)
+    problems = _resized(rules, weights, cfg.decoder.vocab)
+    return make_plan(rules, weights, leaf_shapes(cfg), str(folder), cast=cast, problems=problems)
+
+
+def _resized(rules: list[Rule], weights: SafetensorsFolder, vocab: int) -> list[str]:
+    """What is wrong if the table of tokens has other rows than config.json says."""
+    tables = [weights.tensors.get(r.sources[0]) for r in rules if r.target == "decoder.table"]
+    return [
+        f"the vocabulary was resized to {table.shape[0]} tokens, vocab_size says {vocab}"
+        for table in tables
+        if table is not None and table.shape[:1] not in ((vocab,), ())
+    ]
 
 
 def _own(
@@ -304,7 +321,7 @@ def _prefixed(
 
 def _write_config_dtype(path: Path, dtype: str) -> None:
     """Let config.json say in which dtype the weights are."""
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path, dict)
     for section in (config, config.get("text_config", {})):
         for key in ("torch_dtype", "dtype"):
             if key in section:

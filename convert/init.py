@@ -8,7 +8,6 @@ others, not louder. Rows of Qwen2.5 without a token (its table is padded to 1520
 The adapter is drawn as torch draws `nn.Conv1d` and `nn.Linear`: uniform within `fan_in ** -0.5`.
 """
 
-import json
 import time
 import zlib
 from collections.abc import Mapping
@@ -41,11 +40,20 @@ from sa2jax.convert.transfer import (
     write,
 )
 from sa2jax.convert.weights import SafetensorsFolder, TensorInfo, Weights, parse_dtype
-from sa2jax.errors import CheckpointError, ConfigError
+from sa2jax.errors import CheckpointError, ConfigError, FileError, MissingFileError, reason_of
 from sa2jax.families import family_of
+from sa2jax.files.json_files import read_json
 
 VOCAB = 158720  # rows of the released table
 CONTEXT = 16384  # tokens of the released context
+# What transformers takes for a key that a Qwen2's config.json does not have.
+QWEN2: Mapping[str, Any] = {
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+}
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LARGE = ("decoder.table", "decoder.head.kernel")
 _PREFIXES = ("audio_tower.", "model.audio_tower.", "")  # of the encoder, by version of its folder
@@ -126,7 +134,8 @@ def init(
         plans = _plans(cfg, grown, _EncoderWeights(encoder_weights), seed, cast)
         leaves = {name: info for plan in plans for name, info in plan.leaves.items()}
         total = sum(plan.bytes for plan in plans)
-        with atomic_io.new_folder(out, overwrite=overwrite) as folder:
+        sources = decoder, encoder, tokenizer
+        with atomic_io.new_folder(out, overwrite=overwrite, sources=sources) as folder:
             atomic_io.need_space(folder, total)
             if tokenizer is None:
                 extend_tokenizer(decoder, used, folder, vocab)
@@ -168,14 +177,14 @@ def _read_config(folder: Path, kind: str) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is a folder of sa2jax: expected one of {name} as released")
     path = folder / "config.json"
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json(path, dict)
         model_type = raw.get("model_type")
         if model_type in (kind, f"{kind}_encoder"):
             return dict(raw["audio_config"] if model_type == "qwen2_audio" else raw)
-    except FileNotFoundError:
+    except MissingFileError:
         raise ConfigError(f"no config.json in {folder}: expected a folder of {name}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path} is damaged ({error!r}): download it again") from None
+    except (FileError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged ({reason_of(error)}): download it again") from None
     raise ConfigError(
         f"{path} is of a {model_type!r}: expected {kind!r}, the config.json of {name}"
     )
@@ -200,18 +209,13 @@ def _config(text: Mapping[str, Any], audio: Mapping[str, Any], vocab: int) -> St
         expected |= {"encoder_ffn_dim": 4 * width}
     bad = [k for k, value in expected.items() if sizes[k] != value]
     wrong = [f"{k}={sizes[k]!r} is not supported (expected {expected[k]!r})" for k in bad]
-    rope = text.get("rope_parameters") or {}
-    odd = {
-        "use_mrope": text.get("use_mrope"),
-        "layer_types": set(text.get("layer_types") or ()) - {"full_attention"},
-        "rope_parameters": rope.get("rope_type", "default") != "default",
-    }
-    wrong += [f"{key}={text[key]!r} is not supported" for key, value in odd.items() if value]
     if wrong:
         raise ConfigError("; ".join(wrong))
-    seen = {"model_type", "architectures", "rope_parameters", "use_mrope", "tie_word_embeddings"}
-    kept = {key: value for key, value in text.items() if key not in seen}
-    kept.setdefault("rope_theta", rope.get("rope_theta", 10_000.0))
+    seen = {"model_type", "architectures", "tie_word_embeddings"}
+    kept = {**QWEN2} | {key: value for key, value in text.items() if key not in seen}
+    rope = text.get("rope_parameters")
+    base = rope.get("rope_theta") if isinstance(rope, Mapping) else None
+    kept.setdefault("rope_theta", 10_000.0 if base is None else base)
     kept["vocab_size"] = vocab
     if isinstance(context := kept.get("max_position_embeddings", CONTEXT), int):
         kept["max_position_embeddings"] = min(context, CONTEXT)
@@ -225,7 +229,7 @@ def _config(text: Mapping[str, Any], audio: Mapping[str, Any], vocab: int) -> St
                 "n_audio_state": sizes["d_model"],
                 "n_audio_head": sizes["encoder_attention_heads"],
                 "n_audio_layer": sizes["encoder_layers"],
-                "llm_dim": text.get("hidden_size"),
+                "llm_dim": kept["hidden_size"],
             },
         }
     )

@@ -1,5 +1,6 @@
 """The released detokenizer folder (flow.yaml, flow.pt, hift.pt, two .onnx files), read by leaf."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from sa2jax.models.speech_tokenizer import speech_tokenizer
 from sa2jax.nn import Params
 from sa2jax.speech.layout import ANALYSIS, YAML
 from sa2jax.speech_config import Token2WavConfig
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,8 @@ def load_official(folder: str | Path) -> tuple[Token2WavConfig, Params]:
             fit together.
     """
     official = OfficialDetokenizer(folder)
+    for note in official.notes:
+        log.warning("%s", note)
     return official.config, {
         name: transfer.read(network.plan) for name, network in official.networks()
     }
@@ -104,6 +109,7 @@ class OfficialDetokenizer:
         sources: those of every tensor, by network and released name.
         folded: leaves that a fold made.
         form: of each network, what only its file tells.
+        notes: what a user should know of the files.
 
     Raises:
         ConfigError: if flow.yaml is not understood.
@@ -123,12 +129,15 @@ class OfficialDetokenizer:
         self.tensors: dict[str, TensorInfo] = {}
         self.sources: dict[str, TensorInfo] = {}
         self.form: dict[str, dict[str, Any]] = {}
+        self.notes: list[str] = []
         folded: set[str] = set()
         for name, network in self.networks():
             configs[name], self.form[name] = network.config, dict(network.form)
             self.tensors |= {f"{name}.{leaf}": t for leaf, t in network.plan.leaves.items()}
             self.sources |= {f"{name}.{tensor}": t for tensor, t in network.plan.tensors.items()}
             folded |= {f"{name}.{leaf}" for leaf in network.folded}
+            path = self.folder / NETWORKS[name].file
+            self.notes += transfer.left_out_note(network.left_out, path)
         self.folded = frozenset(folded)
         self.config = _joined(self.folder, configs)
         self._open: tuple[str, Network[Any]] | None = None

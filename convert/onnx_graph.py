@@ -12,7 +12,7 @@ Needs the `onnx` package: `pip install "sa2jax[convert]"`.
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +21,9 @@ from typing import Any
 import numpy as np
 
 from sa2jax.convert.weights import TensorInfo
-from sa2jax.errors import CheckpointError
+from sa2jax.errors import CheckpointError, FileError
+from sa2jax.files.limits import MAX_AXES, ONNX
+from sa2jax.files.raw import read_bytes
 
 CONV, LINEAR, LAYER_NORM, BATCH_NORM = "convolution", "linear map", "layer norm", "batch norm"
 _SEVERAL = {
@@ -29,6 +31,13 @@ _SEVERAL = {
     LAYER_NORM: "layer norms",
     LINEAR: "linear maps",
     CONV: "convolutions",
+}
+
+
+# Where a tensor's numbers may lie, if not as raw bytes; and the dtypes that fill whole bytes.
+_NUMBERS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
+_WHOLE_BYTES = {"float64", "float32", "float16", "bfloat16", "bool"} | {
+    f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)
 }
 
 
@@ -76,7 +85,19 @@ class OnnxGraph:
         self.onnx = _onnx()
         self.where = where or ("the ONNX graph" if isinstance(source, bytes) else str(source))
         self._model = self._parse(source if isinstance(source, bytes) else _read(Path(source)))
-        graph = self._model.graph
+        try:
+            self._read_graph(self._model.graph)
+        except (LookupError, ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{self.where} holds a graph that no exporter writes ({type(error).__name__}: "
+                f"{error}): copy it again from the released checkpoint"
+            ) from None
+        if not isinstance(source, bytes):  # what `strip` returned has no numbers
+            self._require_numbers()
+
+    def _read_graph(self, graph: Any) -> None:
+        read = self.onnx.helper.get_attribute_value
+        self._attributes = [(n, {a.name: read(a) for a in n.attribute}) for n in graph.node]
         self._nodes = {out: node for node in graph.node for out in node.output}
         self._readers: dict[str, list[Any]] = {}
         for node in graph.node:
@@ -85,7 +106,8 @@ class OnnxGraph:
         self._protos = {t.name: t for t in graph.initializer}
         self.tensors = {name: self._info(t) for name, t in self._protos.items()}
         self._constants = {n.output[0]: t for n in graph.node if (t := _constant(n)) is not None}
-        self.layers = [layer for node in graph.node if (layer := self._layer(node)) is not None]
+        found = (self._layer(node, attributes) for node, attributes in self._attributes)
+        self.layers = [layer for layer in found if layer is not None]
         self._outputs = {layer.output: layer for layer in self.layers}
         for layer in self.layers:
             for name in layer.tensors:
@@ -94,8 +116,15 @@ class OnnxGraph:
                     self.tensors[name] = self._info(self._constants[name])
 
     def get(self, name: str) -> np.ndarray:
-        """A tensor's numbers."""
-        return self.onnx.numpy_helper.to_array(self._protos[name])
+        """A tensor's numbers.
+
+        Raises:
+            CheckpointError: if it has others than its shape says.
+        """
+        try:
+            return self.onnx.numpy_helper.to_array(self._protos[name])
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{self.where}: {name} is damaged ({error})") from None
 
     def upstream(self, value: str) -> list[Layer]:
         """The layers whose results a value is computed from, without another layer between."""
@@ -119,9 +148,7 @@ class OnnxGraph:
 
     def attributes(self, operator: str) -> list[dict[str, Any]]:
         """The attributes of every operator of one type, such as `AveragePool`."""
-        read = self.onnx.helper.get_attribute_value
-        nodes = (node for node in self._model.graph.node if node.op_type == operator)
-        return [{a.name: read(a) for a in node.attribute} for node in nodes]
+        return [values for node, values in self._attributes if node.op_type == operator]
 
     def contents(self) -> str:
         """What the graph is made of, in a few words."""
@@ -183,25 +210,44 @@ class OnnxGraph:
                 f"{self.where} is truncated or no ONNX file: it holds no complete graph "
                 f"({len(data)} bytes); copy it again from the released checkpoint"
             )
-        external = [t.name for t in model.graph.initializer if t.data_location == t.EXTERNAL]
+        external = sum(t.data_location == t.EXTERNAL or bool(t.external_data) for t in _all(model))
         if external:
             raise CheckpointError(
-                f"{self.where} keeps {len(external)} tensors in another file: expected one file "
+                f"{self.where} keeps {external} tensors in another file: expected one file "
                 "with everything, as released; save it with onnx.save(model, path)"
+            )
+        if any(not node.output or not node.output[0] for node in model.graph.node):
+            raise CheckpointError(
+                f"{self.where} is damaged: an operator has no output; copy it again from the "
+                "released checkpoint"
             )
         return model
 
+    def _require_numbers(self) -> None:
+        """Every tensor of numbers holds as many as its shape says."""
+        for name, info in self.tensors.items():
+            proto = self._protos[name]
+            data = len(proto.raw_data) or info.dtype.itemsize * sum(
+                len(getattr(proto, field)) for field in _NUMBERS
+            )
+            if info.dtype.name in _WHOLE_BYTES and data != info.nbytes:
+                raise CheckpointError(
+                    f"{self.where} is damaged: {name} has {data} bytes, expected {info.nbytes}; "
+                    "copy it again from the released checkpoint"
+                )
+
     def _info(self, tensor: Any) -> TensorInfo:
+        if len(tensor.dims) > MAX_AXES or any(n < 0 for n in tensor.dims):
+            raise ValueError(f"a shape of {tensor.name!r} that no tensor has")
         dtype = self.onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
         return TensorInfo(tuple(tensor.dims), np.dtype(dtype))
 
-    def _layer(self, node: Any) -> Layer | None:
+    def _layer(self, node: Any, attributes: Mapping[str, Any]) -> Layer | None:
         """The layer that an operator is, or None for one without learned numbers."""
 
         def at(i):
             return node.input[i] if len(node.input) > i else ""
 
-        attributes = {a.name: self.onnx.helper.get_attribute_value(a) for a in node.attribute}
         out, name = node.output[0], node.name or node.output[0]
         kinds = {"Conv": CONV, "LayerNormalization": LAYER_NORM, "BatchNormalization": BATCH_NORM}
         if node.op_type in kinds and self._holds(at(1)):
@@ -234,6 +280,26 @@ class OnnxGraph:
         return tuple((self._protos.get(value) or self._constants[value]).dims)
 
 
+def _all(model: Any) -> Iterator[Any]:
+    """Every tensor of a model, wherever it stands: also in attributes, branches and functions."""
+    graphs, nodes = [model.graph, *(info.initialization for info in model.training_info)], []
+    nodes += [node for function in model.functions for node in function.node]
+    while graphs or nodes:
+        if graphs:
+            graph = graphs.pop()
+            yield from graph.initializer
+            for sparse in graph.sparse_initializer:
+                yield from (sparse.values, sparse.indices)
+            nodes += graph.node
+        for node in nodes:
+            for attribute in node.attribute:
+                yield from (attribute.t, *attribute.tensors)
+                for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+                    yield from (sparse.values, sparse.indices)
+                graphs += [g for g in (attribute.g, *attribute.graphs) if g.ByteSize()]
+        nodes = []
+
+
 def _constant(node: Any) -> Any:
     """The tensor that a Constant operator gives, if it is one of numbers."""
     if node.op_type != "Constant":
@@ -243,10 +309,10 @@ def _constant(node: Any) -> Any:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
-    except OSError as error:
+        return read_bytes(path, ONNX)
+    except FileError as error:
         raise CheckpointError(
-            f"cannot read {path} ({error.strerror}): expected an ONNX file of the released "
+            f"cannot read {path} ({error.reason}): expected an ONNX file of the released "
             "token2wav folder"
         ) from None
 

@@ -254,6 +254,7 @@ def match(
     Raises:
         CheckpointError: naming all unknown, missing and misshapen tensors and all table faults.
     """
+    _require_layers(rules, tensors, leaves, where, wording)
     placements = expand(rules, leaves)
     known = Counter(name for p in placements for name in p.sources)
     wrong: dict[str, list[str]] = {}
@@ -273,6 +274,22 @@ def match(
     if faults:
         raise CheckpointError(wording.format(where=where, problems="; ".join(faults)))
     return placements
+
+
+def _require_layers(
+    rules: Sequence[Rule],
+    tensors: Mapping[str, Shape],
+    leaves: Mapping[str, Shape],
+    where: str,
+    wording: str,
+) -> None:
+    """Each layer has a tensor of its own: a config that says more is refused before it is spelt."""
+    for r in rules:
+        if r.stacked and r.target in leaves and leaves[r.target][0] > len(tensors):
+            source = re.escape(r.sources[0]).replace(re.escape("{layer}"), r"\d+")
+            found = sum(re.fullmatch(source, name) is not None for name in tensors)
+            problem = f"expected {leaves[r.target][0]} of {r.sources[0]}, got {found}"
+            raise CheckpointError(wording.format(where=where, problems=problem))
 
 
 def _table_faults(

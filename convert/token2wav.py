@@ -25,7 +25,9 @@ from sa2jax.convert.official import FILES, NETWORKS, OfficialDetokenizer
 from sa2jax.convert.transfer import Report, StoredTensors, part_progress
 from sa2jax.convert.voice_analysis import ConvertedNetwork
 from sa2jax.convert.weights import TensorInfo
-from sa2jax.errors import CheckpointError, VoiceError
+from sa2jax.errors import CheckpointError, FileError, VoiceError
+from sa2jax.files.limits import ONNX
+from sa2jax.files.raw import read_bytes
 from sa2jax.speech.layout import ANALYSIS, KIND, VOICES, YAML, is_converted, is_official
 from sa2jax.speech.store import SpeechFolder
 from sa2jax.speech.voices import SUFFIX, Voice
@@ -108,10 +110,10 @@ class ConvertedDetokenizer:
         """One of the networks whose released file is an .onnx, whole."""
         path, prefix = _graph(self.folder, name), f"{name}."
         try:
-            graph = path.read_bytes()
-        except OSError as error:
+            graph = read_bytes(path, ONNX)
+        except FileError as error:
             raise CheckpointError(
-                f"cannot read {path} ({error.strerror}): the folder is damaged, convert it again"
+                f"cannot read {path} ({error.reason}): the folder is damaged, convert it again"
             ) from None
         leaves = [leaf for leaf in self._leaves if leaf.startswith(prefix)]
         flat = {leaf.removeprefix(prefix): self.get(leaf) for leaf in leaves}
@@ -226,10 +228,10 @@ def convert(
 ) -> Report:
     """Convert a detokenizer that stands alone; see `hf.convert`."""
     started, official = time.perf_counter(), OfficialDetokenizer(source)
-    with atomic_io.new_folder(out, overwrite=overwrite) as folder:
+    with atomic_io.new_folder(out, overwrite=overwrite, sources=(source,)) as folder:
         atomic_io.need_space(folder, official.bytes)
         left_out = convert_into(official, folder, part_progress(progress, 0, official.bytes))
-        notes = supply_voices(folder, Path(out))
+        notes = official.notes + supply_voices(folder, Path(out))
     return transfer.make_report(official.sources, official.bytes, started, left_out, notes)
 
 
@@ -244,7 +246,7 @@ def export(
     started, ours = time.perf_counter(), ConvertedDetokenizer(source)
     if not ours.form:
         raise CheckpointError(f"{source} {NO_RELEASED_FORM}")
-    with atomic_io.new_folder(out, overwrite=overwrite) as folder:
+    with atomic_io.new_folder(out, overwrite=overwrite, sources=(source,)) as folder:
         atomic_io.need_space(folder, ours.bytes)
         left_out = export_into(ours, folder, part_progress(progress, 0, ours.bytes))
     return transfer.make_report(ours.sources, ours.bytes, started, left_out)

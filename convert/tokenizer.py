@@ -1,14 +1,14 @@
 """Tokenizer files in a conversion: checked before the weights, copied, or made for tests."""
 
-import json
-import shutil
 from pathlib import Path
 
+from sa2jax.atomic_io import copy_file
 from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.chat.tokenizer_files import save_tokenizer_files
 from sa2jax.config import StepAudio2Config
-from sa2jax.errors import TokenizerError
+from sa2jax.errors import FileError, TokenizerError, reason_of
 from sa2jax.families import family_of
+from sa2jax.files.json_files import read_json
 
 FILES = (
     "tokenizer.json",
@@ -38,13 +38,26 @@ def find_tokenizer(source: Path, given: str | Path | None, cfg: StepAudio2Config
     folder = source if given is None else Path(given)
     if given is None and not any((folder / name).is_file() for name in FILES[:3]):
         return None
-    size = Tokenizer.from_folder(folder, family_of(cfg).special_tokens).size
-    if size > cfg.decoder.vocab:
-        raise TokenizerError(
-            f"the tokenizer in {folder} has ids up to {size - 1}, the model a vocabulary of "
-            f"{cfg.decoder.vocab}: use the model's own tokenizer"
-        )
+    open_tokenizer(folder, cfg)
     return folder
+
+
+def open_tokenizer(folder: Path, cfg: StepAudio2Config) -> Tokenizer:
+    """The tokenizer in a folder, if it fits the model.
+
+    Raises:
+        TokenizerError: if it lacks Step-Audio 2's tokens or has more ids than the model.
+    """
+    special = family_of(cfg).special_tokens
+    return Tokenizer.from_folder(folder, special, vocab=cfg.decoder.vocab)
+
+
+def added_tokens_note(tokenizer: Tokenizer) -> list[str]:
+    """What a user should know of tokens that were added behind the audio codes."""
+    added = tokenizer.added_tokens
+    more = f" and {len(added) - 6} more" if len(added) > 6 else ""
+    names = ", ".join(token[:40] for token in added[:6])
+    return [f"tokens behind the audio codes are text: {names}{more}"] if added else []
 
 
 def copy_tokenizer(
@@ -65,20 +78,21 @@ def copy_tokenizer(
         for name in FILES:
             (out / name).unlink(missing_ok=True)
             if (tokenizer / name).is_file():
-                shutil.copyfile(tokenizer / name, out / name)
-        return []
+                copy_file(tokenizer / name, out / name, tokenizer)
     if tokenizer is not None:
-        return []
+        return added_tokens_note(open_tokenizer(tokenizer, cfg))
     if not (source / SPECIAL_IDS).is_file():
         return [
             f"{source} has no tokenizer: the result can be verified and exported; to talk to it, "
             "convert with --tokenizer FOLDER or give --tokenizer to the command"
         ]
     try:
-        start = int(json.loads((source / SPECIAL_IDS).read_text(encoding="utf-8"))["audio_start"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise TokenizerError(f"{source / SPECIAL_IDS} is damaged ({error!r})") from None
-    save_tokenizer_files(out, audio_start=start, vocab=cfg.decoder.vocab)
+        start = int(read_json(source / SPECIAL_IDS, dict)["audio_start"])
+        save_tokenizer_files(out, audio_start=start, vocab=cfg.decoder.vocab)
+    except (FileError, ValueError, KeyError, TypeError) as error:
+        raise TokenizerError(
+            f"{source / SPECIAL_IDS} is damaged ({type(error).__name__}: {reason_of(error)})"
+        ) from None
     return [
         f"{source} has no tokenizer: made a stand-in from {SPECIAL_IDS} that spells text as bytes, "
         "for tests only"

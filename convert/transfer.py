@@ -5,7 +5,6 @@ checkpoint, `read` gives arrays, and `StoredTensors` presents the leaves of a ch
 again. Memory holds one block, not one model.
 """
 
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -19,13 +18,16 @@ import numpy as np
 import tensorstore as ts
 
 from sa2jax import checkpoint
+from sa2jax.atomic_io import copy_file
 from sa2jax.checkpoint import Progress
-from sa2jax.convert.rules import CONFIG_MISMATCH, Placement, Rule, Shape, expand, match
-from sa2jax.convert.weights import DTYPES, TensorInfo, Weights, blocks, peak_memory
+from sa2jax.convert.rules import CONFIG_MISMATCH, Placement, Rule, Shape, expand, fold, match
+from sa2jax.convert.weights import DTYPES, TensorInfo, Weights, blocks, is_buffer, peak_memory
 from sa2jax.errors import CheckpointError
 from sa2jax.quantize import dequantize_block, quantize_block, quantized_leaves, scale_of
 
 SIDE_FILE_BYTES = 64 << 20
+# What torch puts around a network: data parallel, compile, FSDP, gradient checkpoints.
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".gguf", ".h5", ".npz")
 
 C = TypeVar("C")
@@ -115,6 +117,7 @@ class Network(Generic[C]):
         plan: which tensors of the file fill which leaves.
         folded: leaves that a fold made of several tensors; they come back to within 1e-6.
         form: what only the file tells and writing it again needs, as JSON has it.
+        left_out: what was in the file beside its weights.
         strip: for an ONNX file: gives the graph without its numbers, which are gone then.
     """
 
@@ -122,6 +125,7 @@ class Network(Generic[C]):
     plan: TransferPlan
     folded: frozenset[str] = frozenset()
     form: Mapping[str, Any] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
     strip: Callable[[], bytes] | None = None
 
 
@@ -166,6 +170,62 @@ def make_plan(
             dtypes[p.leaf] = np.dtype(jnp.promote_types(dtypes.get(p.leaf, dtype), dtype))
     leaves = {name: TensorInfo(shapes[name], cast or dtypes[name]) for name in shapes}
     return TransferPlan(weights, placements, leaves)
+
+
+def find_state_dict(
+    saved: Mapping[str, Any], anchor: str, where: str
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The weights of a network in what a trainer saved.
+
+    They may lie deeper (`{"model": …, "optimizer": …}`), beside numbers of the run (`epoch`), and
+    below wrappers (`module.`, `_orig_mod.`), which names lose.
+
+    Args:
+        saved: what the file holds.
+        anchor: the end of a name that each such network has.
+        where: what to call the file in an error.
+
+    Returns:
+        Tensors by name, and the names of all else.
+
+    Raises:
+        CheckpointError: if there are several such networks, or a name stands for two tensors.
+    """
+    found: list[tuple[str, Mapping[str, Any]]] = []
+    left_out: list[str] = []
+    todo: list[tuple[str, Mapping[str, Any]]] = [("", saved)]
+    for path, table in todo:
+        if any(str(n).endswith(anchor) and isinstance(x, np.ndarray) for n, x in table.items()):
+            found.append((path, table))
+            continue
+        for name, value in table.items():
+            if isinstance(value, Mapping):
+                todo.append((f"{path}{name}.", value))
+            else:
+                left_out.append(f"{path}{name}")
+    if not found:  # the table that it is held against will say what is missing
+        found, left_out = [("", saved)], []
+    if len(found) > 1:
+        several = ", ".join(path.rstrip(".") or "the file itself" for path, _ in found[:4])
+        raise CheckpointError(f"{where} holds several networks ({several}): save one of them alone")
+    tensors: dict[str, np.ndarray] = {}
+    ((path, table),) = found
+    for name, value in table.items():
+        plain = ".".join(part for part in str(name).split(".") if part not in WRAPPERS)
+        if not isinstance(value, np.ndarray) or is_buffer(plain, value.dtype):
+            left_out.append(f"{path}{name}")
+        elif plain in tensors:
+            raise CheckpointError(f"{where} has two tensors {plain}: save one of them alone")
+        else:
+            tensors[plain] = value
+    return tensors, left_out
+
+
+def left_out_note(names: Sequence[str], where: object) -> list[str]:
+    """What a user should know of what was in a file beside its weights."""
+    patterns = [name[:80] for name in fold(names)]
+    more = f" and {len(patterns) - 6} more" if len(patterns) > 6 else ""
+    return [f"left out of {where}: {', '.join(patterns[:6])}{more}"] if names else []
 
 
 def write(plan: TransferPlan, arrays: Mapping[str, ts.TensorStore], progress: Progress) -> None:
@@ -320,11 +380,18 @@ def copy_side_files(source: Path, out: Path, converted: Collection[str]) -> list
 
     Returns:
         Files that were not taken along, relative to `source`.
+
+    Raises:
+        CheckpointError: for a link that leads out of the folder.
     """
     left_out = []
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
-        if any(part.startswith(".") for part in relative.parts) or not path.is_file():
+        if any(part.startswith(".") for part in relative.parts):
+            continue
+        if path.is_symlink() and path.is_dir() and relative.parts[0] not in converted:
+            left_out.append(f"{relative}/")  # it is not looked into
+        if not path.is_file():
             continue
         if relative.parts[0] in converted or path.name.endswith(".index.json"):
             continue
@@ -332,7 +399,7 @@ def copy_side_files(source: Path, out: Path, converted: Collection[str]) -> list
             left_out.append(str(relative))
             continue
         (out / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, out / relative)
+        copy_file(path, out / relative, source)
     return left_out
 
 

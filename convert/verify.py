@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from rich.console import Console
 from rich.table import Table
 
-from sa2jax import checkpoint
+from sa2jax import audio, checkpoint
 from sa2jax.chat.template import Audio, Message, Text, reply_turn
 from sa2jax.checkpoint import Progress
 from sa2jax.convert import token2wav
@@ -258,7 +258,10 @@ def compare_logits(
 
 
 def compare_prompt(
-    a: str | Path, b: str | Path, text: str = "", wav: str | Path | None = None
+    a: str | Path,
+    b: str | Path,
+    text: str = "",
+    wav: audio.Audio | audio.AudioSource | None = None,
 ) -> LogitsComparison:
     """Run two models on the same question, in float32 and one after the other.
 

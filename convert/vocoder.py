@@ -8,7 +8,7 @@ its norms, which is the same function.
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,15 @@ import numpy as np
 from sa2jax import checkpoint
 from sa2jax.convert import torch_file
 from sa2jax.convert.rules import Join, Rule, Shape, Transpose, expand, rule
-from sa2jax.convert.transfer import Network, make_plan, pack_dtypes, read
+from sa2jax.convert.transfer import Network, find_state_dict, make_plan, pack_dtypes, read
 from sa2jax.convert.weights import Arrays
-from sa2jax.errors import CheckpointError
+from sa2jax.errors import CheckpointError, ConfigError
 from sa2jax.models.vocoder import vocoder
 from sa2jax.nn import Params
 from sa2jax.speech_config import VocoderConfig
 
 WEIGHTS = "hift.pt"
+ANCHOR = "m_source.l_linear.weight"  # each HiFT has it
 PREFIX = "generator."
 # How torch has named the length and the direction of a weight norm, the present way first.
 SPELLINGS = (
@@ -127,27 +128,85 @@ def leaf_shapes(cfg: VocoderConfig) -> dict[str, Shape]:
 
 
 def config_of(shapes: Mapping[str, Shape], where: str = WEIGHTS) -> VocoderConfig:
-    """The released configuration with the sizes that a `hift.pt` shows.
+    """The configuration with every size that a `hift.pt` shows.
 
-    Rates, dilations and thresholds leave no trace in the file; they are the released ones.
+    What leaves no trace in the file is as released: dilations, thresholds, the hop of the inverse
+    Fourier transform. The first rate is what the others leave of the samples of a mel frame.
 
     Args:
         shapes: shape of every tensor in the file.
         where: what to call the file in an error.
 
     Raises:
-        CheckpointError: if the tensors that show the sizes are missing.
+        CheckpointError: if the tensors that show the sizes are missing or contradict each other.
     """
-    prefix, spelling = _dialect(shapes)
-    direction = spelling[1]
+    prefix, (_, direction) = _dialect(shapes)
+
+    def size(name: str, axis: int) -> int:
+        return shapes[f"{prefix}{name}"][axis]
+
+    def count(pattern: str) -> int:
+        found = (re.fullmatch(re.escape(prefix) + pattern, name) for name in shapes)
+        return len({match[1] for match in found if match})
+
+    def taps(block: str) -> tuple[int, tuple[int, ...]]:
+        pairs = count(rf"{re.escape(block)}\.convs1\.(\d+)\.{re.escape(direction)}")
+        return size(f"{block}.convs1.0.{direction}", 2), _dilations(pairs)
+
+    released = VocoderConfig()
     try:
-        out, mels, _ = shapes[f"{prefix}conv_pre.{direction}"]
-        f0, _, _ = shapes[f"{prefix}f0_predictor.condnet.0.{direction}"]
-        harmonics = shapes[f"{prefix}m_source.l_linear.weight"][1] - 1
-    except (KeyError, ValueError) as error:
+        stages = count(rf"ups\.(\d+)\.{re.escape(direction)}")
+        if not stages:
+            raise KeyError("ups.0")
+        blocks, odd = divmod(count(r"resblocks\.(\d+)\..*"), stages)
+        if odd:
+            raise ValueError(f"{stages} upsamplings cannot share their residual blocks")
+        parallel = [taps(f"resblocks.{j}") for j in range(blocks)]
+        source = [taps(f"source_resblocks.{i}") for i in range(stages)]
+        return VocoderConfig(
+            mels=size(f"conv_pre.{direction}", 1),
+            channels=size(f"conv_pre.{direction}", 0),
+            harmonics=size("m_source.l_linear.weight", 1) - 1,
+            rates=_rates([size(f"source_downs.{i}.weight", 2) for i in range(stages)]),
+            kernels=tuple(size(f"ups.{i}.{direction}", 2) for i in range(stages)),
+            n_fft=size(f"conv_post.{direction}", 0) - 2,
+            hop=released.hop,
+            block_kernels=tuple(kernel for kernel, _ in parallel),
+            block_dilations=tuple(dilations for _, dilations in parallel),
+            source_kernels=tuple(kernel for kernel, _ in source),
+            source_dilations=tuple(dilations for _, dilations in source),
+            f0_channels=size(f"f0_predictor.condnet.0.{direction}", 0),
+            f0_layers=count(rf"f0_predictor\.condnet\.(\d+)\.{re.escape(direction)}"),
+        )
+    except LookupError as error:
         problem = f"{error} is missing, this is another model's file"
-        raise CheckpointError(MISFIT.format(where=where, problems=problem)) from None
-    return VocoderConfig(mels=mels, channels=out, f0_channels=f0, harmonics=harmonics)
+    except (ValueError, ArithmeticError, ConfigError) as error:
+        problem = str(error)
+    raise CheckpointError(MISFIT.format(where=where, problems=problem)) from None
+
+
+def _dilations(pairs: int) -> tuple[int, ...]:
+    """The released spacings of the convolutions of a residual block, which no tensor shows."""
+    ((*known,), *_) = VocoderConfig.block_dilations
+    if not 0 < pairs <= len(known):
+        raise ValueError(f"expected 1 to {len(known)} pairs of convolutions a block, got {pairs}")
+    return tuple(known[:pairs])
+
+
+def _rates(taps: Sequence[int]) -> tuple[int, ...]:
+    """The factor of each upsampling.
+
+    Args:
+        taps: of the convolution that brings the source to the rate of each stage: twice the
+            product of the factors that follow, 1 for no factor.
+    """
+    after = [1 if n == 1 else n // 2 for n in taps]
+    released = VocoderConfig()
+    whole = released.samples // released.hop
+    for before, step in pairwise([whole, *after]):
+        if not step or before % step:
+            raise ValueError(f"a frame of {whole} steps cannot become {after} by whole factors")
+    return tuple(before // step for before, step in pairwise([whole, *after]))
 
 
 def open_file(path: str | Path, cfg: VocoderConfig | None = None) -> Network[VocoderConfig]:
@@ -160,10 +219,7 @@ def open_file(path: str | Path, cfg: VocoderConfig | None = None) -> Network[Voc
     Raises:
         CheckpointError: for a damaged or hostile file, or tensors that do not fit; all are named.
     """
-    tensors = torch_file.read(path)
-    inner = tensors.get(PREFIX[:-1])  # some files keep them one level down
-    if len(tensors) == 1 and isinstance(inner, Mapping):
-        tensors = dict(inner)
+    tensors, left_out = find_state_dict(torch_file.read(path), ANCHOR, str(path))
     weights = Arrays(tensors, str(path))
     shapes = {name: info.shape for name, info in weights.tensors.items()}
     cfg = cfg or config_of(shapes, str(path))
@@ -172,9 +228,8 @@ def open_file(path: str | Path, cfg: VocoderConfig | None = None) -> Network[Voc
     plan = make_plan(rules, weights, leaf_shapes(cfg), str(path), wording=MISFIT)
     folded = frozenset(r.target for r in rules if not r.exact)
     dtypes = pack_dtypes(plan.tensors)
-    return Network(
-        cfg, plan, folded, {"dtypes": dtypes, "prefix": prefix, "spelling": list(spelling)}
-    )
+    form = {"dtypes": dtypes, "prefix": prefix, "spelling": list(spelling)}
+    return Network(cfg, plan, folded, form, tuple(left_out))
 
 
 def load(path: str | Path, cfg: VocoderConfig | None = None) -> tuple[VocoderConfig, Params]:

@@ -122,7 +122,7 @@ def speech_tokenizer_config(
             memory=tensors[f"{block}.attn.fsmn_block.weight"][2],
             digits=tensors["quantizer._codebook.project_down.weight"][0],
         )
-    except (KeyError, IndexError, ValueError, ConfigError) as error:
+    except (LookupError, ValueError, ArithmeticError, ConfigError) as error:
         raise CheckpointError(_MISFIT.format(where, "speech tokenizer", error)) from None
 
 
@@ -184,7 +184,7 @@ def speaker_encoder_config(
             taps=local[2],
             segment=segment,
         )
-    except (KeyError, IndexError, ValueError, ConfigError) as error:
+    except (LookupError, ValueError, ArithmeticError, ConfigError) as error:
         raise CheckpointError(_MISFIT.format(where, "speaker encoder", error)) from None
 
 
@@ -414,13 +414,8 @@ def _tensors(plan: TransferPlan, params: Mapping[str, Any]) -> dict[str, np.ndar
 
 def _write(path: Path, data: bytes) -> None:
     """Write a file that appears only when it is complete."""
-    part = path.with_name(f".{path.name}.part")
-    with atomic_io.disk_errors(path):
-        try:
-            part.write_bytes(data)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+    with atomic_io.disk_errors(path), atomic_io.new_file(path) as part:
+        part.write_bytes(data)
 
 
 def _count(tensors: Mapping[str, object], before: str, after: str, first: int) -> int:

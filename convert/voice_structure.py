@@ -5,9 +5,10 @@ The official PyTorch code names them so (`encoder.blocks.0.attn.query.weight`,
 expected is noted in `NamedTensors.problems` or refused at once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import wraps
 from itertools import pairwise
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
@@ -15,9 +16,12 @@ from sa2jax.convert.onnx_graph import BATCH_NORM, CONV, LAYER_NORM, LINEAR, Laye
 from sa2jax.convert.weights import TensorInfo
 from sa2jax.errors import CheckpointError
 
+T = TypeVar("T")
 NORM_PARTS = ("weight", "bias", "running_mean", "running_var")  # of a batch norm, in its order
 CONSTANT_NUMBERS = 8  # up to this size an initializer may be arithmetic, such as powers of three
 EPSILON = 1e-5  # of every norm
+SPEECH_TOKENIZER = "the S3 speech tokenizer (version 2, 25 Hz)"
+SPEAKER_ENCODER = "the CAM++ speaker encoder"
 SEGMENT = 100  # frames of one local context, where the graph does not say
 
 
@@ -85,9 +89,9 @@ class NamedTensors:
         """Note a problem where an attribute of a layer is there and is another."""
         for name, value in attributes.items():
             came = layer.attributes.get(name, value)
-            same = np.allclose(came, value) if np.shape(came) == np.shape(value) else False
-            if not same:
-                self.problems.append(f"{layer.node}: expected {name} {value}, got {came}")
+            number = not isinstance(came, str | bytes) and np.shape(came) == np.shape(value)
+            if not number or not np.allclose(came, value):
+                self.problems.append(f"{layer.node}: expected {name} {value}, got {came!r:.80}")
 
     def fill(self, arrays: Mapping[str, np.ndarray]) -> bytes:
         """The file with these numbers; see `OnnxGraph.fill`."""
@@ -106,6 +110,23 @@ class NamedTensors:
         return TensorInfo(info.shape[::-1], info.dtype) if name in self._transposed else info
 
 
+def _structure_of(what: str) -> Callable[[Callable[[OnnxGraph], T]], Callable[[OnnxGraph], T]]:
+    """Refuse a graph that has not even the layers by which a network is known."""
+
+    def wrap(names: Callable[[OnnxGraph], T]) -> Callable[[OnnxGraph], T]:
+        @wraps(names)
+        def refusing(graph: OnnxGraph) -> T:
+            try:
+                return names(graph)
+            except (LookupError, ValueError, TypeError, AttributeError, StopIteration):
+                _refuse(graph, what)
+
+        return refusing
+
+    return wrap
+
+
+@_structure_of(SPEECH_TOKENIZER)
 def speech_tokenizer_names(graph: OnnxGraph) -> NamedTensors:
     """Official names by structure: two convolutions, then per block attention and MLP, then digits.
 
@@ -118,7 +139,7 @@ def speech_tokenizer_names(graph: OnnxGraph) -> NamedTensors:
     kinds = [LAYER_NORM, *4 * [LINEAR], CONV], [LAYER_NORM, LINEAR, LINEAR]
     shaped = len(parts) > 0 and len(parts) % 2 == 0 and [f.kind for f in front] == [CONV, CONV]
     if not shaped or len(parts[-1]) != 4:
-        _refuse(graph, "the S3 speech tokenizer (version 2, 25 Hz)")
+        _refuse(graph, SPEECH_TOKENIZER)
     digits = parts[-1].pop()
     named.name_layer("quantizer._codebook.project_down", digits)
     for i, conv in enumerate(front, 1):
@@ -127,7 +148,7 @@ def speech_tokenizer_names(graph: OnnxGraph) -> NamedTensors:
     for i, part in enumerate(parts):
         block = f"encoder.blocks.{i // 2}"
         if sorted(layer.kind for layer in part) != sorted(kinds[i % 2]):
-            _refuse(graph, "the S3 speech tokenizer (version 2, 25 Hz)")
+            _refuse(graph, SPEECH_TOKENIZER)
         named.name_layer(f"{block}.{('attn_ln', 'mlp_ln')[i % 2]}", part[0])
         named.expect(part[0], axis=-1, epsilon=EPSILON)
         if i % 2:
@@ -146,6 +167,7 @@ def speech_tokenizer_names(graph: OnnxGraph) -> NamedTensors:
     return named
 
 
+@_structure_of(SPEAKER_ENCODER)
 def speaker_encoder_names(graph: OnnxGraph) -> tuple[NamedTensors, list[int], int]:
     """Official names by structure, the dilation of each block, and the frames of a segment.
 
@@ -153,7 +175,7 @@ def speaker_encoder_names(graph: OnnxGraph) -> tuple[NamedTensors, list[int], in
     a block reads is its shortcut and opens a stage. Then each free-standing batch norm opens a
     densely connected layer (four convolutions, one of them with several taps) or a transit (one).
     """
-    named, what = NamedTensors(graph), "the CAM++ speaker encoder"
+    named, what = NamedTensors(graph), SPEAKER_ENCODER
     after = {}  # convolution -> the norm that alone reads it
     for layer in graph.layers:
         follower = graph.only_reader(layer.output)

@@ -10,7 +10,6 @@ import math
 import mmap
 import os
 import re
-import resource
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +24,10 @@ from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 
 from sa2jax import checkpoint
-from sa2jax.errors import CheckpointError
+from sa2jax.errors import CheckpointError, FileError, reason_of
+from sa2jax.files.json_files import read_json
+from sa2jax.files.raw import is_file, open_file
+from sa2jax.files.safetensors_files import read_safetensors_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -36,6 +38,7 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
+BUFFERS = {"I64": np.dtype(np.int64), "BOOL": np.dtype(np.bool_)}  # of counters, places and masks
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,11 @@ class TensorInfo:
     def nbytes(self) -> int:
         """Bytes in this dtype."""
         return self.size * self.dtype.itemsize
+
+
+def is_buffer(name: str, dtype: np.dtype) -> bool:
+    """Whether a tensor is no weight: a counter, or rotary frequencies, which the config tells."""
+    return dtype in BUFFERS.values() or name.endswith("rotary_emb.inv_freq")
 
 
 class Weights(Protocol):
@@ -109,6 +117,7 @@ class SafetensorsFolder:
 
     Attributes:
         tensors: shape and dtype by name, in the order of the files.
+        left_out: names of tensors that are no weights, see `is_buffer`.
 
     Raises:
         CheckpointError: for missing, truncated or damaged files and an index that does not agree
@@ -143,6 +152,9 @@ class SafetensorsFolder:
         if problems:
             more = f"; and {len(problems) - 8} more faults" if len(problems) > 8 else ""
             raise CheckpointError(f"{self.folder}: {'; '.join(problems[:8])}{more}")
+        self.left_out = tuple(n for n, info in self.tensors.items() if is_buffer(n, info.dtype))
+        for name in self.left_out:
+            del self.tensors[name]
 
     def __enter__(self) -> Self:
         return self
@@ -158,13 +170,15 @@ class SafetensorsFolder:
 
     def drop(self, name: str) -> None:
         """Let go of the file pages under this tensor; a later access reads them again."""
+        if not hasattr(mmap.mmap, "madvise"):  # Windows lets go of them by itself
+            return
         (path, start), info = self._spans[name], self.tensors[name]
         first = start // mmap.PAGESIZE * mmap.PAGESIZE
         self._map(path).madvise(mmap.MADV_DONTNEED, first, start + info.nbytes - first)
 
     def _map(self, path: Path) -> mmap.mmap:
         if path not in self._maps:
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return self._maps[path]
 
@@ -274,10 +288,16 @@ def parse_size(size: int | str) -> int:
 
 def peak_memory() -> int:
     """The most memory this process has held so far, in bytes."""
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
     try:
         status = Path("/proc/self/status").read_text()
         return int(re.findall(r"VmHWM:\s*(\d+) kB", status)[0]) * 1024
     except (OSError, IndexError):
+        import resource
+
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return used if sys.platform == "darwin" else used * 1024
 
@@ -313,7 +333,7 @@ def _shards(folder: Path) -> dict[str, set[str] | None]:
         )
         raise CheckpointError(f"{folder}: expected {SINGLE} or {INDEX}; {hint}")
     try:
-        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(folder / INDEX, dict)["weight_map"]
         shards: dict[str, set[str] | None] = {}
         for name, file in weight_map.items():
             if Path(file).name != file:
@@ -321,9 +341,11 @@ def _shards(folder: Path) -> dict[str, set[str] | None]:
             names = shards.setdefault(file, set())
             assert names is not None
             names.add(name)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder / INDEX} is damaged ({error}): download it again") from None
-    missing = [file for file in sorted(shards) if not (folder / file).is_file()]
+    except (FileError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder / INDEX} is damaged ({reason_of(error)}): download it again"
+        ) from None
+    missing = [file for file in sorted(shards) if not is_file(folder / file)]
     if missing:
         raise CheckpointError(
             f"{folder} lacks {len(missing)} of {len(shards)} shards: {', '.join(missing[:8])}; "
@@ -334,47 +356,16 @@ def _shards(folder: Path) -> dict[str, set[str] | None]:
 
 def _read_header(path: Path) -> list[tuple[str, TensorInfo, int]]:
     """Name, description and first byte of each tensor in a file, in file order."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if start == b"version ":
-            raise CheckpointError(f"{path.name} is a git-lfs pointer: run `git lfs pull`")
-        if size < 8 or length > size - 8:
-            raise CheckpointError(
-                f"{path.name} is truncated or no safetensors file ({size} bytes): download it again"
-            )
-        try:
-            header: dict[str, Any] = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-            tensors = [_entry(name, raw) for name, raw in entries]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path.name} has a damaged header ({error})") from None
-    position = 0
-    for name, info, first in tensors:
-        if first != position:
-            raise CheckpointError(f"{path.name} has a damaged header (offset of {name})")
-        position += info.nbytes
-    expected = 8 + length + position
-    if expected != size:
-        what = "is truncated" if size < expected else "is too long"
+    try:
+        spans = read_safetensors_header(path).spans
+    except FileError as error:
+        raise CheckpointError(f"{path.name}: {error.reason}; download it again") from None
+    dtypes = DTYPES | BUFFERS
+    if odd := next((name for name, span in spans.items() if span.tag not in dtypes), None):
         raise CheckpointError(
-            f"{path.name} {what}: expected {expected} bytes, got {size}; download it again"
+            f"{odd} has dtype {spans[odd].tag}: expected {', '.join(DTYPES)} (is it quantized?)"
         )
-    return [(name, info, 8 + length + first) for name, info, first in tensors]
-
-
-def _entry(name: str, raw: Mapping[str, Any]) -> tuple[str, TensorInfo, int]:
-    if raw["dtype"] not in DTYPES:
-        raise CheckpointError(
-            f"{name} has dtype {raw['dtype']}: expected {', '.join(DTYPES)} (is it quantized?)"
-        )
-    info = TensorInfo(tuple(int(n) for n in raw["shape"]), DTYPES[raw["dtype"]])
-    first, last = raw["data_offsets"]
-    if last - first != info.nbytes:
-        raise ValueError(f"size of {name}")
-    return name, info, first
+    return [(name, TensorInfo(span.shape, span.dtype), span.start) for name, span in spans.items()]
 
 
 def _make_header(tensors: Mapping[str, TensorInfo]) -> bytes:

@@ -11,22 +11,25 @@ from typing import TYPE_CHECKING, Any
 from sa2jax.errors import Sa2jaxError
 
 if TYPE_CHECKING:
+    from sa2jax.audio import AudioSource
     from sa2jax.chat.template import Text
     from sa2jax.chat.tool_schema import Tool
     from sa2jax.chat.toolbox import ToolAnswer
     from sa2jax.pipeline import StepAudio2
     from sa2jax.pipeline.conversation import Chat
-    from sa2jax.pipeline.reply import Reply, ReplyPiece
+    from sa2jax.pipeline.reply import Reply, ReplyPiece, Segment
     from sa2jax.pipeline.stream import Stream
     from sa2jax.speech import Speech
     from sa2jax.speech.voices import Voice
 
 __version__ = "0.1.0"
 __all__ = [
+    "AudioSource",
     "Chat",
     "Reply",
     "ReplyPiece",
     "Sa2jaxError",
+    "Segment",
     "Speech",
     "StepAudio2",
     "Stream",
@@ -38,9 +41,11 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AudioSource": "audio",
     "Chat": "pipeline.conversation",
     "Reply": "pipeline.reply",
     "ReplyPiece": "pipeline.reply",
+    "Segment": "pipeline.reply",
     "StepAudio2": "pipeline",
     "Speech": "speech",
     "Stream": "pipeline.stream",

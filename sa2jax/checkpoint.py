@@ -17,7 +17,6 @@ twice the model's memory on a CPU.
 """
 
 import hashlib
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -30,12 +29,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-import safetensors
 import safetensors.numpy
 import tensorstore as ts
 
 from sa2jax.atomic_io import disk_errors
-from sa2jax.errors import CheckpointError
+from sa2jax.errors import CheckpointError, FileError, MissingFileError, reason_of
+from sa2jax.files.json_files import read_json
+from sa2jax.files.safetensors_files import read_safetensors
 
 FORMAT = 2  # 1: the output matrices of attention had their heads apart
 INFO = "sa2jax.json"
@@ -63,14 +63,16 @@ def read_info(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / INFO
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
+        info = read_json(path, dict)
         version = info["format"]
-    except FileNotFoundError:
+    except MissingFileError:
         raise CheckpointError(
             f"no {INFO} in {folder}: expected a folder made by `sa2jax convert`"
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}): convert the model again") from None
+    except (FileError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({reason_of(error)}): convert the model again"
+        ) from None
     if version != FORMAT:
         newer = isinstance(version, int) and version > FORMAT
         cure = "update sa2jax" if newer else "convert the model again"
@@ -244,11 +246,13 @@ def open_leaves(path: str | Path) -> dict[str, ts.TensorStore]:
         return _open_single(single)
     path = _params_folder(path)
     try:
-        metadata = json.loads((path / "_METADATA").read_text(encoding="utf-8"))
+        metadata = read_json(path / "_METADATA", dict)
         keys = [
             ".".join(str(k["key"]) for k in entry["key_metadata"])
             for entry in metadata["tree_metadata"].values()
         ]
+        if odd := [key for key in keys if not _is_inside(key)]:
+            raise ValueError(f"{odd[0]!r} is no name of a leaf")
         packed = (path / "manifest.ocdbt").exists()
         driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
         base = {"driver": "ocdbt", "base": f"file://{path}"} if packed else {"driver": "file"}
@@ -262,8 +266,13 @@ def open_leaves(path: str | Path) -> dict[str, ts.TensorStore]:
             for key in sorted(keys)
         }
         return {key: ts.open(spec, read=True).result() for key, spec in specs.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (FileError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, error) from None
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a leaf's name is that of a folder beside the others, and of nothing elsewhere."""
+    return name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(name)
 
 
 def save_single(folder: str | Path, params: Params) -> None:
@@ -279,8 +288,8 @@ def save_single(folder: str | Path, params: Params) -> None:
 
 def _open_single(path: Path) -> dict[str, ts.TensorStore]:
     try:
-        return {name: ts.array(leaf) for name, leaf in safetensors.numpy.load_file(path).items()}
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        return {name: ts.array(leaf) for name, leaf in read_safetensors(path)[0].items()}
+    except (FileError, ValueError) as error:
         raise _damaged(path, error) from None
 
 
@@ -405,7 +414,7 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    reason = (reason_of(error).splitlines() or [type(error).__name__])[0][:200]
     return CheckpointError(f"{path} is damaged ({reason}): convert the model again")
 
 

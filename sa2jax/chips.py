@@ -1,4 +1,4 @@
-"""What accelerators can do, on paper: memory, bandwidths, peak rates, and how chips are joined.
+"""Accelerators on paper: memory, bandwidths, peak rates and interconnects.
 
 Figures are the vendors', dense (without structured sparsity). `usable` is what is left to a
 program, as libtpu's compiler states it when a program is too large.

@@ -1,20 +1,23 @@
-"""What a model is made of: frozen dataclasses, read from and written to `config.json`.
+"""Model configurations: frozen dataclasses, read from and written to `config.json`.
 
 The names here are the library's own and say what a number means; `from_hf` and `to_hf` know the
 names of the released files. Both are driven by the same tables, so they cannot drift apart.
+
+Source of the defaults: `configuration_step_audio_2.py` of the release (transformers 4.49).
 """
 
-import json
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import yaml
-
-from sa2jax.errors import ConfigError
+from sa2jax.errors import ConfigError, FileError, MissingFileError
+from sa2jax.files import json_files
+from sa2jax.files.sizes import MAX_LAYERS, MAX_SIZE
+from sa2jax.files.yaml_files import parse_yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,10 @@ class DecoderConfig:
             self.heads % self.kv_heads == 0, "decoder heads must be a multiple of kv_heads", self
         )
         require(self.head_dim % 2 == 0, "decoder head_dim must be even (rotary halves)", self)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The sizes by their names in `config.json`, those of a `transformers.Qwen2Config`."""
+        return {name: getattr(self, own) for name, (own, _) in _TEXT_KEYS.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,19 +112,22 @@ class StepAudio2Config:
     def from_hf(cls, source: Mapping[str, Any] | str | Path) -> Self:
         """Read a Hugging Face `config.json`, nested (mini) or flat (32 B siblings).
 
+        Keys that are not there have the values of the released class; keys that change nothing are
+        kept for export, whatever they are called.
+
         Args:
             source: the parsed JSON, or a path to the file or its folder.
 
         Raises:
-            ConfigError: for another architecture, an unknown or missing key, or a setting that
-                this implementation does not compute (a scaled rotary embedding, say).
+            ConfigError: for another architecture, a size that is no size, or a setting that this
+                implementation does not compute (a scaled rotary embedding, say).
         """
         raw = dict(source) if isinstance(source, Mapping) else read_json(source)
         named = architectures_of(raw)
         if cls.architecture not in named and cls.model_type not in named:
             raise ConfigError(
-                f"expected a config.json with architectures [{cls.architecture!r}], got {named!r}: "
-                "this is another model's checkpoint"
+                f"expected a config.json with architectures [{cls.architecture!r}], got "
+                f"{reprlib.repr(named)}: this is another model's checkpoint"
             )
         flat = "text_config" not in raw
         top = dict(raw)
@@ -128,45 +138,47 @@ class StepAudio2Config:
         audio, audio_rest = _split(encoder_raw, _AUDIO_KEYS, "audio_encoder_config", problems)
         kept = {"text_config": text_rest, "audio_encoder_config": audio_rest}
         kept["top"] = {} if flat else top
-        for name, rest in (("text_config", text_rest), *(() if flat else (("config.json", top),))):
-            problems += _unknown(rest, name)
-        problems += _unknown(audio_rest, "audio_encoder_config")
-        problems += _unsupported(text_rest)
-        for section, key, other in (
-            (text_rest, "num_attention_groups", "num_key_value_heads"),
-            (encoder_raw, "llm_dim", "hidden_size"),
+        problems += _unsupported(text_rest, _FUNCTION_KEYS)
+        for part in (kept["top"], audio_rest):
+            problems += _unsupported(part, _STORAGE_KEYS)
+        text["rope_theta"] = _rope_theta(text_raw, text["rope_theta"], problems)
+        groups, llm_dim = text_rest.get("num_attention_groups"), audio.pop("llm_dim")
+        for key, value, other, expected in (
+            ("num_attention_groups", groups, "num_key_value_heads", text["kv_heads"]),
+            ("llm_dim", llm_dim, "hidden_size", text["embed"]),
         ):
-            value, expected = section.get(key), text_raw.get(other)
-            if None not in (value, expected) and value != expected:
-                problems.append(f"{key}={value!r} and {other}={expected!r} must be equal")
+            if value is not None and value != expected:
+                values = f"{key}={_short(value)} and {other}={_short(expected)}"
+                problems.append(f"{values} must be equal")
+        if text_raw.get("max_position_embeddings") is None and text_rest.get("max_seq_len"):
+            text["max_positions"] = text_rest["max_seq_len"]
+        adapter = {k: audio.pop(k) for k in ("hidden", "kernel", "stride")}
+        names = [part.get(key) for part in (text_rest, raw) for key in ("torch_dtype", "dtype")]
+        dtype = next((name for name in names if name is not None), "bfloat16")
+        if not isinstance(dtype, str):
+            problems.append(f"torch_dtype must be a name such as 'bfloat16', got {_short(dtype)}")
         if problems:
             raise ConfigError("config.json: " + "; ".join(problems))
-        audio.pop("llm_dim")
-        if text_rest.get("max_seq_len"):
-            text.setdefault("max_positions", text_rest["max_seq_len"])
-        adapter = {k: audio.pop(k) for k in ("hidden", "kernel", "stride")}
-        dtype = text_rest.get("torch_dtype") or text_rest.get("dtype") or raw.get("torch_dtype")
         return cls(
             decoder=DecoderConfig(**text),
             audio_encoder=AudioEncoderConfig(**audio),
             adapter=AdapterConfig(**adapter),
-            dtype=dtype or "bfloat16",
+            dtype=dtype,
             hf=kept,
             flat=flat,
         )
 
     def to_hf(self) -> dict[str, Any]:
         """The `config.json` of this model, in the form it came in."""
-        decoder = asdict(self.decoder)
+        text = self.decoder.to_hf()
         if self.decoder.head_dim * self.decoder.heads == self.decoder.embed:
-            decoder.pop("head_dim")
+            del text["head_dim"]
         encoder = {
             **asdict(self.audio_encoder),
             **asdict(self.adapter),
-            "llm_dim": decoder["embed"],
+            "llm_dim": self.decoder.embed,
         }
-        text = {hf: decoder[own] for hf, own in _TEXT_KEYS.items() if own in decoder}
-        audio = {hf: encoder[own] for hf, own in _AUDIO_KEYS.items()}
+        audio = {hf: encoder[own] for hf, (own, _) in _AUDIO_KEYS.items()}
         if self.adapter.hidden == AdapterConfig.hidden:  # the released code has no other
             del audio["adapter_hidden"]
         kept = self.hf or {
@@ -203,73 +215,69 @@ class StepAudio2Config:
         return replace(self, dtype=dtype)
 
 
-# Released name -> ours. What is not listed here and not known to be inert is an error.
-_TEXT_KEYS = {
-    "vocab_size": "vocab",
-    "hidden_size": "embed",
-    "intermediate_size": "mlp",
-    "num_hidden_layers": "layers",
-    "num_attention_heads": "heads",
-    "num_key_value_heads": "kv_heads",
-    "head_dim": "head_dim",
-    "max_position_embeddings": "max_positions",
-    "rms_norm_eps": "norm_eps",
-    "rope_theta": "rope_theta",
+# Released name -> ours, and the value of the released class, which saving may leave out.
+_TEXT_KEYS: Mapping[str, tuple[str, Any]] = {
+    "vocab_size": ("vocab", 64012),
+    "hidden_size": ("embed", 4096),
+    "intermediate_size": ("mlp", 11008),
+    "num_hidden_layers": ("layers", 48),
+    "num_attention_heads": ("heads", 32),
+    "num_key_value_heads": ("kv_heads", 4),
+    "head_dim": ("head_dim", 0),
+    "max_position_embeddings": ("max_positions", 8192),
+    "rms_norm_eps": ("norm_eps", 1e-6),
+    "rope_theta": ("rope_theta", 1e6),
 }
-_AUDIO_KEYS = {
-    "n_mels": "mels",
-    "n_audio_ctx": "max_positions",
-    "n_audio_state": "embed",
-    "n_audio_head": "heads",
-    "n_audio_layer": "layers",
-    "llm_dim": "llm_dim",
-    "kernel_size": "kernel",
-    "adapter_stride": "stride",
-    "adapter_hidden": "hidden",  # ours
+_AUDIO_KEYS: Mapping[str, tuple[str, Any]] = {
+    "n_mels": ("mels", 128),
+    "n_audio_ctx": ("max_positions", 1500),
+    "n_audio_state": ("embed", 512),
+    "n_audio_head": ("heads", 8),
+    "n_audio_layer": ("layers", 6),
+    "llm_dim": ("llm_dim", 4096),
+    "kernel_size": ("kernel", 3),
+    "adapter_stride": ("stride", 2),
+    "adapter_hidden": ("hidden", 2048),  # ours
 }
-_OPTIONAL = {
+_NULLABLE = {  # null means that they are not there
     "head_dim",
     "max_position_embeddings",
     "kernel_size",
     "adapter_stride",
     "adapter_hidden",
 }
-_DEFAULTS = {"kernel": 3, "stride": 2, "hidden": 2048}
-_FLOATS = {"norm_eps", "rope_theta"}
-_NUMBERS: Mapping[Any, str] = {int: "a whole number above 0", float: "a number above 0"}
-# Keys that change nothing this library computes: kept for export.
-_INERT_KEYS = {
-    "_attn_implementation",
-    "_name_or_path",
-    "architectures",
-    "attention_bias",
-    "attention_dropout",
-    "auto_map",
-    "bos_token_id",
-    "dtype",
-    "eos_token_id",
-    "hidden_act",
-    "initializer_range",
-    "is_encoder_decoder",
-    "layer_types",
-    "max_seq_len",
-    "max_window_layers",
-    "model_type",
-    "n_codebook_size",
-    "num_attention_groups",
-    "output_attentions",
-    "output_hidden_states",
-    "pad_token_id",
-    "quantization_config",
-    "return_dict",
-    "rope_scaling",
-    "sliding_window",
-    "tie_word_embeddings",
-    "torch_dtype",
-    "torchscript",
-    "transformers_version",
-    "use_cache",
-    "use_sliding_window",
+_FLOATS = {"rms_norm_eps", "rope_theta"}
+_NUMBERS: Mapping[Any, str] = {
+    int: f"a whole number above 0, at most {MAX_SIZE}",
+    float: "a number above 0",
+}
+# Keys that would change how the weights are read, and the one value that does not.
+_STORAGE_KEYS: Mapping[str, Any] = {"quantization_config": None}
+# Keys of decoders of this kind that would change what is computed. All others change nothing here.
+_FUNCTION_KEYS: Mapping[str, Any] = {
+    **_STORAGE_KEYS,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "attention_bias": True,
+    "mlp_bias": False,
+    "qk_norm": False,
+    "use_qk_norm": False,
+    "use_mrope": False,
+    "partial_rotary_factor": 1,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "num_experts": None,
+    "num_local_experts": None,
+    "n_routed_experts": None,
+    "pruned_heads": {},
+}
+_ROPE_KEYS: Mapping[str, Any] = {  # of rope_parameters (transformers 5) and rope_scaling
+    "rope_type": "default",
+    "type": "default",
+    "factor": 1,
+    "partial_rotary_factor": 1,
+    "mrope_section": None,
 }
 
 
@@ -289,7 +297,7 @@ def read_preset(folder: str, what: str, name: str) -> dict[str, Any]:
     if not path.is_file():
         known = sorted(p.name[:-5] for p in home.iterdir() if p.name.endswith(".yaml"))
         raise ConfigError(f"no {what} preset {name!r}: expected one of {', '.join(known)}")
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+    return parse_yaml(path.read_text(encoding="utf-8"), where=path.name)
 
 
 def require(condition: bool, message: str, config: object) -> None:
@@ -305,13 +313,17 @@ def _require_numbers(config: Any, zero: tuple[str, ...] = ()) -> None:
         value = getattr(config, f.name)
         good = _is_number(value, f.type) or (f.name in zero and value == 0)
         require(good, f"{f.name} must be {_NUMBERS[f.type]}", config)
+        if f.name == "layers":
+            require(value <= MAX_LAYERS, f"expected at most {MAX_LAYERS} layers", config)
 
 
 def _is_number(value: object, kind: Any) -> bool:
-    """Whether a value is an int (or, for float, any finite number) above 0."""
+    """Whether a value is an int up to `MAX_SIZE` (or, for float, any finite number) above 0."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return 0 < value < math.inf and (kind is float or isinstance(value, int))
+    if kind is float:
+        return 0 < value < math.inf
+    return isinstance(value, int) and 0 < value <= MAX_SIZE
 
 
 def architectures_of(raw: Mapping[str, Any]) -> list[Any]:
@@ -332,67 +344,81 @@ def read_json(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     path = path / "config.json" if path.is_dir() else path
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        return json_files.read_json(path, dict)
+    except MissingFileError:
         raise ConfigError(f"no config.json at {path}: expected a Step-Audio 2 folder") from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error})") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid JSON ({error})") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected a JSON object, got {type(raw).__name__}")
-    return raw
+    except FileError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _take_mapping(raw: dict[str, Any], key: str) -> dict[str, Any]:
     value = raw.pop(key, None)
     if not isinstance(value, Mapping):
-        raise ConfigError(f"config.json: expected an object under {key!r}, got {value!r}")
+        raise ConfigError(f"config.json: expected an object under {key!r}, got {_short(value)}")
     return dict(value)
 
 
 def _split(
-    raw: Mapping[str, Any], table: Mapping[str, str], where: str, problems: list[str]
+    raw: Mapping[str, Any], table: Mapping[str, tuple[str, Any]], where: str, problems: list[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Part one section of config.json into our fields and the rest."""
-    own, rest = {}, {}
+    """Part one section of config.json into our fields, all of them, and the rest."""
+    own = dict(table.values())
+    rest = {}
     for key, value in raw.items():
-        if key not in table or (value is None and key in _OPTIONAL):
+        if key not in table or (value is None and key in _NULLABLE):
             rest[key] = value
             continue
-        own[table[key]] = value
-        kind = float if table[key] in _FLOATS else int
+        own[table[key][0]] = value
+        kind = float if key in _FLOATS else int
         if not _is_number(value, kind):
-            problems.append(f"{where}.{key} must be {_NUMBERS[kind]}, got {value!r}")
-    missing = [k for k in table if table[k] not in own and k not in _OPTIONAL]
-    if missing:
-        problems.append(f"{where} lacks {', '.join(missing)}")
-    for key in _OPTIONAL & set(table):
-        if table[key] in _DEFAULTS:
-            own.setdefault(table[key], _DEFAULTS[table[key]])
+            problems.append(f"{where}.{key} must be {_NUMBERS[kind]}, got {_short(value)}")
     return own, rest
 
 
-def _unknown(rest: Mapping[str, Any], where: str) -> list[str]:
-    # A key that is optional here was left without a value: it changes nothing either.
-    unknown = sorted(set(rest) - _INERT_KEYS - _OPTIONAL)
-    if not unknown:
-        return []
-    return [f"{where} has unknown keys {', '.join(unknown)} (refusing to guess their meaning)"]
-
-
-def _unsupported(text: Mapping[str, Any]) -> list[str]:
+def _unsupported(section: Mapping[str, Any], table: Mapping[str, Any]) -> list[str]:
     """Settings that would change the arithmetic in a way this library does not follow."""
-    checks = {
-        "rope_scaling": (None,),
-        "hidden_act": ("silu", None),
-        "tie_word_embeddings": (False, None),
-        "use_sliding_window": (False, None),
-        "quantization_config": (None,),
-        "attention_bias": (True, None),
-    }
-    return [
-        f"{key}={text[key]!r} is not supported (expected {allowed[0]!r})"
-        for key, allowed in checks.items()
-        if key in text and text[key] not in allowed
+    problems = [
+        f"{key}={_short(section[key])} is not supported (expected {value!r})"
+        for key, value in table.items()
+        if section.get(key) not in (None, value)
     ]
+    if table is _FUNCTION_KEYS:
+        layers = section.get("layer_types")
+        if layers is not None and (
+            not isinstance(layers, list) or any(kind != "full_attention" for kind in layers)
+        ):
+            problems.append(
+                f"layer_types={_short(layers)} is not supported (expected 'full_attention' alone)"
+            )
+    return problems
+
+
+def _rope_theta(text: Mapping[str, Any], default: Any, problems: list[str]) -> Any:
+    """The base of the rotary embedding, wherever it stands; a scaled embedding is a problem."""
+    found = {"rope_theta": text["rope_theta"]} if "rope_theta" in text else {}
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = text.get(key)
+        if rope is None:
+            continue
+        if not isinstance(rope, Mapping) or _is_scaled(rope):
+            expected = "expected none, or rope_type 'default'"
+            problems.append(f"{key}={_short(rope)} is not supported ({expected})")
+        elif (theta := rope.get("rope_theta")) is not None:
+            found[f"{key}.rope_theta"] = theta
+            if not _is_number(theta, float):
+                problems.append(f"{key}.rope_theta must be {_NUMBERS[float]}, got {_short(theta)}")
+    if any(theta != next(iter(found.values())) for theta in found.values()):
+        values = " and ".join(f"{key}={_short(theta)}" for key, theta in found.items())
+        problems.append(f"{values} must be equal")
+    return next(iter(found.values()), default)
+
+
+def _is_scaled(rope: Mapping[str, Any]) -> bool:
+    """Whether rope settings change more than the base; without a type they can be nothing else."""
+    named = "rope_type" in rope or "type" in rope or set(rope) <= {"rope_theta"}
+    return not named or any(rope.get(k) not in (None, plain) for k, plain in _ROPE_KEYS.items())
+
+
+def _short(value: object) -> str:
+    """A value from a file for a message, which must stay one line."""
+    return reprlib.repr(value)

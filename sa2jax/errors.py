@@ -3,9 +3,34 @@
 The command line turns every `Sa2jaxError` into one line on stderr and exit code 2.
 """
 
+MAX_MESSAGE = 480  # characters of an error: the line with what stands before it has less than 500
+
 
 class Sa2jaxError(Exception):
     """Base of all errors that sa2jax raises for a user's mistake."""
+
+    def __str__(self) -> str:
+        return shorten(super().__str__())
+
+
+class FileError(Sa2jaxError):
+    """A file, or a text, that cannot be read as what it should be.
+
+    Args:
+        where: the file's name, or what else to call it.
+        reason: what is wrong with it.
+    """
+
+    def __init__(self, where: str, reason: str):
+        super().__init__(where, reason)
+        self.where, self.reason = where, shorten(reason, MAX_MESSAGE // 2)
+
+    def __str__(self) -> str:
+        return shorten(f"{self.where}: {self.reason}")
+
+
+class MissingFileError(FileError):
+    """A file that is not there."""
 
 
 class ConfigError(Sa2jaxError):
@@ -50,3 +75,19 @@ class TrainError(Sa2jaxError):
 
 class DataError(TrainError):
     """Training data that cannot be read or used."""
+
+
+def reason_of(error: Exception) -> str:
+    """What an error says is wrong, without the name of the file that a message begins with."""
+    return error.reason if isinstance(error, FileError) else str(error)
+
+
+def shorten(text: str, size: int = MAX_MESSAGE) -> str:
+    """A text of at most so many characters: of a longer one the beginning and the end.
+
+    The end is where messages say what to do.
+    """
+    if len(text) <= size:
+        return text
+    last = size // 3
+    return f"{text[: size - last - 3]} … {text[-last:]}"

@@ -12,7 +12,9 @@ from typing import Any
 
 import yaml
 
-from sa2jax.errors import ConfigError
+from sa2jax.errors import ConfigError, FileError, MissingFileError
+from sa2jax.files.sizes import MAX_LAYERS, MAX_SIZE
+from sa2jax.files.yaml_files import Loader, read_yaml
 
 Values = dict[str, Any]
 
@@ -39,6 +41,7 @@ class _Class:
 
 
 FLAGS = {"key_bias"}
+LAYERS = {"num_blocks", "num_up_blocks", "depth"}
 RATIOS = {"inference_cfg_rate", "mlp_ratio", "up_scale_factor"}  # the rest are whole numbers
 ROOT = "CausalMaskedDiffWithXvec"
 CLASSES = {
@@ -113,13 +116,11 @@ def read_flow_yaml(path: str | Path) -> Values:
     path = Path(path)
     path = path / "flow.yaml" if path.is_dir() else path
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError:
+        raw = read_yaml(path, tags=_TAGS)
+    except MissingFileError:
         raise ConfigError(f"no flow.yaml at {path}: expected a token2wav folder") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{path}: expected plain flow.yaml ({' '.join(str(error).split())})"
-        ) from None
+    except FileError as error:
+        raise ConfigError(f"{path}: expected plain flow.yaml ({error.reason})") from None
     if not isinstance(raw, dict) or "flow" not in raw:
         raise ConfigError(f"{path}: expected a key 'flow': this is not the flow.yaml of token2wav")
     names = {key: value for key, value in raw.items() if key != "flow"}
@@ -135,17 +136,29 @@ def read_flow_yaml(path: str | Path) -> Values:
 
 def write_flow_yaml(flow: Values) -> str:
     """The text of a `flow.yaml` that the official code reads, from what `read_flow_yaml` gives."""
-    return "\n".join(_lines("flow", ROOT, _complete(flow), 0)) + "\n"
+    return "\n".join(_lines("flow", ROOT, flow_settings(flow), 0)) + "\n"
 
 
-def _lines(key: str, name: str, values: Values, depth: int) -> list[str]:
+def flow_settings(flow: Values) -> Values:
+    """What the official classes are made with, nested as they are; see `write_flow_yaml`."""
+    return _settings(ROOT, _complete(flow))
+
+
+def _settings(name: str, values: Values) -> Values:
+    spec = CLASSES[name]
+    fixed = {hf: allowed[0] for hf, allowed in spec.fixed.items() if allowed[0] is not None}
+    parts = {part: _settings(inner, values[part]) for part, inner in spec.parts.items()}
+    return {hf: values[own] for hf, own in spec.keys.items()} | fixed | parts
+
+
+def _lines(key: str, name: str, settings: Values, depth: int) -> list[str]:
     spec, indent = CLASSES[name], "    " * (depth + 1)
     lines = [f"{'    ' * depth}{key}: !new:{spec.module}.{name}"]
-    fixed = {hf: allowed[0] for hf, allowed in spec.fixed.items() if allowed[0] is not None}
-    plain = {hf: values[own] for hf, own in spec.keys.items()} | fixed
-    lines += [f"{indent}{hf}: {json.dumps(value)}" for hf, value in plain.items()]
-    for part, inner in spec.parts.items():
-        lines += _lines(part, inner, values[part], depth + 1)
+    for hf, value in settings.items():
+        if hf in spec.parts:
+            lines += _lines(hf, spec.parts[hf], value, depth + 1)
+        else:
+            lines.append(f"{indent}{hf}: {json.dumps(value)}")
     return lines
 
 
@@ -181,8 +194,9 @@ def _take(key: str, name: str, raw: Any, problems: list[str]) -> Values:
     """One class and those nested in it, under our names."""
     spec = CLASSES[name]
     tag = raw.get("!new") if isinstance(raw, dict) else None
-    if tag is None or tag.rpartition(".")[2] != name:
-        problems.append(f"{key}: expected !new:{spec.module}.{name}, got {tag or raw!r}")
+    if not isinstance(tag, str) or tag.rpartition(".")[2] != name:
+        got = tag or f"{raw!r:.80}"
+        problems.append(f"{key}: expected !new:{spec.module}.{name}, got {got}")
         return {}
     raw = {k: v for k, v in raw.items() if k != "!new"}
     values = {
@@ -193,10 +207,10 @@ def _take(key: str, name: str, raw: Any, problems: list[str]) -> Values:
         if hf in spec.keys:
             values[spec.keys[hf]] = value
             problem = _not_a_size(hf, value)
-            problems += [f"{where}: expected {problem}, got {value!r}"] if problem else []
+            problems += [f"{where}: expected {problem}, got {value!r:.80}"] if problem else []
         elif hf in spec.fixed and value not in spec.fixed[hf]:
             expected = " or ".join(repr(v) for v in spec.fixed[hf])
-            problems.append(f"{where} {value!r} is not supported (expected {expected})")
+            problems.append(f"{where} {value!r:.80} is not supported (expected {expected})")
         elif hf not in (*spec.fixed, *spec.inert, *spec.parts):
             problems.append(f"unknown key {where} (refusing to guess its meaning)")
     missing = [hf for hf in spec.keys if hf not in raw and hf not in spec.optional]
@@ -213,30 +227,29 @@ def _not_a_size(key: str, value: Any) -> str:
     if key in RATIOS:
         fine = isinstance(value, int | float) and not flag and value > 0
         return "" if fine else "a number above 0"
-    fine = isinstance(value, int) and not flag and value > 0
-    return "" if fine else "a whole number above 0"
+    most = MAX_LAYERS if key in LAYERS else MAX_SIZE
+    if not isinstance(value, int) or flag or value <= 0:
+        return "a whole number above 0"
+    return "" if value <= most else f"at most {most}"
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which `!new:module.Class` and `!ref <key>` are data; any other tag is refused."""
-
-
-def _construct_new(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Values:
+def _construct_new(loader: Loader, suffix: str, node: yaml.Node) -> Values:
     if not isinstance(node, yaml.MappingNode):
         raise yaml.constructor.ConstructorError(
             None, None, f"expected keys under !new:{suffix}", node.start_mark
         )
     values = loader.construct_mapping(node, deep=True)
-    return {"!new": suffix} | {str(key): value for key, value in values.items()}
+    return {"!new": suffix} | values
 
 
-def _construct_ref(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Values:
+def _construct_ref(loader: Loader, suffix: str, node: yaml.Node) -> Values:
+    if suffix or not isinstance(node, yaml.ScalarNode):
+        raise yaml.constructor.ConstructorError(None, None, "expected !ref <key>", node.start_mark)
     return {"!ref": str(loader.construct_scalar(node)).strip()}
 
 
-_Loader.add_multi_constructor("!new:", _construct_new)
-_Loader.add_multi_constructor("!name:", _construct_new)
-_Loader.add_constructor("!ref", _construct_ref)
+# `!new:module.Class` and `!ref <key>` are data here; any other tag is refused.
+_TAGS = {"!new:": _construct_new, "!name:": _construct_new, "!ref": _construct_ref}
 
 
 def _resolve(value: Any, names: Values, used: set[str], problems: list[str]) -> Any:
@@ -247,9 +260,10 @@ def _resolve(value: Any, names: Values, used: set[str], problems: list[str]) -> 
         return value
     if "!ref" not in value:
         return {k: _resolve(v, names, used, problems) for k, v in value.items()}
-    key = value["!ref"].removeprefix("<").removesuffix(">")
-    if value["!ref"] != f"<{key}>" or not isinstance(names.get(key), int | float | str):
-        problems.append(f"!ref {value['!ref']}: expected <key> of a plain value at the top")
+    written = value["!ref"]
+    key = written.removeprefix("<").removesuffix(">") if isinstance(written, str) else ""
+    if written != f"<{key}>" or not isinstance(names.get(key), int | float | str):
+        problems.append(f"!ref {written!s:.80}: expected <key> of a plain value at the top")
         return None
     used.add(key)
     return names[key]

@@ -1,4 +1,4 @@
-"""What every network here shares: parameters with named axes, Linear, norms, rotary.
+"""Building blocks of every network: parameters with logical axes, Linear, norms, RoPE.
 
 Modules only declare parameters and describe a forward pass. At run time a model is a pair
 `(graphdef, params)` with `params` a plain nested dict; `functional` makes that pair and `bind`
@@ -6,10 +6,11 @@ joins it again inside a traced function.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import cache
 from operator import itemgetter
 from typing import Any, Generic, Literal, TypeVar
 
@@ -113,6 +114,26 @@ def functional(make: Callable[[], M]) -> Functional[M]:
 
     axes = jax.tree.map(lambda v: v.get_metadata("axes"), state, is_leaf=is_param)
     return Functional(graphdef, nnx.to_pure_dict(state), nnx.to_pure_dict(axes))
+
+
+def structure_of(
+    module: Callable[..., M], cfg: Hashable, policy: Policy | None = None, **sizes: Hashable
+) -> Functional[M]:
+    """The structure of a network; allocates nothing, and is made once for the same arguments.
+
+    Args:
+        module: class of the network, made with `(cfg, policy=, rngs=, **sizes)`.
+        cfg: sizes.
+        policy: dtypes, float32 by default.
+        **sizes: what else the class is made with, such as `stacked`: whether layers are stacked
+            [L, ...], as checkpoints have them, or one tree per layer, see `unstack`.
+    """
+    return _structure_of(module, cfg, Policy() if policy is None else policy, **sizes)
+
+
+@cache
+def _structure_of(module, cfg, policy, **sizes):
+    return functional(lambda: module(cfg, policy=policy, rngs=nnx.Rngs(0), **sizes))
 
 
 def init_params(make: Callable[[], nnx.Module], shardings: Params | None = None) -> Params:

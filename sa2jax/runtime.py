@@ -1,4 +1,4 @@
-"""What every program that runs a model decides alike: dtype, compilation cache, buckets."""
+"""Run-time choices shared by every program: dtype, compilation cache, buckets."""
 
 import os
 from pathlib import Path

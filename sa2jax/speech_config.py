@@ -6,14 +6,15 @@ what is unknown, missing or out of range is an error.
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from sa2jax.audio.rates import SPEECH_SAMPLE_RATE
 from sa2jax.config import read_preset, require
 from sa2jax.errors import ConfigError
-from sa2jax.flow_yaml import read_flow_yaml, write_flow_yaml
+from sa2jax.files.sizes import from_nested
+from sa2jax.flow_yaml import flow_settings, read_flow_yaml, write_flow_yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,8 @@ class SpeechTokenizerConfig:
     head_dim: int = 64
 
     def __post_init__(self):
-        require(self.embed % self.head_dim == 0, "embed must be a multiple of head_dim", self)
+        fine = self.embed % self.head_dim == 0 and self.digits <= 12
+        require(fine, "embed must be a multiple of head_dim, digits at most 12", self)
 
     @property
     def heads(self) -> int:
@@ -210,10 +212,15 @@ class FlowConfig:
 
     def to_yaml(self) -> str:
         """The text of a `flow.yaml` that the official code reads."""
+        return write_flow_yaml(self._nested())
+
+    def to_official(self) -> dict[str, Any]:
+        """What the official classes are made with, by their names, nested as they are."""
+        return flow_settings(self._nested())
+
+    def _nested(self) -> dict[str, Any]:
         flow = asdict(self)
-        return write_flow_yaml(
-            flow | {"decoder": {"guidance": self.guidance, "estimator": flow["estimator"]}}
-        )
+        return flow | {"decoder": {"guidance": self.guidance, "estimator": flow["estimator"]}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -403,22 +410,7 @@ class Token2WavConfig:
         Raises:
             ConfigError: for an unknown or missing key.
         """
-        return _from_dict(cls, values, "token2wav")
-
-
-def _from_dict(kind: Any, values: Any, where: str) -> Any:
-    """A config and the configs inside it from nested dicts."""
-    known = {f.name: f for f in fields(kind)}
-    if not isinstance(values, Mapping) or set(values) != set(known):
-        odd = sorted(set(known) ^ set(values)) if isinstance(values, Mapping) else values
-        raise ConfigError(f"{where}: unknown or missing settings: {odd}")
-    made = {
-        name: _from_dict(f.type, values[name], f"{where}.{name}")
-        if is_dataclass(f.type)
-        else values[name]
-        for name, f in known.items()
-    }
-    return kind(**made)
+        return from_nested(cls, values, "token2wav")
 
 
 # Constructor arguments of the official vocoder -> ours.

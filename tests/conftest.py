@@ -1,6 +1,8 @@
+import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +20,7 @@ LARGE_GOLDEN = HERE.parent.parent / "shared" / "golden"
 
 
 # Whole folders that both version pairs run, see CONTRIBUTING.md, and that compile as users do.
-# What is damaged is refused before jax sees it.
-BOTH_PAIRS = ("parity", "convert")
+BOTH_PAIRS = ("parity",)
 OPTIMIZED = ("plan",)
 
 
@@ -27,7 +28,7 @@ OPTIMIZED = ("plan",)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         topic = item.path.relative_to(HERE).parts[0]
-        if topic in BOTH_PAIRS and not item.path.stem.endswith("_damage"):
+        if topic in BOTH_PAIRS:
             item.add_marker("both_pairs")
         if topic in OPTIMIZED:
             item.add_marker("optimized")
@@ -102,6 +103,18 @@ def run(capsys):
         except SystemExit as end:
             code = end.code
         return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def run_json(run):
+    """Runs a command that must end well, with `--json`; gives what it prints."""
+
+    def call(*arguments: object) -> Any:
+        code, out, err = run(*arguments, "--json")
+        assert code == 0, err
+        return json.loads(out)
 
     return call
 

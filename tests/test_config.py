@@ -149,18 +149,65 @@ def test_unknown_preset_names_the_known_ones():
 # --- what may be left out ---
 
 
-def test_optional_keys():
+def test_missing_keys_have_the_values_of_the_released_class():
     raw = MINI
-    for path in (
-        "text_config.max_position_embeddings",
-        "text_config.max_seq_len",
-        "audio_encoder_config.kernel_size",
-        "audio_encoder_config.adapter_stride",
-        "text_config.torch_dtype",
+    for section, key in (
+        ("text_config", "max_seq_len"),
+        ("text_config", "rms_norm_eps"),
+        ("text_config", "rope_theta"),
+        ("text_config", "rope_scaling"),
+        ("text_config", "num_key_value_heads"),
+        ("text_config", "torch_dtype"),
+        ("audio_encoder_config", "n_mels"),
+        ("audio_encoder_config", "n_audio_ctx"),
+        ("audio_encoder_config", "kernel_size"),
+        ("audio_encoder_config", "adapter_stride"),
     ):
-        raw = changed(raw, path, ...)
+        raw = changed(raw, f"{section}.{key}", ...)
+    assert StepAudio2Config.from_hf(raw) == StepAudio2Config.from_hf(MINI)
+    bare = {"architectures": ["StepAudio2ForCausalLM"], "text_config": {}}
+    cfg = StepAudio2Config.from_hf(bare | {"audio_encoder_config": {}})
+    assert cfg.decoder == DecoderConfig(
+        vocab=64012, layers=48, embed=4096, mlp=11008, heads=32, kv_heads=4, max_positions=8192
+    )
+    assert cfg.audio_encoder == AudioEncoderConfig(mels=128, layers=6, embed=512, heads=8)
+    assert StepAudio2Config.from_hf(cfg.to_hf()) == cfg
+    # A default that does not fit what is there is no silent one.
+    assert "llm_dim=4096 and hidden_size=3584" in refused(
+        changed(MINI, "audio_encoder_config.llm_dim", ...)
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("text_config.rope_scaling", {"rope_type": "default"}),
+        ("text_config.rope_scaling", {"type": "default", "rope_theta": 1e6}),
+        ("text_config.rope_parameters", {"rope_theta": 1e6}),
+        ("text_config.layer_types", ["full_attention"] * 28),
+        ("text_config.num_experts", None),
+        ("text_config._attn_implementation_autoset", True),
+        ("text_config.speed", 3),
+        ("audio_encoder_config.n_extra", 1),
+        ("audio_encoder_config.tie_word_embeddings", True),
+        ("tie_word_embeddings", True),  # of the class around: text_config tells
+        ("use_sliding_window", True),
+        ("vision_config", {}),
+    ],
+)
+def test_keys_that_change_nothing_are_kept(path, value):
+    raw = changed(MINI, path, value)
     cfg = StepAudio2Config.from_hf(raw)
     assert cfg == StepAudio2Config.from_hf(MINI)
+    assert cfg.to_hf() == raw
+
+
+def test_the_base_of_the_rotary_embedding_may_stand_in_rope_parameters():
+    raw = changed(MINI, "text_config.rope_theta", ...)
+    raw["text_config"]["rope_parameters"] = {"rope_theta": 5e5, "rope_type": "default"}
+    cfg = StepAudio2Config.from_hf(raw)
+    assert cfg.decoder.rope_theta == 5e5
+    assert StepAudio2Config.from_hf(cfg.to_hf()) == cfg
 
 
 def test_context_length_falls_back_to_max_seq_len():
@@ -200,28 +247,71 @@ def refused(raw) -> str:
     [
         ("architectures", ["Qwen2ForCausalLM"], "got ['Qwen2ForCausalLM']: this is another"),
         ("architectures", "LlamaForCausalLM", "LlamaForCausalLM"),
-        ("text_config.num_experts", 8, "text_config has unknown keys num_experts"),
-        ("audio_encoder_config.n_extra", 1, "audio_encoder_config has unknown keys n_extra"),
-        ("vision_config", {}, "config.json has unknown keys vision_config"),
-        ("text_config.vocab_size", ..., "text_config lacks vocab_size"),
-        ("text_config.rope_theta", ..., "text_config lacks rope_theta"),
-        ("audio_encoder_config.n_mels", ..., "audio_encoder_config lacks n_mels"),
+        ("text_config.num_experts", 8, "num_experts=8 is not supported (expected None)"),
+        ("text_config.layer_types", ["sliding_attention"], "layer_types=['sliding_attention']"),
+        ("text_config.layer_types", 28, "layer_types=28 is not supported"),
+        ("text_config.partial_rotary_factor", 0.5, "partial_rotary_factor=0.5 is not supported"),
+        ("text_config.pruned_heads", {"0": [1]}, "pruned_heads={'0': [1]} is not supported"),
+        ("quantization_config", {"quant_method": "fp8"}, "quantization_config={'quant_method': "),
+        ("audio_encoder_config.quantization_config", {}, "quantization_config={} is not supported"),
+        ("text_config.torch_dtype", {"a": 1}, "torch_dtype must be a name such as 'bfloat16'"),
         ("audio_encoder_config", ..., "expected an object under 'audio_encoder_config', got None"),
         ("audio_encoder_config", [1], "expected an object under 'audio_encoder_config', got [1]"),
         ("text_config", None, "expected an object under 'text_config', got None"),
         ("text_config.rope_scaling", {"type": "yarn"}, "rope_scaling={'type': 'yarn'} is not supp"),
+        (
+            "text_config.rope_scaling",
+            {"factor": 4.0},
+            "rope_scaling={'factor': 4.0} is not supported",
+        ),
+        ("text_config.rope_scaling", "linear", "rope_scaling='linear' is not supported"),
+        ("text_config.rope_scaling", {"rope_type": "default", "type": "yarn"}, "rope_scaling={"),
+        (
+            "text_config.rope_scaling",
+            {"rope_type": "default", "mrope_section": [16, 24, 24]},
+            "'mrope_section': [16, 24, 24]",
+        ),
+        (
+            "text_config.rope_parameters",
+            {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6},
+            "rope_parameters={'factor': 4.0, 'rope_theta': 1000000.0, 'rope_type': 'yarn'}",
+        ),
+        (
+            "text_config.rope_parameters",
+            {"rope_type": "default", "rope_theta": 1e4},
+            "rope_theta=1000000.0 and rope_parameters.rope_theta=10000.0 must be equal",
+        ),
+        (
+            "text_config.rope_parameters",
+            {"rope_type": "default", "rope_theta": "1e6"},
+            "rope_parameters.rope_theta must be a number above 0, got '1e6'",
+        ),
         ("text_config.tie_word_embeddings", True, "tie_word_embeddings=True is not supported"),
         ("text_config.hidden_act", "gelu", "hidden_act='gelu' is not supported (expected 'silu')"),
         ("text_config.use_sliding_window", True, "use_sliding_window=True is not supported"),
         ("text_config.attention_bias", False, "attention_bias=False is not supported"),
         ("text_config.num_attention_groups", 7, "num_attention_groups=7 and num_key_value_heads=4"),
         ("audio_encoder_config.llm_dim", 4096, "llm_dim=4096 and hidden_size=3584 must be equal"),
-        ("text_config.hidden_size", "3584", "hidden_size must be a whole number above 0, got '358"),
-        ("text_config.hidden_size", None, "hidden_size must be a whole number above 0, got None"),
+        (
+            "text_config.hidden_size",
+            "3584",
+            "hidden_size must be a whole number above 0, at most 16777216, got '358",
+        ),
+        (
+            "text_config.hidden_size",
+            None,
+            "hidden_size must be a whole number above 0, at most 16777216, got None",
+        ),
         ("text_config.num_hidden_layers", 28.0, "num_hidden_layers must be a whole number above 0"),
         ("text_config.num_hidden_layers", True, "num_hidden_layers must be a whole number above 0"),
         ("text_config.num_key_value_heads", 0, "num_key_value_heads must be a whole number above"),
-        ("text_config.vocab_size", -5, "vocab_size must be a whole number above 0, got -5"),
+        (
+            "text_config.vocab_size",
+            -5,
+            "vocab_size must be a whole number above 0, at most 16777216, got -5",
+        ),
+        ("text_config.num_hidden_layers", 10**9, "at most 16777216, got 1000000000"),
+        ("audio_encoder_config.n_audio_state", 10**30, "at most 16777216, got 1000000000"),
         ("text_config.rope_theta", 0, "rope_theta must be a number above 0, got 0"),
         ("text_config.rope_theta", float("inf"), "rope_theta must be a number above 0, got inf"),
         ("text_config.rms_norm_eps", float("nan"), "rms_norm_eps must be a number above 0, got n"),
@@ -245,19 +335,20 @@ def test_model_type_alone_is_enough_to_know_the_model():
 
 
 def test_all_problems_are_reported_together():
-    raw = changed(MINI, "text_config.vocab_size", ...)
+    raw = changed(MINI, "text_config.vocab_size", "all")
     raw["text_config"] |= {"rope_scaling": {"factor": 4}, "num_experts": 8, "hidden_size": -1}
-    raw["audio_encoder_config"] |= {"speed": 2, "n_mels": "many"}
-    del raw["audio_encoder_config"]["n_audio_layer"]
-    message = refused(raw)
+    raw["audio_encoder_config"] |= {"quantization_config": 2, "n_mels": "many"}
+    with pytest.raises(ConfigError) as caught:
+        StepAudio2Config.from_hf(raw)
+    assert len(str(caught.value)) <= 480  # of a longer message the beginning and the end are shown
+    (message,) = caught.value.args
     for part in (
-        "lacks vocab_size",
+        "vocab_size must be",
         "rope_scaling={'factor': 4}",
-        "keys num_experts",
-        "keys speed",
+        "num_experts=8",
+        "quantization_config=2",
         "hidden_size must be",
         "n_mels must be",
-        "lacks n_audio_layer",
         "llm_dim=3584 and hidden_size=-1",
     ):
         assert part in message
@@ -266,14 +357,14 @@ def test_all_problems_are_reported_together():
 def test_flat_form_is_checked_as_well():
     message = refused(changed(LARGE, "rope_scaling", {"factor": 4}) | {"num_experts": 8})
     assert "rope_scaling={'factor': 4}" in message
-    assert "unknown keys num_experts" in message
+    assert "num_experts=8" in message
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"architectures": [', "is not valid JSON"),
-        (b"\xff\xfe", "is not valid JSON"),
+        (b'{"architectures": [', "not valid JSON"),
+        (b"\xff\xfe", "not UTF-8 but UTF-16"),
         (b"[1, 2]", "expected a JSON object, got list"),
     ],
 )
@@ -286,7 +377,7 @@ def test_missing_file(tmp_path):
     assert "expected a Step-Audio 2 folder" in refused(tmp_path)
     assert "expected a Step-Audio 2 folder" in refused(tmp_path / "nowhere")
     (tmp_path / "config.json").mkdir()
-    assert "cannot be read" in refused(tmp_path)
+    assert "expected a file, got a folder" in refused(tmp_path)
 
 
 @pytest.mark.parametrize(

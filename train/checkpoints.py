@@ -1,11 +1,15 @@
-"""States on disk, written beside training: what was learnt, the optimizer, and where the data is.
+"""Asynchronous training checkpoints: parameters, optimizer state and position in the data.
 
 Frozen parameters are not written: they are those of the model that the run began with. A checkpoint
 gets its name when it is complete; what a killed run left half-written is removed.
 """
 
 import json
-from collections.abc import Mapping
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +40,11 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, keep_period=keep_every, cleanup_tmp_directories=True
         )
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_is_no_echo)
+        self._hooks = sys.unraisablehook, sys.excepthook
+        sys.unraisablehook = partial(_report_unraisable, sys.unraisablehook)
+        sys.excepthook = partial(_report_uncaught, sys.excepthook)
         with disk_errors(self.folder):
             self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -128,6 +137,35 @@ class Checkpoints:
         with disk_errors(self.folder):
             self._manager.wait_until_finished()
             self._manager.close()
+        sys.unraisablehook, sys.excepthook = self._hooks
+
+    def abandon(self) -> None:
+        """The same after an error: another one says less than that."""
+        hooks = sys.unraisablehook, sys.excepthook
+        with suppress(Exception):
+            self.close()
+        # Threads of what was given up may report until Python ends.
+        sys.unraisablehook, sys.excepthook = hooks
+
+
+def _is_no_echo(record: logging.LogRecord) -> bool:
+    """Leave out what Orbax's threads say of errors: its next call raises them."""
+    if record.name == "asyncio":  # a write whose task was given up, as another had failed
+        error = record.exc_info[1] if record.exc_info else None
+        return not (isinstance(error, OSError) or "orbax-checkpoint" in str(error))
+    return "orbax" not in record.pathname
+
+
+def _report_unraisable(hook: Callable[[Any], Any], what: Any) -> None:
+    """Leave out what writes say that were given up, as one of them had failed."""
+    if "Event loop is closed" not in str(what.exc_value):
+        hook(what)
+
+
+def _report_uncaught(hook: Callable[..., Any], kind: Any, error: Any, trace: Any) -> None:
+    """The same of what native code prints."""
+    if "Event loop is closed" not in str(error):
+        hook(kind, error, trace)
 
 
 def _saved_tree(optimizer: Optimizer, state: TrainState) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Dry runs: parameters and memory of each device, of any kind of training.
+"""Dry runs: trainable parameters and memory per device, of any kind of training.
 
 Each kind has a `dry_run` of its own beside its task, which compiles its step for shapes alone and
 makes a `DryRun` of what `parameter_groups` and `memory_per_device` find.

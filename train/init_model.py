@@ -1,4 +1,4 @@
-"""A model of random numbers, whole: where training from nothing begins.
+"""Create a randomly initialised model folder, the start of training from scratch.
 
     init_model("nano", "runs/nano/begin", texts=["corpus/talks"], seed=0)
 
@@ -6,7 +6,6 @@ Sizes come from `configs/models` and `configs/token2wav`; the tokenizer's merges
 texts of data files, as many as the vocabulary has room for.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,10 +13,13 @@ from tempfile import TemporaryDirectory
 from sa2jax import atomic_io
 from sa2jax.chat.tokenizer_files import BYTES, SPECIAL, describe, learn_merges, save_files
 from sa2jax.config import StepAudio2Config
-from sa2jax.errors import DataError, TrainError
+from sa2jax.errors import DataError, FileError, TrainError, reason_of
+from sa2jax.files.json_files import parse_json
+from sa2jax.files.raw import read_jsonl_lines
 from sa2jax.nn import Params
 from sa2jax.speech.layout import KIND as SPEECH
 from sa2jax.speech_config import Token2WavConfig
+from sa2jax.train.data.row_forms import RecordError, standard_row
 from sa2jax.train.data.samples import jsonl_files
 from sa2jax.train.language.model_io import open_base_model
 from sa2jax.train.language.recipe import ModelSpec
@@ -69,7 +71,7 @@ def init_model(
         words = learn_merges(_texts(texts), merges)
         save_files(scratch, describe(codes, merges=words))
         base = open_base_model(ModelSpec(preset=preset, tokenizer=scratch))
-        with atomic_io.new_folder(out, overwrite=overwrite) as folder:
+        with atomic_io.new_folder(out, overwrite=overwrite, sources=texts) as folder:
             params = base.load_params(None, seed)
             encoder = init_audio_encoder(cfg.audio_encoder, seed=seed)["model"]
             base.write_into(folder, params | {"audio_encoder": encoder})
@@ -92,12 +94,14 @@ def init_networks(cfg: Token2WavConfig, seed: int) -> dict[str, Params]:
 def _texts(sources: Sequence[str | Path]) -> Iterator[str]:
     """What all turns of data files say."""
     for path in (file for source in sources for file in jsonl_files(Path(source))):
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in read_jsonl_lines(path):
             try:
-                record = json.loads(line)
-                for message in record["messages"]:
+                for message in standard_row(parse_json(line, dict)).messages:
                     yield str(message["role"]) + "\n" + str(message.get("content") or "")
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except RecordError as error:
+                raise DataError(f"{path}:{number}: {error}") from None
+            except (FileError, ValueError, KeyError, TypeError, AttributeError) as error:
+                got = f"{type(error).__name__}: {reason_of(error)}"
                 raise DataError(
-                    f"{path}:{number}: expected a record with messages, got {error!r}"
+                    f"{path}:{number}: expected a record with messages, got {got}"
                 ) from None

@@ -1,4 +1,4 @@
-"""Kinds of training: what the `kind` of a recipe may name, and how each is run.
+"""Kinds of training: the table of what a recipe's `kind` may name, and how each is run.
 
     kind = find_kind("flow", "own.yaml")
     recipe = build_config(kind.recipe, values, "own.yaml")

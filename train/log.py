@@ -1,8 +1,9 @@
-"""What a run tells: lines on the screen, metrics.jsonl, TensorBoard, and curves at the end."""
+"""Training logs: console, metrics.jsonl, TensorBoard, curves."""
 
 import json
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -12,13 +13,16 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sa2jax.atomic_io import disk_errors
+from sa2jax.atomic_io import disk_errors, new_file, write_text
 from sa2jax.audio.rates import MEL_RATE
 from sa2jax.chips import CHIPS
 from sa2jax.config import StepAudio2Config
-from sa2jax.errors import TrainError
+from sa2jax.errors import CheckpointError, FileError, TrainError
+from sa2jax.files.json_files import parse_json
+from sa2jax.files.raw import read_jsonl_lines
 
 METRICS, CURVES = "metrics.jsonl", "loss.png"
+BOARD_SECONDS = 30.0
 # How devices call themselves, and their names here.
 DEVICE_KINDS = {
     "TPU v4": "v4",
@@ -65,7 +69,7 @@ class TrainingLog:
     """
 
     def __init__(self, folder: Path, *, steps: int, start: int = 0, quiet: bool = False):
-        self._mine = jax.process_index() == 0
+        self._mine, self._folder = jax.process_index() == 0, folder
         self._file = None
         self._board: Any = None
         console = Console(stderr=True)
@@ -86,13 +90,11 @@ class TrainingLog:
         path = folder / METRICS
         with disk_errors(path):
             kept = [line for line in read_metrics(path) if line["step"] <= start]
-            self._file = path.open("w", encoding="utf-8")
-            self._file.writelines(json.dumps(line) + "\n" for line in kept)
-            self._file.flush()
+            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+            self._file = path.open("a", encoding="utf-8")
         if find_spec("tensorboardX") is not None:
-            from tensorboardX import SummaryWriter
-
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+            with disk_errors(folder / "tensorboard"):
+                self._board = _TensorBoard(folder / "tensorboard", first_step=start + 1)
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -105,10 +107,10 @@ class TrainingLog:
         trace: TracebackType | None,
     ) -> None:
         self._progress.stop()
-        if self._file is not None:
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for each in (self._file, self._board):
+            if each is not None:  # what failed before fails again, which need not be said
+                with disk_errors(self._folder) if error is None else suppress(OSError):
+                    each.close()
 
     def print(self, text: str) -> None:
         """A line on the screen."""
@@ -124,16 +126,53 @@ class TrainingLog:
         if self._file is None:
             return
         values = {name: values[name] for name in (*CONSOLE_METRICS, *values) if name in values}
-        with disk_errors(Path(self._file.name)):
+        path = self._folder / METRICS
+        with disk_errors(path):
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+            if self._board is not None:
+                self._board.write(step, values)
+        if not path.exists():
+            raise CheckpointError(f"{path} was removed while the run wrote it: begin the run again")
         shown = "  ".join(
             f"{name} {_format(value)}" for name, value in values.items() if name in CONSOLE_METRICS
         )
         self.print(f"step {step}/{self.steps}  {shown}")
+
+
+class _TensorBoard:
+    """Metrics as TensorBoard reads them, without the thread that would fail unheard.
+
+    Args:
+        folder: made if need be.
+        first_step: what there is of this step and later ones is forgotten.
+    """
+
+    def __init__(self, folder: Path, *, first_step: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer, self._flushed = EventsWriter(str(folder / "events")), 0.0
+        self._add(first_step, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Add the metrics of a step; they may stay in memory for half a minute."""
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        self._add(step, summary=Summary(value=scalars))
+        if time.monotonic() - self._flushed > BOARD_SECONDS:
+            self._writer.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _add(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._writer.write_event(Event(wall_time=time.time(), step=step, **content))
 
 
 class RunCounts(NamedTuple):
@@ -239,13 +278,12 @@ def peak_flops() -> float:
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last one cut by a kill does not count."""
     path = Path(path)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     found = []
-    for line in lines:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            break
+    try:
+        for _, line in read_jsonl_lines(path) if path.is_file() else ():
+            found.append(parse_json(line, dict, finite=False))
+    except FileError:
+        pass
     return found
 
 
@@ -287,8 +325,8 @@ def plot_curves(folder: str | Path) -> Path:
         axis.grid(alpha=0.3)
         if len(names) > 1:
             axis.legend(fontsize="small")
-    with disk_errors(folder / CURVES):
-        figure.savefig(folder / CURVES, dpi=110)
+    with disk_errors(folder / CURVES), new_file(folder / CURVES) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
     pyplot.close(figure)
     return folder / CURVES
 

@@ -1,4 +1,4 @@
-"""The loop of a training run: update, log, evaluate, checkpoint, stop, and go on.
+"""The training loop: update, log, evaluate, checkpoint, stop, resume.
 
 What is trained is a `TrainingTask`: the language model's is made in `language/task.py`, a single
 network's in `networks/task.py`. A run's folder has
@@ -13,8 +13,8 @@ network's in `networks/task.py`. A run's folder has
 import json
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,14 +25,16 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from sa2jax.atomic_io import disk_errors
-from sa2jax.errors import Sa2jaxError, TrainError
+from sa2jax.atomic_io import disk_errors, keep_sources, write_text
+from sa2jax.errors import FileError, Sa2jaxError, TrainError
+from sa2jax.files.json_files import read_json
+from sa2jax.locks import LOCK, exclusive
 from sa2jax.nn import Params
 from sa2jax.sharding import batch_axis_size, default_axis, make_mesh
 from sa2jax.train.checkpoints import Checkpoints
 from sa2jax.train.log import Meter, RunCounts, TrainingLog, plot_curves
 from sa2jax.train.optimizer import Optimizer
-from sa2jax.train.recipe import Intervals, differences
+from sa2jax.train.recipe import Intervals, differences, moves
 from sa2jax.train.state import TrainState
 
 RUN, CHECKPOINTS, REJECTS = "run.json", "checkpoints", "rejects.jsonl"
@@ -84,6 +86,7 @@ class TrainingTask:
         evaluate: metrics of a state on data that is not learnt from, if there is such data.
         write_results: writes the results into the run's folder; gives their paths by name.
         meter: how fast it is.
+        sources: folders that are read, which the run's own may not overlap.
     """
 
     title: str
@@ -100,6 +103,7 @@ class TrainingTask:
     evaluate: Callable[[TrainState], dict[str, float]] | None = None
     write_results: Callable[[TrainState, Path, TrainingLog], dict[str, Path]]
     meter: Meter
+    sources: Sequence[str | Path] = ()
 
 
 @dataclass(frozen=True)
@@ -147,16 +151,36 @@ def run_training(
         fresh: forget checkpoints that are there.
         profile: steps to record for a profiler, in `out`/profile, once all is compiled.
         quiet: show nothing.
-        on_step: told about each step that was done.
+        on_step: called with the number of each finished step.
 
     Raises:
         DataError: if too much of the data cannot be used.
         TrainError: if the folder holds another run, or checkpoints do not fit.
-        CheckpointError: if something cannot be read or written.
+        CheckpointError: if something cannot be read or written, or another run writes there.
     """
+    out = Path(out)
+    with ExitStack() as held:
+        saved = _open_checkpoints(task, intervals, out, fresh, held)
+        try:
+            return _train(task, intervals, out, saved, steps, profile, quiet, on_step)
+        except Exception:
+            saved.abandon()
+            raise
+
+
+def _train(
+    task: TrainingTask,
+    intervals: Intervals,
+    out: Path,
+    saved: Checkpoints,
+    steps: int,
+    profile: int,
+    quiet: bool,
+    on_step: Callable[[int], None] | None,
+) -> TrainResult:
+    """`run_training` in a folder that is the run's."""
     # --- begin, or go on ----------------------------------------------------------------------
-    out, data = Path(out), task.data
-    saved = _open_checkpoints(task.metadata, intervals, out, fresh)
+    data = task.data
     done = saved.latest() or 0
     params = task.load_params()
     if done:
@@ -283,13 +307,14 @@ def gather_to_host(tree: Any) -> Any:
 
 
 def _open_checkpoints(
-    metadata: Mapping[str, Any], intervals: Intervals, out: Path, fresh: bool
+    task: TrainingTask, intervals: Intervals, out: Path, fresh: bool, held: ExitStack
 ) -> Checkpoints:
-    """The checkpoints of this run; those of another one are refused."""
+    """The checkpoints of this run; those of another one are refused. `held` keeps others away."""
     problem = None
     if jax.process_index() == 0:  # the others must not see the folder half made
         try:
-            _claim_run_folder(out, metadata, fresh)
+            keep_sources(out, task.sources)
+            _claim_run_folder(out, task.metadata, fresh, held)
         except Sa2jaxError as error:
             problem = error
     if jax.process_count() > 1:
@@ -301,34 +326,39 @@ def _open_checkpoints(
     return Checkpoints(out / CHECKPOINTS, keep=intervals.keep, keep_every=intervals.keep_every)
 
 
-def _claim_run_folder(out: Path, metadata: Mapping[str, Any], fresh: bool) -> None:
-    """Make a run's folder, or see that it is this run's."""
+def _claim_run_folder(out: Path, metadata: Mapping[str, Any], fresh: bool, held: ExitStack) -> None:
+    """Make a run's folder, or see that it is this run's and no other one writes there."""
     path, states = out / RUN, out / CHECKPOINTS
-    if out.is_dir() and any(out.iterdir()) and not (path.is_file() or (out / REJECTS).is_file()):
+    known = path.is_file() or (out / REJECTS).is_file()
+    if out.is_dir() and not known and any(not e.name.startswith(LOCK) for e in out.iterdir()):
         raise TrainError(f"{out} holds something else than a training run: choose another --out")
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
+        held.enter_context(exclusive(out / LOCK, out))
+        if fresh and states.is_symlink():
+            raise TrainError(f"{states} is a link, --fresh does not follow it: remove it")
         if fresh:
             shutil.rmtree(states, ignore_errors=True)
     if states.is_dir() and any(step.name.isdigit() for step in states.iterdir()):
         _require_same_run(path, metadata)
     with disk_errors(path):
-        path.write_text(json.dumps(metadata, indent=2, ensure_ascii=False), encoding="utf-8")
+        write_text(path, json.dumps(metadata, indent=2, ensure_ascii=False))
 
 
 def _require_same_run(path: Path, metadata: Mapping[str, Any]) -> None:
-    """Refuse to go on with other data, another model or other numbers."""
+    """Refuse to go on with other data, another model or other numbers, wherever they lie."""
     try:
-        was = json.loads(path.read_text(encoding="utf-8"))
-        found = differences(was["recipe"], metadata["recipe"])
-    except (OSError, ValueError, KeyError, TypeError):
+        was, recipe = read_json(path, dict), metadata["recipe"]
+        found = differences(was["recipe"], recipe)
+        moved = {what: moves(was["recipe"], recipe, what) for what in ("model", "data")}
+    except (FileError, ValueError, KeyError, TypeError, AttributeError):
         raise TrainError(
             f"{path} is damaged: --fresh begins anew and forgets the checkpoints"
         ) from None
     if was.get("model") != metadata["model"]:
-        found.append("the model that it began with")
+        found.append(f"the model that it began with{moved['model']}")
     if was.get("data") != metadata["data"] and not found:
-        found.append("the contents of the data or the tokenizer")
+        found.append(f"the contents of the data or the tokenizer{moved['data']}")
     if found:
         raise TrainError(
             f"{path.parent} has checkpoints of another run, which differs in: {'; '.join(found)}. "
@@ -392,8 +422,11 @@ def any_host(value: bool) -> bool:
 @contextmanager
 def _profiled(out: Path, steps: int, now: int) -> Iterator[None]:
     """Record `steps` steps once the first ones are done."""
+    folder = out / "profile"
     if steps and now == PROFILE_WARMUP_STEPS + 1:
-        jax.profiler.start_trace(str(out / "profile"))
+        with disk_errors(folder):
+            jax.profiler.start_trace(str(folder))
     yield
     if steps and now == PROFILE_WARMUP_STEPS + steps:
-        jax.profiler.stop_trace()
+        with disk_errors(folder):
+            jax.profiler.stop_trace()

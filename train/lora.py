@@ -1,4 +1,4 @@
-"""Low-rank adaptation: a few small matrices are trained, the base stays as it is.
+"""Low-rank adaptation (LoRA): a few small matrices are trained, the base is frozen.
 
 Source: Hu et al. 2021 (arXiv 2106.09685): `y = (kernel + alpha/rank · b a) x`. A base of int8 makes
 it QLoRA (arXiv 2305.14314) with this library's int8 in place of NF4.

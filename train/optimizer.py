@@ -1,4 +1,4 @@
-"""Which parameters are trained, how fast, and how a gradient becomes an update: AdamW, by optax.
+"""Optimizer: AdamW by optax, learning rates per parameter group, gradient clipping.
 
 Parts are named by regular expressions that match the beginning of a parameter's dotted name:
 
@@ -82,7 +82,7 @@ class Optimizer:
         """Trained and frozen leaves of parameters, or of any tree like them.
 
         Raises:
-            TrainError: if nothing is trained, or if whole numbers would be.
+            TrainError: if nothing is trained, or if integers would be.
         """
         trained, frozen = partition(params, self.is_trained)
         if not trained:
@@ -149,7 +149,7 @@ def make_optimizer(config: OptimizerConfig) -> Optimizer:
 
 
 def apply_updates(params: Params, updates: Params, step: Int[Array, ""]) -> Params:
-    """Parameters plus updates; bfloat16 is rounded up or down by chance.
+    """Parameters plus updates, with stochastic rounding to bfloat16.
 
     The nearest bfloat16 to a sum is the parameter itself if the update is less than about 1/256 of
     it, as nearly all are at usual rates: nothing would be learnt. By chance a sum comes out right

@@ -1,4 +1,4 @@
-"""Recipes: everything that a training run depends on, in one YAML file.
+"""Recipes: the complete configuration of a training run, in one YAML file.
 
     values = read_recipe_values("smoke")  # from configs/recipes, or a file
 
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import dacite
-import yaml
 
-from sa2jax.errors import ConfigError
+from sa2jax.errors import ConfigError, FileError
+from sa2jax.files.yaml_files import parse_yaml, read_yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,11 @@ class Intervals:
 # What may change when a run goes on: nothing that its numbers depend on.
 RESUMABLE_KEYS = ("mesh", "unroll", "intervals", "evaluate", "model.save_dtype", "data.max_rejects")
 
+# Where things lie, by what they make: their contents count, see `loop.TrainingTask.metadata`.
+LOCATION_KEYS = {
+    "model": ("model.folder", "network.folder"),
+    "data": ("data.sources", "data.folder", "model.tokenizer"),
+}
 
 DEFAULT_KIND = "language"  # what a recipe trains that names no kind
 
@@ -91,9 +96,9 @@ def _read_extended(source: str | Path, before: tuple[str, ...]) -> dict[str, Any
         if not path.is_file():
             raise ConfigError(f"no such file: {path}")
     try:
-        values = yaml.safe_load(item.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{source} is no YAML: {' '.join(str(error).split())}") from None
+        values = read_yaml(path) if item is path else parse_yaml(item.read_text(encoding="utf-8"))
+    except FileError as error:
+        raise ConfigError(f"{source} is no YAML: {error.reason}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{source}: expected `key: value` lines, got {type(values).__name__}")
     other = values.pop("extends", None)
@@ -148,9 +153,9 @@ def parse_overrides(words: tuple[str, ...]) -> dict[str, Any]:
                 f"--set {word}: expected key=value, such as optimizer.learning_rate=1e-5"
             )
         try:
-            changes[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ConfigError(f"--set {word}: the value is no YAML") from None
+            changes[key] = parse_yaml(value)
+        except FileError as error:
+            raise ConfigError(f"--set {word}: the value is no YAML: {error.reason}") from None
     return changes
 
 
@@ -192,18 +197,46 @@ def require_known_keys(kind: type, values: Any, where: str, prefix: str = "") ->
 
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Where two nested dicts differ, as `key: was → now`; `RESUMABLE_KEYS` do not count."""
+    """Where two nested dicts differ, as `key: was → now`.
+
+    `RESUMABLE_KEYS` and `LOCATION_KEYS` do not count; of sources, their weights do.
+    """
+    locations = [key for keys in LOCATION_KEYS.values() for key in keys]
     found = []
     for key in sorted({*was, *now}, key=str):
         name = f"{prefix}{key}"
-        if name in RESUMABLE_KEYS:
-            continue
         old, new = was.get(key), now.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
+        mappings = isinstance(old, Mapping) and isinstance(new, Mapping)
+        if name == "data.sources" and mappings:
+            before, after = [*old.values()], [*new.values()]
+            if before != after:
+                found.append(f"the weights in {name}: {_short(before)} → {_short(after)}")
+        elif name in RESUMABLE_KEYS or name in locations:
+            continue
+        elif mappings:
             found += differences(old, new, f"{name}.")
         elif old != new:
-            found.append(f"{name}: {old} → {new}")
+            found.append(f"{name}: {_short(old)} → {_short(new)}")
     return found
+
+
+def moves(was: Mapping[str, Any], now: Mapping[str, Any], what: str) -> str:
+    """Which `LOCATION_KEYS` of a recipe differ, in brackets; "" for none."""
+    found = []
+    for name in LOCATION_KEYS[what]:
+        section, _, key = name.partition(".")
+        old, new = ((recipe.get(section) or {}).get(key) for recipe in (was, now))
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            old, new = [[*side] for side in (old, new)]
+        if old != new:
+            found.append(f"{name}: {_short(old)} → {_short(new)}")
+    return f" ({'; '.join(found)})" if found else ""
+
+
+def _short(value: Any) -> str:
+    """The end of a long value: of paths it tells more than the beginning."""
+    text = str(value)
+    return text if len(text) <= 80 else f"…{text[-79:]}"
 
 
 def _as_float(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Several commands as one: everything from the first recording to the last checkpoint.
+"""Stages: several commands run as one, from the first recording to the last checkpoint.
 
 A recipe of the kind `stages` names commands of `sa2jax` in their order:
 
@@ -18,12 +18,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sa2jax.atomic_io import disk_errors
-from sa2jax.errors import ConfigError, TrainError
+from sa2jax.atomic_io import disk_errors, write_text
+from sa2jax.errors import ConfigError, FileError, TrainError
+from sa2jax.files.json_files import read_json
+from sa2jax.locks import LOCK, exclusive
 
 DONE = "stages.json"
 INTERRUPTED = 130
@@ -95,25 +98,34 @@ def run_stages(
         recipe: which.
         out: folder of all that they make.
         fresh: forget what is done.
-        say: told about each stage; by default prints to stderr.
+        say: called with a line about each stage; by default prints to stderr.
 
     Raises:
         TrainError: if a stage fails, or was done with another command.
         CheckpointError: if `out` cannot be written.
     """
     out = Path(out)
-    with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        with disk_errors(out):
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(exclusive(out / LOCK, out))
+        return _run_stages(recipe, out, fresh, say)
+
+
+def _run_stages(
+    recipe: StagesRecipe, out: Path, fresh: bool, say: Callable[[str], None]
+) -> StagesResult:
     done = {} if fresh else _read_done(out / DONE)
     for number, (name, command) in enumerate(recipe.stages.items(), 1):
         words = shlex.split(command)
         words = [word.format(out=out, seed=recipe.seed) for word in words]
         line, title = shlex.join(words), f"stage {number} of {len(recipe.stages)}, {name}"
+        same = command.format(out="{out}", seed=recipe.seed)  # wherever the folder lies now
         if name in done:
-            if done[name]["command"] != line:
+            if done[name]["command"] != same:
                 raise TrainError(
                     f"{title} was done as `sa2jax {done[name]['command']}`, now it is `sa2jax "
-                    f"{line}`: take another --out, or begin anew with --fresh"
+                    f"{same}`: take another --out, or begin anew with --fresh"
                 )
             continue
         say(f"{title}: sa2jax {line}")
@@ -123,9 +135,9 @@ def run_stages(
             return StagesResult(_seconds(done), False)
         if code:
             raise TrainError(f"{title} failed (exit code {code}); the same command tries it again")
-        done[name] = {"command": line, "seconds": round(time.monotonic() - started, 1)}
+        done[name] = {"command": same, "seconds": round(time.monotonic() - started, 1)}
         with disk_errors(out / DONE):
-            (out / DONE).write_text(json.dumps(done, indent=2) + "\n", encoding="utf-8")
+            write_text(out / DONE, json.dumps(done, indent=2) + "\n")
         say(f"{title}: {done[name]['seconds']:.0f} s")
     return StagesResult(_seconds(done), True)
 
@@ -144,10 +156,10 @@ def _read_done(path: Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path, dict)
         for stage in found.values():
-            stage["command"], stage["seconds"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            stage["command"], float(stage["seconds"])
+    except (FileError, ValueError, KeyError, TypeError):
         raise TrainError(f"{path} is damaged: --fresh does all stages again") from None
     return found
 

@@ -1,4 +1,4 @@
-"""What training carries from step to step, on a mesh, and a compiled step of it.
+"""Train state on a mesh, and a compiled training step.
 
     state = init_state(model, optimizer, mesh, params)
     state, report = step(state, batch)  # the old state is used up

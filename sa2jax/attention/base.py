@@ -1,4 +1,4 @@
-"""What attention's back ends share: which keys a query may look at, axes by name, what one is."""
+"""What attention's back ends share: masks, logical axes, and their protocol."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A TPU kernel for decoding: one query a row over the slots of a cache that are filled."""
+"""Pallas TPU kernel of decode attention: one query a row over the filled slots of a cache."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Splash attention: a TPU's causal attention that never holds its scores, with gradients."""
+"""Splash attention: causal attention on TPU that never materialises its scores, with gradients."""
 
 from functools import partial
 from typing import Any

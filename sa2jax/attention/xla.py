@@ -1,4 +1,4 @@
-"""Attention as XLA does it on every platform, and cuDNN's."""
+"""Attention by XLA, on every platform, and by cuDNN."""
 
 import jax
 import jax.numpy as jnp

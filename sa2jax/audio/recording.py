@@ -6,10 +6,11 @@ from typing import Self
 import numpy as np
 from jaxtyping import Float32
 
-from sa2jax.audio import io
+from sa2jax.audio import io, vad
 from sa2jax.audio.chunks import split_chunks
 from sa2jax.audio.features import log_mel
 from sa2jax.audio.rates import SAMPLE_RATE
+from sa2jax.audio.reader import Audio, AudioSource, join
 from sa2jax.errors import AudioError
 
 
@@ -19,12 +20,14 @@ class Recording:
 
     Attributes:
         samples: 16 kHz mono, a read-only copy of what is given.
+        notes: what the user should know of it, such as that nothing can be heard.
 
     Raises:
         AudioError: if these are no samples.
     """
 
     samples: Float32[np.ndarray, "N"]
+    notes: tuple[str, ...] = ()
     _mels: dict[int, tuple[np.ndarray, ...]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
@@ -40,18 +43,26 @@ class Recording:
         object.__setattr__(self, "samples", samples)
 
     @classmethod
-    def from_source(cls, source: io.Audio) -> Self:
+    def from_source(cls, source: Audio | AudioSource) -> Self:
         """Read a recording of any rate and channels, as `audio.load_audio` does.
 
         Raises:
             AudioError: if it cannot be read.
         """
-        return cls(io.load_audio(source))
+        with io.open_mono(source) as (reader, blocks):
+            samples = join(blocks, reader.name)[0]
+        silent = () if vad.has_sound(samples) else (vad.no_speech_note(len(samples) / SAMPLE_RATE),)
+        return cls(samples, (*reader.notes, *silent))
 
     @property
     def seconds(self) -> float:
         """Its length."""
         return len(self.samples) / SAMPLE_RATE
+
+    @property
+    def has_sound(self) -> bool:
+        """Whether there is enough sound in it for a word."""
+        return vad.has_sound(self.samples)
 
     def mels(self, n_mels: int) -> list[Float32[np.ndarray, "M frames"]]:
         """Log-mel frames of each 25 s of it; computed once and kept, read-only."""
@@ -67,10 +78,13 @@ class Recording:
         """Parts of at most so many samples, in order: views that are not checked again."""
         if len(self.samples) <= max_samples:
             return [self]
-        parts = []
-        for samples in split_chunks(self.samples, max_samples):
-            part = object.__new__(type(self))
-            object.__setattr__(part, "samples", samples)
-            object.__setattr__(part, "_mels", {})
-            parts.append(part)
-        return parts
+        return [self.part(samples) for samples in split_chunks(self.samples, max_samples)]
+
+    @classmethod
+    def part(cls, samples: Float32[np.ndarray, "N"]) -> Self:
+        """A recording of samples that were checked before."""
+        part = object.__new__(cls)
+        object.__setattr__(part, "samples", samples)
+        object.__setattr__(part, "notes", ())
+        object.__setattr__(part, "_mels", {})
+        return part

@@ -15,10 +15,29 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
+from sa2jax.speech_config import Token2WavConfig
+
 OURS, REFERENCE = "ours", "reference"
 TURN = 48  # tokens of a conversation's next question
 
 Times = dict[tuple[str, str], list[float]]  # side and part -> seconds, one for each round
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeechWork:
+    """What both sides of the benchmark of speech are given to do.
+
+    Attributes:
+        cfg: sizes.
+        codes: codes of the recording, and of the reply.
+        prompt: codes of the voice that streams speak with.
+        chunk: codes of a chunk.
+    """
+
+    cfg: Token2WavConfig
+    codes: int
+    prompt: int
+    chunk: int
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,7 @@ class Ours:
 
     def encode(self) -> None:
         """One clip through encoder and adapter."""
-        jax.block_until_ready(self.engine.encode_audio([self.mel])[0])
+        jax.block_until_ready(self.engine.encode_audio([self.mel])[0][0])
 
     def prefill(self) -> None:
         """One prompt; the state it leaves is what `decode` goes on from."""

@@ -24,19 +24,7 @@ class Reference:
         torch.manual_seed(0)
         kind = getattr(torch, dtype)
         d, e = cfg.decoder, cfg.audio_encoder
-        qwen2 = Qwen2Config(
-            vocab_size=d.vocab,
-            hidden_size=d.embed,
-            intermediate_size=d.mlp,
-            num_hidden_layers=d.layers,
-            num_attention_heads=d.heads,
-            num_key_value_heads=d.kv_heads,
-            max_position_embeddings=d.max_positions,
-            rms_norm_eps=d.norm_eps,
-            rope_theta=d.rope_theta,
-            tie_word_embeddings=False,
-            attn_implementation="sdpa",
-        )
+        qwen2 = Qwen2Config(**d.to_hf(), tie_word_embeddings=False, attn_implementation="sdpa")
         frames = int(audio.num_frames(int(seconds * audio.SAMPLE_RATE))) // 2 * 2
         whisper = Qwen2AudioEncoderConfig(
             num_mel_bins=e.mels,

@@ -19,6 +19,7 @@ from sa2jax.bench.common import (
     REFERENCE,
     Bench,
     Row,
+    SpeechWork,
     Times,
     machine,
     row,
@@ -79,10 +80,11 @@ def bench_speech(
         )
     enable_compilation_cache()
     cfg = Token2WavConfig.released() if cfg is None else cfg
-    work = cfg, round(seconds * CODE_RATE), round(prompt_seconds * CODE_RATE), chunk
-    ours = Ours(*work, dtype, None if mesh is None else make_mesh(mesh))
+    codes, prompt = round(seconds * CODE_RATE), round(prompt_seconds * CODE_RATE)
+    work = SpeechWork(cfg=cfg, codes=codes, prompt=prompt, chunk=chunk)
+    ours = Ours(work, dtype, None if mesh is None else make_mesh(mesh))
     sides = {OURS: ours.whole_parts() | stream_parts(ours, streams)}
-    theirs = _reference(*work) if reference else None
+    theirs = _reference(work) if reference else None
     if theirs is not None:
         sides[REFERENCE] = theirs.whole_parts() | stream_parts(theirs, streams)
     times = take_turns(sides, repeats, progress)
@@ -94,23 +96,13 @@ class Ours:
     """This library with random weights.
 
     Args:
-        cfg: sizes.
-        codes: codes of the recording, and of the reply.
-        prompt: codes of the voice that streams speak with.
-        chunk: codes of a chunk.
+        work: sizes and lengths.
         dtype: of the flow.
         mesh: devices to deal streams out to.
     """
 
-    def __init__(
-        self,
-        cfg: Token2WavConfig,
-        codes: int,
-        prompt: int,
-        chunk: int,
-        dtype: str,
-        mesh: Mesh | None = None,
-    ):
+    def __init__(self, work: SpeechWork, dtype: str, mesh: Mesh | None = None):
+        cfg, codes = work.cfg, work.codes
         params = {
             "flow": random_params(flow_model(cfg.flow).abstract),
             "vocoder": random_params(vocoder(cfg.vocoder).abstract),
@@ -119,10 +111,10 @@ class Ours:
         }
         self.speak = Token2Wav(cfg, params, dtype=dtype, mesh=mesh)
         self.analyzer = VoiceAnalyzer(cfg, params, analysis_hash="")
-        self.rng, self.cfg, self.chunk, self.seed = np.random.default_rng(0), cfg, chunk, 0
+        self.rng, self.cfg, self.chunk, self.seed = np.random.default_rng(0), cfg, work.chunk, 0
         self.clip = self._normal(codes * audio.SAMPLE_RATE // CODE_RATE) / 10
         self.codes = self._codes(codes)
-        self.voice, self.prompt = self._voice(codes), self._voice(prompt)
+        self.voice, self.prompt = self._voice(codes), self._voice(work.prompt)
         flow, vocode = self.speak.flow, self.speak.vocoder
         self._mel = jax.jit(lambda params, prompt, codes: flow.bind(params)(prompt, codes))
         self._wave = jax.jit(lambda params, mel: vocode.bind(params)(mel)[0])
@@ -256,9 +248,9 @@ def stream_rows(times: Times, streams: Sequence[int], chunk: int) -> list[Row]:
     return rows
 
 
-def _reference(*work: Any) -> Any:
+def _reference(work: SpeechWork) -> Any:
     try:
         from sa2jax.bench.speech_reference import Reference
     except ImportError:
         return None
-    return Reference(*work)
+    return Reference(work)

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from sa2jax.speech_config import FlowConfig, SpeechTokenizerConfig, Token2WavConfig, VocoderConfig
+from sa2jax.bench.common import SpeechWork
+from sa2jax.speech_config import FlowConfig, SpeechTokenizerConfig, VocoderConfig
 
 try:
     import_module("torchaudio")
@@ -42,23 +43,21 @@ class Reference:
     """The official networks, as `Token2wav` calls them, one reply or stream at a time.
 
     Args:
-        cfg: sizes.
-        codes: codes of the recording, and of the reply.
-        prompt: codes of the voice that streams speak with.
-        chunk: codes of a chunk.
+        work: sizes and lengths.
     """
 
-    def __init__(self, cfg: Token2WavConfig, codes: int, prompt: int, chunk: int):
+    def __init__(self, work: SpeechWork):
         torch.set_num_threads(os.cpu_count() or 1)
         torch.manual_seed(0)
-        self.cfg, self.chunk = cfg, chunk
+        cfg = work.cfg
+        self.cfg, self.chunk = cfg, work.chunk
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.tokenizer = _tokenizer(cfg.speech_tokenizer).to(self.device).eval()
         self.flow = _flow(cfg.flow).to(self.device).eval()
         self.vocoder = _vocoder(cfg.vocoder).to(self.device).eval()
-        self.clip = torch.randn(codes * SAMPLES) / 10
-        self.reply, self.whole = self._codes(codes), self._voice(codes)
-        self.prompt = self._voice(prompt)
+        self.clip = torch.randn(work.codes * SAMPLES) / 10
+        self.reply, self.whole = self._codes(work.codes), self._voice(work.codes)
+        self.prompt = self._voice(work.prompt)
         span = cfg.vocoder.carry * cfg.vocoder.samples
         self.window = torch.from_numpy(np.hamming(2 * span)).to(self.device)
         self.mel: Any = None
@@ -158,32 +157,9 @@ def _tokenizer(cfg: SpeechTokenizerConfig) -> torch.nn.Module:
 
 
 def _flow(cfg: FlowConfig) -> torch.nn.Module:
-    e, d = cfg.encoder, cfg.estimator
-    encoder = conformer.UpsampleConformerEncoderV2(
-        input_size=e.inputs,
-        output_size=e.embed,
-        input_layer="linear",
-        pre_lookahead_len=e.lookahead,
-        num_blocks=e.layers,
-        num_up_blocks=e.up_layers,
-        up_stride=e.upsample,
-        up_scale_factor=e.upsample,
-        attention_heads=e.heads,
-        pos_enc_layer_type="rel_pos_espnet",
-        selfattention_layer_type="rel_selfattn",
-        key_bias=e.key_bias,
-        linear_units=e.mlp,
-        normalize_before=True,
-    )
-    estimator = dit.DiT(
-        in_channels=4 * cfg.mels,
-        out_channels=cfg.mels,
-        mlp_ratio=d.mlp_ratio,
-        depth=d.layers,
-        num_heads=d.heads,
-        head_dim=d.head_dim,
-        hidden_size=d.embed,
-    )
+    settings, d = cfg.to_official(), cfg.estimator
+    encoder = conformer.UpsampleConformerEncoderV2(**settings.pop("encoder"))
+    estimator = dit.DiT(**settings.pop("decoder").pop("estimator"))
     decoder = flow_matching.CausalConditionalCFM(estimator, cfg.guidance)
     for module, lead in ((estimator, ()), (decoder, (16,))):  # released sizes are written in them
         slots = (*lead, d.layers, 2, d.heads, SLOTS, 2 * d.head_dim)
@@ -192,14 +168,7 @@ def _flow(cfg: FlowConfig) -> torch.nn.Module:
     for weight in estimator.parameters():
         if not weight.any():  # gates that start closed
             torch.nn.init.normal_(weight, std=0.02)
-    return flow_net.CausalMaskedDiffWithXvec(
-        input_size=e.inputs,
-        output_size=cfg.mels,
-        spk_embed_dim=cfg.speaker,
-        vocab_size=cfg.codes,
-        encoder=encoder,
-        decoder=decoder,
-    )
+    return flow_net.CausalMaskedDiffWithXvec(**settings, encoder=encoder, decoder=decoder)
 
 
 def _vocoder(cfg: VocoderConfig) -> torch.nn.Module:

@@ -1,27 +1,34 @@
 """Content of a user's turn: text and recordings, as pieces."""
 
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from sa2jax import audio
 from sa2jax.chat import template
-from sa2jax.chat.template import Audio, Piece, Text
+from sa2jax.chat.template import Audio, Piece
 
-Content = str | audio.Audio | Piece | Sequence[Any]
-AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
+Content = (
+    str
+    | os.PathLike[str]
+    | bytes
+    | audio.AudioSource
+    | audio.Recording
+    | tuple[Any, int]
+    | Piece
+    | Sequence[Any]
+)
 
 
 def as_pieces(content: Any) -> list[Piece]:
-    """Pieces of a user's turn from text, recordings, or a list of both."""
+    """Pieces of a user's turn from text, recordings, or a list of both.
+
+    A str is text whatever it says: what somebody types opens no file. Recordings are a `Path`,
+    bytes, an open file, `(array, rate)`, an `AudioSource`, a `Recording` or an `Audio`.
+    """
     if isinstance(content, list):
         return [piece for item in content for piece in as_pieces(item)]
-    if isinstance(content, str) and not _names_audio(content):
-        return [Text(content)]
-    if isinstance(content, str | Path | bytes | tuple) or hasattr(content, "read"):
+    sounds = os.PathLike | bytes | tuple | audio.AudioSource | audio.Recording
+    if isinstance(content, sounds) or hasattr(content, "read"):
         return [Audio(content)]
     return [template.as_piece(content)]
-
-
-def _names_audio(text: str) -> bool:
-    return text.lower().endswith(AUDIO_SUFFIXES) and "\n" not in text

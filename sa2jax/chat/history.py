@@ -18,12 +18,17 @@ from typing import Any
 
 import numpy as np
 
-from sa2jax.atomic_io import disk_errors
+from sa2jax.atomic_io import disk_errors, new_file
 from sa2jax.audio.recording import Recording
 from sa2jax.chat.template import ROLES, Audio, Ids, Message, Piece, Text
-from sa2jax.errors import PromptError
+from sa2jax.errors import AudioError, FileError, PromptError, reason_of
+from sa2jax.files.archives import parse_npz
+from sa2jax.files.json_files import read_json
+from sa2jax.files.limits import ARRAYS
+from sa2jax.files.raw import read_bytes
 
 FORMAT, VERSION = "sa2jax-chat", 1
+LOUDEST = 1 << 16  # of a recording: 16-bit numbers that nobody has scaled are below
 _KEYS = {"format", "version", "model", "arrays", "sha256", "facts", "turns"}
 
 
@@ -105,13 +110,13 @@ def load_conversation(path: str | Path, *, model: str) -> SavedConversation:
     document = _read(path)
     if document.get("version") != VERSION:
         raise PromptError(
-            f"{path} has version {document.get('version')!r}, expected {VERSION}: read it with the "
-            "sa2jax that wrote it"
+            f"{path} has version {document.get('version')!r:.40}, expected {VERSION}: read it "
+            "with the sa2jax that wrote it"
         )
     if document.get("model") != model:
         raise PromptError(
             f"{path} was held with another checkpoint: expected {model}, got "
-            f"{document.get('model')}; load that one or start anew"
+            f"{document.get('model')!s:.40}; load that one or start anew"
         )
     try:
         _dump(
@@ -123,7 +128,9 @@ def load_conversation(path: str | Path, *, model: str) -> SavedConversation:
         recordings = _unpack(path, document["arrays"], document["sha256"])
         turns = tuple(_turn_from_json(turn, recordings) for turn in document["turns"])
     except (PromptError, ValueError, RecursionError) as error:
-        raise PromptError(f"{path} is damaged ({error}): use a copy or start anew") from None
+        raise PromptError(
+            f"{path} is damaged ({str(error)[:200]}): use a copy or start anew"
+        ) from None
     return SavedConversation(turns, document["facts"])
 
 
@@ -133,10 +140,10 @@ def load_conversation(path: str | Path, *, model: str) -> SavedConversation:
 def _read(path: Path) -> dict[str, Any]:
     """The JSON of a conversation."""
     try:
-        document = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        document = read_json(path)
+    except FileError as error:
         raise PromptError(
-            f"{path} cannot be read as JSON ({error}): expected a saved conversation"
+            f"{path} cannot be read as JSON ({error.reason}): expected a saved conversation"
         ) from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise PromptError(f"{path} is something else: expected a saved conversation")
@@ -151,12 +158,8 @@ def _own_arrays(path: Path) -> str | None:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
+    with new_file(path) as temporary:
         temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _dump(value: Any) -> str:
@@ -176,16 +179,26 @@ def _unpack(path: Path, name: Any, digest: Any) -> dict[str, Recording]:
     if not isinstance(name, str) or Path(name).name != name or not name.endswith(".npz"):
         raise PromptError(f"expected recordings in an .npz file beside it, got {name!r}")
     try:
-        data = path.with_name(name).read_bytes()
-    except OSError as error:
-        raise PromptError(f"its recordings {name} cannot be read: {error.strerror}") from None
+        data = read_bytes(path.with_name(name), ARRAYS)
+    except FileError as error:
+        raise PromptError(f"its recordings {name} cannot be read: {error.reason}") from None
     if hashlib.sha256(data).hexdigest() != digest:
         raise PromptError(f"its recordings {name} have changed")
     try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            return {key: Recording(file[key]) for key in file.files}
-    except Exception as error:  # a damaged archive may raise anything
-        raise PromptError(f"its recordings {name} cannot be read: {error}") from None
+        return {key: _recording(key, array) for key, array in parse_npz(data, name).items()}
+    except (FileError, PromptError) as error:
+        raise PromptError(f"its recordings {name} cannot be read: {reason_of(error)}") from None
+
+
+def _recording(key: str, samples: np.ndarray) -> Recording:
+    """A recording, if `save_conversation` can have written it."""
+    try:
+        recording = Recording(samples)
+    except AudioError as error:
+        raise PromptError(f"{key[:40]!r}: {error}") from None
+    if np.abs(recording.samples).max() > LOUDEST:
+        raise PromptError(f"{key[:40]!r}: expected samples within ±{LOUDEST}")
+    return recording
 
 
 # --- turns -------------------------------------------------------------------------------------
@@ -201,6 +214,8 @@ def _turn_to_json(turn: Message, names: dict[Recording, str]) -> dict[str, Any]:
 
 def _piece_to_json(piece: Any, names: dict[Recording, str]) -> dict[str, Any]:
     if isinstance(piece, Text):
+        if piece.marked != piece.text:
+            raise PromptError(f"cannot save text with marks around it: {piece.marked!r:.80}")
         return {"type": "text", "text": piece.text}
     if isinstance(piece, Ids):
         if any(i < 0 for i in piece.ids):

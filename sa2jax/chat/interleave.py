@@ -48,7 +48,7 @@ def interleave(
     vocabulary without `<audio_6561>` (test models) fills empty audio slots with `<tts_pad>`.
 
     Args:
-        text_ids: ids of the spoken text, all below `<audio_start>`.
+        text_ids: ids of the spoken text, see `SpecialTokens.is_text`.
         codes: speech codes from 0 to num_codes - 1, without pads.
         special: ids of the tokenizer.
         group: audio slots per text slot.
@@ -59,7 +59,7 @@ def interleave(
     if group < 1:
         raise PromptError(f"expected a group of at least one audio slot, got {group}")
     for i in text_ids:
-        if not 0 <= i < special.audio_start:
+        if not special.is_text(i):
             raise PromptError(f"text id {i} is no text: expected 0 to {special.audio_start - 1}")
     for c in codes:
         if not 0 <= c < special.num_codes:
@@ -97,7 +97,7 @@ def deinterleave(ids: Iterable[int], special: SpecialTokens) -> Reply:
             words = reply.trailing_text_ids
         elif i == special.tts_start:
             words = reply.text_ids
-        elif 0 <= i < special.audio_start:
+        elif special.is_text(i):
             words.append(i)
         elif 0 <= i - special.audio_code_0 < special.num_codes:
             reply.codes.append(i - special.audio_code_0)

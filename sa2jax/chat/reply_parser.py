@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from sa2jax.chat.interleave import GROUP
-from sa2jax.chat.tokenizer import SpecialTokens, Tokenizer, Utf8Stream
+from sa2jax.chat.tokenizer import SpecialTokens, Tokenizer
 from sa2jax.chat.tools import (
     CALL_START,
     MalformedToolCall,
@@ -22,6 +22,7 @@ from sa2jax.chat.tools import (
     parse_tool_calls,
     remove_tool_calls,
 )
+from sa2jax.chat.utf8_stream import Utf8Stream
 
 
 class Part(NamedTuple):
@@ -66,7 +67,7 @@ class ReplyParser:
             self._ended |= i in (special.eot, special.end_of_text)
             if self._ended:
                 continue
-            if i < special.audio_start:
+            if special.is_text(i):
                 fresh = self._utf8.push(i)
                 self.text += fresh
                 text += self._visible.push(fresh)
@@ -115,7 +116,7 @@ class ReplyParser:
             if not codes:
                 break
             kept.append(i)
-            if i < special.audio_start or i == special.tts_pad:
+            if special.is_text(i) or i == special.tts_pad:
                 slots = 0
             elif is_code(i, special):
                 slots += 1

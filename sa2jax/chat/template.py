@@ -6,16 +6,19 @@ of audio goes, and the turns and `TASKS` below spell out the published prompts.
 
     messages -> render -> [Text, Ids, Audio] -> build_prompt -> Prompt(ids, clips)
 
-Every piece is tokenised on its own: two pieces of text are not the same as their join.
+Every piece is tokenised on its own: two pieces of text are not the same as their join. Special
+tokens are what the template writes (`Text.prefix`, `Text.suffix`); in what people, tools and models
+have said they are text like any other, so that nobody opens a turn there.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, overload
 
 import numpy as np
 from jaxtyping import Int32
 
+from sa2jax.chat.pieces import Audio, Ids, Piece, Text, as_piece
 from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.chat.tools import render_tools
 from sa2jax.errors import PromptError
@@ -24,37 +27,15 @@ from sa2jax.inference.sampling import SamplingParams
 PromptStyle = Literal["chat", "base"]  # turns of a chat model; the plain prompt of a base model
 PROMPT_STYLES: tuple[PromptStyle, ...] = ("chat", "base")
 ROLES = ("system", "human", "assistant", "tool_json_schemas", "input", "function_output")
+SPEECH_MARK = "<tts_start>"
+SPEECH_START = Text("", suffix=SPEECH_MARK)
 THINK_PREFIX = "\n<think>\n"
 THINK_END = "</think>"
 SUMMARISE_RESULT = "\n\n\n请用口语化形式总结检索结果，简短地回答用户的问题。"
 _OTHER_KEYS = {"loss", "name", "tool_call_id"}  # of training data and servers; not in the prompt
 
 
-# --- pieces and messages -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Text:
-    """A piece of text; special tokens written in it are recognised."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Ids:
-    """A piece that is already ids, such as an earlier spoken reply."""
-
-    ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Audio:
-    """A piece of audio: a path, samples, anything that the caller can count tokens of."""
-
-    source: Any
-
-
-Piece = Text | Ids | Audio
+# --- messages -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -108,43 +89,12 @@ class Message:
         return cls(message["role"], message["content"], bool(message.get("eot", True)))
 
 
-def as_piece(item: Piece | str | Mapping[str, Any]) -> Piece:
-    """One item of content: a piece, a text, or the official dict form.
-
-    Raises:
-        PromptError: for another type of item, or one without its value.
-    """
-    if isinstance(item, Piece):
-        return item
-    if isinstance(item, str):
-        return Text(item)
-    kind = item.get("type") if isinstance(item, Mapping) else None
-    if not isinstance(item, Mapping) or kind not in ("text", "audio", "token"):
-        raise PromptError(
-            f"unsupported content item {item!r}: expected {{'type': 'text' | 'audio' | 'token', …}}"
-        )
-    value = item.get(kind)
-    if value is None:
-        raise PromptError(f"content item of type {kind!r} lacks the key {kind!r}: {item!r}")
-    if kind == "audio":
-        return Audio(value)
-    if kind == "text":
-        if not isinstance(value, str):
-            raise PromptError(f"expected text in a text item, got {type(value).__name__}")
-        return Text(value)
-    try:
-        ids = np.asarray(value)
-        if isinstance(value, str) or ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-            raise ValueError
-    except ValueError:
-        raise PromptError(f"expected a list of ids in a token item, got {value!r}") from None
-    return Ids(tuple(ids.astype(int).tolist()))
-
-
 def render(messages: Iterable[Message | Mapping[str, Any]]) -> list[Piece]:
     """Pieces of a conversation, exactly as the official chat template cuts them.
 
-    A turn of text is one piece; a turn of items is its head, each item, and `<|EOT|>`.
+    A turn of text, or of one text with marks around it, is one piece; a turn of items is its head,
+    each item, and `<|EOT|>`. An assistant's text that ends with `<tts_start>` opens speech:
+    officially it is written so.
 
     Raises:
         PromptError: for no messages, or one that cannot be used.
@@ -153,15 +103,33 @@ def render(messages: Iterable[Message | Mapping[str, Any]]) -> list[Piece]:
     for message in map(Message.of, messages):
         head = f"<|BOT|>{message.role}\n"
         end = "<|EOT|>" if message.eot else ""
-        if message.content is None:
-            pieces.append(Text(head))
-        elif isinstance(message.content, str):
-            pieces.append(Text(head + message.content + end))
-        else:
-            pieces += [Text(head), *map(as_piece, message.content), *([Text(end)] if end else [])]
+        match message.content:
+            case None:
+                pieces.append(Text("", head))
+            case str(text):
+                said = _speech_marked(Text(text), message.role)
+                pieces.append(replace(said, prefix=head, suffix=said.suffix + end))
+            case [Text() as said] if said.prefix or said.suffix:
+                pieces.append(replace(said, prefix=head + said.prefix, suffix=said.suffix + end))
+            case items:
+                said = [_speech_marked(as_piece(item), message.role) for item in items]
+                pieces += [Text("", head), *said, *([Text("", suffix=end)] if end else [])]
     if not pieces:
         raise PromptError("no messages: expected at least one turn")
     return pieces
+
+
+@overload
+def _speech_marked(piece: Text, role: str) -> Text: ...
+@overload
+def _speech_marked(piece: Piece, role: str) -> Piece: ...
+def _speech_marked(piece, role):
+    """A piece of a turn, with `<tts_start>` at the end of an assistant's text as a mark."""
+    if role != "assistant" or not isinstance(piece, Text) or not piece.text.endswith(SPEECH_MARK):
+        return piece
+    return replace(
+        piece, text=piece.text.removesuffix(SPEECH_MARK), suffix=SPEECH_MARK + piece.suffix
+    )
 
 
 def render_base(items: Iterable[Piece | str | Mapping[str, Any]]) -> list[Piece]:
@@ -219,7 +187,11 @@ TokenCounts = Callable[[Any], Sequence[int]] | Sequence[Sequence[int]]
 
 
 def build_prompt(
-    pieces: Sequence[Piece], tokenizer: Tokenizer, token_counts: TokenCounts = ()
+    pieces: Sequence[Piece],
+    tokenizer: Tokenizer,
+    token_counts: TokenCounts = (),
+    *,
+    split_special_tokens: bool = True,
 ) -> Prompt:
     """Ids of pieces. Audio becomes `<audio_start>` `<audio_patch>`·n `<audio_end>` per chunk.
 
@@ -228,6 +200,8 @@ def build_prompt(
         tokenizer: the checkpoint's tokenizer.
         token_counts: for each audio the number of tokens of each of its 25 s chunks: a function
             of `Audio.source`, or a list with one entry per audio.
+        split_special_tokens: whether special tokens written in a text are text; else they are
+            those tokens, as in the official code: whoever says something can open turns.
 
     Raises:
         PromptError: if the counts do not fit the audio, or an id is out of range.
@@ -242,7 +216,12 @@ def build_prompt(
     audio = 0
     for piece in pieces:
         if isinstance(piece, Text):
-            ids += tokenizer.encode(piece.text)
+            ids += tokenizer.encode(
+                piece.text,
+                prefix=piece.prefix,
+                suffix=piece.suffix,
+                split_special_tokens=split_special_tokens,
+            )
         elif isinstance(piece, Ids):
             if any(not 0 <= i < 2**31 for i in piece.ids):
                 raise PromptError(f"ids out of range in a prompt: {[*piece.ids][:8]}")
@@ -276,17 +255,17 @@ def human_turn(pieces: Sequence[Piece]) -> Message:
 
 def reply_turn(*, spoken: bool = False) -> Message:
     """The open turn that the model writes: text, or speech (it then starts with `<tts_start>`)."""
-    return Message("assistant", "<tts_start>", eot=False) if spoken else Message("assistant", None)
+    return Message("assistant", SPEECH_MARK, eot=False) if spoken else Message("assistant", None)
 
 
 def spoken_turn(ids: Iterable[int]) -> Message:
     """An earlier spoken reply as history: its generated ids, without the stop token."""
-    return Message("assistant", [Text("<tts_start>"), Ids(tuple(int(i) for i in ids))])
+    return Message("assistant", [Text(SPEECH_MARK), Ids(tuple(int(i) for i in ids))])
 
 
 def think_turn() -> Message:
     """The open turn in which a Think model thinks; stop it at `</think>`."""
-    return Message("assistant", THINK_PREFIX, eot=False)
+    return Message("assistant", [Text("", THINK_PREFIX)], eot=False)
 
 
 def answer_turn(thinking: str, *, spoken: bool = True) -> Message:
@@ -300,8 +279,8 @@ def answer_turn(thinking: str, *, spoken: bool = True) -> Message:
         spoken: whether the answer is speech.
     """
     thinking = thinking.partition(THINK_END)[0]
-    end = "\n\n<tts_start>" if spoken else "\n\n"
-    return Message("assistant", THINK_PREFIX + thinking + THINK_END + end, eot=False)
+    end = f"{THINK_END}\n\n{SPEECH_MARK}" if spoken else f"{THINK_END}\n\n"
+    return Message("assistant", [Text(thinking, THINK_PREFIX, end)], eot=False)
 
 
 def tools_turn(tools: str | Sequence[Mapping[str, Any]]) -> Message:
@@ -332,6 +311,7 @@ class PromptTask:
         system: the system prompt.
         system_en: the same in English, where published.
         spoken: whether the reply is speech.
+        needs_speech: whether silence has no reply, and a long recording one for each segment.
         sampling: sampling parameters of the official examples.
         max_new_tokens: length limit of the reply, in tokens.
     """
@@ -339,6 +319,7 @@ class PromptTask:
     system: str
     system_en: str | None = None
     spoken: bool = False
+    needs_speech: bool = False
     sampling: SamplingParams
     max_new_tokens: int = 2048
 
@@ -349,7 +330,7 @@ class PromptTask:
 
     def base_pieces(self, *content: Piece | str | Mapping[str, Any]) -> list[Piece]:
         """Pieces for the Base model: the prompt, the content, and `<tts_start>` for speech."""
-        return render_base([self.system, *content, *(["<tts_start>"] if self.spoken else [])])
+        return render_base([self.system, *content, *([SPEECH_START] if self.spoken else [])])
 
 
 GREEDY = SamplingParams(temperature=0)
@@ -357,11 +338,17 @@ LOW_TEMPERATURE = SamplingParams(temperature=0.1)
 SPOKEN = SamplingParams(temperature=0.7)
 
 TASKS: Mapping[str, PromptTask] = {
-    "asr": PromptTask(system="请记录下你所听到的语音内容。", sampling=GREEDY, max_new_tokens=256),
+    "asr": PromptTask(
+        system="请记录下你所听到的语音内容。",
+        needs_speech=True,
+        sampling=GREEDY,
+        max_new_tokens=256,
+    ),
     "s2tt_zh": PromptTask(
         system="请仔细聆听这段语音，然后将其内容翻译成中文。",
         system_en="Please listen carefully to this audio and then translate its content into "
         "Chinese.",
+        needs_speech=True,
         sampling=LOW_TEMPERATURE,
         max_new_tokens=256,
     ),
@@ -370,6 +357,7 @@ TASKS: Mapping[str, PromptTask] = {
         system="请仔细聆听这段语音，然后将其内容翻译成英文。",
         system_en="Please listen carefully to this audio and then translate its content into "
         "English.",
+        needs_speech=True,
         sampling=LOW_TEMPERATURE,
         max_new_tokens=256,
     ),
@@ -378,6 +366,7 @@ TASKS: Mapping[str, PromptTask] = {
         system_en="Please listen carefully to this audio and then translate its content into "
         "Chinese speech.",
         spoken=True,
+        needs_speech=True,
         sampling=SPOKEN,
     ),
     "s2st_en": PromptTask(  # not published either
@@ -385,6 +374,7 @@ TASKS: Mapping[str, PromptTask] = {
         system_en="Please listen carefully to this audio and then translate its content into "
         "English speech.",
         spoken=True,
+        needs_speech=True,
         sampling=SPOKEN,
     ),
     "t2st_en": PromptTask(  # published for the Base model

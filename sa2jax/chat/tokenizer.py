@@ -5,16 +5,23 @@ later members of the family work the same way. The split of a reply into text an
 the official pipeline (`stepaudio2.py`): text below `<audio_start>`, audio from `<audio_0>` on.
 """
 
-import codecs
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import tokenizers
 
+from sa2jax.chat.tokenizer_description import (
+    add_tokens,
+    declared_tokens,
+    read_description,
+    read_merges,
+    require_description,
+)
 from sa2jax.errors import PromptError, TokenizerError
 
 # 3^8 entries of the released speech codebook; `<audio_6561>` after them is the pad.
@@ -65,6 +72,7 @@ class SpecialTokens:
         tool_call_start: `<tool_call>`, if there.
         tool_call_end: `</tool_call>`, if there.
         audio_patch_pad: `<audio_patch_pad>`, if there.
+        size: one more than the highest id of a token; 0 if it is not known.
     """
 
     end_of_text: int
@@ -82,6 +90,7 @@ class SpecialTokens:
     tool_call_start: int | None = None
     tool_call_end: int | None = None
     audio_patch_pad: int | None = None
+    size: int = field(default=0, compare=False)
 
     @classmethod
     def find(cls, id_of: Callable[[str], int | None]) -> Self:
@@ -119,6 +128,15 @@ class SpecialTokens:
         """What fills an empty audio slot: `audio_pad`, or `tts_pad` in a small test vocabulary."""
         return self.tts_pad if self.audio_pad is None else self.audio_pad
 
+    @property
+    def added_text(self) -> int:
+        """The first id behind the audio codes: tokens that were added to the released ones."""
+        return 1 + max(self.audio_pad or 0, self.audio_code_0 + self.num_codes - 1)
+
+    def is_text(self, token_id: int) -> bool:
+        """Whether an id is text: below `<audio_start>`, or added behind the audio codes."""
+        return 0 <= token_id < self.audio_start or self.added_text <= token_id < self.size
+
     def _check_order(self, codes: Mapping[int, int]) -> None:
         astray = [n for n, i in codes.items() if i != self.audio_code_0 + n]
         if astray:
@@ -150,11 +168,16 @@ class Tokenizer:
     special_tokens: InitVar[type[SpecialTokens]] = SpecialTokens
 
     def __post_init__(self, special_tokens: type[SpecialTokens]):
-        object.__setattr__(self, "special", special_tokens.find(self.backend.token_to_id))
+        found = special_tokens.find(self.backend.token_to_id)
+        object.__setattr__(self, "special", replace(found, size=self.size))
 
     @classmethod
     def from_folder(
-        cls, path: str | Path, special_tokens: type[SpecialTokens] = SpecialTokens
+        cls,
+        path: str | Path,
+        special_tokens: type[SpecialTokens] = SpecialTokens,
+        *,
+        vocab: int | None = None,
     ) -> Self:
         """Read a checkpoint's own tokenizer files.
 
@@ -166,50 +189,71 @@ class Tokenizer:
         Args:
             path: the folder.
             special_tokens: what finds the ids that carry structure.
+            vocab: size of the model's vocabulary, to be held against it.
 
         Raises:
             TokenizerError: if files are missing, damaged or contradict each other, or if this is
-                not a Step-Audio 2 tokenizer.
+                not a Step-Audio 2 tokenizer, or has more ids than the model.
         """
         folder = Path(path)
-        declared, problems = _declared_tokens(folder)
+        declared, problems = declared_tokens(folder)
         if (folder / "tokenizer.json").is_file():
-            description = _read_json(folder / "tokenizer.json")
+            description = read_description(folder / "tokenizer.json")
         elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            merges = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-            merges = [m.rstrip("\r") for m in merges if m.strip() and not m.startswith("#version")]
-            description = qwen2_description(_read_json(folder / "vocab.json"), merges)
+            merges = read_merges(folder / "merges.txt")
+            description = qwen2_description(read_description(folder / "vocab.json"), merges)
         else:
             raise TokenizerError(
                 f"no tokenizer in {folder}: expected tokenizer.json, or vocab.json with merges.txt"
             )
         try:
-            problems += _add_tokens(description, declared)
+            problems += add_tokens(description, declared)
         except (AttributeError, KeyError, TypeError):
             problems.append("tokenizer.json holds no byte-level BPE model with added_tokens")
         if problems:
             raise TokenizerError(f"{folder}: " + "; ".join(problems))
-        return cls(backend_of(description, where=str(folder)), special_tokens)
+        found = cls(backend_of(description, where=str(folder)), special_tokens)
+        if vocab is not None and found.size > vocab:
+            what = f"ids up to {found.size - 1}, the model a vocabulary of {vocab}"
+            raise TokenizerError(f"{folder} has {what}: use the model's own tokenizer")
+        return found
 
     @property
     def size(self) -> int:
         """One more than the highest id that has a token (a model's vocabulary may be larger)."""
         return 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text. Special tokens written in it are recognised, as the official code does.
+    @property
+    def added_tokens(self) -> list[str]:
+        """The tokens behind the audio codes, which are text, in the order of their ids."""
+        ids = range(self.special.added_text, self.size)
+        return [token for i in ids if (token := self.backend.id_to_token(i)) is not None]
+
+    def encode(
+        self, text: str, *, prefix: str = "", suffix: str = "", split_special_tokens: bool = False
+    ) -> list[int]:
+        """Ids of a text, tokenised as one with the marks around it.
+
+        Args:
+            text: the text.
+            prefix: marks before it; special tokens written there are recognised.
+            suffix: marks behind it, likewise.
+            split_special_tokens: whether special tokens written in the text are text like any
+                other, cut into ordinary tokens; by default they are recognised there, too.
 
         Raises:
             PromptError: if it is no text that UTF-8 can hold.
         """
         if not isinstance(text, str):
             raise PromptError(f"expected text to tokenise, got {type(text).__name__}")
-        try:
-            return self.backend.encode(text, add_special_tokens=False).ids
-        except (TypeError, UnicodeEncodeError):  # which one depends on the library's version
-            raise PromptError(
-                f"text that UTF-8 cannot hold (half a surrogate pair): {text!a}"
-            ) from None
+        ids = _encode(self.backend, prefix + text + suffix)
+        if not split_special_tokens:
+            return ids
+        before, after = _encode(self.backend, prefix), _encode(self.backend, suffix)
+        special = self._special_ids.__contains__
+        if [*filter(special, ids)] == [*filter(special, before + after)]:
+            return ids  # the text has none
+        return [*before, *_encode(self._without_special_tokens, text), *after]
 
     def encode_pieces(self, pieces: Iterable[str | Sequence[int]]) -> list[int]:
         """Tokenise piece by piece and join the ids; pieces of ids are taken as they are.
@@ -221,13 +265,19 @@ class Tokenizer:
             ids += self.encode(piece) if isinstance(piece, str) else (int(i) for i in piece)
         return ids
 
-    def escape_special_tokens(self, text: str) -> str:
-        """A text in which no special token is recognised: a space after the `<` of each.
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        """Ids of the tokens that are no words: those declared as special, and marks."""
+        added = self.backend.get_added_tokens_decoder().items()
+        return frozenset(i for i, t in added if t.special or _MARK.fullmatch(t.content))
 
-        For what comes from elsewhere, such as the results of tools: nobody opens a turn there.
-        """
-        known = self.backend.token_to_id
-        return _MARK.sub(lambda m: f"< {m[0][1:]}" if known(m[0]) is not None else m[0], text)
+    @cached_property
+    def _without_special_tokens(self) -> tokenizers.Tokenizer:
+        """The same tokenizer, to which special tokens are text."""
+        description = json.loads(self.backend.to_str())
+        added = description["added_tokens"]
+        description["added_tokens"] = [t for t in added if t["id"] not in self._special_ids]
+        return tokenizers.Tokenizer.from_str(json.dumps(description))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, special tokens included; broken UTF-8 becomes U+FFFD."""
@@ -255,34 +305,13 @@ class Tokenizer:
         return token_id
 
 
-class Utf8Stream:
-    """Text of a reply as it comes, one id at a time, never half a character.
-
-    A character may span several text tokens with audio tokens between them: bytes are held back
-    until they form valid UTF-8. Ids from `<audio_start>` on are no text and give "". Everything
-    pushed and flushed, joined, equals `decode` of the text ids.
-    """
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, token_id: int) -> str:
-        """The characters that this id completes, often none."""
-        if token_id >= self._tokenizer.special.audio_start:
-            return ""
-        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
-
-    @property
-    def waiting(self) -> bool:
-        """Whether the beginning of a character is held back."""
-        return bool(self._decoder.getstate()[0])
-
-    def flush(self) -> str:
-        """End the text: what is left of a broken character, as U+FFFD. Ready for a new text."""
-        rest = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return rest
+def _encode(backend: tokenizers.Tokenizer, text: str) -> list[int]:
+    try:
+        return backend.encode(text, add_special_tokens=False).ids
+    except (TypeError, UnicodeEncodeError):  # which one depends on the library's version
+        raise PromptError(
+            f"text that UTF-8 cannot hold (half a surrogate pair): {text!a}"
+        ) from None
 
 
 def qwen2_description(vocab: Mapping[str, int], merges: Sequence[str]) -> dict[str, Any]:
@@ -320,12 +349,6 @@ def qwen2_description(vocab: Mapping[str, int], merges: Sequence[str]) -> dict[s
     }
 
 
-def added_token(content: str, token_id: int, *, special: bool = True) -> dict[str, Any]:
-    """One entry of `added_tokens` in a tokenizer.json: matched as written, spaces kept."""
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    return {"id": token_id, "content": content, **flags, "special": special}
-
-
 def backend_of(description: Mapping[str, Any], *, where: str) -> tokenizers.Tokenizer:
     """Load a tokenizer.json given as a mapping, with every token at the id it declares.
 
@@ -336,6 +359,7 @@ def backend_of(description: Mapping[str, Any], *, where: str) -> tokenizers.Toke
     Raises:
         TokenizerError: if it cannot be loaded, or a token would get another id.
     """
+    require_description(description, where)
     # The library numbers added tokens by its own rule (which differs between versions) unless the
     # model's vocabulary has them; there they cost nothing, as no merge leads to them.
     model = description["model"]
@@ -343,7 +367,9 @@ def backend_of(description: Mapping[str, Any], *, where: str) -> tokenizers.Toke
     exact = {**description, "model": {**model, "vocab": {**added, **model["vocab"]}}}
     try:
         backend = tokenizers.Tokenizer.from_str(json.dumps(exact, ensure_ascii=False))
-    except Exception as error:  # the library raises bare Exception
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception, or panics, which is none
         raise TokenizerError(f"{where}: the tokenizers library cannot load it ({error})") from None
     backend.no_truncation()
     backend.no_padding()
@@ -367,56 +393,3 @@ def _byte_alphabet() -> list[str]:
 
 BYTE_ALPHABET = tuple(_byte_alphabet())
 _BYTE_OF = {char: byte for byte, char in enumerate(BYTE_ALPHABET)}
-
-
-def _declared_tokens(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Tokens that the files beside tokenizer.json declare, and what is wrong with them."""
-    declared: dict[str, dict[str, Any]] = {}
-    problems: list[str] = []
-    if (path := folder / "tokenizer_config.json").is_file():
-        entries = _read_json(path).get("added_tokens_decoder") or {}
-        try:
-            for token_id, entry in entries.items():
-                flags = {k: bool(v) for k, v in entry.items() if k in _FLAGS}
-                declared[entry["content"]] = added_token(entry["content"], int(token_id)) | flags
-        except (AttributeError, KeyError, TypeError, ValueError):
-            problems.append(f"{path.name}: added_tokens_decoder is not {{id: {{content: …}}}}")
-    if (path := folder / "added_tokens.json").is_file():
-        for content, token_id in _read_json(path).items():
-            if not isinstance(token_id, int):
-                problems.append(f"{path.name}: {content} has id {token_id!r}, expected a number")
-                continue
-            other = declared.setdefault(content, added_token(content, token_id))["id"]
-            if other != token_id:
-                problems.append(
-                    f"{content} is {token_id} in {path.name}, {other} in tokenizer_config.json"
-                )
-    return declared, problems
-
-
-_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-
-
-def _add_tokens(description: dict[str, Any], declared: Mapping[str, dict[str, Any]]) -> list[str]:
-    """Add declared tokens to a tokenizer.json in place; returns contradictions."""
-    known = {token["content"]: token for token in description["added_tokens"]}
-    vocab = description["model"]["vocab"]
-    problems = []
-    for content, token in declared.items():
-        have = known[content]["id"] if content in known else vocab.get(content, token["id"])
-        if have != token["id"]:
-            problems.append(f"{content} is {have} in the vocabulary but declared as {token['id']}")
-        if content not in known:
-            known[content] = token
-    description["added_tokens"] = sorted(known.values(), key=lambda token: token["id"])
-    return problems
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise TokenizerError(f"{path} cannot be read as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise TokenizerError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content

@@ -14,10 +14,10 @@ import tokenizers
 from sa2jax.chat.tokenizer import (
     BYTE_ALPHABET,
     NUM_CODES,
-    added_token,
     backend_of,
     qwen2_description,
 )
+from sa2jax.chat.tokenizer_description import added_token
 from sa2jax.errors import TokenizerError
 
 # The released order from `<|endoftext|>` (151643) to `<tts_pad>` (151695). What stands between

@@ -56,7 +56,8 @@ class Tool:
             ToolCall(name, {})
         ]:
             raise PromptError(
-                f"expected a tool's schema with a name of one word, without <>{{}}[], got {name!r}"
+                "expected a tool's schema with a name of one word, without <>{}[], got "
+                f"{name!r:.80}"
             )
         if not isinstance(_inner(self.schema).get("parameters", {}), Mapping):
             raise PromptError(f"the tool {name}: its parameters must be a JSON schema (an object)")
@@ -150,6 +151,16 @@ class Tool:
     @property
     def _closed(self) -> bool:
         return _inner(self.schema).get("parameters", {}).get("additionalProperties") is False
+
+    def without_nulls(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments without each null for what may be left out and is never null."""
+
+        def means_nothing(key: str) -> bool:
+            wanted = self._properties.get(key)
+            types = wanted.get("type") if isinstance(wanted, Mapping) else None
+            return key not in self._required and types not in (None, "null") and "null" not in types
+
+        return {k: v for k, v in arguments.items() if v is not None or not means_nothing(k)}
 
     def problems(self, arguments: Mapping[str, Any]) -> list[str]:
         """What is wrong with arguments, in words for the model; types are checked at the top."""

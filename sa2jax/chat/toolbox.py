@@ -23,6 +23,7 @@ from typing import Any
 from sa2jax.chat.tool_schema import TIMEOUT, Tool, describe_error
 from sa2jax.chat.tools import MalformedToolCall, ToolCall, render_tools
 from sa2jax.errors import PromptError
+from sa2jax.files.json_files import parse_json
 
 MAX_RESULT = 20_000  # characters of one result
 _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
@@ -37,7 +38,7 @@ class ToolAnswer:
 
     Attributes:
         text: what the model reads: a str, or something for JSON.
-        voice: a `Voice`, or the name or path of one.
+        voice: a `Voice`, its name, or its file as a `Path`: a text opens no file.
     """
 
     text: Any
@@ -52,7 +53,7 @@ class ToolResult:
         call: the call.
         text: what the model reads.
         ok: whether the tool answered.
-        voice: the voice that the tool asks for: a `Voice`, or the name or path of one.
+        voice: the voice that the tool asks for, see `ToolAnswer`.
         seconds: how long the tool ran.
     """
 
@@ -110,7 +111,7 @@ class Toolbox:
     ):
         functions = functions or {}
         text = render_tools(tools) if isinstance(tools, str) else None
-        listed = tools if text is None else json.loads(text)
+        listed = tools if text is None else parse_json(text)
         if not isinstance(listed, Sequence):
             raise PromptError(f"tools must be a list, got {type(listed).__name__}")
         self._tools: dict[str, Tool] = {}
@@ -193,16 +194,17 @@ class Toolbox:
                 call,
                 f"there is no tool {call.name!r}, there are: {', '.join(self.names) or 'none'}",
             )
-        if problems := tool.problems(call.arguments):
+        arguments = tool.without_nulls(call.arguments)
+        if problems := tool.problems(arguments):
             return _failure(call, f"this call of {call.name} is wrong: {'; '.join(problems)}")
-        return _Running(tool, call)
+        return _Running(tool, call, arguments)
 
 
 class _Running:
     """A call whose tool runs in a thread."""
 
-    def __init__(self, tool: Tool, call: ToolCall):
-        self._tool, self._call = tool, call
+    def __init__(self, tool: Tool, call: ToolCall, arguments: Mapping[str, Any]):
+        self._tool, self._call, self._arguments = tool, call, arguments
         self._made: ToolResult | None = None
         self._start = time.monotonic()
         self._thread = threading.Thread(target=self._work, name=f"tool {tool.name}", daemon=True)
@@ -225,7 +227,7 @@ class _Running:
         assert self._tool.run is not None
         name = self._tool.name
         try:
-            value = self._tool.run(**self._call.arguments)
+            value = self._tool.run(**self._arguments)
         except BaseException as error:  # SystemExit of a tool too must not end a conversation
             failure = f"the tool {name} failed: {describe_error(error)}"
             self._made = _failure(self._call, failure, self._seconds)

@@ -14,6 +14,7 @@ from types import FrameType
 
 import tyro
 
+from sa2jax.atomic_io import FULL
 from sa2jax.cli import common
 from sa2jax.cli.bench import bench
 from sa2jax.cli.chat import chat, tts
@@ -26,7 +27,7 @@ from sa2jax.cli.run import run
 from sa2jax.cli.speech import reconstruct, tokenize, vocode, voice
 from sa2jax.cli.train import merge, train
 from sa2jax.cli.transcribe import asr, caption, translate
-from sa2jax.errors import Sa2jaxError
+from sa2jax.errors import FileError, Sa2jaxError
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "asr": asr,
@@ -79,7 +80,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         common.log("interrupted")
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has gone, as in `sa2jax ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
+    except OSError as error:
+        if error.errno in FULL:
+            _drop_output()
+            common.log(f"error: the disk is full: cannot write {error.filename or 'the output'}")
+        elif error.filename is None:  # not about a file
+            raise
+        else:  # a name that is too long, a link to itself, a folder that nobody may enter
+            common.log_error(FileError(str(error.filename), error.strerror or str(error.errno)))
+        sys.exit(2)
+
+
+def _drop_output() -> None:
+    """Have what was printed go nowhere: writing it at the end would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -87,7 +102,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     inner = frame
     while inner is not None:
         if inner.f_code.co_name == "_xla_gc_callback":
-            threading.Timer(0.02, os.kill, (os.getpid(), number)).start()
+            threading.Timer(0.02, signal.raise_signal, (number,)).start()
             return
         inner = inner.f_back
     raise KeyboardInterrupt

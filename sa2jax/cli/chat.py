@@ -10,7 +10,7 @@ import tyro
 
 from sa2jax.cli import chat_session, common, wav_output
 from sa2jax.cli.common import Files
-from sa2jax.cli.options import Model
+from sa2jax.cli.options import Generation, Model, Sound
 from sa2jax.cli.wav_output import PIPE, MaybeWavOut, WavOut
 
 if TYPE_CHECKING:
@@ -22,11 +22,11 @@ MaybeText = tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="[
 def chat(
     files: Files,
     options: Model,
+    sound: Sound,
     *,
     text: str | None = None,
     system: str = "You are a helpful assistant.",
     out: MaybeWavOut = None,
-    voice: str | None = None,
     plot: Path | None = None,
     stream: bool = False,
     first: int | None = None,
@@ -37,24 +37,22 @@ def chat(
     top_p: float = 0.9,
     top_k: int = 50,
     repetition_penalty: float = 1.05,
-    max_new_tokens: int | None = None,
-    seed: int = 0,
-    json: bool = False,
+    generation: Generation,
 ):
     """Ask by recordings, text or both, and get an answer as text or speech.
 
     Without a question, a conversation is held: each line of standard input is one, `/help` tells
-    more.
+    more. An answer has by default at most 1024 tokens if written and 4096 if spoken.
 
     Args:
         files: Recordings that belong to the question.
         options: Model.
+        sound: Recordings.
         text: Written part of the question; it follows the recordings.
         system: System prompt.
         out: Speak the answer into this file (wav, 24 kHz, 16 bit); with --stream, `-` writes raw
             samples (16 bit, mono, 24 kHz) to standard output, and text to stderr. The answers of a
             conversation are numbered: reply-1.wav, reply-2.wav.
-        voice: Who speaks: name of a voice, a voice file, or a recording of the speaker.
         plot: Draw question and spoken answer, waves and mel spectra, into this file (.png).
         stream: Print and write the answer as it comes.
         first: Codes of the first chunk of sound (25 are a second); fewer begin sooner.
@@ -65,9 +63,7 @@ def chat(
         top_p: Keep the most likely tokens that together reach this probability.
         top_k: Keep this many most likely tokens, 0 for all.
         repetition_penalty: Above 1, repeating becomes less likely.
-        max_new_tokens: Limit of each answer, by default 1024 if written and 4096 if spoken.
-        seed: Same seed, same answer.
-        json: Print JSON.
+        generation: Reply.
     """
     from sa2jax.chat.template import Text
     from sa2jax.cli.plot import make_plotter
@@ -76,9 +72,9 @@ def chat(
     from sa2jax.inference.sampling import SamplingParams
 
     interactive = not files and text is None
-    if json and (interactive or out == PIPE):
+    if generation.json and (interactive or out == PIPE):
         raise PromptError("--json is for one answer: give a recording or --text, and no -o -")
-    if voice is not None and out is None and not interactive:
+    if generation.voice is not None and out is None and not interactive:
         raise PromptError("a voice, but no file for what it says: give -o")
     if plot is not None and (out is None or interactive):
         raise PromptError("--plot is of one spoken answer: give a question, and -o")
@@ -92,19 +88,21 @@ def chat(
     sampling = SamplingParams(
         temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty
     )
-    limit = 1024 if max_new_tokens is None else max_new_tokens
-    generation = GenerationConfig(sampling=sampling, max_new_tokens=limit, seed=seed)
+    limit = generation.max_new_tokens
+    config = GenerationConfig(
+        sampling=sampling, max_new_tokens=1024 if limit is None else limit, seed=generation.seed
+    )
     schemas = None if tools is None else _read_tools(tools)
-    for path in common.paths(files):
+    for path in files:
         common.require_file(path)
     model = options.load()
-    held = model.chat(system, voice=voice, tools=schemas, think=think, options=generation)
+    held = model.chat(system, voice=generation.voice, tools=schemas, think=think, options=config)
     screen = sys.stderr if out == PIPE else sys.stdout
     live = chat_session.LiveChat(
         held,
-        text=screen if (stream or interactive) and not json else None,
+        text=screen if (stream or interactive) and not generation.json else None,
         first=first,
-        limit=max_new_tokens,
+        limit=limit,
         history=history,
         interactive=interactive,
     )
@@ -115,11 +113,11 @@ def chat(
     if out is not None and held.voice is None:
         held.voice = "default"
     if interactive:
-        chat_session.Repl(live, out or Path("reply.wav")).run()
+        chat_session.Repl(live, out or Path("reply.wav"), sound).run()
         return
-    # As a piece: a text that ends in ".wav" is a text here.
-    reply = live.ask([*files, *([Text(text)] if text is not None else [])], out)
-    if json:
+    heard = sound.sources(files)
+    reply = live.ask([*heard, *([Text(text)] if text is not None else [])], out)
+    if generation.json:
         common.print_json(wav_output.as_json(reply, out))
     else:
         if not stream:
@@ -129,7 +127,7 @@ def chat(
             common.log("nobody ran these calls; in a conversation you are asked for the results")
         chat_session.print_summary(reply, out, times=stream or out is not None)
     if plotter is not None:
-        plotter(reply, files)
+        plotter(reply, heard)
         common.log(f"plot: {plot}")
     live.save()
 
@@ -180,6 +178,7 @@ def tts(
         reply = model.tts(words, voice, max_new_tokens=max_new_tokens, seed=seed)
         with wav_output.sink(out, model) as write:
             write(reply.audio)
+    common.log_notes(None, reply.notes)
     print(wav_output.reply_summary(reply, out), file=sys.stderr if out == PIPE else sys.stdout)
 
 
@@ -208,11 +207,12 @@ def _read_tools(path: Path) -> str:
 
 
 def _read_text(path: Path) -> str:
-    from sa2jax.errors import PromptError
+    from sa2jax.errors import FileError, PromptError
+    from sa2jax.files.raw import read_text
 
     try:
-        return sys.stdin.read() if path == PIPE else path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise PromptError(f"{path} cannot be read ({error.strerror}): expected text") from None
+        return sys.stdin.read() if path == PIPE else read_text(path)
+    except FileError as error:
+        raise PromptError(f"{path} cannot be read ({error.reason}): expected text") from None
     except UnicodeDecodeError as error:
         raise PromptError(f"{path} cannot be read ({error.reason}): expected UTF-8") from None

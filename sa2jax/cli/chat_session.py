@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from sa2jax.cli import common, wav_output
+from sa2jax.cli.options import SoundOptions
 from sa2jax.errors import PromptError, Sa2jaxError
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from sa2jax.pipeline.stream import Stream
 
 HELP = """\
-a line is a question, or names recordings: question.wav "another one.wav"
+a line is a question
+/audio FILE ...  ask by recordings: /audio question.wav "another one.wav"
 /voice NAME      answer in this voice; /voice off to write, /voice to list voices
 /save FILE.json  write the conversation
 /load FILE.json  go on with one that was saved
@@ -30,7 +32,7 @@ a line is a question, or names recordings: question.wav "another one.wav"
 
 @dataclass
 class LiveChat:
-    """A conversation and how its answers are given out.
+    """A conversation and how its answers are delivered.
 
     Attributes:
         chat: the conversation.
@@ -149,15 +151,16 @@ class Repl:
     Args:
         live: the conversation.
         out: where spoken answers go: `PIPE`, or the wav file to whose name they are counted.
+        sound: what is heard of recordings.
     """
 
-    def __init__(self, live: LiveChat, out: Path):
-        self._live, self._chat, self._out = live, live.chat, out
+    def __init__(self, live: LiveChat, out: Path, sound: SoundOptions):
+        self._live, self._chat, self._out, self._sound = live, live.chat, out, sound
 
     def run(self) -> None:
         """Hold the conversation; a mistake costs a line, not the conversation."""
         if sys.stdin.isatty():
-            common.log("Ask something, or name a recording; /help for more.")
+            common.log("Ask something, or /audio FILE; /help for more.")
         while True:
             try:
                 line = _line("> " if sys.stdin.isatty() else "")
@@ -170,14 +173,14 @@ class Repl:
                 common.log("interrupted")
 
     def _take(self, line: str) -> None:
-        if recordings := _recordings(line):
-            self._say(recordings)
-        elif line.startswith("/"):
+        if line.startswith("/"):
             name, _, rest = line[1:].partition(" ")
             self._command(name, rest.strip())
         elif line:
             from sa2jax.chat.template import Text
 
+            if os.path.isfile(line):
+                common.log(f"taken as text; to be heard: /audio {shlex.quote(line)}")
             self._say([Text(line)])
 
     def _say(self, content: Any) -> None:
@@ -219,6 +222,8 @@ class Repl:
         if name in ("save", "load") and not rest:
             raise PromptError(f"which file? /{name} FILE.json")
         match name:
+            case "audio":
+                self._say(self._sound.sources(_recordings(rest)))
             case "voice":
                 self._voice(rest)
             case "save":
@@ -271,23 +276,21 @@ def _line(prompt: str) -> str | None:
 
 
 def _recordings(line: str) -> list[Path]:
-    """The recordings that a line names; none if it is text.
+    """The recordings that a line names.
 
     Raises:
+        PromptError: if it names none.
         AudioError: if there is no such file.
     """
-    from sa2jax.chat.content import AUDIO_SUFFIXES
-
-    if not line.lower().endswith((*AUDIO_SUFFIXES, '"', "'")):
-        return []
     try:
-        words = [os.path.expanduser(word) for word in shlex.split(line)]
-    except ValueError:  # a quotation mark that nothing closes: text
+        words = shlex.split(line)
+    except ValueError:  # a quotation mark that nothing closes
         words = [line]
-    if not all(word.lower().endswith(AUDIO_SUFFIXES) for word in words):
-        if not os.path.isfile(line):
-            return []
+    if os.path.isfile(os.path.expanduser(line)):
         words = [line]  # a name with spaces
-    for word in words:
-        common.require_file(word)
-    return [Path(word) for word in words]
+    if not words:
+        raise PromptError("which recording? /audio FILE.wav")
+    paths = [Path(os.path.expanduser(word)) for word in words]
+    for path in paths:
+        common.require_file(path)
+    return paths

@@ -1,7 +1,9 @@
 """Commands on checkpoints: `convert`, `export`, `verify`, `inspect`."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,6 +11,9 @@ import tyro
 
 from sa2jax.cli import common
 from sa2jax.cli.common import Dtype, Out, Source
+from sa2jax.cli.options import Hearing
+
+Make = Callable[..., Any]  # of convert/: makes a folder of a source, gives a report
 
 
 def convert(
@@ -43,36 +48,24 @@ def convert(
     """
     common.use_cpu()
     if init or encoder is not None:
-        report = _init(source, out, dtype, tokenizer, init, encoder, seed, overwrite, float_head)
-        _report(report, out, json)
+        make = _init(dtype, tokenizer, init, encoder, seed, float_head)
+        _make_folder(make, source, out, overwrite, json, title="making")
         return
     from sa2jax.convert.hf import convert
 
-    with common.progress_bar("converting") as progress:
-        report = convert(
-            source,
-            out,
-            dtype=dtype,
-            float_head=float_head,
-            tokenizer=tokenizer,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    _report(report, out, json)
+    make = partial(convert, dtype=dtype, float_head=float_head, tokenizer=tokenizer)
+    _make_folder(make, source, out, overwrite, json, title="converting")
 
 
 def _init(
-    source: Path,
-    out: Path,
     dtype: str | None,
     tokenizer: Path | None,
     init: bool,
     encoder: Path | None,
     seed: int,
-    overwrite: bool,
     float_head: bool,
-) -> Any:
-    """`convert --init`."""
+) -> Make:
+    """What `convert --init` makes a folder with."""
     from sa2jax.convert.init import init as make
     from sa2jax.errors import CheckpointError
 
@@ -83,17 +76,7 @@ def _init(
         )
     if dtype == "int8" or float_head:
         raise CheckpointError("--init makes a model to train: int8 comes after that")
-    with common.progress_bar("making") as progress:
-        return make(
-            source,
-            out,
-            encoder=encoder,
-            tokenizer=tokenizer,
-            seed=seed,
-            dtype=dtype,
-            overwrite=overwrite,
-            progress=progress,
-        )
+    return partial(make, encoder=encoder, tokenizer=tokenizer, seed=seed, dtype=dtype)
 
 
 def export(
@@ -121,22 +104,14 @@ def export(
     from sa2jax.assets import model_folder
     from sa2jax.convert.hf import export
 
-    with common.progress_bar("exporting") as progress:
-        report = export(
-            model_folder(source),
-            out,
-            dtype=dtype,
-            dequantize=dequantize,
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    _report(report, out, json)
+    make = partial(export, dtype=dtype, dequantize=dequantize, max_shard_size=max_shard_size)
+    _make_folder(make, model_folder(source), out, overwrite, json, title="exporting")
 
 
 def verify(
     a: Annotated[Source, tyro.conf.arg(metavar="A")],
     b: Annotated[Source, tyro.conf.arg(metavar="B")],
+    hearing: Hearing,
     *,
     text: str | None = None,
     wav: Path | None = None,
@@ -149,17 +124,20 @@ def verify(
     Args:
         a: One model folder, or nano.
         b: The other model folder, or nano.
+        hearing: Recording.
         text: Text of a prompt.
         wav: A recording in that prompt.
         json: Print JSON.
     """
     from sa2jax.assets import model_folder
+    from sa2jax.audio import AudioSource
     from sa2jax.convert.verify import compare_prompt, verify
 
     a, b = model_folder(a), model_folder(b)
     with common.progress_bar("comparing") as progress:
         result = verify(a, b, progress=progress)
-    logits = None if text is None and wav is None else compare_prompt(a, b, text or "", wav)
+    sound = None if wav is None else AudioSource(wav, hearing.channel)
+    logits = None if text is sound is None else compare_prompt(a, b, text or "", sound)
     if json:
         common.print_json(asdict(result) | {"logits": None if logits is None else asdict(logits)})
     else:
@@ -188,8 +166,21 @@ def inspect(folder: Annotated[Source, tyro.conf.arg(metavar="FOLDER")], *, json:
         print_inspection(inspection, common.wide_console())
 
 
-def _report(report: Any, out: Path, as_json: bool) -> None:
-    """Print the report of a conversion."""
+def _make_folder(
+    make: Make, source: Path, out: Path, overwrite: bool, as_json: bool, *, title: str
+) -> None:
+    """Make a checkpoint of another, with a progress bar, and print the report.
+
+    Args:
+        make: gives the report, from the two folders, `overwrite` and `progress`.
+        source: the folder that is read.
+        out: the folder that is made.
+        overwrite: replace a checkpoint there.
+        as_json: print JSON.
+        title: of the progress bar.
+    """
+    with common.progress_bar(title) as progress:
+        report = make(source, out, overwrite=overwrite, progress=progress)
     if as_json:
         common.print_json(asdict(report))
         return

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,9 +69,47 @@ def require_file(path: str | Path) -> None:
         raise AudioError(f"no such file: {path}")
 
 
-def paths(files: Sequence[Path]) -> list[str | Path]:
-    """Files as a list of recordings."""
-    return list(files)
+def require_files(files: Sequence[Path]) -> dict[Path, Exception]:
+    """The recordings that are not there, so that the others can be answered.
+
+    Raises:
+        AudioError: if no file is named, or the only one is not there.
+    """
+    from sa2jax.errors import AudioError
+
+    if not files:
+        raise AudioError("no recordings: expected at least one wav, flac, mp3 or ogg file")
+    errors: dict[Path, Exception] = {}
+    for path in files:
+        try:
+            require_file(path)
+        except AudioError as error:
+            errors[path] = error
+    exit_if_none(errors, files)
+    return errors
+
+
+def exit_if_none(errors: Mapping[Path, Exception], files: Sequence[Path]) -> None:
+    """End with exit code 2 if no file could be read; if there was but one, by its error."""
+    if len(errors) == len(set(files)) == 1:
+        raise next(iter(errors.values()))
+    if len(errors) == len(set(files)):
+        exit_for_errors(errors, 2)
+
+
+def exit_for_errors(errors: Mapping[Path, Exception], code: int = 1) -> None:
+    """Name the files that could not be read, if any, and end with an exit code."""
+    for path, error in errors.items():
+        text = str(error)
+        log_error(error if str(path) in text else type(error)(f"{path}: {text}"))
+    if errors:
+        sys.exit(code)
+
+
+def log_notes(path: Path | None, notes: Sequence[str]) -> None:
+    """Print what was noticed of a recording, or of an answer, to stderr."""
+    for note in notes:
+        log(note if path is None else f"{path}: {note}")
 
 
 def print_json(value: Any) -> None:

@@ -1,6 +1,7 @@
 """The commands `data`: prepare, synthesize and show training data."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,23 +10,42 @@ import tyro
 from rich.table import Table
 
 from sa2jax.cli import common
+from sa2jax.cli.options import Hearing
 
 Paths = tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="SOURCE ... OUT")]]
 Words = tyro.conf.UseAppendAction[tuple[str, ...]]  # the option may be given several times
 Folder = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="FOLDER")]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """What actions that make a folder of recordings share."""
+
+    max_rejects: int = 100
+    """Stop if more than these cannot be used."""
+    overwrite: bool = False
+    """Replace a prepared folder."""
+    json: bool = False
+    """Print JSON."""
+
+    def options(self) -> dict[str, Any]:
+        """Keywords of what writes the folder, see `recordings.WriteOptions`."""
+        return {"max_rejects": self.max_rejects, "overwrite": self.overwrite}
+
+
+Output = Annotated[OutputOptions, tyro.conf.arg(name="")]
+
+
 def _prepare(
     paths: Paths,
+    output: Output,
+    hearing: Hearing,
     *,
     model: Path | None = None,
     reader: Literal["soundfile", "tfio"] = "soundfile",
     tfio_python: Path | None = None,
     shard_size: str = "1GB",
     workers: int | None = None,
-    max_rejects: int = 100,
-    overwrite: bool = False,
-    json: bool = False,
 ):
     """Make shards of records and their recordings, which training reads at once.
 
@@ -39,9 +59,8 @@ def _prepare(
         tfio_python: Interpreter of tensorflow-io's environment, such as tfio/bin/python.
         shard_size: Largest shard, such as 500MB, or a plain number of samples.
         workers: Processes that read; by default one for each core.
-        max_rejects: Stop if more records than these cannot be used.
-        overwrite: Replace a prepared folder.
-        json: Print JSON.
+        output: Output.
+        hearing: Recordings.
     """
     from sa2jax.train.data.prepare import PrepareConfig, prepare_dataset
 
@@ -51,20 +70,20 @@ def _prepare(
         tfio_python=tfio_python,
         shard_size=shard_size,
         workers=workers,
-        max_rejects=max_rejects,
+        max_rejects=output.max_rejects,
+        channel=hearing.channel,
     )
-    make = partial(prepare_dataset, config=config, overwrite=overwrite)
-    _make_folder(paths, make, json, title="preparing", unit="records")
+    make = partial(prepare_dataset, config=config, overwrite=output.overwrite)
+    _make_folder(paths, make, output, title="preparing", unit="records")
 
 
 def _prepare_flow(
     paths: Paths,
+    output: Output,
+    hearing: Hearing,
     *,
     model: Path,
     perturbations: int = 0,
-    max_rejects: int = 100,
-    overwrite: bool = False,
-    json: bool = False,
 ):
     """Hear recordings for training of the detokenizer's flow: codes, mel frames, speaker vectors.
 
@@ -74,9 +93,8 @@ def _prepare_flow(
         model: Folder with the detokenizer to train: its own networks hear the recordings.
         perturbations: Keep each recording as often again with the codes of the same speech with
             another pitch, formants and tilt, so that the flow does not learn from codes who speaks.
-        max_rejects: Stop if more recordings than these cannot be used.
-        overwrite: Replace a prepared folder.
-        json: Print JSON.
+        output: Output.
+        hearing: Recordings.
     """
     from sa2jax.runtime import enable_compilation_cache
     from sa2jax.train.networks.flow_data import prepare_flow
@@ -86,22 +104,21 @@ def _prepare_flow(
         prepare_flow,
         model=model,
         perturbations=perturbations,
-        max_rejects=max_rejects,
-        overwrite=overwrite,
+        channel=hearing.channel,
+        **output.options(),
     )
-    _make_folder(paths, make, json, title="hearing")
+    _make_folder(paths, make, output, title="hearing")
 
 
 def _prepare_speech(
     paths: Paths,
+    output: Output,
+    hearing: Hearing,
     *,
     rate: Literal[16000, 24000] = 16000,
     pitch: bool = False,
     model: Path | None = None,
     max_seconds: float = 25.0,
-    max_rejects: int = 100,
-    overwrite: bool = False,
-    json: bool = False,
 ):
     """Read recordings for training of the networks that hear, and of the vocoder.
 
@@ -114,9 +131,8 @@ def _prepare_speech(
         pitch: Find the pitch, for the vocoder; needs pyworld.
         model: Folder whose flow shall make the mel frames that a vocoder hears, at 24000 Hz.
         max_seconds: Longer recordings are not used.
-        max_rejects: Stop if more recordings than these cannot be used.
-        overwrite: Replace a prepared folder.
-        json: Print JSON.
+        output: Output.
+        hearing: Recordings.
     """
     from sa2jax.train.networks.speech_data import prepare_speech
 
@@ -126,10 +142,10 @@ def _prepare_speech(
         pitch=pitch,
         model=model,
         max_seconds=max_seconds,
-        max_rejects=max_rejects,
-        overwrite=overwrite,
+        channel=hearing.channel,
+        **output.options(),
     )
-    _make_folder(paths, make, json, title="reading")
+    _make_folder(paths, make, output, title="reading")
 
 
 def _synthesize(
@@ -183,12 +199,15 @@ def _show(folder: Folder, *, json: bool = False):
         json: Print JSON.
     """
     common.use_cpu()
+    from sa2jax.errors import FileError
+    from sa2jax.files.limits import JSON
+    from sa2jax.files.raw import read_text
     from sa2jax.train.data.samples import DATASET_JSON, read_dataset_info
     from sa2jax.train.networks import flow_data, speech_data
 
     try:
-        text = (folder / DATASET_JSON).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        text = read_text(folder / DATASET_JSON, JSON)
+    except FileError:
         text = ""  # what is wrong with it, `read_dataset_info` says
     others = {
         flow_data.FORMAT: lambda: flow_data.read_flow_info(folder)[0],
@@ -219,7 +238,7 @@ def data(
 def _make_folder(
     paths: tuple[str, ...],
     make: Callable[..., Mapping[str, Any]],
-    json: bool,
+    output: OutputOptions,
     *,
     title: str,
     unit: str = "recordings",
@@ -229,7 +248,7 @@ def _make_folder(
     Args:
         paths: the sources and, last, the folder.
         make: gives what dataset.json says, from the sources, the folder and `progress`.
-        json: print JSON.
+        output: how it is printed.
         title: of the progress bar.
         unit: what it counts.
     """
@@ -240,7 +259,7 @@ def _make_folder(
     *sources, out = paths
     with common.progress_bar(title, unit=unit) as progress:
         about = make(sources, out, progress=progress)
-    _print(about, Path(out), json)
+    _print(about, Path(out), output.json)
 
 
 def _print(about: Mapping[str, Any], folder: Path, json: bool) -> None:

@@ -42,6 +42,8 @@ class EvalCommand:
     """Limit of a reply; a second of speech takes 31."""
     batch_size: int = 8
     """Recordings that are transcribed at once."""
+    parity: bool = False
+    """Do everything as the official pipeline does, as for other commands."""
     seed: int = 0
     """Of what is drawn."""
     predictions: Path | None = None
@@ -57,7 +59,11 @@ class EvalCommand:
 
         with common.progress_bar("loading") as progress:
             return StepAudio2.from_pretrained(
-                source, dtype=dtype, batch_size=self.batch_size, progress=progress
+                source,
+                dtype=dtype,
+                batch_size=self.batch_size,
+                parity=self.parity,
+                progress=progress,
             )
 
 

@@ -7,6 +7,7 @@ import tyro
 
 from sa2jax.cli import common
 from sa2jax.cli.common import Dtype, Out, Source
+from sa2jax.cli.options import Hearing
 
 Preset = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="PRESET")]]
 Speech = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="SPEECH")]]
@@ -47,6 +48,7 @@ def assemble(
     model: Source,
     speech: Speech,
     out: Out,
+    hearing: Hearing,
     *,
     dtype: Dtype | None = None,
     single: bool = False,
@@ -59,6 +61,7 @@ def assemble(
         model: Model folder of this library.
         speech: A detokenizer of this library, or a model folder with one.
         out: Folder to make; it appears only when it is complete.
+        hearing: Recordings of voices.
         dtype: Dtype to store; by default each tensor keeps its own.
         single: Write one file of numbers for each, for small models.
         voice: NAME=RECORDING, a voice to make; the option may be given several times, and the
@@ -83,6 +86,7 @@ def assemble(
         dtype=dtype,
         single=single,
         voices=named,
+        channel=hearing.channel,
         overwrite=overwrite,
     )
     for note in notes:

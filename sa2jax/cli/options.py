@@ -1,8 +1,9 @@
-"""Options that commands share: which model, and how it runs."""
+"""Options that commands share: which model, how it runs, and how it replies."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -10,6 +11,7 @@ from sa2jax.cli import common
 from sa2jax.cli.common import Attention, Devices, ModelDtype
 
 if TYPE_CHECKING:
+    from sa2jax.audio import AudioSource
     from sa2jax.pipeline import StepAudio2
 
 
@@ -36,6 +38,9 @@ class ModelOptions(Devices):
     """`base` for a pre-trained model that knows no turns."""
     batch_size: int = 8
     """Prompts that are answered at once."""
+    parity: bool = False
+    """Do everything as the official pipeline does, quirks included, to compare with it. Special
+    tokens in what is said are recognised then: whoever says something can open turns."""
 
     def load(self) -> "StepAudio2":
         """Read the model, with a progress bar."""
@@ -54,8 +59,58 @@ class ModelOptions(Devices):
                 speech=self.detokenizer,
                 prompt_style=self.prompt_style,
                 batch_size=self.batch_size,
+                parity=self.parity,
                 progress=progress,
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """How replies are generated, and printed."""
+
+    voice: str | None = None
+    """Who speaks: name of a voice, a voice file, or a recording of the speaker."""
+    max_new_tokens: int | None = None
+    """Limit of each reply, by default that of the task."""
+    seed: int = 0
+    """Same seed, same reply."""
+    json: bool = False
+    """Print JSON."""
+
+    def limits(self) -> dict[str, Any]:
+        """Keywords of every task: `max_new_tokens` and `seed`."""
+        return {"max_new_tokens": self.max_new_tokens, "seed": self.seed}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelOptions:
+    """Which channel is heard."""
+
+    channel: int | Literal["mean"] | None = None
+    """Channel that is heard, counted from 0, or `mean` for the mean of all; by default the first,
+    for mel frames at 24 kHz the mean."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoundOptions(ChannelOptions):
+    """What is heard of recordings."""
+
+    max_seconds: float | None = None
+    """Longest recording that is read; by default two hours, or a day where it is never held as a
+    whole (asr, translate)."""
+
+    def source(self, path: Path) -> "AudioSource":
+        """A recording to be read so."""
+        from sa2jax.audio import AudioSource
+
+        return AudioSource(path, self.channel, self.max_seconds)
+
+    def sources(self, paths: Sequence[Path]) -> list["AudioSource"]:
+        """Recordings to be read so."""
+        return [self.source(path) for path in paths]
+
+
 Model = Annotated[ModelOptions, tyro.conf.arg(name="")]
+Generation = Annotated[GenerationOptions, tyro.conf.arg(name="")]
+Hearing = Annotated[ChannelOptions, tyro.conf.arg(name="")]
+Sound = Annotated[SoundOptions, tyro.conf.arg(name="")]

@@ -87,7 +87,7 @@ def _line(result: "Plan") -> str:
 
 def _table(result: "Plan") -> Table:
     """A plan as a table."""
-    from sa2jax.plan.workloads import LENGTHS
+    from sa2jax.plan.workloads import WORKLOADS
 
     spec = result.spec
     how = "on paper" if result.on_paper else f"compiled in {result.compile_seconds:.1f} s"
@@ -104,7 +104,7 @@ def _table(result: "Plan") -> Table:
         return f"{1e3 * seconds:.3g} ms"
 
     sizes = ", ".join(f"{axis} {count}" for axis, count in result.mesh.items() if count > 1)
-    table.add_row("batch", f"{spec.batch}, each {spec.length} {LENGTHS[spec.workload][0]}")
+    table.add_row("batch", f"{spec.batch}, each {spec.length} {WORKLOADS[spec.workload].counted}")
     table.add_row("mesh", sizes or "one chip")
     table.add_row("fits", "yes" if result.fits else f"no: {result.reason or 'too large'}")
     table.add_row("memory per chip", f"{size(result.peak)} of {size(result.usable)}")

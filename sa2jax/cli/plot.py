@@ -11,11 +11,12 @@ from jaxtyping import Float
 from sa2jax.audio.rates import SPEECH_SAMPLE_RATE
 
 if TYPE_CHECKING:
+    from sa2jax.audio import AudioSource
     from sa2jax.pipeline.reply import Reply
 
 SHORTEST = 720  # samples that have no spectrum
 LOWEST, HIGHEST = -11.5, 2.0  # of the mel spectra shown, natural logarithm of magnitudes
-Plotter = Callable[["Reply", Sequence[Path]], None]
+Plotter = Callable[["Reply", Sequence["AudioSource"]], None]
 
 
 def make_plotter(path: Path) -> Plotter:
@@ -39,13 +40,13 @@ def make_plotter(path: Path) -> Plotter:
     except ImportError:
         raise AudioError("--plot needs matplotlib: pip install 'sa2jax[train]'") from None
 
-    def draw(reply: "Reply", questions: Sequence[Path]) -> None:
+    def draw(reply: "Reply", questions: Sequence["AudioSource"]) -> None:
         from sa2jax import audio
-        from sa2jax.atomic_io import disk_errors
+        from sa2jax.atomic_io import disk_errors, new_file
 
         panels = [
-            (f"question: {name.name}", audio.load_audio(name, rate=SPEECH_SAMPLE_RATE))
-            for name in questions
+            (f"question: {Path(source.name).name}", audio.load_audio(source, SPEECH_SAMPLE_RATE))
+            for source in questions
         ]
         panels.append((f"answer: {reply.text}" if reply.text else "answer", reply.audio))
         figure = Figure(figsize=(5.5 * len(panels), 5), layout="constrained")
@@ -59,8 +60,8 @@ def make_plotter(path: Path) -> Plotter:
                 f"{times.speech:.1f} s of speech made in {times.total:.1f} s, compilation included",
                 fontsize="medium",
             )
-        with disk_errors(path):
-            figure.savefig(path, dpi=110)
+        with disk_errors(path), new_file(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=110)
 
     return draw
 

@@ -1,6 +1,7 @@
 """The command `run` for any prompt task, and what commands of tasks share."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,10 +9,11 @@ import tyro
 
 from sa2jax.cli import common, wav_output
 from sa2jax.cli.common import Files
-from sa2jax.cli.options import Model, ModelOptions
+from sa2jax.cli.options import Generation, Model, ModelOptions, Sound, SoundOptions
 from sa2jax.cli.wav_output import MaybeWavOut
 
 if TYPE_CHECKING:
+    from sa2jax.chat.template import PromptTask
     from sa2jax.pipeline import StepAudio2
     from sa2jax.pipeline.reply import Reply
 
@@ -22,14 +24,12 @@ def run(
     task: TaskName,
     files: Files,
     options: Model,
+    sound: Sound,
     *,
     text: str | None = None,
     question: str = "",
     out: MaybeWavOut = None,
-    voice: str | None = None,
-    max_new_tokens: int | None = None,
-    seed: int = 0,
-    json: bool = False,
+    generation: Generation,
 ):
     """Run a prompt task, any of those in `sa2jax/chat/template.py`, over recordings or a text.
 
@@ -37,13 +37,11 @@ def run(
         task: Name of the task, such as asr or s2tt_en; another name lists all.
         files: Recordings: wav, flac, mp3 or ogg; for a spoken task, one.
         options: Model.
+        sound: Recordings.
         text: A text in place of recordings.
         question: Text that follows each recording.
         out: Recording to write (wav, 24 kHz, 16 bit); for spoken tasks only.
-        voice: Who speaks: name of a voice, a voice file, or a recording of the speaker.
-        max_new_tokens: Limit of each answer, by default the task's.
-        seed: Same seed, same answer.
-        json: Print JSON.
+        generation: Reply.
     """
     from sa2jax.chat.template import Text
     from sa2jax.errors import PromptError
@@ -52,83 +50,88 @@ def run(
     chosen = find_task(task)
     if text is not None and files:
         raise PromptError("expected recordings or --text, not both")
+
+    def replies(model: "StepAudio2", sources: Sequence[Any], **how: Any) -> "list[Reply]":
+        return model.run(chosen, sources, question=question, **generation.limits(), **how)
+
+    def speak(model: "StepAudio2", source: Any) -> "Reply":
+        return replies(model, [source], voice=generation.voice or "default")[0]
+
     if chosen.spoken:
-        run_spoken(
-            files,
-            options,
-            text,
-            out,
-            json,
-            lambda model, source: model.run(
-                chosen,
-                [source],
-                question=question,
-                voice=voice or "default",
-                max_new_tokens=max_new_tokens,
-                seed=seed,
-            )[0],
-        )
+        run_spoken(files, options, sound, text, out, generation.json, speak)
         return
-    if not (out is voice is None):
+    if not (out is generation.voice is None):
         raise PromptError(f"the task {task} is written: leave -o and --voice out")
     if text is not None:
-        model = options.load()
-        (reply,) = model.run(
-            chosen, [Text(text)], question=question, max_new_tokens=max_new_tokens, seed=seed
-        )
-        common.print_json({"text": reply.text}) if json else print(reply.text)
+        (reply,) = replies(options.load(), [Text(text)])
+        common.print_json(_written_json(reply)) if generation.json else print(reply.text)
+        common.log_notes(None, reply.notes)
         return
-    run_written(
-        files,
-        options,
-        json,
-        lambda model, progress: [
-            reply.text
-            for reply in model.run(
-                chosen,
-                common.paths(files),
-                question=question,
-                max_new_tokens=max_new_tokens,
-                seed=seed,
-                progress=progress,
-            )
-        ],
-    )
+    how = {"question": question} | generation.limits()
+    run_written(files, options, sound, chosen, generation.json, **how)
 
 
 def run_written(
     files: Sequence[Path],
     options: ModelOptions,
+    sound: SoundOptions,
+    task: "str | PromptTask",
     as_json: bool,
-    task: Callable[["StepAudio2", Callable[[int, int], None]], list[str]],
+    **arguments: Any,
 ) -> None:
     """Run a written task over recordings and print a text for each.
+
+    Those that cannot be read are named at the end, with exit code 1.
 
     Args:
         files: the recordings.
         options: which model.
+        sound: what is heard of them.
+        task: the task, or its name.
         as_json: print JSON.
-        task: gives the texts, from the model and a progress callback.
+        arguments: what `StepAudio2.run` takes beside them.
     """
     from sa2jax.errors import AudioError
 
-    if not files:
-        raise AudioError("no recordings: expected at least one wav, flac, mp3 or ogg file")
-    for path in files:
-        common.require_file(path)
+    errors = common.require_files(files)
+    there = [path for path in files if path not in errors]
     model = options.load()
     with common.progress_bar("listening", unit="recordings") as progress:
-        texts = task(model, progress)
+        heard = sound.sources(there)
+        made = model.run(task, heard, skip_unreadable=True, progress=progress, **arguments)
+    replies = dict(zip(there, made, strict=True))
+    for path, reply in replies.items():
+        if reply.finish_reason == "error":
+            errors[path] = AudioError(" ".join(reply.notes))
+        else:
+            common.log_notes(path, reply.notes)
+    common.exit_if_none(errors, files)
     if as_json:
-        common.print_json([{"file": str(f), "text": t} for f, t in zip(files, texts, strict=True)])
-        return
-    for path, text in zip(files, texts, strict=True):
-        print(text if len(files) == 1 else f"{path}\t{text}")
+        common.print_json(
+            [
+                {"file": str(path)}
+                | ({"error": str(errors[path])} if path in errors else _written_json(replies[path]))
+                for path in files
+            ]
+        )
+    else:
+        for path in files:
+            if path not in errors:
+                text = replies[path].text
+                print(text if len(files) == 1 else f"{path}\t{text}")
+    common.exit_for_errors(errors)
+
+
+def _written_json(reply: "Reply") -> dict[str, Any]:
+    """A written answer for JSON."""
+    found = {key: getattr(reply, key) for key in ("text", "finish_reason", "notes")}
+    return found | {"segments": [asdict(segment) for segment in reply.segments]}
 
 
 def run_spoken(
     files: Sequence[Path],
     options: ModelOptions,
+    sound: SoundOptions,
     text: str | None,
     out: Path | None,
     as_json: bool,
@@ -139,6 +142,7 @@ def run_spoken(
     Args:
         files: the recording, if that is the source.
         options: which model.
+        sound: what is heard of it.
         text: the text, if that is the source.
         out: the wav file.
         as_json: print JSON.
@@ -155,8 +159,9 @@ def run_spoken(
     for path in files:
         common.require_file(path)
     model = options.load()
-    reply = task(model, files[0] if files else Text(text or ""))
+    reply = task(model, sound.source(files[0]) if files else Text(text or ""))
     summary = wav_output.reply_summary(reply, out)
+    common.log_notes(files[0] if files else None, reply.notes)
     with wav_output.sink(out, model) as write_samples:
         write_samples(reply.audio)
     if as_json:

@@ -11,6 +11,7 @@ import tyro
 
 from sa2jax.cli import common, wav_output
 from sa2jax.cli.common import Devices, Files
+from sa2jax.cli.options import Sound
 from sa2jax.cli.wav_output import WavOut
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ class ModelFolderOptions:
     model: Path | None = None
     """Model folder made by `sa2jax convert`, a released one, its token2wav folder alone, or `nano`;
     by default the latter, a small model for demonstrations, where the installation has it."""
+    parity: bool = False
+    """Stream, tokenise and analyse voices exactly as the official code does, quirks included."""
 
     @property
     def folder(self) -> Path:
@@ -49,8 +52,6 @@ class SpeechOptions(ModelFolderOptions, Devices):
     """Speak in chunks, as in a conversation, instead of in one piece."""
     chunk: int = 25
     """Codes of a chunk; 25 are a second."""
-    parity: bool = False
-    """Stream exactly as the official code does, quirks included."""
     seed: int = 0
     """Same seed, same sound."""
 
@@ -60,7 +61,12 @@ class SpeechOptions(ModelFolderOptions, Devices):
         from sa2jax.speech import Speech
 
         return Speech.from_pretrained(
-            self.folder, dtype=self.dtype, steps=self.steps, guidance=self.guidance, mesh=self.mesh
+            self.folder,
+            parity=self.parity,
+            dtype=self.dtype,
+            steps=self.steps,
+            guidance=self.guidance,
+            mesh=self.mesh,
         )
 
 
@@ -83,55 +89,69 @@ def vocode(codes: CodesFile, options: Options, *, out: WavOut, voice: str = "def
     _speak(speech, line, speech.voice(voice), options, out)
 
 
-def tokenize(files: Files, options: Folder, *, json: bool = False):
+def tokenize(files: Files, options: Folder, sound: Sound, *, json: bool = False):
     """Print the audio codes (25 per second) of recordings.
 
     Args:
         files: Recordings: wav, flac, mp3 or ogg.
         options: Model.
+        sound: Recordings.
         json: Print a JSON object for each file, also if there is only one.
     """
+    from sa2jax import audio
     from sa2jax.errors import AudioError
-    from sa2jax.speech import Speech
 
-    if not files:
-        raise AudioError("no recordings: expected at least one wav, flac, mp3 or ogg file")
+    errors = common.require_files(files)
+    analyzer = _open(options).folder.analyzer
+    mels = {}
     for path in files:
-        common.require_file(path)
-    codes = [c.tolist() for c in Speech.from_pretrained(options.folder).tokenize(list(files))]
+        try:
+            if path not in errors:
+                mels[path] = analyzer.mel_of(audio.load_audio(sound.source(path)))
+        except AudioError as error:
+            errors[path] = error
+    common.exit_if_none(errors, files)
+    codes = dict(zip(mels, analyzer.codes_of_mels(list(mels.values())), strict=True))
     if len(files) == 1 and not json:
-        print(json_module.dumps(codes[0]))
+        print(json_module.dumps(codes[files[0]].tolist()))
     else:
-        results = [{"file": str(f), "codes": c} for f, c in zip(files, codes, strict=True)]
+        results = [
+            {"file": str(path)}
+            | ({"error": str(errors[path])} if path in errors else {"codes": codes[path].tolist()})
+            for path in files
+        ]
         print(json_module.dumps(results if len(files) > 1 else results[0]))
+    common.exit_for_errors(errors)
 
 
-def reconstruct(wav: Recording, options: Options, *, out: WavOut):
+def reconstruct(wav: Recording, options: Options, sound: Sound, *, out: WavOut):
     """Turn a recording into codes and back, in its own voice.
 
     Args:
         wav: Recording: wav, flac, mp3 or ogg, of at least 1 s.
         options: Model.
+        sound: Recording.
         out: Recording to write (wav, 24 kHz, 16 bit).
     """
     common.require_file(wav)
     wav_output.check_out(out)
     speech = options.load()
-    codes, voice = speech.analyze(wav)
+    codes, voice = speech.analyze(sound.source(wav))
     _speak(speech, codes, voice, options, out)
 
 
-def _add(name: Name, wav: Recording, options: Folder, *, overwrite: bool = False):
+def _add(name: Name, wav: Recording, options: Folder, sound: Sound, *, overwrite: bool = False):
     """Make a voice of a recording of 1 to 30 s.
 
     Args:
         name: What to call it.
         wav: Recording of one speaker: wav, flac, mp3 or ogg, any rate and channels.
         options: Model.
+        sound: Recording.
         overwrite: Replace a voice of this name.
     """
     common.require_file(wav)
-    added = _speech_folder(options).add(name, wav, overwrite=overwrite)
+    added = _speech_folder(options).add(name, sound.source(wav), overwrite=overwrite)
     print(f"{added.name}: {added.seconds:.1f} s, {len(added.codes)} codes")
 
 
@@ -184,12 +204,14 @@ def voice(
     """
 
 
-def _speech_folder(options: ModelFolderOptions) -> Any:
-    from sa2jax.runtime import enable_compilation_cache
-    from sa2jax.speech.store import SpeechFolder
+def _open(options: ModelFolderOptions) -> "Speech":
+    from sa2jax.speech import Speech
 
-    enable_compilation_cache()
-    return SpeechFolder(options.folder)
+    return Speech.from_pretrained(options.folder, parity=options.parity)
+
+
+def _speech_folder(options: ModelFolderOptions) -> Any:
+    return _open(options).folder
 
 
 def _speak(speech: "Speech", codes: Any, voice: Any, options: SpeechOptions, out: Path) -> None:
@@ -202,10 +224,10 @@ def _speak(speech: "Speech", codes: Any, voice: Any, options: SpeechOptions, out
 
     started = time.perf_counter()
     wave: np.ndarray
-    if options.stream or options.parity:
+    if options.stream:
         with common.progress_bar("speaking", unit="chunks") as progress:
             stream: Iterable[np.ndarray] = speech.stream(
-                codes, voice, chunk=options.chunk, seed=options.seed, parity=options.parity
+                codes, voice, chunk=options.chunk, seed=options.seed
             )
             pieces = []
             for piece in stream:
@@ -214,7 +236,8 @@ def _speak(speech: "Speech", codes: Any, voice: Any, options: SpeechOptions, out
         wave = np.concatenate(pieces)
     else:
         wave = speech.vocode(codes, voice, seed=options.seed)
-    audio.write_wav(out, wave, speech.sample_rate, subtype="PCM_16")
+    pcm = audio.pcm_16(wave, parity=options.parity)
+    audio.write_wav(out, pcm, speech.sample_rate, subtype="PCM_16")
     length, took = len(wave) / speech.sample_rate, time.perf_counter() - started
     print(wav_output.speech_summary(out, length, voice.name, took))
 
@@ -225,15 +248,17 @@ def _read_codes(path: Path) -> list[int]:
     Raises:
         CodeError: if there are none.
     """
-    from sa2jax.errors import CodeError
+    from sa2jax.errors import CodeError, FileError
+    from sa2jax.files.json_files import parse_json, read_json
 
     try:
-        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
-        value = json_module.loads(text)
-    except OSError as error:
-        raise CodeError(f"{path} cannot be read ({error.strerror}): expected a JSON file") from None
-    except ValueError as error:
-        raise CodeError(f"{path} is not JSON ({error}): expected a list of numbers") from None
+        value = parse_json(sys.stdin.read()) if str(path) == "-" else read_json(path)
+    except FileError as error:
+        raise CodeError(
+            f"{path} cannot be read ({error.reason}): expected a JSON list of numbers"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise CodeError(f"{path} cannot be read ({error.reason}): expected UTF-8") from None
     codes = value.get("codes") if isinstance(value, dict) else value
     if not isinstance(codes, list) or not all(type(code) is int for code in codes):
         raise CodeError(f"{path}: expected a JSON list of whole numbers, such as [4218, 12, 7]")

@@ -104,14 +104,17 @@ def merge(
         overwrite: Replace a checkpoint at OUT.
     """
     common.use_cpu()
+    from sa2jax.atomic_io import keep_sources
     from sa2jax.train.language.model_io import open_base_model, stored_dtype
+    from sa2jax.train.language.peft_merge import merge_adapter, read_adapter
     from sa2jax.train.language.recipe import ModelSpec
     from sa2jax.train.recipe import build_config
 
+    keep_sources(out, (model, adapter))
     # What is stored as it is read takes the least memory.
     values = {"folder": str(model), "dtype": stored_dtype(model).name}
-    base, params = open_base_model(build_config(ModelSpec, values, str(model))).with_adapter(
-        adapter
-    )
+    base = open_base_model(build_config(ModelSpec, values, str(model)))
+    changes = read_adapter(adapter)
+    params = merge_adapter(changes, base.load_params(None, 0), base.cfg)
     base.save(params, out, overwrite=overwrite)
     print(f"model: {out}")

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -69,13 +70,15 @@ def sink(out: Path | None, model: "PipelineBase") -> Iterator[Write]:
     if out is None:
         yield lambda samples: None
     elif out == PIPE:
-        yield _write_pipe
+        yield partial(_write_pipe, parity=model.parity)
     else:
         import soundfile
 
         from sa2jax import audio
+        from sa2jax.atomic_io import make_temporary
 
-        temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+        with _disk_errors(out):
+            temporary = make_temporary(out)
         try:
             with _disk_errors(out):
                 file = soundfile.SoundFile(
@@ -84,7 +87,7 @@ def sink(out: Path | None, model: "PipelineBase") -> Iterator[Write]:
 
             def write(samples: "np.ndarray") -> None:
                 with _disk_errors(out):
-                    file.write(audio.pcm_16(samples))
+                    file.write(audio.pcm_16(samples, parity=model.parity))
 
             try:
                 yield write
@@ -113,7 +116,8 @@ def reply_summary(reply: "Reply", out: Path) -> str:
     from sa2jax.errors import AudioError
 
     if not len(reply.audio) or reply.timings is None:
-        raise AudioError("the model spoke no words, so there is no recording: try another --seed")
+        why = " ".join(["the model spoke no words, so there is no recording", *reply.notes[:1]])
+        raise AudioError(why if reply.notes else f"{why}: try another --seed")
     return speech_summary(out, reply.timings.speech, reply.voice, reply.timings.total)
 
 
@@ -127,10 +131,10 @@ def as_json(reply: "Reply", out: Path | None) -> dict[str, Any]:
     }
 
 
-def _write_pipe(samples: "np.ndarray") -> None:
+def _write_pipe(samples: "np.ndarray", *, parity: bool) -> None:
     from sa2jax import audio
 
-    sys.stdout.buffer.write(audio.pcm_16(samples).astype("<i2").tobytes())
+    sys.stdout.buffer.write(audio.pcm_16(samples, parity=parity).astype("<i2").tobytes())
     sys.stdout.buffer.flush()
 
 

@@ -6,7 +6,7 @@ model every sample and scores the predictions.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,8 +138,6 @@ class SuiteRun(ABC):
 
     def generation_config(self) -> "GenerationConfig":
         """Sampling and limits of a reply, as conversations have them unless options say else."""
-        from dataclasses import replace
-
         from sa2jax.chat.template import TASKS
         from sa2jax.pipeline.task_runner import task_options
 
@@ -149,28 +147,9 @@ class SuiteRun(ABC):
             config = replace(config, sampling=replace(config.sampling, temperature=0.0))
         return config
 
-    def record(
-        self, metric: str, sample: str, expected: str, predicted: str, correct: bool | None = None
-    ) -> None:
-        """Keep a prediction.
-
-        Args:
-            metric: key of the metric.
-            sample: name of the sample.
-            expected: what would be right.
-            predicted: what the model wrote, or what a judge heard.
-            correct: whether that is right; None where words are counted.
-        """
-        self.predictions.append(
-            Prediction(
-                metric=metric,
-                sample=sample,
-                expected=expected,
-                predicted=predicted,
-                correct=correct,
-                model=self.context.name,
-            )
-        )
+    def record(self, prediction: Prediction) -> None:
+        """Keep a prediction of this model."""
+        self.predictions.append(replace(prediction, model=self.context.name))
 
 
 def _no_judges(metrics: Sequence[str], /) -> None:

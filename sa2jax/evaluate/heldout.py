@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sa2jax.errors import DataError
+from sa2jax.errors import DataError, FileError, reason_of
+from sa2jax.files.json_files import parse_json
+from sa2jax.files.raw import is_file, read_jsonl_lines
 
 FOLDER, VOICES = "heldout", "voices"
 T = TypeVar("T")
@@ -97,21 +99,19 @@ def read_samples(path: str | Path) -> list[Sample]:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read ({error}): expected jsonl") from None
+        lines = list(read_jsonl_lines(path))
+    except FileError as error:
+        raise DataError(f"{path} cannot be read ({error.reason}): expected jsonl") from None
     samples = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in lines:
         try:
-            sample = _sample(json.loads(line), f"{path.stem}:{number}", path.parent)
-        except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+            sample = _sample(parse_json(line, dict), f"{path.stem}:{number}", path.parent)
+        except (FileError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{path}:{number}: expected a question with its answer, as in training data, or "
-                f'{{"audio", "text"}}: {type(error).__name__} {error}'
+                f'{{"audio", "text"}}: {type(error).__name__} {reason_of(error)}'
             ) from None
-        if sample.audio is not None and not sample.audio.is_file():
+        if sample.audio is not None and not is_file(sample.audio):
             raise DataError(f"{path}:{number}: no such recording: {sample.audio}")
         samples.append(sample)
     return samples
@@ -142,6 +142,6 @@ def _sample(row: dict[str, Any], name: str, root: Path) -> Sample:
         system=first.get("system", {}).get("content"),
         expected=answer["content"],
         reference=root / speech if isinstance(speech, str) else None,
-        tool=json.loads(call["content"])["name"] if call else None,
+        tool=parse_json(call["content"], dict)["name"] if call else None,
         tools=tools if tools is None or isinstance(tools, str) else json.dumps(tools),
     )

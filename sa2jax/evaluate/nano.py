@@ -18,7 +18,7 @@ from sa2jax.evaluate.heldout import HeldOut, Sample, evenly_spaced, read_samples
 from sa2jax.evaluate.judges import Judge, grammar_judge, open_judge, require, shuffled
 from sa2jax.evaluate.nano_metrics import SPOKEN, TOOLS, TRANSCRIBED, NanoOptions
 from sa2jax.evaluate.normalizer import SUMS, normalized
-from sa2jax.evaluate.scores import NOTHING_RIGHT, Metric
+from sa2jax.evaluate.scores import NOTHING_RIGHT, Metric, Prediction
 from sa2jax.evaluate.voice_judge import VoiceJudge, voice_judge
 from sa2jax.evaluate.word_errors import word_errors
 
@@ -142,7 +142,7 @@ class NanoRun(SuiteRun):
             progress=self.counter.sub_progress(len(samples)),
         )
         for sample, text in zip(samples, texts, strict=True):
-            self.record(metric.key, sample.name, sample.expected, text)
+            self.record(Prediction(metric.key, sample.name, sample.expected, text))
         expected = [sample.expected for sample in samples]
         if metric.unit == "%" and not metric.lower_is_better:
             pairs = zip(expected, texts, strict=True)
@@ -178,9 +178,10 @@ class NanoRun(SuiteRun):
                 for kind, judge in judges.items():
                     name = "s" + kind[4:] if streamed else kind
                     predicted = judge(reply.audio, reply.sample_rate)
-                    rights[name].append(predicted == normalized(sample.expected))
-                    metric = f"streamed {kind}" if streamed else kind
-                    self.record(metric, sample.name, sample.expected, predicted, rights[name][-1])
+                    right = predicted == normalized(sample.expected)
+                    rights[name].append(right)
+                    metric, expected = f"streamed {kind}" if streamed else kind, sample.expected
+                    self.record(Prediction(metric, sample.name, expected, predicted, right))
                 self.counter.add()
         results = {}
         for key, judge in judges.items():
@@ -205,9 +206,11 @@ class NanoRun(SuiteRun):
             )
             reply = chat.say(sample.content, speak=True, seed=self.options.seed + number)
             names = [getattr(call, "name", "(malformed)") for call in reply.tool_calls]
-            rights.append(sample.tool in names if sample.tool else not names)
-            predicted = ", ".join(names) or f"(none) {reply.text}"
-            self.record(metric.key, sample.name, sample.tool or "(none)", predicted, rights[-1])
+            right = sample.tool in names if sample.tool else not names
+            rights.append(right)
+            expected, predicted = sample.tool or "(none)", ", ".join(names)
+            predicted = predicted or f"(none) {reply.text}"
+            self.record(Prediction(metric.key, sample.name, expected, predicted, right))
             self.counter.add()
         return metric.accuracy(rights)
 
@@ -235,7 +238,7 @@ class NanoRun(SuiteRun):
             if reply.audio.any():
                 closest, _ = judge.closest(reply.audio, reply.sample_rate, known)
             rights[voice].append(closest == voice)
-            self.record("voice", sample.name, voice, closest, rights[voice][-1])
+            self.record(Prediction("voice", sample.name, voice, closest, rights[voice][-1]))
             self.counter.add()
         shares = [f"{name} {sum(r)} of {len(r)}" for name, r in rights.items()]
         note = f"{', '.join(shares)}; by chance {100 / len(known):.0f} %"

@@ -1,27 +1,20 @@
 """The metrics of the suite `nano` with their thresholds and targets, and the suite's options."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sa2jax.evaluate.scores import Metric
 
+
+def _wer(key: str, of: str, threshold: float, target: float) -> Metric:
+    title = f"transcription WER, {of}"
+    metric = Metric(key=key, title=title, unit="%", threshold=threshold, target=target)
+    return replace(metric, lower_is_better=True)
+
+
 METRICS = (
-    Metric(
-        key="seen",
-        title="transcription WER, held-out sentences of training voices",
-        unit="%",
-        threshold=8,
-        target=3,
-        lower_is_better=True,
-    ),
-    Metric(
-        key="unseen",
-        title="transcription WER, a voice never trained on",
-        unit="%",
-        threshold=25,
-        target=12,
-        lower_is_better=True,
-    ),
+    _wer("seen", "held-out sentences of training voices", threshold=8, target=3),
+    _wer("unseen", "a voice never trained on", threshold=25, target=12),
     Metric(
         key="digits",
         title="isolated digits of real recordings, right",

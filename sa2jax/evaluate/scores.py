@@ -105,7 +105,7 @@ class Metric:
         return f"{text} {self.unit}".rstrip()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Prediction:
     """One sample of a metric, and what the model made of it.
 

@@ -41,10 +41,17 @@ CLIP_BATCH = 8
 # Tokens that a conversation reads at once: bounds memory and the number of programs.
 PREFILL_CHUNK = 512
 
+ClipGroup = tuple[Float[Array, "C S D"], int]  # embeddings with padding, and how many are clips
+
 
 def bucket(size: int, sizes: Sequence[int]) -> int:
     """The smallest bucket that holds `size`; beyond the largest, `size` itself."""
     return next((s for s in sizes if s >= size), size)
+
+
+def longest_clip(request: Request) -> int:
+    """Mel frames of the longest clip of a prompt, 0 for none."""
+    return max((mel.shape[1] for mel in request.mels), default=0)
 
 
 class Engine:
@@ -56,6 +63,8 @@ class Engine:
         cfg: its config.
         mesh: the mesh the parameters are sharded over, if any.
         block: steps per compiled call of the batched loop; stop strings are looked for in between.
+        parity: let the clips of a prompt feel each other's lengths as in the official code. A
+            program is compiled for each length of a prompt's longest clip.
     """
 
     def __init__(
@@ -66,13 +75,16 @@ class Engine:
         *,
         mesh: Mesh | None = None,
         block: int = 32,
+        parity: bool = False,
     ):
         self.model, self.params, self.cfg, self.mesh, self.block = model, params, cfg, mesh, block
+        self.parity = parity
 
         def jit(f, **options):
             return jax.jit(partial(f, model), **options)
 
-        self._encode_audio, self._logits = jit(programs.encode_audio), jit(programs.logits)
+        self._encode_audio = jit(programs.encode_audio, static_argnames=("official_batch",))
+        self._logits = jit(programs.logits)
         # With clips or without, features have one dtype and one sharding: one program for both.
         self._compute = model.bind(model.abstract).decoder.policy.compute
         self._everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
@@ -138,7 +150,7 @@ class Engine:
                     if end is not None:
                         cut[row] = (end, "string")
                 if row not in cut and (end := guards[row].push(reply[old:])) is not None:
-                    cut[row] = (old + end, "repeat")
+                    cut[row] = (old + end, "repetition")
             if cut:
                 done = done | np.isin(np.arange(len(done)), list(cut))
                 state = replace(state, done=state.done | done)  # stays where it is on a mesh
@@ -155,25 +167,36 @@ class Engine:
         ended = [_completion(ids, cut.get(row), options) for row, ids in enumerate(replies)]
         return [ended[i * count : (i + 1) * count] for i in range(len(requests))]
 
-    def encode_audio(self, mels: Sequence[Float[np.ndarray, "M L"]]) -> list[Float[Array, "C S D"]]:
+    def encode_audio(
+        self, mels: Sequence[Float[np.ndarray, "M L"]], *, longest: int | None = None
+    ) -> list[ClipGroup]:
         """Audio embeddings (12.5 Hz) of clips of any lengths.
 
-        Clips are encoded `CLIP_BATCH`; a clip's result does not depend on the others.
+        Clips are encoded `CLIP_BATCH` at a time; a clip's result does not depend on the others.
+
+        Args:
+            mels: log-mel frames of each clip.
+            longest: frames of the longest clip of the prompt, for `parity`: officially a clip's
+                result depends on it, as all are padded to it.
 
         Returns:
-            The embeddings of each group of clips, padding included.
+            The embeddings of each group of clips, padding included, and how many clips it has.
         """
-        groups: list[Array] = []
+        groups: list[ClipGroup] = []
+        official = longest if self.parity else None
         for first in range(0, len(mels), CLIP_BATCH):
             group = mels[first : first + CLIP_BATCH]
             frames = np.zeros(self._rows(len(group)), np.int32)
             frames[: len(group)] = [mel.shape[1] for mel in group]
-            length = bucket(int(frames.max()), MEL_BUCKETS)
+            length = bucket(int(frames.max()), MEL_BUCKETS) if official is None else official
             batch = np.zeros((len(frames), group[0].shape[0], length), np.float32)
             for padded, mel in zip(batch, group, strict=False):
                 padded[:, : mel.shape[1]] = mel
             with sharding.use_mesh(self.mesh):
-                groups.append(self._encode_audio(self.params, batch, frames))  # [C, S, D]
+                clips = self._encode_audio(
+                    self.params, batch, frames, official_batch=official is not None
+                )  # [C, S, D]
+            groups.append((clips, len(group)))
         return groups
 
     # --- conversations; see `PrefixCache` ---------------------------------------------------------
@@ -205,7 +228,7 @@ class Engine:
         """
         spans = zip(request.mels, request.starts, request.counts, strict=True)
         pending = [(mel, np.arange(at, at + n)) for mel, at, n in spans if at + n > start]
-        clips = self.encode_audio([mel for mel, _ in pending])
+        clips = self.encode_audio([mel for mel, _ in pending], longest=longest_clip(request))
         hidden = None
         for first in range(start, len(request.ids), PREFILL_CHUNK):
             ids = request.ids[first : first + PREFILL_CHUNK]
@@ -265,6 +288,7 @@ class Engine:
                 self.cfg,
                 mesh=mesh,
                 block=self.block,
+                parity=self.parity,
             )
             for mesh in sharding.replicas(self.mesh)
         ] or [self]
@@ -349,7 +373,11 @@ class Engine:
             for start, count in zip(request.starts, request.counts, strict=True):
                 homes.append(row * steps + np.arange(start, start + count))
                 index[row, start : start + count] = homes[-1]
-        clips = self.encode_audio([mel for request in requests for mel in request.mels])
+        if self.parity:  # officially each prompt is a batch of its own
+            heard = [self.encode_audio(r.mels, longest=longest_clip(r)) for r in requests]
+            clips = [group for groups in heard for group in groups]
+        else:
+            clips = self.encode_audio([mel for request in requests for mel in request.mels])
         return Batch(
             ids=self._put(ids),
             lengths=self._put(lengths),
@@ -358,14 +386,14 @@ class Engine:
         )
 
     def _scatter_features(
-        self, clips: Sequence[Float[Array, "C S D"]], homes: Sequence[np.ndarray], size: int
+        self, clips: Sequence[ClipGroup], homes: Sequence[np.ndarray], size: int
     ) -> Float[Array, "R D"]:
         """Features of a program: each clip's frames in its rows, those from `size` on dropped."""
         features = jnp.zeros((size, self.cfg.decoder.embed), self._compute, device=self._everywhere)
         waiting = iter(homes)
-        for group in clips:
+        for group, count in clips:
             targets = np.full(group.shape[:2], size, np.int32)
-            for target, home in zip(targets, waiting, strict=False):
+            for target, home in zip(targets[:count], waiting, strict=False):
                 target[: len(home)] = home
             features = self._scatter(features, group, targets)
         return features

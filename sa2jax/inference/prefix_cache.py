@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from sa2jax.errors import PromptError
-from sa2jax.inference.engine import Engine
+from sa2jax.inference.engine import Engine, longest_clip
 from sa2jax.inference.requests import GenerationConfig, Request, validate_request
 from sa2jax.models.decoder import KVCache
 
@@ -77,7 +77,7 @@ class PrefixCache:
         validate_request(prompt_index, request, engine.cfg)
         length = len(request.ids)
         limit = min(options.max_new_tokens, request.max_new_tokens or context, context - length)
-        keys = _position_keys(request)
+        keys = _position_keys(request, parity=engine.parity)
         # The last position is always prefilled: its hidden state chooses the first token.
         known = min(_common_prefix(self._keys, keys), length - 1)
         cache, self._cache, self._keys = self._cache, None, _no_keys()  # if this fails, start anew
@@ -125,11 +125,16 @@ def _no_keys() -> Int[np.ndarray, "0"]:
     return np.zeros(0, np.int64)
 
 
-def _position_keys(request: Request) -> Int[np.ndarray, "T"]:
-    """What stands at each position: a token's id, or a negative number for a frame of a clip."""
+def _position_keys(request: Request, *, parity: bool) -> Int[np.ndarray, "T"]:
+    """What stands at each position: a token's id, or a negative number for a frame of a clip.
+
+    With `parity` a clip is another one once a longer clip is said: officially all are padded to it.
+    """
     keys = request.ids.astype(np.int64)
+    salt = longest_clip(request).to_bytes(8) if parity else b""
     for mel, start, count in zip(request.mels, request.starts, request.counts, strict=True):
-        digest = hashlib.blake2b(np.ascontiguousarray(mel).tobytes(), digest_size=6).digest()
+        data = np.ascontiguousarray(mel).tobytes()
+        digest = hashlib.blake2b(data, digest_size=6, salt=salt).digest()
         keys[start : start + count] = (
             -1 - np.arange(count) - CLIP_POSITIONS * int.from_bytes(digest)
         )

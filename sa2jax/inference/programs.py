@@ -80,10 +80,14 @@ def encode_audio(
     params: Params,
     mels: Float[Array, "C M L"],
     frames: Int[Array, "C"],
+    *,
+    official_batch: bool = False,
 ) -> Float[Array, "C S D"]:
     """Encode clips; see `StepAudio2Model.encode_audio`."""
     TRACES["encode_audio"] += 1
-    return model.bind(params).encode_audio(shard(mels, "batch", None, None), frames)
+    return model.bind(params).encode_audio(
+        shard(mels, "batch", None, None), frames, official_batch=official_batch
+    )
 
 
 def scatter_features(

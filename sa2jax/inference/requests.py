@@ -11,7 +11,7 @@ from sa2jax.errors import PromptError
 from sa2jax.inference.sampling import SamplingParams
 from sa2jax.models.audio_encoder import adapter_length, encoder_length
 
-FinishReason = Literal["stop", "string", "length", "repeat"]
+FinishReason = Literal["stop", "string", "length", "repetition"]
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class Completion:
 
     Attributes:
         ids: the generated ids without the stop id.
-        finish_reason: `stop` (a stop id), `string` (a stop string), `length`, or `repeat` (stopped
-            by the repetition guard).
+        finish_reason: `stop` (a stop id), `string` (a stop string), `length`, or `repetition`
+            (stopped by the repetition guard).
     """
 
     ids: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""The listening side: audio encoder (100 Hz mel → 25 Hz) and adapter (25 Hz → 12.5 Hz).
+"""Audio encoder (100 Hz mel → 25 Hz) and adapter (25 Hz → 12.5 Hz).
 
 Source: Step-Audio 2 technical report (arXiv 2507.16632), section 2; a Whisper-style encoder with
 an average pool before its last norm. In the released code a clip's result depends on the padding

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from sa2jax.errors import ConfigError
 from sa2jax.nn import Policy, param
 
-Padding = Literal["same", "causal", "none"]
+Padding = Literal["same", "none"]
 
 
 def conv(
@@ -22,19 +22,17 @@ def conv(
     stride: Sequence[int] = (1,),
     dilation: Sequence[int] = (1,),
     padding: Sequence[tuple[int, int]] = ((0, 0),),
-    groups: int = 1,
     policy: Policy,
 ) -> Float[Array, "B *S D"]:
     """Convolve over one or two dimensions, channels last: on every backend the fastest layout here.
 
     Args:
         x: input.
-        kernel: taps, then inputs of a group, then outputs.
+        kernel: taps, then inputs, then outputs.
         bias: added to each frame, if there is one.
         stride: of each dimension.
         dilation: distance of taps in each dimension.
         padding: zeros before and after each dimension.
-        groups: parts of the channels that do not see each other.
         policy: dtypes.
     """
     space = "HW"[: kernel.ndim - 2]
@@ -45,7 +43,6 @@ def conv(
         padding=padding,
         rhs_dilation=dilation,
         dimension_numbers=(f"N{space}C", f"{space}IO", f"N{space}C"),
-        feature_group_count=groups,
         precision=policy.precision,
     )
     return y if bias is None else y + bias.astype(policy.compute)
@@ -60,16 +57,15 @@ class Conv(nnx.Module):
         kernel: taps, of each dimension if there are two.
         stride: frames from one output to the next, likewise.
         dilation: distance of taps, in every dimension.
-        groups: parts of the channels that do not see each other.
         padding: zeros at the ends. `same`: as many at both, so that a size s becomes
-            `(s - 1) // stride + 1` if `dilation * (kernel - 1)` is even. `causal`: all before, so
-            that no output sees what comes later. `none`. Or a number of them at each end.
+            `(s - 1) // stride + 1` if `dilation * (kernel - 1)` is even. `none`. Or a number
+            of them at each end.
         bias: whether there is one.
         policy: dtypes.
         rngs: source of randomness.
 
     Raises:
-        ConfigError: if `groups` does not divide the channels, or for another padding.
+        ConfigError: for another padding.
     """
 
     def __init__(
@@ -80,20 +76,17 @@ class Conv(nnx.Module):
         kernel: int | Sequence[int],
         stride: int | Sequence[int] = 1,
         dilation: int = 1,
-        groups: int = 1,
         padding: Padding | int = "same",
         bias: bool = True,
         policy: Policy,
         rngs: nnx.Rngs,
     ):
-        if inputs % groups or outputs % groups:
-            raise ConfigError(f"{groups} groups: expected a divisor of {inputs} and {outputs}")
         taps = (kernel,) if isinstance(kernel, int) else tuple(kernel)
         self.stride = (stride,) * len(taps) if isinstance(stride, int) else tuple(stride)
         self.dilation = (dilation,) * len(taps)
         self.padding = tuple(_ends(padding, dilation * (size - 1)) for size in taps)
-        self.groups, self.policy = groups, policy
-        shape = (*taps, inputs // groups, outputs)
+        self.policy = policy
+        shape = (*taps, inputs, outputs)
         scale = math.prod(shape[:-1]) ** -0.5
         self.kernel = param(rngs, shape, (None,) * len(shape), dtype=policy.param, scale=scale)
         self.bias = (
@@ -109,7 +102,6 @@ class Conv(nnx.Module):
             stride=self.stride,
             dilation=self.dilation,
             padding=self.padding,
-            groups=self.groups,
             policy=self.policy,
         )
 
@@ -118,7 +110,7 @@ def _ends(padding: Padding | int, reach: int) -> tuple[int, int]:
     """Zeros before and after a dimension over which taps reach so far."""
     if isinstance(padding, int):
         return padding, padding
-    ends = {"same": (reach // 2, reach // 2), "causal": (reach, 0), "none": (0, 0)}
+    ends = {"same": (reach // 2, reach // 2), "none": (0, 0)}
     if padding not in ends:
         raise ConfigError(f"padding {padding!r}: expected {', '.join(ends)} or a number")
     return ends[padding]

@@ -11,8 +11,6 @@ the widest of a block and stacked, so that a block is one scan: 52 layers writte
 minute to compile, for a fifth less arithmetic.
 """
 
-from functools import cache
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -23,11 +21,11 @@ from sa2jax.nn import (
     Functional,
     Linear,
     Policy,
-    functional,
     length_mask,
     over_layers,
     param,
     stack,
+    structure_of,
     tap,
 )
 from sa2jax.sharding import shard
@@ -259,13 +257,11 @@ class SpeakerEncoder(nnx.Module):
         )
 
 
-@cache
 def speaker_encoder(
     cfg: SpeakerEncoderConfig, policy: Policy | None = None
 ) -> Functional[SpeakerEncoder]:
-    """The structure of a config's speaker encoder; allocates nothing."""
-    policy = Policy() if policy is None else policy
-    return functional(lambda: SpeakerEncoder(cfg, policy=policy, rngs=nnx.Rngs(0)))
+    """The structure of a config's speaker encoder, see `nn.structure_of`."""
+    return structure_of(SpeakerEncoder, cfg, policy)
 
 
 def _apply_mask(x: Float[Array, "B T *C"], valid: Bool[Array, "B T"]) -> Float[Array, "B T *C"]:

@@ -6,8 +6,6 @@ over the values), then finite scalar quantization: eight numbers, each rounded t
 the base-3 digits of a code.
 """
 
-from functools import cache
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -23,12 +21,12 @@ from sa2jax.nn import (
     Linear,
     Params,
     Policy,
-    functional,
     length_mask,
     make_layers,
     over_layers,
     param,
     rotary,
+    structure_of,
     tap,
     unstack,
 )
@@ -237,22 +235,11 @@ def tokenize(
     return merged, kept.sum(0)
 
 
-@cache
 def speech_tokenizer(
     cfg: SpeechTokenizerConfig, policy: Policy | None = None, *, stacked: bool = True
 ) -> Functional[SpeechTokenizer]:
-    """The structure of a config's tokenizer; allocates nothing. Codes are exact in float32.
-
-    Args:
-        cfg: sizes.
-        policy: dtypes, float32 by default.
-        stacked: whether layers are stacked [L, ...], as checkpoints have them, or one tree per
-            layer, see `unstack_speech_tokenizer`.
-    """
-    policy = Policy() if policy is None else policy
-    return functional(
-        lambda: SpeechTokenizer(cfg, policy=policy, rngs=nnx.Rngs(0), stacked=stacked)
-    )
+    """The structure of a config's tokenizer, see `nn.structure_of`. Codes are exact in float32."""
+    return structure_of(SpeechTokenizer, cfg, policy, stacked=stacked)
 
 
 def unstack_speech_tokenizer(params: Params) -> Params:

@@ -5,8 +5,6 @@ embeddings are replaced by the adapter's frames (12.5 Hz) where the prompt was b
 and only there: an `<audio_start>` that the model itself generates is a token like any other.
 """
 
-from functools import cache
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -15,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from sa2jax.config import StepAudio2Config
 from sa2jax.models.audio_encoder import Adapter, AudioEncoder, adapter_length, encoder_length
 from sa2jax.models.decoder import Decoder, KVCache
-from sa2jax.nn import Functional, Params, Policy, Remat, functional, unstack
+from sa2jax.nn import Functional, Params, Policy, Remat, structure_of, unstack
 from sa2jax.sharding import shard
 
 
@@ -111,22 +109,11 @@ class StepAudio2Model(nnx.Module):
             )
 
 
-@cache
 def step_audio2(
     cfg: StepAudio2Config, policy: Policy | None = None, *, stacked: bool = True
 ) -> Functional[StepAudio2Model]:
-    """The structure of a config's model; allocates nothing.
-
-    Args:
-        cfg: sizes.
-        policy: dtypes, float32 by default.
-        stacked: whether the decoder's parameters are stacked [L, ...], as checkpoints have them, or
-            one tree per layer, see `unstack`.
-    """
-    policy = Policy() if policy is None else policy
-    return functional(
-        lambda: StepAudio2Model(cfg, policy=policy, rngs=nnx.Rngs(0), stacked=stacked)
-    )
+    """The structure of a config's model, see `nn.structure_of`; the decoder is what is stacked."""
+    return structure_of(StepAudio2Model, cfg, policy, stacked=stacked)
 
 
 def unstack_decoder(params: Params) -> Params:

@@ -1,4 +1,4 @@
-"""What a user imports: a model, its tasks and its conversations."""
+"""The public API: a model, its tasks and its conversations."""
 
 from sa2jax.pipeline.model import StepAudio2
 

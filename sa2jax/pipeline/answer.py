@@ -7,12 +7,13 @@ import numpy as np
 
 from sa2jax.chat.reply_parser import MarkerFilter, ReplyParser
 from sa2jax.chat.template import THINK_END
-from sa2jax.chat.tokenizer import Tokenizer, Utf8Stream
+from sa2jax.chat.tokenizer import Tokenizer
+from sa2jax.chat.utf8_stream import Utf8Stream
 from sa2jax.inference.prefix_cache import PrefixCache
 from sa2jax.inference.repetition import RepetitionGuard
 from sa2jax.inference.requests import GenerationConfig, Request
 from sa2jax.pipeline.reply import FinishReason, ReplyPiece, Timings
-from sa2jax.speech.worker import SynthesisWorker
+from sa2jax.speech.worker import BackgroundReply
 
 
 class AnswerStep:
@@ -20,6 +21,7 @@ class AnswerStep:
 
     Args:
         tokenizer: the checkpoint's tokenizer.
+        parity: whether the last id is dropped, if it is no stop id either, as officially.
 
     Attributes:
         reader: parser of the ids so far.
@@ -27,8 +29,10 @@ class AnswerStep:
         audio: the audio handed out so far, 24 kHz.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, *, parity: bool = False):
         self.reader = ReplyParser(tokenizer)
+        self._ahead = ReplyParser(tokenizer) if parity else self.reader  # of all ids
+        self._held: list[int] = []  # the newest id, which may be the last
         self.finish_reason: FinishReason = "cancelled"
         self.audio: list[np.ndarray] = []
 
@@ -44,7 +48,7 @@ class AnswerStep:
         options: GenerationConfig,
         *,
         number: int,
-        speaker: SynthesisWorker | None = None,
+        speaker: BackgroundReply | None = None,
     ) -> Generator[ReplyPiece]:
         """Generate tokens, and synthesise speech at the same time.
 
@@ -71,6 +75,12 @@ class AnswerStep:
                     break
             if finish_reason is None:
                 finish_reason = "stop" if session.finish_reason == "stop" else "length"
+            if finish_reason == "stop":
+                text, codes = self.reader.push(self._held)
+                if speaker is not None:
+                    speaker.put(codes)
+                if text:
+                    yield ReplyPiece(text=text)
             if text := self.reader.end():
                 yield ReplyPiece(text=text)
             if speaker is not None:
@@ -86,18 +96,28 @@ class AnswerStep:
     ) -> tuple[str, list[int], FinishReason | None]:
         """Text and codes of the next ids, and why the reply ends with them, if it does."""
         looped = watch.push(ids)
-        finish_reason: FinishReason | None = None if looped is None else "repeat"
+        finish_reason: FinishReason | None = None if looped is None else "repetition"
         ids = ids[:looped]
         if not options.stop_strings:
-            part = self.reader.push(ids)
+            part = self.reader.push(self._kept(ids))
             return part.text, part.codes, finish_reason
         text, codes = "", []
         for i in ids:
-            more, spoken = self.reader.push([i])
+            more, spoken = self.reader.push(self._kept([i]))
             text, codes = text + more, codes + spoken
-            if more and any(stop in self.reader.text for stop in options.stop_strings):
+            if self._ahead is not self.reader:
+                more, _ = self._ahead.push([i])
+            if more and any(stop in self._ahead.text for stop in options.stop_strings):
                 return text, codes, "string"
         return text, codes, finish_reason
+
+    def _kept(self, ids: list[int]) -> list[int]:
+        """The ids that are read now: with `parity` all but the newest."""
+        if self._ahead is self.reader:
+            return ids
+        ids = [*self._held, *ids]
+        self._held = ids[-1:]
+        return ids[:-1]
 
     def _emit_audio(self, piece: np.ndarray) -> ReplyPiece:
         self.audio.append(piece)

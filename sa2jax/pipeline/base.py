@@ -46,6 +46,8 @@ class PipelineBase:
         mesh: the device mesh the parameters are sharded over, heads spread as it needs them.
         prompt_style: `chat` for models with turns, `base` for the pre-trained model without.
         batch_size: prompts in a batch.
+        parity: do everything as the official pipeline does, see docs/parity.md; what is said can
+            open turns then.
     """
 
     def __init__(
@@ -59,19 +61,21 @@ class PipelineBase:
         mesh: Mesh | None = None,
         prompt_style: PromptStyle = "chat",
         batch_size: int = 8,
+        parity: bool = False,
     ):
         if prompt_style not in PROMPT_STYLES:
             raise PromptError(
                 f"prompt_style={prompt_style!r}: expected one of {', '.join(PROMPT_STYLES)}"
             )
         self.cfg, self.prompt_style, self.batch_size = cfg, prompt_style, batch_size
+        self.parity = parity
         self._tokenizer, self._speech, self._conversations = tokenizer, speech, itertools.count()
         stacked = uses_scan(mesh)
         params = params if stacked else unstack_decoder(params)
         policy = resolve_policy(None) if policy is None else policy
         self.family = family_of(cfg)
         model = self.family.model(pad_heads_for_mesh(cfg, mesh), policy, stacked=stacked)
-        self.engine = Engine(model, params, cfg, mesh=mesh)
+        self.engine = Engine(model, params, cfg, mesh=mesh, parity=parity)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -130,7 +134,9 @@ class PipelineBase:
             if isinstance(piece, Audio)
         ]
         counts = [[audio.num_tokens(mel.shape[1]) for mel in mels] for mels in clips]
-        prompt = template.build_prompt(pieces, self.tokenizer, counts)
+        prompt = template.build_prompt(
+            pieces, self.tokenizer, counts, split_special_tokens=not self.parity
+        )
         # A chunk of a few samples gets markers in the prompt but no frames.
         heard = [clip for clip in prompt.clips if clip.tokens]
         return Request(
@@ -145,10 +151,18 @@ class PipelineBase:
         requests: Sequence[Request],
         options: GenerationConfig,
         *,
+        first_index: int = 0,
         progress: Progress | None = None,
     ) -> list[list[Completion]]:
-        """Continue prompts in batches of similar length; see `Engine.generate`."""
-        options = replace(options, stop_ids=options.stop_ids or self.stop_ids)
+        """Continue prompts in batches of similar length; see `Engine.generate`.
+
+        Args:
+            requests: the prompts.
+            options: how to continue them.
+            first_index: number of the first one: what a prompt draws depends on its number.
+            progress: called with (prompts done, prompts in all).
+        """
+        options = self.resolve(options)
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].ids))
         replies: list[list[Completion]] = [[] for _ in requests]
         for start in range(0, len(order), self.batch_size):
@@ -156,13 +170,21 @@ class PipelineBase:
             batch = [requests[i] for i in chosen]
             # Numbered as given: a sampled reply does not depend on `batch_size`.
             answers = self.engine.generate(
-                batch, options, prompt_indices=chosen, decode_text=self.text_of
+                batch,
+                options,
+                prompt_indices=[first_index + index for index in chosen],
+                decode_text=self.text_of,
             )
             for index, answer in zip(chosen, answers, strict=True):
-                replies[index] = answer
+                replies[index] = [_official(c) for c in answer] if self.parity else answer
             if progress is not None:
                 progress(min(start + self.batch_size, len(order)), len(order))
         return replies
+
+    def resolve(self, options: GenerationConfig) -> GenerationConfig:
+        """Options with the model's stop ids, and without a repetition guard where nobody has it."""
+        most = 0 if self.parity else options.max_repeat
+        return replace(options, stop_ids=options.stop_ids or self.stop_ids, max_repeat=most)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -180,6 +202,28 @@ class PipelineBase:
 def as_recording(source: Any) -> Recording:
     """A recording, opened if it is not one yet."""
     return source if isinstance(source, Recording) else Recording.from_source(source)
+
+
+def _official(completion: Completion) -> Completion:
+    """A reply as the official pipeline gives it: the last id is dropped, a stop id or not."""
+    if completion.finish_reason == "stop":
+        return completion
+    return replace(completion, ids=completion.ids[:-1])
+
+
+def opened(pieces: Sequence[Piece]) -> list[Piece]:
+    """Pieces with their recordings in memory: each is read once, whatever becomes of its file.
+
+    Raises:
+        AudioError: if one cannot be read.
+    """
+    return [Audio(as_recording(p.source)) if isinstance(p, Audio) else p for p in pieces]
+
+
+def recording_notes(pieces: Sequence[Piece]) -> list[str]:
+    """What the user should know of the recordings in opened pieces."""
+    sources = [piece.source for piece in pieces if isinstance(piece, Audio)]
+    return [note for source in sources if isinstance(source, Recording) for note in source.notes]
 
 
 def fingerprint_of(cfg: StepAudio2Config, params: Params) -> str:

@@ -1,7 +1,6 @@
 """State of a conversation: its turns, voice, tools and prefix cache."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 from sa2jax.chat.reply_parser import ReplyParser
@@ -57,7 +56,6 @@ class ChatState:
         self.rounds: list[list[Message]] = []
         self.replica, self.session = replica, session
         self._voice: Voice | None = None
-        self._voice_name: str | None = None
 
     @property
     def history(self) -> tuple[Message, ...]:
@@ -72,9 +70,6 @@ class ChatState:
     @voice.setter
     def voice(self, voice: AnyVoice | None) -> None:
         self._voice = None if voice is None else self.model.speech.voice(voice)
-        name = None if self._voice is None else self._voice.name
-        is_file = isinstance(voice, str | Path) and Path(voice).is_file()
-        self._voice_name = str(Path(str(voice)).absolute()) if is_file else name
 
     def parse_answer(self, turn: Message) -> tuple[str, ReplyParser]:
         """Text of an answer in the history, and its parser."""

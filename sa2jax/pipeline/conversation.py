@@ -1,7 +1,7 @@
 """Conversations: turns of speech and text, streams that can be interrupted, thinking and tools.
 
 chat = model.chat(voice="default", tools=["get_date_time"])
-chat.say("question.wav").audio                    # 24 kHz
+chat.say(Path("question.wav")).audio              # 24 kHz
 for piece in chat.stream("And tomorrow?"): ...    # piece.text, piece.audio as they come
 chat.undo(); other = chat.fork(); chat.save("talk.json")
 
@@ -10,7 +10,8 @@ out. What was prefilled stays in the prefix cache, see `inference.prefix_cache`.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -18,12 +19,12 @@ from typing import Any, Self
 from sa2jax.chat import history as files
 from sa2jax.chat import template
 from sa2jax.chat.content import Content, as_pieces
-from sa2jax.chat.template import Audio, Message, Piece, Text
+from sa2jax.chat.template import Audio, Ids, Message, Text
 from sa2jax.chat.toolbox import ToolAnswer, Toolbox, read_answer
-from sa2jax.errors import PromptError, Sa2jaxError
+from sa2jax.errors import PromptError, Sa2jaxError, VoiceError
 from sa2jax.inference.prefix_cache import PrefixCache
 from sa2jax.inference.requests import GenerationConfig
-from sa2jax.pipeline.base import PipelineBase, as_recording
+from sa2jax.pipeline.base import PipelineBase, opened, recording_notes
 from sa2jax.pipeline.chat_state import ChatState, Overflow
 from sa2jax.pipeline.reply import Reply
 from sa2jax.pipeline.stream import Stream
@@ -97,9 +98,9 @@ class Chat(ChatState):
         """Say something and take the answer as it comes.
 
         Args:
-            content: text; a recording as a `Path`, bytes, file or `(array, rate)`; or a list of
-                them in order. A str that ends like an audio file's name counts as a recording.
-                Or a `ToolAnswer` to the calls of an answer that ended with `tool_calls`.
+            content: text; a recording as a `Path`, bytes, file, `(array, rate)` or `AudioSource`;
+                or a list of them in order. A str is text whatever it says, and names no file. Or a
+                `ToolAnswer` to the calls of an answer that ended with `tool_calls`.
             speak: whether the answer is to be speech; by default if a voice was chosen.
             voice: the voice of this answer, by default that of the conversation, or `default`.
             chunk: codes (25 Hz) that are spoken at once.
@@ -117,6 +118,8 @@ class Chat(ChatState):
         if chunk < 1 or (first is not None and first < 1):
             raise PromptError(f"expected chunks of at least 1 code, got {chunk} and {first}")
         turns, rounds = self._turns_of(content), self.rounds
+        said = [piece for turn in turns for piece in turn.content or () if isinstance(piece, Audio)]
+        notes = recording_notes(said)
         if isinstance(content, ToolAnswer):
             turns, rounds = [*rounds[-1], *turns], rounds[:-1]
         speak = (voice or self._voice) is not None if speak is None else speak
@@ -135,6 +138,7 @@ class Chat(ChatState):
             chunk=chunk,
             first=first,
             options=self.options if seed is None else replace(self.options, seed=seed),
+            notes=notes,
         )
         return self._stream
 
@@ -152,29 +156,21 @@ class Chat(ChatState):
     def fork(self) -> "Chat":
         """Another conversation that begins like this one and then goes its own way."""
         self._end_stream()
-        other = Chat(
-            self.model,
-            self.head,
-            voice=self._voice,
-            tools=self.tools,
-            think=self.think,
-            options=self.options,
-            overflow=self.overflow,
-            max_tool_rounds=self.max_tool_rounds,
-        )
+        other = copy(self)
         other.rounds, other.session = list(self.rounds), self.session.fork()
-        other.replica = self.replica
-        other._voice_name = self._voice_name
         return other
 
     def save(self, path: str | Path) -> None:
         """Write the conversation: turns as JSON, recordings in an npz file beside it.
 
+        Of its voice the name and the hash are kept: it comes back where the model has that voice.
+
         Raises:
             PromptError: if `path` does not end in .json or is another kind of file.
         """
         self._end_stream()
-        facts = {"voice": self._voice_name}
+        voice = self._voice
+        facts = {} if voice is None else {"voice": voice.name, "voice_hash": voice.hash}
         files.save_conversation(path, self.history, model=self.model.fingerprint, facts=facts)
 
     def load(self, path: str | Path) -> Self:
@@ -189,6 +185,10 @@ class Chat(ChatState):
                 this conversation is then as before.
         """
         saved = files.load_conversation(path, model=self.model.fingerprint)
+        vocab = self.model.cfg.decoder.vocab
+        largest = max((i for turn in saved.turns for i in _ids_of(turn)), default=0)
+        if largest >= vocab:
+            raise PromptError(f"{path} holds the id {largest}: expected ids below {vocab}")
         starts = [n for n, turn in enumerate(saved.turns) if turn.role == "human"]
         ends = [*starts[1:], len(saved.turns)] if starts else []
         rounds = [list(saved.turns[a:b]) for a, b in zip(starts, ends, strict=True)]
@@ -198,10 +198,9 @@ class Chat(ChatState):
         if tools and not schemas:  # begun without tools, it goes on with those of this one
             head.append(template.tools_turn(tools.text))
         self._end_stream()
-        name = saved.facts.get("voice")
-        if self._voice is None and name is not None:
+        if self._voice is None and (name := saved.facts.get("voice")) is not None:
             try:
-                self.voice = name
+                self._voice = self._known_voice(name, saved.facts.get("voice_hash"))
             except Sa2jaxError as error:
                 log.warning("the conversation goes on without its voice: %s", error)
         self.head, self.tools = head, tools
@@ -214,6 +213,16 @@ class Chat(ChatState):
         alone = other is None or other is stream or not other.is_open
         return alone and bool(self.rounds) and self.rounds[-1] is turns
 
+    def _known_voice(self, name: Any, voice_hash: Any) -> Voice:
+        """A voice of the model that a file names: no other file is opened for its sake."""
+        speech = self.model.speech
+        if not isinstance(name, str) or name not in speech.folder.voices:
+            raise VoiceError(f"this model has no voice {name!r:.80}; choose it with voice=")
+        voice = speech.voice(name)
+        if voice.hash != voice_hash:
+            raise VoiceError(f"this model's voice {name} is another one; choose it with voice=")
+        return voice
+
     def _turns_of(self, content: Any) -> list[Message]:
         if isinstance(content, ToolAnswer):
             if not (self.rounds and self.parse_answer(self.rounds[-1][-1])[1].calls):
@@ -224,10 +233,10 @@ class Chat(ChatState):
                 raise PromptError(
                     f"expected a tool's answer as text or something for JSON, got {content!r:.80}"
                 ) from None
-            return [template.tool_result_turn(self.model.tokenizer.escape_special_tokens(text))]
+            return [template.tool_result_turn(text)]
         pieces = as_pieces(content)
         if any(not isinstance(piece, Text) or piece.text.strip() for piece in pieces):
-            return [template.human_turn([_opened(piece) for piece in pieces])]
+            return [template.human_turn(opened(pieces))]
         raise PromptError("nothing was said: expected text, a recording, or both")
 
     def _end_stream(self) -> None:
@@ -236,6 +245,8 @@ class Chat(ChatState):
             self._stream = None
 
 
-def _opened(piece: Piece) -> Piece:
-    """A recording is opened once, when it is said, whatever becomes of its file."""
-    return Audio(as_recording(piece.source)) if isinstance(piece, Audio) else piece
+def _ids_of(turn: Message) -> Iterator[int]:
+    """All ids that a turn gives as such."""
+    for piece in turn.content or ():
+        if isinstance(piece, Ids):
+            yield from piece.ids

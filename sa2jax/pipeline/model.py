@@ -1,10 +1,10 @@
-"""What a user imports: `StepAudio2`, its tasks and its conversations.
+"""The public API: `StepAudio2`, its tasks and its conversations.
 
 model = StepAudio2.from_pretrained("Step-Audio-2-mini")
 model.transcribe("a.wav")
 model.tts("Good morning!", voice="anna").audio
 chat = model.chat(voice="default")
-chat.say("question.wav").audio
+chat.say(Path("question.wav")).audio
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.chat.tool_schema import TIMEOUT
 from sa2jax.chat.toolbox import Toolbox
 from sa2jax.checkpoint import Progress
-from sa2jax.errors import PromptError
+from sa2jax.errors import ConfigError, PromptError
 from sa2jax.families import family_of
 from sa2jax.inference.loading import load_language_model
 from sa2jax.inference.requests import GenerationConfig
@@ -48,6 +48,7 @@ class StepAudio2(Tasks):
         speech: str | Path | Speech | None = None,
         prompt_style: PromptStyle = "chat",
         batch_size: int = 8,
+        parity: bool = False,
         progress: Progress | None = None,
     ) -> Self:
         """Load a model by name, a model folder of this library, or a Hugging Face folder as it is.
@@ -68,15 +69,25 @@ class StepAudio2(Tasks):
             speech: the detokenizer and its voices, or their folder, if not the model's own.
             prompt_style: `chat`, or `base` for a pre-trained model that knows no turns.
             batch_size: prompts that are answered at once.
+            parity: do everything as the official pipeline does, quirks included, to compare with
+                it: see docs/parity.md. Special tokens in what is said are recognised then, so that
+                whoever says something can open turns.
             progress: called with (bytes_done, bytes_total) while loading.
 
         Raises:
             CheckpointError: if the folder is damaged, incomplete or of another model.
-            ConfigError: if its config.json is not understood, or for another dtype or attention.
+            ConfigError: if its config.json is not understood, or for another dtype or attention, or
+                a `Speech` that was opened with another `parity`.
             ShardingError: for a mesh that does not fit the devices or the model.
         """
         enable_compilation_cache()
         folder = model_folder(folder)
+        home = folder if speech is None else speech
+        if isinstance(home, Speech) and home.parity != parity:
+            raise ConfigError(
+                f"expected speech that was opened with parity={parity}, as the model: got "
+                f"parity={home.parity}"
+            )
         found = load_language_model(
             folder,
             dtype=dtype,
@@ -85,19 +96,21 @@ class StepAudio2(Tasks):
             attention=attention,
             progress=progress,
         )
-        home = folder if speech is None else speech
         special = family_of(found.cfg).special_tokens
         return cls(
             found.cfg,
             found.params,
-            lambda: Tokenizer.from_folder(tokenizer or folder, special),
+            lambda: Tokenizer.from_folder(
+                tokenizer or folder, special, vocab=found.cfg.decoder.vocab
+            ),
             speech=home
             if isinstance(home, Speech)
-            else lambda: Speech.from_pretrained(home, mesh=found.mesh),
+            else lambda: Speech.from_pretrained(home, mesh=found.mesh, parity=parity),
             policy=found.policy,
             mesh=found.mesh,
             prompt_style=prompt_style,
             batch_size=batch_size,
+            parity=parity,
         )
 
     # --- conversations ---------------------------------------------------------------------

@@ -1,5 +1,6 @@
-"""Result types: `Reply`, the pieces of a streamed one, and its timings."""
+"""Result types: `Reply`, its segments, the pieces of a streamed one, and its timings."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,8 +12,10 @@ from sa2jax.chat.toolbox import ToolResult
 from sa2jax.chat.tools import MalformedToolCall, ToolCall
 
 FinishReason = Literal[
-    "stop", "string", "length", "repeat", "cancelled", "tool_calls", "tool_limit"
+    "stop", "string", "length", "repetition", "error", "cancelled", "tool_calls", "tool_limit"
 ]
+_WORST: tuple[FinishReason, ...] = ("repetition", "length", "string")
+_SHOWN = 5  # segments of which a note tells
 NO_SOUND = np.zeros(0, np.float32)
 
 
@@ -43,6 +46,23 @@ class Timings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Segment:
+    """A part of a recording and what the model answered to it.
+
+    Attributes:
+        start: its first moment in the recording, in seconds.
+        end: its last, in seconds.
+        text: the answer's text.
+        finish_reason: why the answer ended, see `Reply`.
+    """
+
+    start: float
+    end: float
+    text: str
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, kw_only=True)
 class Reply:
     """What the model answered.
 
@@ -50,9 +70,10 @@ class Reply:
         text: the answer's text, without calls of tools.
         ids: all generated ids, without stop tokens and thinking.
         finish_reason: why it ended: `stop`, `string` (a stop string), `length` (the limit, or the
-            end of the context), `repeat` (stopped by the repetition guard), `cancelled`,
+            end of the context), `repetition` (stopped by the repetition guard), `error` (the
+            recording could not be read, see `TaskRunner.run`), `cancelled`,
             `tool_calls` (calls that the caller has to answer) or `tool_limit` (it called tools
-            once too often).
+            once too often). Of several segments, that of one that did not end by itself.
         thinking: a Think model's thinking.
         audio: the spoken answer, [-1, 1] at `sample_rate`; empty if nothing was to be spoken.
         sample_rate: of `audio`, in Hz.
@@ -60,7 +81,10 @@ class Reply:
         voice: name of the voice at the end, None if nothing was to be spoken.
         tool_calls: calls of tools, in order.
         tool_results: what the tools answered.
-        notes: what the caller should know, such as turns that were dropped.
+        segments: of a recording whose answer is written, the parts that were answered one by one;
+            none where nothing can be heard.
+        notes: what the caller should know: turns that were dropped, a text that was cut at its
+            limit, a recording in which nothing can be heard.
         timings: how long it took.
     """
 
@@ -74,6 +98,7 @@ class Reply:
     voice: str | None = None
     tool_calls: tuple[ToolCall | MalformedToolCall, ...] = ()
     tool_results: tuple[ToolResult, ...] = field(default=(), compare=False)
+    segments: tuple[Segment, ...] = ()
     notes: tuple[str, ...] = ()
     timings: Timings | None = field(default=None, compare=False)
 
@@ -93,3 +118,43 @@ class ReplyPiece:
     audio: Float[np.ndarray, "N"] = field(default_factory=lambda: NO_SOUND)
     thinking: str = ""
     tool_results: tuple[ToolResult, ...] = ()
+
+
+def finish_reason_of(segments: Sequence[Segment]) -> FinishReason:
+    """That of a whole: of the segment that went most wrong."""
+    reasons = {segment.finish_reason for segment in segments}
+    return next((reason for reason in _WORST if reason in reasons), "stop")
+
+
+def finish_note(reason: FinishReason, limit: int) -> str | None:
+    """What to say of an answer that did not end by itself.
+
+    Args:
+        reason: why it ended.
+        limit: how many tokens it could have.
+    """
+    if reason == "length":
+        return (
+            f"the answer was cut at its limit of {limit} tokens, or at the end of the model's "
+            "context: allow more with max_new_tokens (--max-new-tokens)"
+        )
+    if reason == "repetition":
+        return "the answer repeats itself and was ended: do not rely on its last words"
+    return None
+
+
+def segment_notes(segments: Sequence[Segment], limit: int) -> list[str]:
+    """The same of each segment, as far as one can read it.
+
+    Args:
+        segments: all of a recording.
+        limit: how many tokens each answer could have.
+    """
+    notes = []
+    for segment in segments:
+        if note := finish_note(segment.finish_reason, limit):
+            where = f"{segment.start:.1f} to {segment.end:.1f} s: " if len(segments) > 1 else ""
+            notes.append(where + note)
+    if len(notes) > _SHOWN:
+        notes[_SHOWN:] = [f"so do {len(notes) - _SHOWN} more segments"]
+    return notes

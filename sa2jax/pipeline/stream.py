@@ -15,9 +15,11 @@ from sa2jax.errors import AudioError, PromptError, VoiceError
 from sa2jax.inference.requests import GenerationConfig, Request
 from sa2jax.pipeline.answer import AnswerStep, Stopwatch, ThinkingStep
 from sa2jax.pipeline.chat_state import ChatState
-from sa2jax.pipeline.reply import NO_SOUND, FinishReason, Reply, ReplyPiece
+from sa2jax.pipeline.reply import NO_SOUND, FinishReason, Reply, ReplyPiece, finish_note
+from sa2jax.speech.api import AnyVoice
+from sa2jax.speech.reply_stream import ReplyStream
 from sa2jax.speech.voices import Voice
-from sa2jax.speech.worker import SynthesisWorker
+from sa2jax.speech.worker import BackgroundReply
 
 
 class Stream(Iterator[ReplyPiece]):
@@ -38,16 +40,17 @@ class Stream(Iterator[ReplyPiece]):
         chunk: int,
         first: int | None,
         options: GenerationConfig,
+        notes: Sequence[str] = (),
     ):
         self._chat, self._voice, self._spoken = chat, voice, voice is not None
         self._is_newest = is_newest  # see `Chat.ends_with`
         self._rounds = list(rounds)  # before this one
         self._turns = list(turns)  # of this one, complete
         self._chunk, self._first = chunk, first
-        self._options = replace(options, stop_ids=options.stop_ids or chat.model.stop_ids)
+        self._options = chat.model.resolve(options)
         self._steps: list[tuple[int, AnswerStep]] = []  # with how many turns there were before
         self._results: list[ToolResult] = []
-        self._notes: list[str] = []
+        self._notes = list(notes)
         self._thoughts: list[str] = []
         self._prompt_tokens = self._generated_tokens = 0
         self._finish_reason: FinishReason = "cancelled"
@@ -166,18 +169,20 @@ class Stream(Iterator[ReplyPiece]):
             if chat.think:
                 yield from self._think()
                 last = template.answer_turn(self._thoughts[-1], spoken=spoken)
-            step = AnswerStep(chat.model.tokenizer)
+            step = AnswerStep(chat.model.tokenizer, parity=chat.model.parity)
             request = self._request(last)
             self._steps.append((len(self._turns), step))
             speaker = None
             if self._voice is not None:
-                speaker = SynthesisWorker(
+                reply = ReplyStream(
                     chat.model.token2wav(chat.replica),
                     self._voice,
                     chunk=self._chunk,
                     first=self._first,
                     seed=self._options.seed,
+                    parity=chat.model.parity,
                 )
+                speaker = BackgroundReply(reply)
             pieces = step.run(
                 chat.session, request, self._options, number=self._number, speaker=speaker
             )
@@ -193,7 +198,8 @@ class Stream(Iterator[ReplyPiece]):
                 self._prompt_tokens += chat.session.prefilled
                 self._generated_tokens += len(step.reader.ids)
             self._finish_reason = step.finish_reason
-            closed = spoken and step.finish_reason != "stop"  # cut by a limit: speech ends here
+            # Cut by a limit, speech ends here; officially it stays open.
+            closed = spoken and step.finish_reason != "stop" and not chat.model.parity
             ids = step.reader.closed() if closed else step.reader.ids
             self._turns.append(_answer(ids, spoken))
             calls = step.reader.calls
@@ -208,8 +214,7 @@ class Stream(Iterator[ReplyPiece]):
                 return
             results = [self._with_tool_voice(result) for result in chat.tools.run(calls)]
             self._results += results
-            text = chat.model.tokenizer.escape_special_tokens(results_text(results))
-            self._turns.append(template.tool_result_turn(text))
+            self._turns.append(template.tool_result_turn(results_text(results)))
             yield ReplyPiece(tool_results=tuple(results))
 
     def _think(self) -> Iterator[ReplyPiece]:
@@ -259,11 +264,19 @@ class Stream(Iterator[ReplyPiece]):
         if result.voice is None or self._voice is None:
             return result
         try:
-            self._chat.voice = result.voice
+            self._chat.voice = self._named(result.voice)
         except (AudioError, VoiceError) as error:
             return replace(result, text=f"error: {error}", ok=False, voice=None)
         self._voice = self._chat.voice
         return result
+
+    def _named(self, voice: AnyVoice) -> AnyVoice:
+        """A tool's voice: a text may come from the model, so it is a name and opens no file."""
+        names = self._chat.model.speech.folder.voices
+        if isinstance(voice, str) and voice not in names and voice != "default":
+            known = ", ".join(list(names)[:12])
+            raise VoiceError(f"no voice {voice!r:.120}: expected one of {known}")
+        return voice
 
     def _cut(self, heard: int, samples: int) -> list[Message]:
         """The turns of this round up to what was heard.
@@ -311,6 +324,7 @@ class Stream(Iterator[ReplyPiece]):
                 prompt_tokens=self._prompt_tokens,
                 generated_tokens=self._generated_tokens,
             )
+        note = finish_note(self._finish_reason, self._options.max_new_tokens)
         self._reply = Reply(
             text="\n".join(text for text, _ in answers if text),
             ids=tuple(ids),
@@ -322,7 +336,7 @@ class Stream(Iterator[ReplyPiece]):
             voice=self._voice.name if self._voice is not None else None,
             tool_calls=tuple(calls),
             tool_results=tuple(self._results[: len(calls)]),
-            notes=tuple(self._notes),
+            notes=(*self._notes, *([] if note is None else [note])),
             timings=timings,
         )
 

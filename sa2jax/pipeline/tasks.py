@@ -6,11 +6,13 @@ and returns a list. `task_runner.TaskRunner.run` runs them, and any other task.
 
 from collections.abc import Sequence
 
-from sa2jax import audio
+from sa2jax.audio.io import log_notes
+from sa2jax.audio.reader import source_name
 from sa2jax.chat import template
 from sa2jax.chat.template import TASKS, Text
 from sa2jax.errors import PromptError
 from sa2jax.pipeline.base import Progress
+from sa2jax.pipeline.listening import Source
 from sa2jax.pipeline.reply import Reply
 from sa2jax.pipeline.task_runner import TaskRunner
 from sa2jax.speech.api import AnyVoice
@@ -19,13 +21,17 @@ from sa2jax.speech.api import AnyVoice
 class Tasks(TaskRunner):
     """The published tasks of `StepAudio2`."""
 
-    def transcribe(self, source: audio.Audio, *, max_new_tokens: int | None = None) -> str:
+    def transcribe(self, source: Source, *, max_new_tokens: int | None = None) -> str:
         """Transcribe a recording of any length: speech to text.
 
         Args:
-            source: a recording: path, bytes, file or `(array, rate)`.
-            max_new_tokens: limit of the text for each part that fits in the model's context; by
-                default 256 for each 25 s.
+            source: a recording: path, bytes, file or `(array, rate)`, or an `AudioSource`, which
+                also names a channel.
+            max_new_tokens: limit of the text for each segment of at most 25 s; by default 256.
+
+        Returns:
+            The text, empty if nothing can be heard. What `run("asr", [source])` has in its notes
+            and segments is logged as a warning.
 
         Raises:
             AudioError: if the recording cannot be read.
@@ -34,17 +40,19 @@ class Tasks(TaskRunner):
 
     def transcribe_batch(
         self,
-        sources: Sequence[audio.Audio],
+        sources: Sequence[Source],
         *,
         max_new_tokens: int | None = None,
         progress: Progress | None = None,
     ) -> list[str]:
         """Transcribe a list of recordings; see `transcribe`, and `run` for `progress`."""
-        return _texts(self.run("asr", sources, max_new_tokens=max_new_tokens, progress=progress))
+        return _texts(
+            sources, self.run("asr", sources, max_new_tokens=max_new_tokens, progress=progress)
+        )
 
     def translate(
         self,
-        source: audio.Audio,
+        source: Source,
         *,
         to: str = "zh",
         max_new_tokens: int | None = None,
@@ -66,7 +74,7 @@ class Tasks(TaskRunner):
 
     def translate_batch(
         self,
-        sources: Sequence[audio.Audio],
+        sources: Sequence[Source],
         *,
         to: str = "zh",
         max_new_tokens: int | None = None,
@@ -78,12 +86,13 @@ class Tasks(TaskRunner):
         if any(isinstance(source, Text) for source in sources):
             raise PromptError("text is translated into speech only: use `translate_speech`")
         return _texts(
-            self.run(task, sources, max_new_tokens=max_new_tokens, seed=seed, progress=progress)
+            sources,
+            self.run(task, sources, max_new_tokens=max_new_tokens, seed=seed, progress=progress),
         )
 
     def translate_speech(
         self,
-        source: audio.Audio | Text,
+        source: Source,
         *,
         to: str = "zh",
         voice: AnyVoice = "default",
@@ -112,7 +121,7 @@ class Tasks(TaskRunner):
 
     def translate_speech_batch(
         self,
-        sources: Sequence[audio.Audio | Text],
+        sources: Sequence[Source],
         *,
         to: str = "zh",
         voice: AnyVoice = "default",
@@ -139,13 +148,13 @@ class Tasks(TaskRunner):
             replies |= zip(chosen, found, strict=True)
         return [replies[n] for n in range(len(sources))]
 
-    def caption(self, source: audio.Audio, *, max_new_tokens: int = 256, seed: int = 0) -> str:
+    def caption(self, source: Source, *, max_new_tokens: int = 256, seed: int = 0) -> str:
         """Describe what happens in a recording; arguments as for `translate`."""
         return self.caption_batch([source], max_new_tokens=max_new_tokens, seed=seed)[0]
 
     def caption_batch(
         self,
-        sources: Sequence[audio.Audio],
+        sources: Sequence[Source],
         *,
         max_new_tokens: int = 256,
         seed: int = 0,
@@ -153,14 +162,15 @@ class Tasks(TaskRunner):
     ) -> list[str]:
         """Describe what happens in each of a list of recordings; see `caption`."""
         return _texts(
+            sources,
             self.run(
                 "caption", sources, max_new_tokens=max_new_tokens, seed=seed, progress=progress
-            )
+            ),
         )
 
     def ask(
         self,
-        source: audio.Audio,
+        source: Source,
         question: str,
         choices: Sequence[str] = (),
         *,
@@ -175,7 +185,8 @@ class Tasks(TaskRunner):
             max_new_tokens: limit of the answer.
         """
         text = template.choice_question(question, choices) if choices else question
-        return _texts(self.run("mmau", [source], question=text, max_new_tokens=max_new_tokens))[0]
+        replies = self.run("mmau", [source], question=text, max_new_tokens=max_new_tokens)
+        return _texts([source], replies)[0]
 
     def tts(
         self,
@@ -229,5 +240,8 @@ def _translation(kind: str, to: str) -> str:
     return name
 
 
-def _texts(replies: Sequence[Reply]) -> list[str]:
+def _texts(sources: Sequence[Source], replies: Sequence[Reply]) -> list[str]:
+    """The texts alone; what else there is to know goes to the log."""
+    for source, reply in zip(sources, replies, strict=True):
+        log_notes(source_name(source), reply.notes)
     return [reply.text for reply in replies]

@@ -25,7 +25,7 @@ from sa2jax import chips
 from sa2jax.chips import Topology
 from sa2jax.errors import PlanError
 from sa2jax.plan import hlo
-from sa2jax.plan.workloads import TRAINING, WORKLOADS, Spec, Work, config, per_chip
+from sa2jax.plan.workloads import WORKLOADS, Spec, Work, config, per_chip
 from sa2jax.sharding import (
     MESH_AXES,
     batch_axis_size,
@@ -119,7 +119,7 @@ def plan(spec: Spec) -> Plan:
     if where.chip.kind == "gpu":
         return _on_paper(spec, where, abstract)
     mesh = make_mesh(sizes, devices=chips.devices(where))
-    work = WORKLOADS[spec.workload](spec, mesh)
+    work = WORKLOADS[spec.workload].work(spec, mesh)
     with tempfile.TemporaryDirectory(prefix="sa2jax-") as folder:
         options: Any = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         started = time.monotonic()
@@ -252,11 +252,7 @@ def meshes(spec: Spec, count: int) -> Iterator[str]:
             continue
         rows = count // tensor
         for fsdp in range(1, rows + 1):
-            if (
-                rows % fsdp
-                or (spec.batch or rows) % rows
-                or (fsdp > 1 and spec.workload not in TRAINING)
-            ):
+            if rows % fsdp or (spec.batch or rows) % rows or (fsdp > 1 and not spec.training):
                 continue
             yield f"data={rows // fsdp},fsdp={fsdp},tensor={tensor}"
 
@@ -267,7 +263,7 @@ def mesh_sizes(spec: Spec, count: int) -> dict[str, int]:
     Raises:
         PlanError: if they do not multiply to the number of chips.
     """
-    usual = default_axis(training=spec.workload in TRAINING)
+    usual = default_axis(training=spec.training)
     given = {usual: count} if spec.mesh is None else parse_mesh(spec.mesh)
     if unknown := set(given) - set(MESH_AXES):
         raise PlanError(
@@ -345,7 +341,7 @@ def _on_paper(spec: Spec, where: Topology, mesh: AbstractMesh) -> Plan:
         raise PlanError(
             f"{spec.workload} on {where.name}: GPUs are judged on paper, decode and prefill only"
         )
-    work = WORKLOADS[spec.workload](spec, mesh)
+    work = WORKLOADS[spec.workload].work(spec, mesh)
     cfg = config(spec).decoder
     ways = tensor_axis_size(mesh)
     tokens = spec.length if spec.workload == "prefill" else 1

@@ -22,6 +22,7 @@ from sa2jax.families import family_of, read_config
 from sa2jax.inference import programs
 from sa2jax.inference.loading import resolve_policy
 from sa2jax.inference.sampling import SamplingParams
+from sa2jax.models.decoder import KVCache
 from sa2jax.models.heads import pad_heads_for_mesh
 from sa2jax.models.step_audio import StepAudio2Model
 from sa2jax.nn import Functional, Policy, functional
@@ -46,7 +47,7 @@ class Spec:
         workload: what to run, see `workloads`.
         batch: rows of all chips together; 0 for the usual: one, or in training one for each part
             that the mesh splits a batch into.
-        length: of each, see `workloads.LENGTHS`; 0 for the usual.
+        length: of each, see `workloads.WORKLOADS`; 0 for the usual.
         dtype: bfloat16, float32, or int8 for the matrices alone. In training it is that of the
             parameters: products are of bfloat16 numbers.
         float_head: with int8, the matrix that makes logits is not.
@@ -74,10 +75,15 @@ class Spec:
             raise PlanError(
                 f"batch {self.batch}, length {self.length}: expected at least 1, or 0 for the usual"
             )
-        if not self.batch and self.workload not in TRAINING:
+        if not self.batch and not self.training:
             object.__setattr__(self, "batch", 1)
         if not self.length:
-            object.__setattr__(self, "length", LENGTHS[self.workload][1])
+            object.__setattr__(self, "length", WORKLOADS[self.workload].length)
+
+    @property
+    def training(self) -> bool:
+        """Whether the workload is a step of training."""
+        return WORKLOADS[self.workload].training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +120,7 @@ class Work:
 def policy(spec: Spec) -> Policy:
     """The dtypes of a spec."""
     result = resolve_policy("bfloat16" if spec.dtype == "int8" else spec.dtype)
-    if spec.workload in TRAINING:  # float32 parameters are master weights
+    if spec.training:  # float32 parameters are master weights
         result = replace(result, compute=jnp.dtype(jnp.bfloat16))
     if spec.dtype == "int8":
         head = result.param if spec.float_head else None
@@ -141,7 +147,6 @@ def decode(spec: Spec, mesh: Where) -> Work:
     """A block of steps of a batch of replies; `length` is the cache's slots."""
     model, weights = _model(spec, mesh)
     state = programs.abstract_state(model, mesh, rows=spec.batch, size=spec.length)
-    reads = _decoder_params(weights)
 
     def lower() -> jax.stages.Lowered:
         run = jax.jit(
@@ -150,18 +155,8 @@ def decode(spec: Spec, mesh: Where) -> Work:
         sampling = SamplingParams(temperature=0).arrays()
         return run.lower(weights, state, _replicated(mesh, 1), sampling, block=BLOCK)
 
-    cache = {"k": state.cache.k, "v": state.cache.v, "scales": state.cache.scales}
-    return Work(
-        lower=lower,
-        weights=reads,
-        rest=_encoder_params(weights),
-        cache=cache,
-        turns=BLOCK,
-        ideal=_decoder_traffic(spec, mesh, reads) + per_chip(cache),
-        output=spec.batch,
-        exact=spec.dtype == "float32",
-        real=TOKENS_PER_SECOND,
-    )
+    work = _decoder_work(spec, mesh, lower, weights, state.cache)
+    return replace(work, turns=BLOCK, real=TOKENS_PER_SECOND)
 
 
 def prefill(spec: Spec, mesh: Where) -> Work:
@@ -194,17 +189,7 @@ def prefill(spec: Spec, mesh: Where) -> Work:
             size=length,
         )
 
-    reads = _decoder_params(weights)
-    cache = {"k": state.cache.k, "v": state.cache.v, "scales": state.cache.scales}
-    return Work(
-        lower=lower,
-        weights=reads,
-        rest=_encoder_params(weights),
-        cache=cache,
-        ideal=_decoder_traffic(spec, mesh, reads, tokens=length) + per_chip(cache),
-        output=rows * length,
-        exact=spec.dtype == "float32",
-    )
+    return _decoder_work(spec, mesh, lower, weights, state.cache, tokens=length)
 
 
 def encode(spec: Spec, mesh: Where) -> Work:
@@ -217,16 +202,7 @@ def encode(spec: Spec, mesh: Where) -> Work:
         run = jax.jit(partial(programs.encode_audio, model))
         return run.lower(weights, mels, _replicated(mesh, spec.batch))
 
-    return Work(
-        lower=lower,
-        weights=_encoder_params(weights),
-        rest=_decoder_params(weights),
-        ideal=per_chip(_encoder_params(weights)),
-        output=spec.batch * spec.length,
-        unit="seconds",
-        real=1,
-        exact=spec.dtype == "float32",
-    )
+    return _speech_work(spec, lower, _encoder_params(weights), rest=_decoder_params(weights))
 
 
 def token2wav(spec: Spec, mesh: Where) -> Work:
@@ -235,8 +211,7 @@ def token2wav(spec: Spec, mesh: Where) -> Work:
     from sa2jax.models.vocoder import vocoder
     from sa2jax.speech_config import Token2WavConfig
 
-    if spec.dtype == "int8":
-        raise PlanError("token2wav in int8: expected bfloat16 or float32")
+    _refuse_int8(spec, "bfloat16 or float32")
     cfg, dtype = Token2WavConfig.released(), jnp.dtype(spec.dtype)
     flow = flow_model(cfg.flow, Policy(param=dtype, compute=dtype))
     vocode = vocoder(cfg.vocoder)
@@ -264,23 +239,14 @@ def token2wav(spec: Spec, mesh: Where) -> Work:
             weights, prompt, _replicated(mesh, rows, codes), _replicated(mesh, rows)
         )
 
-    return Work(
-        lower=lower,
-        weights=weights,
-        ideal=per_chip(weights),
-        output=rows * spec.length,
-        unit="seconds",
-        real=1,
-        exact=spec.dtype == "float32",
-    )
+    return _speech_work(spec, lower, weights)
 
 
 def train(spec: Spec, mesh: Where) -> Work:
     """A step of fine-tuning on rows of `length` tokens; all but the audio encoder is trained."""
     from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
 
-    if spec.dtype == "int8":
-        raise PlanError("train in int8: expected bfloat16, float32 (master weights), or lora")
+    _refuse_int8(spec, "bfloat16, float32 (master weights), or lora")
     cfg = config(spec)
     model = family_of(cfg).model(cfg, policy(spec))
     optimizer = make_optimizer(OptimizerConfig(learning_rate_overrides={"audio_encoder": 0.0}))
@@ -302,6 +268,49 @@ def lora(spec: Spec, mesh: Where) -> Work:
 
     optimizer = make_optimizer(OptimizerConfig(learning_rate_overrides=ONLY_LORA))
     return _training(spec, mesh, functional(make), optimizer)
+
+
+def _refuse_int8(spec: Spec, expected: str) -> None:
+    if spec.dtype == "int8":
+        raise PlanError(f"{spec.workload} in int8: expected {expected}")
+
+
+def _decoder_work(
+    spec: Spec,
+    mesh: Where,
+    lower: Callable[[], jax.stages.Lowered],
+    weights: Any,
+    kv_cache: KVCache,
+    tokens: int = 1,
+) -> Work:
+    """The work of so many tokens of each row through the decoder, over a cache."""
+    reads = _decoder_params(weights)
+    cache = {"k": kv_cache.k, "v": kv_cache.v, "scales": kv_cache.scales}
+    return Work(
+        lower=lower,
+        weights=reads,
+        rest=_encoder_params(weights),
+        cache=cache,
+        ideal=_decoder_traffic(spec, mesh, reads, tokens=tokens) + per_chip(cache),
+        output=spec.batch * tokens,
+        exact=spec.dtype == "float32",
+    )
+
+
+def _speech_work(
+    spec: Spec, lower: Callable[[], jax.stages.Lowered], weights: Any, rest: Any = None
+) -> Work:
+    """The work of rows of `length` seconds of sound, each weight read once."""
+    return Work(
+        lower=lower,
+        weights=weights,
+        rest=rest or {},
+        ideal=per_chip(weights),
+        output=spec.batch * spec.length,
+        unit="seconds",
+        real=1,
+        exact=spec.dtype == "float32",
+    )
 
 
 def _training(spec: Spec, mesh: Where, model: Functional, optimizer: Any) -> Work:
@@ -327,25 +336,32 @@ def _training(spec: Spec, mesh: Where, model: Functional, optimizer: Any) -> Wor
     )
 
 
-WORKLOADS: dict[str, Callable[[Spec, Where], Work]] = {
-    "decode": decode,
-    "prefill": prefill,
-    "encode": encode,
-    "token2wav": token2wav,
-    "train": train,
-    "lora": lora,
+@dataclass(frozen=True)
+class Workload:
+    """A row of `WORKLOADS`.
+
+    Attributes:
+        work: makes the program of a spec on a mesh.
+        length: the usual `Spec.length`.
+        counted: what that counts.
+        training: whether it is a step of training.
+    """
+
+    work: Callable[[Spec, Where], Work]
+    length: int
+    counted: str
+    training: bool = False
+
+
+WORKLOADS = {
+    "decode": Workload(decode, 4096, "slots of the cache"),
+    "prefill": Workload(prefill, 2048, "tokens of a prompt"),
+    "encode": Workload(encode, 25, "seconds of a clip"),
+    "token2wav": Workload(token2wav, 10, "seconds of sound"),
+    "train": Workload(train, 4096, "tokens of a sequence", training=True),
+    "lora": Workload(lora, 2048, "tokens of a sequence", training=True),
 }
-TRAINING = ("train", "lora")
 RANK = 16  # of LoRA
-# What `length` counts, and its usual value.
-LENGTHS: dict[str, tuple[str, int]] = {
-    "decode": ("slots of the cache", 4096),
-    "prefill": ("tokens of a prompt", 2048),
-    "encode": ("seconds of a clip", 25),
-    "token2wav": ("seconds of sound", 10),
-    "train": ("tokens of a sequence", 4096),
-    "lora": ("tokens of a sequence", 2048),
-}
 
 
 def _model(spec: Spec, mesh: Where) -> tuple[Functional[StepAudio2Model], dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What a user imports to work with speech alone: codes, voices and sound.
+"""The public API of speech alone: codes, voices and sound.
 
 speech = Speech.from_pretrained("mini")              # a model folder, or its token2wav/ alone
 codes = speech.tokenize("a.wav")                     # 25 per second
@@ -41,6 +41,9 @@ class Speech:
         guidance: weight of what the voice and the codes change, by default the checkpoint's.
         batch_size: replies that are made at once.
         mesh: devices to spread over.
+
+    Attributes:
+        parity: whether it streams and tokenises as the official code does, see docs/parity.md.
     """
 
     def __init__(
@@ -55,7 +58,7 @@ class Speech:
     ):
         if steps < 1 or batch_size < 1:
             raise ConfigError(f"expected steps and batch_size >= 1, got {steps} and {batch_size}")
-        self.folder = folder
+        self.folder, self.parity = folder, folder.parity
         self._options = {
             "dtype": dtype,
             "steps": steps,
@@ -65,11 +68,12 @@ class Speech:
         }
 
     @classmethod
-    def from_pretrained(cls, home: str | Path, **options: Any) -> Self:
+    def from_pretrained(cls, home: str | Path, *, parity: bool = False, **options: Any) -> Self:
         """Open a model folder of this library, a released one, or a detokenizer's folder alone.
 
         Args:
             home: the folder.
+            parity: stream and tokenise as the official code does, quirks included.
             **options: see the class.
 
         Raises:
@@ -77,7 +81,7 @@ class Speech:
             ShardingError: for a mesh that does not fit the devices.
         """
         enable_compilation_cache()
-        return cls(SpeechFolder(home), **options)
+        return cls(SpeechFolder(home, parity=parity), **options)
 
     @cached_property
     def token2wav(self) -> Token2Wav:
@@ -101,14 +105,16 @@ class Speech:
     @overload
     def tokenize(self, sources: list) -> list[Int[np.ndarray, "P"]]: ...
     @overload
-    def tokenize(self, sources: audio.Audio) -> Int[np.ndarray, "P"]: ...
+    def tokenize(self, sources: audio.Audio | audio.AudioSource) -> Int[np.ndarray, "P"]: ...
     def tokenize(self, sources):
         """Codes (25 Hz) of a recording of any length, or of each of a list of them.
 
         Raises:
             AudioError: if a recording cannot be read.
         """
-        return self.folder.analyzer.codes(sources)
+        many = isinstance(sources, list)
+        codes = self.folder.analyzer.codes(sources if many else [sources])
+        return codes if many else codes[0]
 
     @overload
     def vocode(
@@ -142,11 +148,10 @@ class Speech:
         chunk: int = CHUNK,
         first: int | None = None,
         seed: int = 0,
-        parity: bool = False,
     ) -> Iterator[Float[np.ndarray, "N"]]:
         """Speak codes while they arrive; see `Token2Wav.stream`."""
         yield from self.token2wav.stream(
-            codes, self.voice(voice), chunk=chunk, first=first, seed=seed, parity=parity
+            codes, self.voice(voice), chunk=chunk, first=first, seed=seed, parity=self.parity
         )
 
     def speak(
@@ -159,31 +164,39 @@ class Speech:
             voice: the voice of all.
             seed: another one gives another reading.
         """
-        chosen = self.voice(voice)
+        chosen, longest = self.voice(voice), MAX_WHOLE_CODES
+        if self.parity:  # officially a reply is one piece, whatever its length
+            longest = max(map(len, replies), default=0)
         waves = [np.zeros(0, np.float32) for _ in replies]
-        short = [n for n, codes in enumerate(replies) if 0 < len(codes) <= MAX_WHOLE_CODES]
+        short = [n for n, codes in enumerate(replies) if 0 < len(codes) <= longest]
         if short:
             spoken = self.vocode([list(replies[n]) for n in short], chosen, seed=seed)
             for n, wave in zip(short, spoken, strict=True):
                 waves[n] = wave
         for n, codes in enumerate(replies):
-            if len(codes) > MAX_WHOLE_CODES:
+            if len(codes) > longest:
                 waves[n] = np.concatenate([*self.stream(codes, chosen, seed=seed)])
         return waves
 
-    def analyze(self, source: audio.Audio) -> tuple[Int[np.ndarray, "P"], Voice]:
+    def analyze(
+        self, source: audio.Audio | audio.AudioSource
+    ) -> tuple[Int[np.ndarray, "P"], Voice]:
         """Codes of a whole recording, and its voice, taken from the first 30 s at most.
+
+        With `parity` the voice, too, is taken from all of it.
 
         Raises:
             AudioError: if the recording cannot be read.
             VoiceError: if it is too short or silent.
         """
         voice = Voice.from_wav(source, self.folder.analyzer)
-        if voice.seconds < MAX_SECONDS:  # it was not cut
+        if self.parity or voice.seconds < MAX_SECONDS:  # it was not cut
             return voice.codes, voice
         return self.tokenize(source), voice
 
-    def reconstruct(self, source: audio.Audio, *, seed: int = 0) -> Float[np.ndarray, "N"]:
+    def reconstruct(
+        self, source: audio.Audio | audio.AudioSource, *, seed: int = 0
+    ) -> Float[np.ndarray, "N"]:
         """A recording as codes and back, in its own voice.
 
         Raises:

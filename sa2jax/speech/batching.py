@@ -1,4 +1,4 @@
-"""Shapes of batches of speech: codes padded to buckets, the sizes of a step's program."""
+"""Batches of speech: codes padded to buckets, sizes of a step's program, samples checked."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from sa2jax.audio.rates import CODE_RATE
+from sa2jax.errors import VoiceError
 from sa2jax.runtime import round_up
 
 CHUNK = 25  # codes of a stream's chunk
@@ -34,3 +35,17 @@ def pad_codes(
     for line, row in zip(padded, rows, strict=True):
         line[: len(row)] = row
     return padded, lengths
+
+
+def require_finite(pieces: list[np.ndarray]) -> list[np.ndarray]:
+    """The samples, if they are numbers.
+
+    Raises:
+        VoiceError: if some are not.
+    """
+    if not all(np.isfinite(piece).all() for piece in pieces):
+        raise VoiceError(
+            "the detokenizer made samples that are no numbers: its weights or the voice are "
+            "damaged; convert the model again, or take another voice"
+        )
+    return pieces

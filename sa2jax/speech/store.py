@@ -6,6 +6,8 @@ from pathlib import Path
 
 from sa2jax import checkpoint
 from sa2jax.assets import model_folder
+from sa2jax.atomic_io import require_inside
+from sa2jax.audio import AudioSource
 from sa2jax.errors import AudioError, CheckpointError, VoiceError
 from sa2jax.nn import Params
 from sa2jax.speech.layout import (
@@ -17,7 +19,7 @@ from sa2jax.speech.layout import (
     find,
     is_official,
 )
-from sa2jax.speech.voices import SUFFIX, Voice, VoiceAnalyzer, check_name
+from sa2jax.speech.voices import MAX_SECONDS, SUFFIX, Voice, VoiceAnalyzer, check_name
 from sa2jax.speech_config import Token2WavConfig
 
 
@@ -27,13 +29,14 @@ class SpeechFolder:
     Args:
         home: a model folder with a detokenizer in it, or a detokenizer's own folder; converted or
             as released.
+        parity: analyse recordings as the official code does, see `VoiceAnalyzer`.
 
     Raises:
         CheckpointError: if there is no detokenizer.
     """
 
-    def __init__(self, home: str | Path):
-        self.home = model_folder(home)
+    def __init__(self, home: str | Path, *, parity: bool = False):
+        self.home, self.parity = model_folder(home), parity
         if not self.home.is_dir():
             raise CheckpointError(f"no folder {home}: expected a model folder")
         found = find(self.home)
@@ -71,7 +74,8 @@ class SpeechFolder:
     @cached_property
     def analyzer(self) -> VoiceAnalyzer:
         """The networks that analyse voices."""
-        return VoiceAnalyzer(self.cfg, self.params(ANALYSIS), self.analysis_hash)
+        params = self.params(ANALYSIS)
+        return VoiceAnalyzer(self.cfg, params, self.analysis_hash, parity=self.parity)
 
     @property
     def voices(self) -> dict[str, Path]:
@@ -104,8 +108,8 @@ class SpeechFolder:
         else:
             some = ", ".join(list(known)[:12]) or "none yet"
             raise VoiceError(
-                f"no voice {str(wanted)!r}: expected a recording, a voice file, or one of this "
-                f"model's voices ({some}); make one with `sa2jax voice add`"
+                f"no voice {str(wanted)!r:.120}: expected a recording, a voice file, or one of "
+                f"this model's voices ({some}); make one with `sa2jax voice add`"
             )
         if path.suffix != SUFFIX:
             return Voice.from_wav(path, self.analyzer)
@@ -115,21 +119,28 @@ class SpeechFolder:
                 f"voice {name} was analysed by another checkpoint's weights, its codes mean "
                 f"something else here: add it again from its recording"
             )
+        voice.require_fit(self.cfg.flow)
         return voice
 
-    def add(self, name: str, source: str | Path, *, overwrite: bool = False) -> Voice:
+    def add(self, name: str, source: str | Path | AudioSource, *, overwrite: bool = False) -> Voice:
         """Analyse a recording and keep the voice under a name.
 
         Raises:
             VoiceError: if the name is taken or cannot be a file's, or the recording holds no voice.
             AudioError: if the recording cannot be read.
-            CheckpointError: if the voice cannot be written.
+            CheckpointError: if the voice cannot be written, or voices/ is a link out of the model.
         """
         check_name(name)
         path = self.home / VOICES / f"{name}{SUFFIX}"
         if path.exists() and not overwrite:
             raise VoiceError(f"there is a voice {name} already: choose another name or --overwrite")
+        require_inside(path.parent, self.home)
         voice = Voice.from_wav(source, self.analyzer, name)
+        if voice.seconds > MAX_SECONDS:  # with `parity`
+            raise VoiceError(
+                f"voice {name}: expected at most {MAX_SECONDS:g} s in a voice file, got "
+                f"{voice.seconds:.1f} s; cut the recording"
+            )
         voice.save(path)
         return voice
 

@@ -47,8 +47,9 @@ from sa2jax.models.vocoder import vocoder as hift
 from sa2jax.nn import Functional, Params, Policy
 from sa2jax.runtime import uses_scan
 from sa2jax.speech import programs
-from sa2jax.speech.batching import CHUNK, chunk_bucket, pad_codes, pad_noise
+from sa2jax.speech.batching import CHUNK, chunk_bucket, pad_codes, pad_noise, require_finite
 from sa2jax.speech.programs import Networks, row_keys
+from sa2jax.speech.reply_stream import ReplyStream
 from sa2jax.speech.state import StreamState, concat_streams
 from sa2jax.speech.voices import Voice
 from sa2jax.speech_config import Token2WavConfig
@@ -125,6 +126,11 @@ class Token2Wav:
             donate_argnames=("flow", "vocoder"),
         )
 
+    @property
+    def lookahead(self) -> int:
+        """Codes that a chunk needs to hear ahead; the last ones given wait for what follows."""
+        return self.cfg.flow.encoder.lookahead
+
     def replicas(self) -> list[Self]:
         """One for each index of the mesh's data axis that this host holds; nothing is copied."""
         found = []
@@ -162,6 +168,7 @@ class Token2Wav:
 
         Raises:
             CodeError: for codes that no recording has, or none at all.
+            VoiceError: if NaN comes out.
         """
         many = isinstance(voice, Sequence) or _is_nested(codes)
         replies = [self.validate_codes(c) for c in (codes if many else [codes])]
@@ -195,7 +202,7 @@ class Token2Wav:
                 self._wave_program(self.params["vocoder"], mel, frames, noise, seed)
             )
         samples = self._sizes.samples * frames
-        return [row[:n] for row, n in zip(speech[:count], samples, strict=False)]
+        return require_finite([row[:n] for row, n in zip(speech[:count], samples, strict=False)])
 
     def mels(
         self,
@@ -268,12 +275,13 @@ class Token2Wav:
 
         Raises:
             CodeError: for codes that no recording has, or another number of rows.
+            VoiceError: if NaN comes out.
         """
         rows = len(state.num_pending)
         if len(codes) != rows:
             raise CodeError(f"expected codes for {rows} streams, got {len(codes)}")
         ends = np.broadcast_to(np.asarray(last, bool), (rows,))
-        lookahead = self.cfg.flow.encoder.lookahead
+        lookahead = self.lookahead
         waiting = [row[:n] for row, n in zip(state.pending, state.num_pending, strict=True)]
         lines = [
             np.concatenate([held, self.validate_codes(row, empty=True)])
@@ -311,7 +319,7 @@ class Token2Wav:
                 max_codes=max_codes,
             )
         pieces = [row[:n] for row, n in zip(np.asarray(speech), np.asarray(counts), strict=True)]
-        return replace(state, flow=flow, vocoder=voc, **after), pieces
+        return replace(state, flow=flow, vocoder=voc, **after), require_finite(pieces)
 
     def stream(
         self,
@@ -339,23 +347,12 @@ class Token2Wav:
         Raises:
             CodeError: for codes that no recording has, none at all, or an empty chunk.
         """
-        if chunk < 1 or (first is not None and first < 1):
-            raise CodeError(f"expected chunks of at least 1 code, got {chunk} and {first}")
-        state = self.start([voice], seed=seed, parity=parity)
-        lookahead = self.cfg.flow.encoder.lookahead
-        given, waiting, wanted = 0, [], lookahead + (first or chunk)
+        reply = ReplyStream(self, voice, chunk=chunk, first=first, seed=seed, parity=parity)
         for code in codes:
-            waiting.extend(self.validate_codes([code], first=given))
-            given += 1
-            if len(waiting) == wanted:
-                state, (piece,) = self.step(state, [waiting])
-                waiting, wanted = [], chunk
-                yield piece
-        if not given:
-            raise CodeError("no codes: expected at least one")
-        state, (piece,) = self.step(state, [waiting], last=True)
-        nothing = int(state.num_codes[0]) == len(voice.codes)
-        yield self._silence(given) if nothing else piece
+            reply.add([code])
+            if reply.is_ready:
+                yield reply.step()
+        yield reply.end()
 
     def validate_codes(
         self, codes: Codes, *, empty: bool = False, first: int = 0
@@ -406,11 +403,10 @@ class Token2Wav:
             )
             with sharding.use_mesh(self._mesh):
                 flow = self._start_program(self.params["flow"], self._prompt([voice]), options)
-            lookahead = self.cfg.flow.encoder.lookahead
             state = StreamState(
                 flow=flow,
                 vocoder=self.vocoder.bind(self.params["vocoder"]).start(1, row_keys(seed, 1)),
-                pending=np.zeros((1, lookahead), np.int32),
+                pending=np.zeros((1, self.lookahead), np.int32),
                 num_pending=np.zeros(1, np.int32),
                 num_codes=np.array([len(voice.codes)], np.int32),
                 seed=np.array([seed]),

@@ -11,40 +11,42 @@ recording and one of the weights that analysed it, never by a path.
 import hashlib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Self, overload
+from typing import Any, Self
 
 import jax
 import numpy as np
-import safetensors
 from jaxtyping import Float, Int
 from safetensors.numpy import save
 
 from sa2jax import audio
-from sa2jax.atomic_io import disk_errors
+from sa2jax.atomic_io import disk_errors, new_file
 from sa2jax.audio.rates import CODE_RATE, SPEECH_MEL_RATE, SPEECH_SAMPLE_RATE
-from sa2jax.errors import AudioError, VoiceError
+from sa2jax.errors import AudioError, FileError, VoiceError
+from sa2jax.files.limits import ARRAYS
+from sa2jax.files.raw import read_bytes
+from sa2jax.files.safetensors_files import parse_safetensors
 from sa2jax.models.speaker_encoder import speaker_encoder
 from sa2jax.models.speech_tokenizer import (
     WINDOW,
-    code_length,
     speech_tokenizer,
     tokenize,
     unstack_speech_tokenizer,
 )
 from sa2jax.nn import Params
 from sa2jax.runtime import round_up, uses_scan
-from sa2jax.speech_config import Token2WavConfig
+from sa2jax.speech_config import FlowConfig, Token2WavConfig
 
 log = logging.getLogger(__name__)
 
 FORMAT = "sa2jax voice 1"
 SUFFIX = ".safetensors"
 MIN_SECONDS, MAX_SECONDS = 1.0, 30.0
-SILENCE = 1e-3  # a recording that stays below this, -60 dB of full scale, holds no voice
+LARGEST_SPEAKER, LARGEST_MEL = 1e4, 50.0  # far beyond what any recording gives
+MAX_HASH = 128  # characters
 MEL_HOP = SPEECH_SAMPLE_RATE // SPEECH_MEL_RATE  # samples of one mel frame
 CLIPS_AT_ONCE = 8
 
@@ -71,12 +73,17 @@ class Voice:
 
     @classmethod
     def from_wav(
-        cls, source: audio.Audio, analyzer: "VoiceAnalyzer", name: str | None = None
+        cls,
+        source: audio.Audio | audio.AudioSource,
+        analyzer: "VoiceAnalyzer",
+        name: str | None = None,
     ) -> Self:
         """Analyse a recording of 1 to 30 s, of any rate and channels; a longer one is cut.
 
+        With the analyzer's `parity` none is.
+
         Channel 0 at 16 kHz gives the codes and the speaker vector, the mean of all channels at
-        24 kHz the mel frames, as in the official code.
+        24 kHz the mel frames, as in the official code. Of an `AudioSource`, its channel gives all.
 
         Args:
             source: the recording.
@@ -88,27 +95,29 @@ class Voice:
             VoiceError: if it is too short or silent, or for a name that cannot be a file's.
         """
         if name is None:
-            name = Path(source).stem if isinstance(source, str | Path) else "voice"
+            inner = source.source if isinstance(source, audio.AudioSource) else source
+            name = Path(inner).stem if isinstance(inner, str | Path) else "voice"
         check_name(name)
-        low = audio.load_audio(source, audio.SAMPLE_RATE, mono="first")
-        high = audio.load_audio(source, SPEECH_SAMPLE_RATE, mono="mean")
+        low = audio.load_audio(source, audio.SAMPLE_RATE)
+        with audio.open_mono(source, SPEECH_SAMPLE_RATE, channel="mean") as (_, blocks):
+            high = np.concatenate([*blocks], axis=1)[0]  # noted and checked above
         seconds = len(low) / audio.SAMPLE_RATE
         if seconds < MIN_SECONDS:
             raise VoiceError(
                 f"voice {name}: expected {MIN_SECONDS:g} to {MAX_SECONDS:g} s of speech, got "
                 f"{seconds:.2f} s; record some more"
             )
-        if seconds > MAX_SECONDS:
+        if seconds > MAX_SECONDS and not analyzer.parity:
             log.warning(
                 "voice %s: only the first %g s of %.1f s are used", name, MAX_SECONDS, seconds
             )
             low = low[: int(MAX_SECONDS * audio.SAMPLE_RATE)]
             high = high[: int(MAX_SECONDS * SPEECH_SAMPLE_RATE)]
         for what, samples in (("channel 0", low), ("the mean of the channels", high)):
-            if np.abs(samples).max() < SILENCE:
+            if np.abs(samples).max() < audio.SILENCE:
                 raise VoiceError(
                     f"voice {name}: expected speech, but {what} stays below -60 dB of full scale; "
-                    "use a recording that can be heard"
+                    "use a recording that can be heard, or another --channel"
                 )
         codes = analyzer.codes_of([low])[0]
         frames = 2 * len(codes)
@@ -141,31 +150,31 @@ class Voice:
         described |= {"format": FORMAT, "hash": self.hash}
         arrays = {"codes": self.codes, "speaker": self.speaker, "mel": self.mel}
         data = save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, metadata=described)
-        temporary = path.with_name(f".{path.name}.partial")
         with disk_errors(path):
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with new_file(path) as temporary:
                 temporary.write_bytes(data)
-                temporary.replace(path)
-            finally:
-                temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote.
 
         Raises:
-            VoiceError: if it is no voice file, or is damaged.
+            VoiceError: if it is no voice file, is damaged, or holds what no recording gives.
         """
         path = Path(path)
         try:
-            with safetensors.safe_open(path, "numpy") as file:
-                described = file.metadata() or {}
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, safetensors.SafetensorError) as error:
-            raise VoiceError(f"{path} cannot be read ({error}): add the voice again") from None
+            arrays, described = parse_safetensors(read_bytes(path, ARRAYS), str(path))
+        except FileError as error:
+            raise VoiceError(
+                f"{path} cannot be read ({error.reason}): add the voice again"
+            ) from None
         if described.get("format") != FORMAT:
             raise VoiceError(f"{path} is no voice: expected a file made by `sa2jax voice add`")
+        try:
+            _require_voice(described, arrays)
+        except VoiceError as error:
+            raise VoiceError(f"{path} holds no voice ({error}): add the voice again") from None
         try:
             voice = cls(
                 described["name"],
@@ -182,6 +191,58 @@ class Voice:
             raise VoiceError(f"{path} is damaged (its hash differs): add the voice again")
         return voice
 
+    def require_fit(self, cfg: FlowConfig) -> None:
+        """Compare the voice with the flow that is to speak in it.
+
+        Raises:
+            VoiceError: if its codes or sizes are those of another one.
+        """
+        problem = ""
+        if self.codes.size and int(self.codes.max()) >= cfg.codes:
+            problem = f"code {self.codes.max()}, expected 0 to {cfg.codes - 1}"
+        elif self.speaker.shape != (cfg.speaker,):
+            problem = f"{self.speaker.size} numbers of a speaker, expected {cfg.speaker}"
+        elif self.mel.shape[1:] != (cfg.mels,):
+            problem = f"{self.mel.shape[1]} mel bands, expected {cfg.mels}"
+        if problem:
+            raise VoiceError(f"voice {self.name} does not fit this model: {problem}; add it again")
+
+
+def _require_voice(described: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    """Refuse what `Voice.save` never writes, whatever hash it has.
+
+    Raises:
+        VoiceError: saying what was expected.
+    """
+    for key in ("audio", "analysis"):
+        if not re.fullmatch(rf"[\w.-]{{0,{MAX_HASH}}}", str(described.get(key, ""))):
+            raise VoiceError(f"expected a hash under {key!r}")
+    check_name(str(described.get("name", "")))
+    forms = {"codes": (np.int32, 1), "speaker": (np.float32, 1), "mel": (np.float32, 2)}
+    if set(arrays) != set(forms):
+        raise VoiceError(f"expected {', '.join(forms)}, got {', '.join(sorted(arrays))[:200]}")
+    for name, (dtype, ndim) in forms.items():
+        array = arrays[name]
+        if array.dtype != dtype or array.ndim != ndim or not array.size:
+            raise VoiceError(
+                f"{name}: expected {np.dtype(dtype).name} with {ndim} axes, got {array.dtype} "
+                f"{list(array.shape)}"
+            )
+    codes, speaker, mel = (arrays[name] for name in forms)
+    longest = int(MAX_SECONDS * CODE_RATE)
+    if not MIN_SECONDS * CODE_RATE <= len(codes) <= longest or len(mel) != 2 * len(codes):
+        raise VoiceError(
+            f"expected {MIN_SECONDS * CODE_RATE:g} to {longest} codes and two mel frames for each, "
+            f"got {len(codes)} and {len(mel)}"
+        )
+    if codes.min() < 0:
+        raise VoiceError(f"code {codes.min()}, expected 0 or more")
+    for name, array, most in (("speaker", speaker, LARGEST_SPEAKER), ("mel", mel, LARGEST_MEL)):
+        if not (np.abs(array) <= most).all():  # NaN is not, either
+            raise VoiceError(f"{name}: expected numbers within ±{most:g}")
+    if not speaker.any():
+        raise VoiceError("speaker: expected a vector that is not 0")
+
 
 class VoiceAnalyzer:
     """The two networks that analyse a voice: S3 speech tokenizer and CAM++.
@@ -190,10 +251,14 @@ class VoiceAnalyzer:
         cfg: sizes.
         params: parameters under `speech_tokenizer` and `speaker_encoder`.
         analysis_hash: hash of these parameters.
+        parity: open the windows of a long recording that the official code opens, which may lose up
+            to 2 s at its end, and take a voice from all of a recording, not from 30 s of it.
     """
 
-    def __init__(self, cfg: Token2WavConfig, params: Params, analysis_hash: str):
-        self.cfg, self.analysis_hash = cfg, analysis_hash
+    def __init__(
+        self, cfg: Token2WavConfig, params: Params, analysis_hash: str, *, parity: bool = False
+    ):
+        self.cfg, self.analysis_hash, self.parity = cfg, analysis_hash, parity
         stacked = uses_scan()
         tokenizer_params = params["speech_tokenizer"]
         self._params = {
@@ -204,22 +269,23 @@ class VoiceAnalyzer:
         }
         tokenizer = speech_tokenizer(cfg.speech_tokenizer, stacked=stacked)
         speaker = speaker_encoder(cfg.speaker_encoder)
-        self._tokenize = jax.jit(lambda p, mels, frames: tokenize(tokenizer.bind(p), mels, frames))
+        self._tokenize = jax.jit(
+            lambda p, mels, frames: tokenize(
+                tokenizer.bind(p), mels, frames, official_windows=parity
+            )
+        )
         self._identify = jax.jit(lambda p, x, frames: speaker.bind(p)(x, frames))
 
-    @overload
-    def codes(self, sources: list) -> list[Int[np.ndarray, "P"]]: ...
-    @overload
-    def codes(self, sources: audio.Audio) -> Int[np.ndarray, "P"]: ...
-    def codes(self, sources):
-        """Codes (25 Hz) of a recording of any length, or of each of a list of them.
+    def codes(
+        self, sources: Sequence[audio.Audio | audio.AudioSource]
+    ) -> list[Int[np.ndarray, "P"]]:
+        """Codes (25 Hz) of each of some recordings of any length.
 
         Raises:
             AudioError: if a recording cannot be read, or is shorter than 20 ms.
         """
-        many = sources if isinstance(sources, list) else [sources]
-        made = self.codes_of([audio.load_audio(s, audio.SAMPLE_RATE, mono="first") for s in many])
-        return made if isinstance(sources, list) else made[0]
+        clips = [audio.load_audio(one, audio.SAMPLE_RATE) for one in sources]
+        return self.codes_of(clips)
 
     def codes_of(self, clips: Sequence[Float[np.ndarray, "T"]]) -> list[Int[np.ndarray, "P"]]:
         """Codes of samples at 16 kHz; clips of like length are analysed together."""
@@ -239,8 +305,8 @@ class VoiceAnalyzer:
             chosen = order[start : start + CLIPS_AT_ONCE]
             size = _bucket(max(mels[i].shape[1] for i in chosen))
             batch, frames = audio.pad_mels([mels[i] for i in chosen], size)
-            found, _ = self._tokenize(self._params["speech_tokenizer"], batch, frames)
-            for i, row, count in zip(chosen, np.asarray(found), code_length(frames), strict=True):
+            found, counts = self._tokenize(self._params["speech_tokenizer"], batch, frames)
+            for i, row, count in zip(chosen, *map(np.asarray, (found, counts)), strict=True):
                 codes[i] = row[:count].astype(np.int32)
         return codes
 
@@ -262,8 +328,8 @@ def check_name(name: str) -> None:
     """
     if not re.fullmatch(r"\w[\w.-]{0,63}", name):
         raise VoiceError(
-            f"voice name {name!r}: expected up to 64 letters, digits, '-', '_' and '.', the first "
-            "a letter or digit"
+            f"voice name {name!r:.80}: expected up to 64 letters, digits, '-', '_' and '.', the "
+            "first a letter or digit"
         )
 
 

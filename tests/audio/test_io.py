@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import soundfile
 
-import sa2jax.audio.io as audio_io
-from sa2jax.audio import load_audio, read_audio, resample, split_chunks, write_wav
+import sa2jax.audio.reader as audio_reader
+from sa2jax.audio import load_audio, pcm_16, read_audio, resample, split_chunks, write_wav
 from sa2jax.errors import AudioError
 
 
@@ -37,7 +37,7 @@ def test_load_equals_official(golden):
     cut = want["official_load_audio_max4001"]
     np.testing.assert_allclose(got[: len(cut)], cut, atol=1e-6)
     np.testing.assert_allclose(
-        load_audio(path, 24_000, mono="mean"), want["mean24k"], atol=1e-6
+        load_audio(path, 24_000, channel="mean"), want["mean24k"], atol=1e-6
     )  # 1e-7
 
 
@@ -91,7 +91,7 @@ def test_resample_equals_its_definition(rng, from_rate, to_rate):
 def test_resample_does_not_depend_on_the_blocks(rng, monkeypatch, rates):
     x = rng.uniform(-1, 1, (2, 9973)).astype(np.float32)
     whole = resample(x, *rates)
-    monkeypatch.setattr(audio_io, "_BLOCK", 100)
+    monkeypatch.setattr(audio_reader, "_BLOCK", 100)
     np.testing.assert_allclose(resample(x, *rates), whole, atol=1e-6)
 
 
@@ -149,7 +149,7 @@ def test_surround(tmp_path, suffix):
     assert got.shape == want.shape
     np.testing.assert_allclose(load_audio(path), resample(got[0], 48000, 16000), atol=1e-6)
     mean = resample(got.mean(0), 48000, 16000)
-    np.testing.assert_allclose(load_audio(path, mono="mean"), mean, atol=1e-6)
+    np.testing.assert_allclose(load_audio(path, channel="mean"), mean, atol=1e-6)
 
 
 @pytest.mark.parametrize("rate", [8000, 11025, 16000, 22050, 24000, 32000, 44100, 48000])
@@ -209,7 +209,7 @@ def test_float64_becomes_float32():
 def test_load_streams(tmp_path, monkeypatch):
     """Loading 20 s of 48 kHz stereo never holds the half of it."""
     path = save(tmp_path / "a.wav", tone(48000, 2, seconds=20), 48000)
-    monkeypatch.setattr(audio_io, "_BLOCK", 1 << 14)
+    monkeypatch.setattr(audio_reader, "_BLOCK", 1 << 14)
     load_audio(path)  # tables
     tracemalloc.start()
     got = load_audio(path)
@@ -368,9 +368,24 @@ def test_rate_belongs_to_arrays_only(tmp_path):
 
 
 def test_load_refuses_bad_wishes():
-    with pytest.raises(AudioError, match="mono"):
-        load_audio((GOOD, 16000), mono="left")  # pyrefly: ignore
+    with pytest.raises(AudioError, match="channel"):
+        load_audio((GOOD, 16000), channel="left")  # pyrefly: ignore
     with pytest.raises(AudioError, match="sample rate"):
         load_audio((GOOD, 16000), 0)
     with pytest.raises(AudioError, match="sample rate"):
         resample(GOOD, 16000, -1)
+
+
+def test_16_bit_samples_are_cut_as_in_the_official_streaming():
+    samples = np.array([-2, -1, -0.5, -1e-5, 0, 2e-5, 0.5, 1, 2], np.float32)
+    official = [-32767, -32767, -16383, 0, 0, 0, 16383, 32767, 32767]
+    assert pcm_16(samples, parity=True).tolist() == official
+    default = [-32768, -32768, -16384, 0, 0, 1, 16384, 32767, 32767]
+    assert pcm_16(samples).tolist() == default
+
+
+@pytest.mark.parametrize("parity", [False, True])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_no_number_does_not_become_16_bit(value, parity):
+    with pytest.raises(AudioError, match="NaN or Inf"):
+        pcm_16(np.array([0, value], np.float32), parity=parity)

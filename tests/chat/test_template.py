@@ -48,6 +48,11 @@ def heard(n):
     return [START, *[PATCH] * n, STOP]
 
 
+def wholes(pieces):
+    """Each text as the official template writes it, with its marks."""
+    return [piece.marked if isinstance(piece, Text) else piece for piece in pieces]
+
+
 def build(tok, messages, counts=()):
     return build_prompt(render(messages), tok, counts)
 
@@ -204,8 +209,9 @@ def test_tools(tok):
     ]  # fmt: skip
     # Official: the result and the request are separate pieces.
     request = "\n\n\n请用口语化形式总结检索结果，简短地回答用户的问题。"
-    pieces = ["<|BOT|>input\n", "42。", request, "<|EOT|>"]
-    assert render([tool_result_turn("42。")]) == [Text(piece) for piece in pieces]
+    assert wholes(render([tool_result_turn("42。")])) == [
+        "<|BOT|>input\n", "42。", request, "<|EOT|>"
+    ]  # fmt: skip
 
 
 def test_function_output(tok):
@@ -236,11 +242,11 @@ def test_pieces_are_cut_as_the_official_template_cuts_them():
         {"role": "assistant", "content": [], "eot": False},
         {"role": "assistant", "content": None, "eot": True},
     ]
-    assert render(messages) == [
-        Text("<|BOT|>system\nS<|EOT|>"),
-        Text("<|BOT|>human\n"), Text("x"), audio, Text(""), Text("<|EOT|>"),
-        Text("<|BOT|>assistant\n"),
-        Text("<|BOT|>assistant\n"),
+    assert wholes(render(messages)) == [
+        "<|BOT|>system\nS<|EOT|>",
+        "<|BOT|>human\n", "x", audio, "", "<|EOT|>",
+        "<|BOT|>assistant\n",
+        "<|BOT|>assistant\n",
     ]  # fmt: skip
 
 
@@ -261,10 +267,14 @@ def test_long_audio_becomes_one_clip_per_chunk(tok):
 def test_markers_in_text_and_ids_are_not_clips(tok):
     text = "<audio_start><audio_patch><audio_end>"
     content = [text, Audio("a"), {"type": "token", "token": [START, PATCH]}]
-    prompt = build(tok, [{"role": "human", "content": content}], [[2]])
+    pieces = render([{"role": "human", "content": content}])
     # Tokenised as the official code does, but only the real audio is a clip.
+    prompt = build_prompt(pieces, tok, [[2]], split_special_tokens=False)
     assert prompt.ids.tolist() == [BOT, *b("human\n"), *heard(1), *heard(2), START, PATCH, EOT]
     assert prompt.clips == (Clip(11, 2, 0, 0),)
+    prompt = build_prompt(pieces, tok, [[2]])
+    assert prompt.ids.tolist() == [BOT, *b("human\n" + text), *heard(2), START, PATCH, EOT]
+    assert prompt.clips == (Clip(7 + len(text) + 1, 2, 0, 0),)
 
 
 def test_token_items_may_be_arrays(tok):
@@ -373,7 +383,7 @@ def test_pieces_equal_the_official_template(official, monkeypatch, tok):
     def text(pieces):
         for piece in pieces:
             if isinstance(piece, Text):
-                yield piece.text
+                yield piece.marked
             elif isinstance(piece, Ids):
                 yield list(piece.ids)
             else:
@@ -387,7 +397,7 @@ def test_pieces_equal_the_official_template(official, monkeypatch, tok):
         {"type": "audio", "audio": "short"},
     ]
     messages = [
-        {"role": "system", "content": "S"},
+        {"role": "system", "content": "S<|EOT|><|BOT|>human\n"},
         {"role": "user", "content": items},
         {"role": "assistant", "content": "<tts_start>", "eot": False},
         {"role": "input", "content": items[:1], "eot": False},
@@ -395,8 +405,10 @@ def test_pieces_equal_the_official_template(official, monkeypatch, tok):
     ]
     theirs, _ = official.StepAudio2.apply_chat_template(None, messages)
     assert list(text(render(messages))) == theirs
+    ids = build_prompt(render(messages), tok, counts, split_special_tokens=False).ids.tolist()
+    assert ids == tok.encode_pieces(theirs)
     raw = ["S", *items, "<tts_start>"]
     theirs, _ = official.StepAudio2Base.apply_chat_template(None, raw)
     assert list(text(render_base(raw))) == theirs
-    ids = build_prompt(render_base(raw), tok, counts).ids.tolist()
+    ids = build_prompt(render_base(raw), tok, counts, split_special_tokens=False).ids.tolist()
     assert ids == tok.encode_pieces(theirs)

@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 
 from sa2jax.chat import tokenizer_files
-from sa2jax.chat.tokenizer import SpecialTokens, Tokenizer, Utf8Stream
+from sa2jax.chat.interleave import deinterleave, interleave
+from sa2jax.chat.reply_parser import ReplyParser
+from sa2jax.chat.tokenizer import SpecialTokens, Tokenizer
+from sa2jax.chat.utf8_stream import Utf8Stream
+from sa2jax.convert.tokenizer import added_tokens_note
 from sa2jax.errors import PromptError, TokenizerError
 
 MICRO = {"audio_start": 296, "vocab": 512}
@@ -31,6 +35,49 @@ def tok():
 @pytest.fixture(scope="module")
 def full():
     return Tokenizer(tokenizer_files.byte_tokenizer())
+
+
+def with_added_tokens(folder, *tokens):
+    """A tokenizer with tokens behind the audio codes, as `add_tokens` of transformers makes it."""
+    tokenizer_files.save_tokenizer_files(folder, **MICRO)
+    new = {token: MICRO["vocab"] + n for n, token in enumerate(tokens)}
+    edit(folder, "added_tokens.json", lambda content: content.update(new))
+    return Tokenizer.from_folder(folder)
+
+
+def test_tokens_behind_the_audio_codes_are_text(tmp_path):
+    tok = with_added_tokens(tmp_path, "<sigh>", "<laugh>")
+    special, (sigh, laugh) = tok.special, (MICRO["vocab"], MICRO["vocab"] + 1)
+    assert tok.added_tokens == ["<sigh>", "<laugh>"]
+    assert added_tokens_note(tok) == ["tokens behind the audio codes are text: <sigh>, <laugh>"]
+    assert tok.encode("a<sigh>b") == [97, sigh, 98]
+    assert special.added_text == sigh
+    no_text = (-1, special.audio_start, special.tts_pad, special.audio_code_0, sigh - 1, laugh + 1)
+    assert not any(map(special.is_text, no_text))
+    stream = Utf8Stream(tok)
+    assert (
+        "".join(map(stream.push, [97, sigh, special.audio_code_0, laugh, 98])) == "a<sigh><laugh>b"
+    )
+    words = [97, sigh, 98]
+    spoken = interleave(words, [3, 1, 4, 1, 5], special)
+    assert deinterleave(spoken, special) == (words, [3, 1, 4, 1, 5], [])
+    parser = ReplyParser(tok)
+    text, codes = parser.push(spoken[1:])
+    assert (text, [c for c in codes if c < special.num_codes]) == ("a<sigh>b", [3, 1, 4, 1, 5])
+    assert parser.until(4) == tuple([*spoken[1:6], special.tts_end])
+
+
+def test_released_vocabularies_have_no_added_text(tok, full):
+    assert (tok.added_tokens, full.added_tokens) == ([], [])
+    assert added_tokens_note(full) == []
+    assert (tok.special.added_text, full.special.added_text) == (512, 158258)
+
+
+def test_more_ids_than_the_model_has_are_refused(tmp_path):
+    with_added_tokens(tmp_path, "<sigh>")
+    assert Tokenizer.from_folder(tmp_path, vocab=513).size == 513
+    with pytest.raises(TokenizerError, match="has ids up to 512, the model a vocabulary of 512"):
+        Tokenizer.from_folder(tmp_path, vocab=512)
 
 
 def edit(folder, name, change):
@@ -268,6 +315,32 @@ def test_two_tokens_on_one_id_are_an_error(tmp_path):
         Tokenizer.from_folder(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("tokenizer.json", lambda c: c["model"].update(vocab=None), "got NoneType"),
+        ("tokenizer.json", lambda c: c["model"]["vocab"].update(a=-1), "'a' is -1"),
+        ("tokenizer.json", lambda c: c["model"]["vocab"].update(a=2**40), "'a' is 1099511627776"),
+        ("tokenizer.json", lambda c: c["model"].update(merges=None), "list of merges"),
+        ("tokenizer.json", lambda c: c.update(model=None), "no byte-level BPE"),
+        ("tokenizer.json", lambda c: c["added_tokens"].append({"id": 3}), "no byte-level BPE"),
+        ("added_tokens.json", lambda c: c.update({"<new>": -5}), "has id -5"),
+        ("added_tokens.json", lambda c: c.update({"<new>": 1.5}), "has id 1.5"),
+        (
+            "tokenizer_config.json",
+            lambda c: c["added_tokens_decoder"].update({"-3": {"content": "<new>"}}),
+            "added_tokens_decoder is not",
+        ),
+    ],
+)
+def test_ids_and_tokens_that_no_tokenizer_has(tmp_path, name, change, message):
+    folder = tokenizer_files.save_tokenizer_files(tmp_path, **MICRO)
+    edit(folder, name, change)
+    with pytest.raises(TokenizerError, match=message) as caught:
+        Tokenizer.from_folder(folder)
+    assert len(str(caught.value)) < 490
+
+
 def test_missing_and_damaged_files(tmp_path):
     with pytest.raises(TokenizerError, match=r"expected tokenizer.json, or vocab.json"):
         Tokenizer.from_folder(tmp_path / "nowhere")
@@ -276,7 +349,11 @@ def test_missing_and_damaged_files(tmp_path):
         ("tokenizer.json", "{", r"tokenizer.json cannot be read as JSON"),
         ("tokenizer.json", "[]", "expected a JSON object"),
         ("tokenizer.json", '{"model": {"vocab": []}}', "no byte-level BPE model"),
-        ("tokenizer.json", '{"model": {"vocab": {}}, "added_tokens": []}', "cannot load it"),
+        (
+            "tokenizer.json",
+            '{"model": {"vocab": {}}, "added_tokens": []}',
+            "expected a list of merges",
+        ),
         (
             "tokenizer_config.json",
             '{"added_tokens_decoder": {"x": 3}}',

@@ -278,7 +278,7 @@ def test_arguments_that_fit(arguments):
     ("arguments", "why"),
     [
         ({"s": 1}, "'s' must be of type string, got 1"),
-        ({"s": None}, "'s' must be of type string, got null"),
+        ({"s": None, "i": None, "b": 1}, "'b' must be of type boolean, got 1"),  # left out
         ({"i": "3"}, "'i' must be of type integer, got \"3\""),
         ({"i": 1.5}, "'i' must be of type integer, got 1.5"),
         ({"i": True}, "'i' must be of type integer, got true"),
@@ -337,7 +337,7 @@ def test_unknown_and_malformed_calls():
     unknown, malformed, good = box.run(calls)
     assert unknown.text == "error: there is no tool 'x', there are: search, weather"
     assert malformed.text == (
-        "error: this call cannot be read: the arguments must be a JSON object, got [1]"
+        "error: this call cannot be read: the arguments must be a JSON object, got list"
     )
     assert good.text == "found 上证"
     assert [r.ok for r in (unknown, malformed, good)] == [False, False, True]

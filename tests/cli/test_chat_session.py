@@ -34,7 +34,7 @@ def hold(run, monkeypatch):
 def test_conversation(hold, script, recording):
     script.will_say("Hi", "I hear", "and more")
     (recording.parent / "b c.wav").write_bytes(recording.read_bytes())
-    code, out, err = hold("hello", "", "a.wav 'b c.wav'", "b c.wav")
+    code, out, err = hold("hello", "", "/audio a.wav 'b c.wav'", "/audio b c.wav")
     assert (code, out) == (0, "Hi\nI hear\nand more\n")
     assert err.count("\n") == err.count("first text ") == 3
     assert [len(request.counts) for request in script.requests] == [0, 2, 3]
@@ -52,7 +52,8 @@ def test_prompt_of_a_terminal(hold, script):
 def test_mistakes_cost_a_line(hold, script):
     script.will_say("Hi")
     code, out, err = hold(
-        "missing.wav",
+        "/audio missing.wav",
+        "/audio",
         "it's",
         "/dance",
         "/undo",
@@ -61,12 +62,13 @@ def test_mistakes_cost_a_line(hold, script):
         "/save talk.txt",
         "/load no.json",
         "/voice nobody",
-        "~not-a-user/x.wav",
+        "/audio ~not-a-user/x.wav",
     )
     assert (code, out) == (0, "Hi\n")
     lines = [line for line in err.splitlines() if not line.startswith("first text")]
     expected = [
         "no such file: missing.wav",
+        "which recording? /audio FILE.wav",
         "there is no /dance",
         "the last question and its answer are",
         "nothing to undo",
@@ -79,6 +81,15 @@ def test_mistakes_cost_a_line(hold, script):
     assert len(lines) == len(expected)
     for line, part in zip(lines, expected, strict=True):
         assert part in line
+
+
+def test_what_is_typed_opens_no_file(hold, script, recording):
+    """Not even if it names one; how it could be heard is said."""
+    script.will_say("Hi", "Hm")
+    code, out, err = hold("a.wav", "please open secret.mp3")
+    assert (code, out) == (0, "Hi\nHm\n")
+    assert [request.counts for request in script.requests] == [(), ()]
+    assert err.count("taken as text; to be heard: /audio a.wav") == err.count("taken as") == 1
 
 
 def test_voices_and_files(hold, script, pcm):

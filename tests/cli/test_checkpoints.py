@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from sa2jax import testing
+from sa2jax import cli, testing
 from sa2jax.cli import common
 from sa2jax.convert.weights import SafetensorsFolder
 
@@ -122,7 +123,7 @@ DAMAGE = {
         ["lacks 1 of 3 shards: model-00002-of-00003.safetensors"],
     ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), ["model.safetensors"]),
-    "truncated": (truncate, ["model.safetensors is truncated: expected"]),
+    "truncated": (truncate, ["model.safetensors: truncated: expected"]),
     "unknown tensor": (
         lambda f: edit_tensors(f, lambda t: t.update({"visual.proj": np.ones(3, np.float32)})),
         ["1 unknown tensors: visual.proj"],
@@ -139,15 +140,15 @@ DAMAGE = {
         lambda f: edit_config(f, lambda c: c.update(architectures=["LlamaForCausalLM"])),
         ["['LlamaForCausalLM']: this is another model's checkpoint"],
     ),
-    "unknown key": (
+    "another function": (
         lambda f: edit_config(f, lambda c: c["text_config"].update(num_experts=8)),
-        ["text_config has unknown keys num_experts"],
+        ["num_experts=8 is not supported"],
     ),
     "wrong type": (
         lambda f: edit_config(f, lambda c: c["text_config"].update(hidden_size="32")),
-        ["text_config.hidden_size must be a whole number above 0, got '32'"],
+        ["text_config.hidden_size must be a whole number above 0, at most 16777216, got '32'"],
     ),
-    "no JSON": (lambda f: (f / "config.json").write_text("{"), ["config.json is not valid JSON"]),
+    "no JSON": (lambda f: (f / "config.json").write_text("{"), ["config.json: not valid JSON"]),
     "no config": (lambda f: (f / "config.json").unlink(), ["no config.json"]),
 }
 
@@ -166,9 +167,9 @@ def test_damaged_checkpoint(refused, tmp_path, damage):
 
 def test_damaged_checkpoint_is_not_run(refused, broken, recordings):
     truncate(broken)
-    assert "is truncated" in refused("asr", recordings[0], "--model", broken)
-    assert "is truncated" in refused("inspect", broken)
-    assert "is truncated" in refused("verify", broken, broken)
+    assert "truncated" in refused("asr", recordings[0], "--model", broken)
+    assert "truncated" in refused("inspect", broken)
+    assert "truncated" in refused("verify", broken, broken)
 
 
 @pytest.mark.parametrize("command", ["convert", "export"])
@@ -219,3 +220,55 @@ def test_full_disk(run, refused, source, ours, tmp_path, monkeypatch, command):
         assert "the disk is full" in refused(command, folder, out)
     assert os.listdir(tmp_path) == []
     assert run(command, folder, out)[0] == 0
+
+
+# --- what it is made from, and what lies outside of it ---
+
+
+@pytest.mark.parametrize("command", ["convert", "export"])
+def test_a_source_is_not_replaced(refused, source, ours, tmp_path, command):
+    folder = {"convert": source, "export": ours}[command]
+    kept = entries(folder)
+    (tmp_path / "link").symlink_to(folder)
+    for out, verb in (
+        (folder, "is"),
+        (folder / ".." / folder.name, "is"),
+        (tmp_path / "link", "is"),
+        (tmp_path / "link" / "new", "lies in"),
+    ):
+        said = refused(command, folder, out, "--overwrite")
+        assert f"{out} {verb} {folder}, which it would be made from: choose another" in said
+    assert entries(folder) == kept
+    assert os.listdir(tmp_path) == ["link"]
+
+
+def test_a_model_is_not_replaced_by_what_is_made_of_it(refused, ours, converted_detokenizer):
+    for command, other in (("assemble", converted_detokenizer), ("merge", ours)):
+        kept = entries(ours)
+        said = refused(command, ours, other, ours, "--overwrite")
+        assert f"{ours} is {ours}, which it would be made from" in said
+        assert entries(ours) == kept
+    said = refused("assemble", ours, converted_detokenizer, converted_detokenizer, "--overwrite")
+    assert "which it would be made from" in said
+
+
+def test_a_link_out_of_the_folder_is_not_copied(refused, run, broken, tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("mine")
+    (broken / "notes.txt").symlink_to(secret)
+    said = refused("convert", broken, tmp_path / "out")
+    assert f"notes.txt is a link to {secret}, outside of its folder: remove it" in said
+    assert sorted(os.listdir(tmp_path)) == ["broken", "secret"]
+    (broken / "notes.txt").unlink()
+    (broken / "notes.txt").symlink_to("config.json")
+    assert run("convert", broken, tmp_path / "out")[0] == 0
+    assert (tmp_path / "out" / "notes.txt").read_bytes() == (broken / "config.json").read_bytes()
+
+
+def test_output_to_a_full_disk(ours, monkeypatch, capsys):
+    with Path("/dev/full").open("w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit) as end:
+            cli.main(["inspect", str(ours)])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: the disk is full: cannot write the output\n"

@@ -1,9 +1,7 @@
 """From recordings to a detokenizer that has learnt, as a user types it."""
 
 import json
-import os
 import shutil
-import signal
 from contextlib import contextmanager
 
 import jax
@@ -12,7 +10,7 @@ import pytest
 import soundfile
 import yaml
 from helpers.small_speech import SPEAKER, save_networks
-from helpers.small_training import save_model, save_pairs
+from helpers.small_training import interrupt_after, save_model, save_pairs
 
 from sa2jax import Speech, checkpoint, cli
 from sa2jax.cli import common
@@ -181,13 +179,8 @@ def test_a_run_leaves_a_detokenizer_that_speaks(whole, model):
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(run, home, config, whole):
     out, seen = home / "interrupted", []
-
-    def on_step(step):
-        seen.append(step)
-        if step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    first = train_network(read_network_recipe(config), out, quiet=True, on_step=on_step)
+    stop = interrupt_after(3, seen)
+    first = train_network(read_network_recipe(config), out, quiet=True, on_step=stop)
     assert (first.step, first.finished, first.results) == (3, False, {})
     assert not (out / "model").exists()
     code, said, error = run("train", "--config", config, "--out", out, "--json")
@@ -202,23 +195,25 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(run, home, config, wh
 
 
 @pytest.mark.slow
-def test_a_run_does_not_go_on_as_another(refused, home, config, whole, model, tmp_path):
-    other = shutil.copytree(model, tmp_path / "other")
+def test_a_run_does_not_go_on_as_another(refused, home, config, whole, tmp_path):
     words = "train", "--config", config, "--out", whole
-    said = refused(*words, "--model", other)
-    assert f"network.folder: {model} → {other}" in said
+    assert "which it would be made from" in refused(*words, "--model", whole / "model")
+    learnt_model = shutil.copytree(whole / "model", tmp_path / "model")
+    said = refused(*words, "--model", learnt_model)
+    assert "the model that it began with (network.folder: " in said
     assert "--fresh" in said
-    assert "the model that it began with" in refused(*words, "--model", whole / "model")
-    copy = shutil.copytree(home / "ready", tmp_path / "ready")
-    assert f"data.folder: {home / 'ready'} → {copy}" in refused(*words, "--data", copy)
+    other = shutil.copytree(home / "ready", tmp_path / "ready")
+    about = json.loads((other / "dataset.json").read_text())
+    (other / "dataset.json").write_text(json.dumps(about | {"fingerprint": "0" * 64}))
+    assert "the contents of the data or the tokenizer (data.folder: " in refused(
+        *words, "--data", other
+    )
     assert "loss.cfg_dropout: 0.2 → 0.5" in refused(*words, "--set", "loss.cfg_dropout=0.5")
 
 
 @pytest.mark.slow
-def test_dry_run(run, config):
-    code, said, _ = run("train", "--config", config, "--dry-run", "--json")
-    assert code == 0
-    found = json.loads(said)
+def test_dry_run(run_json, config):
+    found = run_json("train", "--config", config, "--dry-run")
     groups = {group["name"]: group for group in found["groups"]}
     assert set(groups) == {"encoder", "estimator", "speaker", "table", "to_mel"}
     total = sum(group["parameters"] for group in groups.values())
@@ -254,7 +249,7 @@ def test_what_the_flow_cannot_be_trained_with(refused, golden, home, config, mod
         (["--set", "data.buckets=[25]"], "expected a bucket that large"),
         (["--set", "optimizer.learning_rate_overrides={'': 0}"], "nothing to train"),
         (["--mesh", "fsdp=3"], "3 devices"),
-        (["--out", inside], "inside of the model's folder"),
+        (["--out", inside], "which it would be made from: choose another folder"),
     ]
     for words, said in mistakes:
         assert said in refused("train", "--config", config, "--out", tmp_path / "run", *words), said

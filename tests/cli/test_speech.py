@@ -66,13 +66,46 @@ def test_tokenize_many(run, model, recording):
     assert both == [single, single]
 
 
+def test_tokenize_leaves_out_what_cannot_be_read(run, model, recording, tmp_path):
+    bad, click = tmp_path / "bad.wav", tmp_path / "click.wav"
+    bad.write_text("no sound")
+    soundfile.write(click, np.ones(80) / 2, 16_000)
+    code, out, err = run("tokenize", bad, recording, click, "--model", model)
+    found = json.loads(out)
+    assert (code, [list(entry)[1] for entry in found]) == (1, ["error", "codes", "error"])
+    assert err.count("\n") == err.count("error: ") == 2
+    assert f"{bad} cannot be read" in err
+    assert f"{click}: expected at least 320 samples" in err
+
+
+def test_the_channel_of_a_voice(run, model, recording, tmp_path):
+    """Without one, codes are of the first and mel frames of the mean, as officially."""
+    samples, rate = soundfile.read(recording, always_2d=True)
+    stereo = tmp_path / "stereo.wav"
+    soundfile.write(stereo, np.stack([samples[:, 0] * 0, samples[:, 0]], axis=1), rate)
+    line = run("tokenize", stereo, "--channel", 1, "--model", model)[1]
+    assert line == run("tokenize", recording, "--model", model)[1]
+    code, _, err = run("voice", "add", "eve", stereo, "--model", model)
+    assert (code, "channel 0 stays below -60 dB" in err, "another --channel" in err) == (
+        2,
+        True,
+        True,
+    )
+    assert run("voice", "add", "eve", stereo, "--channel", 1, "--model", model)[0] == 0
+    made, whole = (store.SpeechFolder(model).voice(v) for v in ("eve", recording))
+    np.testing.assert_array_equal(made.codes, whole.codes)
+    np.testing.assert_allclose(made.mel, whole.mel, atol=1e-4)
+    store.SpeechFolder(model).voices["eve"].unlink()
+
+
 @pytest.mark.slow
 def test_stream(run, model, codes, tmp_path):
     whole, stream, official = (tmp_path / f"{name}.wav" for name in ("whole", "stream", "official"))
     where = ["--model", model]
     assert run("vocode", codes, "-o", whole, *where)[0] == 0
     assert run("vocode", codes, "-o", stream, "--stream", "--chunk", 20, *where)[0] == 0
-    assert run("vocode", codes, "-o", official, "--parity", "--chunk", 20, *where)[0] == 0
+    more = ["--stream", "--parity", "--chunk", 20, *where]
+    assert run("vocode", codes, "-o", official, *more)[0] == 0
     first, second, third = (soundfile.read(p)[0] for p in (whole, stream, official))
     assert first.shape == second.shape == third.shape == (24 * 960,)
     assert np.abs(second - third).max() > 1e-3
@@ -123,7 +156,7 @@ def test_speech_of_a_released_folder(run, golden, codes, recording, tmp_path):
     ("text", "message"),
     [
         ("[]", "no codes"),
-        ("[1, 2", "is not JSON"),
+        ("[1, 2", "not valid JSON"),
         ('{"ids": [1]}', "expected a JSON list of whole numbers"),
         ("[1, 2.5]", "expected a JSON list of whole numbers"),
         ("[true]", "expected a JSON list of whole numbers"),

@@ -31,42 +31,38 @@ def recipe(tmp_path):
     return path
 
 
-def test_a_small_corpus_is_made_and_prepared(run, recipe, tmp_path):
+def test_a_small_corpus_is_made_and_prepared(run, run_json, recipe, tmp_path):
     out = tmp_path / "out"
     small = "--config", recipe, "--scale", 0.0005, "--workers", 1
     code, text, err = run("data", "synthesize", out, *small)
     assert (code, err) == (0, "")
     for words in ("talks/asr.jsonl", "heldout/asr_unseen.jsonl", "speech.jsonl", "speakers"):
         assert words in text
-    code, text, _ = run("data", "synthesize", out, *small, "--json")
-    assert code == 0
-    assert json.loads(text) == json.loads((out / "corpus.json").read_text())
-    ready = tmp_path / "ready"
-    code, text, _ = run("data", "prepare", out / "talks" / "asr.jsonl", ready, "--json")
-    assert code == 0
-    assert (json.loads(text)["samples"], json.loads(text)["rejected"]) == (4, 0)
+    about = run_json("data", "synthesize", out, *small)
+    assert about == json.loads((out / "corpus.json").read_text())
+    about = run_json("data", "prepare", out / "talks" / "asr.jsonl", tmp_path / "ready")
+    assert (about["samples"], about["rejected"]) == (4, 0)
 
 
-def test_changes(run, recipe, tmp_path):
+def test_changes(run_json, recipe, tmp_path):
     changes = "--set", "dialogues.counts={asr: 3}", "--set", "voices.joe=null", "--seed", 5
-    words = "--config", recipe, *changes, "--workers", 1, "--json"
-    code, text, _ = run("data", "synthesize", tmp_path / "out", *words)
-    about = json.loads(text)
-    assert (code, about["seed"], about["files"]["talks/asr.jsonl"]["records"]) == (0, 5, 3)
+    words = "--config", recipe, *changes, "--workers", 1
+    about = run_json("data", "synthesize", tmp_path / "out", *words)
+    assert (about["seed"], about["files"]["talks/asr.jsonl"]["records"]) == (5, 3)
     assert not any(name.startswith("joe") for name in about["hours_by_voice"])
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config", "smoke"], "smoke is a recipe of kind None: expected one of kind corpus"),
-        (["--config", "none.yaml"], "no such file: none.yaml"),
-        (["--set", "voices.ann=1"], "voices.ann"),
-        (["--scale", "0"], "expected scale above 0"),
+        ("--config smoke", "smoke is a recipe of kind None: expected one of kind corpus"),
+        ("--config none.yaml", "no such file: none.yaml"),
+        ("--set voices.ann=1", "voices.ann"),
+        ("--scale 0", "expected scale above 0"),
     ],
 )
 def test_mistakes(refused, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sa2jax.train.corpus.synthesize.Synthesizer", lambda voices: None)
-    assert message in refused("data", "synthesize", "out", *arguments)
+    assert message in refused("data", "synthesize", "out", *arguments.split())
     assert not (tmp_path / "out").exists()

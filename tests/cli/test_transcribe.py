@@ -23,7 +23,7 @@ class Scripted:
     replies: ClassVar[list[bytes]] = []
     asked: ClassVar[list] = []
 
-    def __init__(self, model, params, cfg, *, mesh=None):
+    def __init__(self, model, params, cfg, *, mesh=None, parity=False):
         pass
 
     def generate(self, requests, options, *, prompt_indices, decode_text):
@@ -52,8 +52,11 @@ def test_asr(run, ours, recordings):
     """The whole way, from files to texts."""
     code, out, err = run("asr", *recordings, "--model", ours, "--max-new-tokens", 24, "--json")
     found = json.loads(out)
-    assert (code, err) == (0, "")
+    assert code == 0
     assert [entry["file"] for entry in found] == [str(path) for path in recordings]
+    cut = [entry for entry in found if entry["finish_reason"] == "length"]
+    assert err.count("the answer was cut at its limit of 24 tokens") == len(cut)
+    assert [len(entry["segments"]) for entry in found] == [1, 1, 1]
     texts = [entry["text"] for entry in found]
     assert all(texts)
     assert len(set(texts)) == 3
@@ -113,7 +116,15 @@ def test_options_reach_the_model(run, scripted, ours, recordings):
         "--json",
     )
     assert (code, err) == (0, "")
-    assert json.loads(out) == [{"file": str(recordings[0]), "text": "ja"}]
+    segment = {"start": 0.0, "end": 1.0, "text": "ja", "finish_reason": "stop"}
+    (found,) = json.loads(out)
+    assert found == {
+        "file": str(recordings[0]),
+        "text": "ja",
+        "finish_reason": "stop",
+        "notes": [],
+        "segments": [segment],
+    }
     ((request,), options), *_ = script.asked
     assert bytes(i for i in request.ids.tolist() if i < 245).startswith("system\n请仔细".encode())
     assert (options.max_new_tokens, options.seed, options.sampling.temperature) == (7, 3, 0.1)
@@ -196,7 +207,58 @@ def not_a_number(path: Path) -> None:
 def test_bad_recording(refused, ours, recordings, tmp_path, make, message):
     path = tmp_path / "bad.wav"
     make(path)
-    assert message in refused("asr", recordings[0], path, "--model", ours)
+    assert message in refused("asr", path, "--model", ours)
+
+
+def test_one_bad_recording_of_many(run, scripted, ours, recordings, tmp_path):
+    """The others are answered; the bad ones, there or not, are named."""
+    scripted("eins", "zwei")
+    nan, gone = tmp_path / "nan.wav", tmp_path / "gone.wav"
+    not_a_number(nan)
+    files = [nan, recordings[0], gone, recordings[1]]
+    for command in ("asr", "caption"):
+        code, out, err = run(command, *files, "--model", ours)
+        assert (code, out) == (1, f"{recordings[0]}\teins\n{recordings[1]}\tzwei\n")
+        assert err.count("\n") == err.count("error: ") == 2
+        assert f"no such file: {gone}" in err
+        assert f"{nan} holds NaN or Inf" in err
+    code, out, _ = run("asr", *files, "--model", ours, "--json")
+    found = json.loads(out)
+    assert code == 1
+    assert [list(entry)[1] for entry in found] == ["error", "text", "error", "text"]
+    code, out, err = run("asr", nan, gone, "--model", ours)  # nothing to answer
+    assert (code, out, err.count("error: ")) == (2, "", 2)
+
+
+def test_silence_has_no_words(run, scripted, ours, tmp_path):
+    """Nor has a click; nobody is asked."""
+    script = scripted("thank you for watching")
+    silent, click = tmp_path / "silent.wav", tmp_path / "click.wav"
+    soundfile.write(silent, np.zeros(3 * RATE), RATE)
+    soundfile.write(click, np.ones(80) / 2, RATE)
+    code, out, err = run("asr", silent, click, "--model", ours)
+    assert (code, out) == (0, f"{silent}\t\n{click}\t\n")
+    assert f"{silent}: no speech: its 3.00 s are silent" in err
+    assert f"{click}: no speech: 5 ms are too short" in err
+    assert script.asked == []
+    code, out, err = run("translate", silent, "--model", ours, "--json")
+    assert (code, json.loads(out)[0]["text"], script.asked) == (0, "", [])
+
+
+def test_the_other_side_of_a_call(run, scripted, ours, tmp_path):
+    script = scripted("hello")
+    path = tmp_path / "call.wav"
+    speech = np.random.default_rng(0).standard_normal(RATE) / 10
+    soundfile.write(path, np.stack([np.zeros(RATE), speech], axis=1), RATE)
+    code, out, err = run("asr", path, "--model", ours)
+    assert (code, out, script.asked) == (0, "\n", [])
+    assert "channel 0 is silent or nearly so, channel 1 is not: choose it with --channel 1" in err
+    for channel in (1, "mean"):
+        assert run("asr", path, "--channel", channel, "--model", ours) == (0, "hello\n", "")
+    code, _, err = run("asr", path, "--channel", 2, "--model", ours)
+    assert (code, "has 2 channels: expected a channel from 0 to 1" in err) == (2, True)
+    code, _, err = run("asr", path, "--max-seconds", 0.5, "--model", ours)
+    assert (code, "is longer than 0.5 s" in err) == (2, True)
 
 
 def test_no_recording(refused, ours):
@@ -245,4 +307,4 @@ def test_tokenizer_of_another_model(refused, ours, recordings, tmp_path):
     """Its ids lie outside the vocabulary."""
     tokenizer_files.save_tokenizer_files(tmp_path / "large")
     line = refused("asr", recordings[0], "--model", ours, "--tokenizer", tmp_path / "large")
-    assert "outside the vocabulary of 512: is this the checkpoint's own tokenizer?" in line
+    assert "has ids up to 158257, the model a vocabulary of 512: use the model's own" in line

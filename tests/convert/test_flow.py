@@ -153,20 +153,12 @@ def test_missing_files(tmp_path, yaml):
     [
         ("num_up_blocks", "num_upper_blocks", "unknown key encoder.num_upper_blocks"),
         ("num_up_blocks", "num_upper_blocks", "encoder lacks num_up_blocks"),
-        (
-            "flow.decoder_dit.DiT",
-            "flow.decoder.UNet",
-            "expected !new:cosyvoice2.flow.decoder_dit.DiT",
-        ),
+        ("decoder_dit.DiT", "decoder.UNet", "expected !new:cosyvoice2.flow.decoder_dit.DiT"),
         ("normalize_before: True", "normalize_before: False", "False is not supported"),
         ("'rel_pos_espnet'", "'abs_pos'", "'abs_pos' is not supported"),
         ("up_scale_factor: 2", "up_scale_factor: 3", "up_scale_factor is 3, but the rest needs 2"),
         ("in_channels: 320", "in_channels: 240", "in_channels is 240, but the rest needs 320"),
-        (
-            "spk_embed_dim: 192",
-            "spk_embed_dim: many",
-            "expected a whole number above 0, got 'many'",
-        ),
+        ("spk_embed_dim: 192", "spk_embed_dim: many", "a whole number above 0, got 'many'"),
         ("depth: 2", "depth: 0", "estimator.depth: expected a whole number above 0, got 0"),
         ("key_bias: True", "key_bias: 1", "encoder.key_bias: expected true or false, got 1"),
         ("spk_embed_dim: 192", "spk_embed_dim: !ref <dim>", "!ref <dim>: expected <key>"),

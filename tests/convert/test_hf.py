@@ -51,6 +51,7 @@ def entries(folder: Path) -> list[str]:
 # --- there and back ---
 
 
+@pytest.mark.both_pairs
 @pytest.mark.parametrize("dtype", [None, "float32"])
 def test_round_trip_is_bit_for_bit(source, tmp_path, dtype):
     report = hf.convert(source, tmp_path / "ours", dtype=dtype)
@@ -66,6 +67,7 @@ def test_round_trip_is_bit_for_bit(source, tmp_path, dtype):
     assert entries(tmp_path) == ["back", "ours"]
 
 
+@pytest.mark.both_pairs
 def test_cast_is_recorded_and_stored(source, tmp_path):
     hf.convert(source, tmp_path / "ours", dtype="float32")
     leaves = checkpoint.open_leaves(tmp_path / "ours")
@@ -159,6 +161,23 @@ def test_side_files_are_kept_and_foreign_weights_left_out(broken, tmp_path):
 # --- onto devices ---
 
 
+def test_buffers_are_no_weights(source, tmp_path, tensors):
+    """Older versions of transformers saved rotary frequencies; int64 and bool count or mask."""
+    buffers = {
+        f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32) for i in range(2)
+    }
+    buffers |= {"encoder.positions": np.arange(9), "encoder.mask": np.ones(3, np.bool_)}
+    folder = write_single(tmp_path / "saved", source, tensors | buffers)
+    report = hf.convert(folder, tmp_path / "ours")
+    names = "encoder.positions, encoder.mask"
+    (note,) = (note for note in report.notes if note.startswith("left out"))
+    assert note.startswith(f"left out of {folder}: ")
+    assert sorted(note.split(": ")[1].split(", ")) == sorted(
+        [*names.split(", "), "model.layers.{0-1}.self_attn.rotary_emb.inv_freq"]
+    )
+    assert verify(folder, tmp_path / "ours").same
+
+
 def test_plain_orbax_restores_what_convert_wrote(source, tmp_path):
     hf.convert(source, tmp_path / "ours")
     abstract = step_audio2(StepAudio2Config.from_hf(source)).abstract
@@ -181,6 +200,7 @@ def test_loading_a_hugging_face_folder_equals_converting_it(source, tmp_path):
     assert hf.load_hf(source)["decoder"]["table"].dtype == ml_dtypes.bfloat16
 
 
+@pytest.mark.both_pairs
 def test_both_ways_of_loading_fill_shards(source, tmp_path):
     script = """
         import sys, jax, numpy as np
@@ -258,6 +278,27 @@ def test_config_of_another_size_is_refused(broken, tmp_path):
     edit_config(broken, text_config=text | {"num_hidden_layers": text["num_hidden_layers"] + 1})
     with pytest.raises(CheckpointError, match=r"12 missing tensors: model\.layers\.2\."):
         hf.convert(broken, tmp_path / "out")
+
+
+# Value and message. More than 1024 layers are refused before any tensor is read.
+NO_SUCH_SIZES = {
+    "text_config.num_hidden_layers": (1000, "expected 1000 of model.layers.{layer}.input_la"),
+    "audio_encoder_config.n_audio_layer": (1000, "expected 1000 of encoder.blocks.{layer}"),
+    "text_config.intermediate_size": (10**6, "expected [1000000, 64], got [160, 64]"),
+    "audio_encoder_config.n_audio_ctx": (10**6, "expected [1000000, 48], got [1500, 48]"),
+    "text_config.vocab_size": (10**6, "the vocabulary was resized to 512 tokens, vocab_size says"),
+}
+
+
+@pytest.mark.parametrize("place", NO_SUCH_SIZES)
+def test_sizes_that_no_tensor_has_are_refused_by_the_tensors(broken, tmp_path, place):
+    (section, key), (size, message) = place.split("."), NO_SUCH_SIZES[place]
+    raw = json.loads((broken / "config.json").read_text())[section]
+    edit_config(broken, **{section: raw | {key: size}})
+    with pytest.raises(CheckpointError) as error:
+        hf.convert(broken, tmp_path / "out")
+    assert message in str(error.value)
+    assert entries(tmp_path) == ["broken"]
 
 
 @pytest.mark.parametrize("action", [hf.convert, hf.export])
@@ -364,7 +405,7 @@ def test_rerun_clears_what_a_killed_run_left(source, tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(script), source, tmp_path / "out"]
     run = subprocess.run(command, env=environment(1, tmp_path), timeout=600)
     assert run.returncode == -signal.SIGKILL
-    assert entries(tmp_path) == [".out.sa2jax-partial"]
+    assert entries(tmp_path) == [".out.sa2jax-lock", ".out.sa2jax-partial"]
     hf.convert(source, tmp_path / "out")
     assert entries(tmp_path) == ["out"]
     assert verify(source, tmp_path / "out").same

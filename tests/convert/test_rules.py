@@ -113,6 +113,12 @@ def test_match_reports_every_fault_of_a_checkpoint_at_once():
     assert "\n" not in message
 
 
+def test_more_layers_than_tensors_are_refused_before_they_are_spelt():
+    with pytest.raises(CheckpointError) as error:
+        match(RULES, TENSORS, LEAVES | {"layers.w": (10**12, 4, 2)}, "folder")
+    assert "expected 1000000000000 of layers.{layer}.w, got 3. Use" in str(error.value)
+
+
 def test_match_says_what_its_caller_wants_said():
     wording = "{where} is odd: {problems}. Look at {{it}}"
     with pytest.raises(CheckpointError) as error:

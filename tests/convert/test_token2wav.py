@@ -45,6 +45,7 @@ def require_same_release(a: Path, b: Path) -> None:
 # --- there and back ---
 
 
+@pytest.mark.both_pairs
 def test_a_whole_model_there_and_back(model, tmp_path):
     calls = []
 
@@ -78,6 +79,7 @@ def test_a_whole_model_there_and_back(model, tmp_path):
     assert entries(tmp_path) == ["back", "model", "ours"]
 
 
+@pytest.mark.both_pairs
 def test_the_detokenizer_keeps_its_dtype(model, tmp_path):
     there = hf.convert(model, tmp_path / "ours", dtype="float16")
     back = hf.export(tmp_path / "ours", tmp_path / "back", dtype="bfloat16")
@@ -100,6 +102,7 @@ def test_dtypes_of_pt_files_come_back(official, tmp_path):
         assert after[name].tobytes() == np.ascontiguousarray(array).tobytes()
 
 
+@pytest.mark.both_pairs
 def test_a_detokenizer_alone(official, tmp_path):
     (official / "assets").mkdir()
     (official / "assets" / "hum.wav").write_text("no sound")

@@ -10,10 +10,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from sa2jax.convert import torch_file
 from sa2jax.convert.torch_file import read, write
 from sa2jax.convert.weights import TensorInfo
 from sa2jax.errors import CheckpointError
+from sa2jax.files import torch_pickle
 
 ARRAYS = {
     "f32": np.linspace(-1, 1, 24, dtype=np.float32).reshape(2, 3, 4),
@@ -136,11 +136,10 @@ def test_torch_reads_what_we_write_and_back(tmp_path):
         np.testing.assert_array_equal(again[name], array, strict=True)
 
 
-def test_strides_offset_and_compression(tmp_path):
+def test_strides_and_offset(tmp_path):
     values = np.arange(6, dtype=np.float32)
-    for compression in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        path = archive(tmp_path / "a.pt", program(), compression=compression)
-        np.testing.assert_array_equal(read(path)["w"], values.reshape(2, 3))
+    path = archive(tmp_path / "a.pt", program())
+    np.testing.assert_array_equal(read(path)["w"], values.reshape(2, 3))
     turned = archive(tmp_path / "b.pt", program(shape=(3, 2), strides=(1, 3)))
     np.testing.assert_array_equal(read(turned)["w"], values.reshape(2, 3).T)
     part = archive(tmp_path / "c.pt", program(offset=1, shape=(2,), strides=(4,)))
@@ -149,6 +148,18 @@ def test_strides_offset_and_compression(tmp_path):
     np.testing.assert_array_equal(read(wide)["w"], [[0, 1]] * 4)
     parameter = program(wrap="ctorch._utils\n_rebuild_parameter\n(")
     np.testing.assert_array_equal(read(archive(tmp_path / "e.pt", parameter))["w"].shape, (2, 3))
+
+
+def test_what_torch_never_compresses_is_refused_compressed(tmp_path):
+    path = archive(tmp_path / "a.pt", program(), compression=zipfile.ZIP_DEFLATED)
+    with pytest.raises(CheckpointError, match=r"data\.pkl' is compressed"):
+        read(path)
+
+
+def test_a_tensor_that_repeats_a_few_numbers_without_end_is_refused(tmp_path):
+    path = archive(tmp_path / "a.pt", program(shape=(255, 255, 255, 2), strides=(0, 0, 0, 1)))
+    with pytest.raises(CheckpointError, match="repeats its storage"):
+        read(path)
 
 
 def test_plain_values_and_nested_dictionaries_stay(tmp_path):
@@ -161,6 +172,16 @@ def test_plain_values_and_nested_dictionaries_stay(tmp_path):
     for protocol in (2, 4):
         path = archive(tmp_path / "a.pt", pickle.dumps(value, protocol))
         assert read(path) == value
+
+
+def test_a_pair_of_numbers_may_be_shared_and_a_container_may_not(tmp_path):
+    betas, table = (0.9, 0.999), {"lr": 1}
+    value = {"groups": [{"betas": betas}, {"betas": betas}]}
+    assert read(archive(tmp_path / "a.pt", pickle.dumps(value, 2))) == value
+    for shared in (table, (table, 1), [1]):
+        path = archive(tmp_path / "b.pt", pickle.dumps({"a": shared, "b": shared}, 2))
+        with pytest.raises(CheckpointError, match="appears twice"):
+            read(path)
 
 
 HOSTILE = {
@@ -214,7 +235,7 @@ def test_programs_that_are_no_data(tmp_path, text):
         (b"", ONE, "damaged"),
         (b"\x80\2.", ONE, "damaged"),
         (b"\x80\2(ttt.", ONE, "damaged"),
-        (program(), {"version": b"3\n"}, "'data/0' is missing"),
+        (program(), {"version": b"3\n"}, "data/0' is missing"),
         (program(elements=7), ONE, "24 bytes, expected 7 x 4"),
         (program(kind="DoubleStorage"), ONE, "24 bytes, expected 6 x 8"),
         (program(shape=(3, 3)), ONE, "larger than its storage"),
@@ -263,7 +284,7 @@ def test_damaged_files(tmp_path):
 
 def test_no_call_reaches_beyond_the_table():
     """The audit: everything that the machine can call is listed here."""
-    assert set(torch_file._CALLS) == {
+    assert set(torch_pickle._CALLS) == {
         "torch._utils._rebuild_tensor_v2",
         "torch._utils._rebuild_tensor",
         "torch._utils._rebuild_parameter",

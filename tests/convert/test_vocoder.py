@@ -49,6 +49,67 @@ def test_sizes_are_those_of_the_constructor(path, sizes):
     assert cfg != VocoderConfig()
 
 
+OTHER_SIZES = [
+    {"kernels": (12, 7, 5), "source_kernels": (5, 9, 3), "block_kernels": (5, 3, 9)},
+    {"rates": (5, 4, 6), "kernels": (11, 8, 12), "n_fft": 24, "harmonics": 5, "f0_layers": 3},
+    {
+        "rates": (12, 10),
+        "kernels": (24, 20),
+        "block_kernels": (3, 7),
+        "block_dilations": ((1, 3, 5), (1, 3)),
+        "source_kernels": (7, 11),
+        "source_dilations": ((1,), (1, 3)),
+        "mels": 40,
+        "channels": 16,
+        "f0_channels": 24,
+    },
+    {
+        "rates": (30, 4, 1),
+        "kernels": (30, 6, 3),
+        "block_kernels": (3,),
+        "block_dilations": ((1, 3, 5),),
+    },
+]
+
+
+def shapes_of(cfg: VocoderConfig, **form) -> dict[str, tuple[int, ...]]:
+    """The shapes of a `hift.pt` of these sizes."""
+    params = {name: np.ones(shape, np.float32) for name, shape in leaf_shapes(cfg).items()}
+    tensors = to_official(checkpoint.unflatten(params), cfg, **form)
+    return {name: array.shape for name, array in tensors.items()}
+
+
+@pytest.mark.parametrize("prefix", ["", "generator."])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("sizes", OTHER_SIZES, ids=range(len(OTHER_SIZES)))
+def test_every_size_that_tensors_show_is_read_from_them(sizes, prefix, spelling):
+    cfg = VocoderConfig(**{"channels": 32} | sizes)
+    shapes = shapes_of(cfg, prefix=prefix, spelling=spelling)
+    assert config_of(shapes) == cfg
+    rules = vocoder_rules(cfg, prefix=prefix, spelling=spelling)
+    match(rules, shapes, leaf_shapes(cfg), "hift.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("source_downs.0.weight", (16, 18, 14), "120 steps cannot become [7, 3, 1] by whole"),
+        ("ups.1.parametrizations.weight.original1", (16, 8, 10), "must exceed rates by an even"),
+        ("resblocks.9.convs1.0.bias", (4,), "3 upsamplings cannot share their residual blocks"),
+        (
+            "source_resblocks.2.convs1.3.parametrizations.weight.original1",
+            (4, 4, 3),
+            "expected 1 to 3 pairs of convolutions a block, got 4",
+        ),
+    ],
+)
+def test_sizes_that_contradict_each_other(name, shape, message):
+    shapes = shapes_of(VocoderConfig(channels=32)) | {f"generator.{name}": shape}
+    with pytest.raises(CheckpointError) as error:
+        config_of(shapes)
+    assert message in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

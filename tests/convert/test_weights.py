@@ -85,17 +85,20 @@ def pickled_only(folder: Path) -> None:
             lambda f: (f / "model-00002-of-00002.safetensors").unlink(),
             "lacks 1 of 2 shards: model-",
         ),
-        (cut_last_byte, "model-00002-of-00002.safetensors is truncated: expected"),
-        (add_a_byte, "model-00001-of-00002.safetensors is too long: expected"),
+        (cut_last_byte, "model-00002-of-00002.safetensors: truncated: expected"),
+        (add_a_byte, "model-00001-of-00002.safetensors: too long: expected"),
         (hold_twice, "adapter.conv.bias is in both copy.safetensors and model-00002"),
         (cut_to_four_bytes, "truncated or no safetensors file (4 bytes)"),
         (make_pointer, "git lfs pull"),
-        (spoil_header, "model-00001-of-00002.safetensors has a damaged header"),
+        (spoil_header, "model-00001-of-00002.safetensors: a damaged header"),
         (quantize, "has dtype I16: expected F32, F16, BF16"),
         (list_too_much, "lacks model.extra, which the index lists"),
         (list_too_little, "holds lm_head.weight, unknown to the index"),
         (leave_the_folder, "is damaged (shard name '../other.safetensors')"),
-        (lambda f: (f / weights.INDEX).write_text("{"), "is damaged (Expecting property name"),
+        (
+            lambda f: (f / weights.INDEX).write_text("{"),
+            "is damaged (not valid JSON (Expecting",
+        ),
         (lambda f: (f / weights.INDEX).unlink(), "found 2 shards but not model.safetensors.index"),
         (pickled_only, "save them as safetensors first"),
     ],
@@ -120,9 +123,9 @@ def test_missing_folder_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("spans", "message"),
     [
-        ([[0, 4], [0, 4]], r"offset of b"),
-        ([[0, 4], [8, 12]], r"offset of b"),
-        ([[0, 4], [4, 9]], r"size of b"),
+        ([[0, 4], [0, 4]], r"offsets of 'b'"),
+        ([[0, 4], [8, 12]], r"offsets of 'b'"),
+        ([[0, 4], [4, 9]], r"offsets of 'b'"),
     ],
 )
 def test_header_that_contradicts_itself_is_refused(tmp_path, spans, message):

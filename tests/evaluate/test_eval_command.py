@@ -33,7 +33,7 @@ def loads(monkeypatch):
 
     monkeypatch.setattr(conversation, "PrefixCache", Always().session)
 
-    def load(folder, *, dtype, batch_size, progress):
+    def load(folder, *, dtype, batch_size, parity, progress):
         asked.append((str(folder), dtype))
         cfg = testing.tiny_config(max_positions=2048)
         tokenizer = Tokenizer(tokenizer_files.byte_tokenizer(testing.AUDIO_START, 512))

@@ -13,7 +13,7 @@ from sa2jax.evaluate.base import EvalOptions, Suite, SuiteRun
 from sa2jax.evaluate.heldout import evenly_spaced, read_samples
 from sa2jax.evaluate.normalizer import normalized
 from sa2jax.evaluate.runner import run_suite
-from sa2jax.evaluate.scores import Metric
+from sa2jax.evaluate.scores import Metric, Prediction
 from sa2jax.pipeline import StepAudio2
 
 QUESTIONS = {"two and two": "four", "one and two": "three", "one and one": "two", "ten": "ten"}
@@ -41,7 +41,7 @@ class ToyRun(SuiteRun):
             question = self.context.suite_options.prefix + sample.content
             text = chat.say(question, seed=self.options.seed + number).text
             rights.append(normalized(text) == normalized(sample.expected))
-            self.record("exact", sample.name, sample.expected, text, rights[-1])
+            self.record(Prediction("exact", sample.name, sample.expected, text, rights[-1]))
             self.counter.add()
         return {"exact": self.metrics["exact"].accuracy(rights)}
 

@@ -94,7 +94,9 @@ def main(folder, meshes):
     voices = [other_voice(2, 31, cfg), other_voice(3, 40, cfg)]
     alone = StepAudio2.from_pretrained(folder)
     logits, ids = answers(alone)
-    waves, _ = spoken(Token2Wav(cfg, params), voices)
+    waves = []
+    if set(meshes) & set(SPEAKING):
+        waves, _ = spoken(Token2Wav(cfg, params), voices)
     for spec in meshes:
         programs.TRACES.clear()
         speech_programs.TRACES.clear()

@@ -1,12 +1,12 @@
 """A decoder that says what it is told, and a voice that speaks codes as numbers."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import numpy as np
 
-from sa2jax.errors import CodeError, VoiceError
+from sa2jax.errors import VoiceError
 from sa2jax.speech.voices import Voice
 
 # Of the tiny tokenizer: the released ids less 151392, one id per byte.
@@ -93,21 +93,24 @@ class Token2Wav:
 
     def __init__(self):
         self.spoken: list[int] = []
+        self.parity: bool | None = None  # whether the newest stream is the official one
         self.delay = 0.0  # seconds that a chunk takes
 
-    def stream(self, codes, voice, *, chunk=25, first=None, seed=0) -> Iterator[np.ndarray]:
-        waiting, wanted, given = [], LOOK + (first or chunk), 0
-        for code in codes:
-            given += 1
-            if code >= CODES:
-                continue
-            waiting.append(code)
-            if len(waiting) == wanted:
-                yield self._wave(waiting[:-LOOK])
-                waiting, wanted = waiting[-LOOK:], LOOK + chunk
-        if not given:
-            raise CodeError("no codes")
-        yield self._wave(waiting)
+    lookahead = LOOK
+
+    def start(self, voices, *, seed=0, parity=False) -> SimpleNamespace:
+        self.parity = parity
+        return SimpleNamespace(waiting=[], num_codes=[len(voices[0].codes)])
+
+    def step(self, state, codes, last=False) -> tuple[SimpleNamespace, list[np.ndarray]]:
+        given = [*state.waiting, *codes[0]]
+        count = len(given) if last else len(given) - LOOK
+        num_codes = [state.num_codes[0] + count]
+        wave = self._wave(given[:count])
+        return SimpleNamespace(waiting=given[count:], num_codes=num_codes), [wave]
+
+    def validate_codes(self, codes, *, empty=False, first=0) -> np.ndarray:
+        return np.array([code for code in codes if code < CODES], np.int32)
 
     def _wave(self, codes) -> np.ndarray:
         time.sleep(self.delay)

@@ -27,7 +27,7 @@ from sa2jax.train.networks.batches import SoundBatch
 from sa2jax.train.networks.model_io import STRUCTURES, save_detokenizer
 from sa2jax.train.networks.recognition import letter_ids
 from sa2jax.train.networks.step import TRACES, make_loss_step
-from sa2jax.train.optimizer import param_name
+from sa2jax.train.optimizer import OptimizerConfig, make_optimizer, param_name
 from sa2jax.train.state import init_state
 
 TEXTS = ("abca", "cb", "ba ca")
@@ -156,15 +156,29 @@ def losses_of(loss, model):
     return run
 
 
-def learn(loss, model, optimizer, config, params, batch, steps: int):
+def assert_padding_is_not_heard(losses, params, config, batch, padded, rtol: float = 1e-5):
+    """Padding and empty rows change nothing; gives the loss, its report and its gradient."""
+    (loss, report), gradient = losses(params, batch, None, config)
+    (wide, also), same = losses(params, padded, None, config)
+    np.testing.assert_allclose(wide, loss, rtol=1e-5)
+    assert also.keys() == report.keys()
+    for name, value in report.items():
+        np.testing.assert_allclose(also[name], value, rtol=rtol, atol=1e-12, err_msg=name)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-3), same, gradient)
+    return (loss, report), gradient
+
+
+def learn(loss, model, config, params, batch, **rates: Any):
     """Train on one batch; gives the state, the reports of all steps, and has checked the run.
 
-    A step is traced once, and what was saved after the first one goes on as the run did.
+    A step is traced once, and what was saved after the first one goes on as the run did. The
+    optimizer has these `rates`, and no weight decay.
     """
+    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.0, **rates))
     step, traces = make_loss_step(loss, model, optimizer, config, seed=1), TRACES["step"]
     state = init_state(model, optimizer, None, jax.tree.map(jnp.copy, params))
     step, reports = step.lower(state, batch).compile(), []
-    for n in range(steps):
+    for n in range(rates["steps"]):
         if n == 1:
             saved = jax.tree.map(np.asarray, state)
         state, report = step(state, batch)

@@ -1,6 +1,9 @@
 """A small model, and spoken pairs to train it with."""
 
 import json
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,17 @@ def save_pairs(folder: Path, count: int = 12, *, seed: int = 0) -> Path:
     path = folder / "pairs.jsonl"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def interrupt_after(step: int, seen: list[int]) -> Callable[[int], None]:
+    """An `on_step` that keeps every step in `seen` and interrupts this process after one."""
+
+    def on_step(done: int) -> None:
+        seen.append(done)
+        if done == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return on_step
 
 
 def values(model: Path, data: Path, /, **changes: Any) -> dict[str, Any]:

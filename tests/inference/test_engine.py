@@ -218,16 +218,18 @@ def test_drawn_rows_depend_on_their_number_only(engine, prompts):
     assert moved[1:] == whole[1:]
 
 
-def test_nine_clips_find_their_places(engine):
+@pytest.mark.parametrize("times", [1, 2])  # for each clip: a long data axis makes padding
+def test_nine_clips_find_their_places(engine, monkeypatch, times):
     """More clips than are encoded at once: each stands where its prompt wants it."""
     rng = np.random.default_rng(2)
+    monkeypatch.setattr(engine, "_rows", lambda count: times * count)
     frames = (20, 100, 9, 60, 33, 47, 128, 12, 90)
     first, second = audio_request(rng, 250, frames[:4]), audio_request(rng, 250, frames[4:])
     batch = engine._pad([first, second], [0, 1])
     for row, request in enumerate((first, second)):
         held = np.zeros(len(request.ids), bool)
         for mel, start, count in zip(request.mels, request.starts, request.counts, strict=True):
-            (alone,) = engine.encode_audio([mel])
+            ((alone, _),) = engine.encode_audio([mel])
             rows = np.asarray(batch.feature_index)[row, start : start + count]
             np.testing.assert_allclose(batch.features[rows], alone[0, :count], atol=1e-3)
             held[start : start + count] = True

@@ -94,10 +94,14 @@ def caches(state, attention):
     }
 
 
-def compare(recording, name, state, attention):
+def compare(recording, name, state, attention, *, complete=True):
+    """All caches; those of the estimator only if all of its frames are known."""
     shapes, ours = caches(state, attention)
     recorded_shapes = json.loads(str(recording[f"{name}_shapes"][0]))
     recorded_shapes["estimator_att_cache"] = recorded_shapes["estimator_att_cache"][1:]
+    if not complete:
+        del shapes["estimator_att_cache"]
+        ours = {key: x for key, x in ours.items() if not key.startswith("est_att")}
     assert shapes == {key: recorded_shapes[key] for key in shapes}
     reference = {key: recording[f"{name}_{key}"] for key in ours}
     assert first_difference(ours, reference, ATOL) is None
@@ -122,24 +126,30 @@ def test_every_chunk_and_cache(flow, recording, chunks, width):
         reference = {key: recording[f"{name}_{key}"] for key in ours}
         assert first_difference(ours, reference, ATOL) is None  # measured: 9.1e-6
         after = entries(state)
-        # Recorded before trimming: this chunk's frames, all of which stay, then the old ones.
-        assert mel.shape[1] <= prompt
+        # Recorded before trimming: this chunk's frames, then the old ones. Of a chunk that is
+        # longer than the prompt some are gone.
+        cut = mel.shape[1] + before.shape[-2] > prompt + KEEP_FRAMES
         whole = np.concatenate([after[..., : mel.shape[1], :], before], -2)
-        compare(recording, name, state, whole)
-        if whole.shape[-2] > prompt + KEEP_FRAMES:
+        compare(recording, name, state, whole, complete=not cut or mel.shape[1] <= prompt)
+        if cut:
             kept = recording[f"{name}_trimmed_est_att_t0_l0_k0"]
             np.testing.assert_allclose(after[0, 0, ..., 0], kept, atol=ATOL)
             trimmed += 1
         before = after
-    assert trimmed >= 2
+    assert trimmed == sum("_trimmed_" in name for name in recording.files)
     assert flow.step_traces == 1  # one program for all chunks, the short last one included
 
 
-def voices_and_replies(flow, width):
-    """Three streams with voices and replies of different lengths."""
-    short = flow.voice[0].shape[1] - 9
-    voices = [flow.voice, flow.other_voice(1, short), flow.other_voice(2, short + 4)]
-    return voices, [flow.codes(10 + i, 3 * width + 5 * i) for i in range(3)]
+def voices_and_plans(flow, width):
+    """Three streams with voices and replies of different lengths, and the replies in chunks."""
+    own, longest = flow.voice[0].shape[1], width - flow.lookahead
+    voices = [flow.voice, flow.other_voice(1, own - own // 3), flow.other_voice(2, own - own // 6)]
+    few, most = 1 + longest // 8, longest - longest // 6
+    plans = [[longest] * 3, [few, most, few, most, few, longest], [longest - 1] * 3]
+    rests = [width // 3, width // 2, width - width // 5]
+    replies = [flow.codes(10 + i, sum(plans[i]) + rests[i]) for i in range(3)]
+    cut = [[*in_chunks(r, p, flow.lookahead)] for r, p in zip(replies, plans, strict=True)]
+    return voices, replies, cut
 
 
 def in_chunks(codes, hops, lookahead):
@@ -153,10 +163,7 @@ def in_chunks(codes, hops, lookahead):
 
 def test_many_streams_in_one_call(flow, width):
     """Each row has its own voice, chunk sizes, pauses and end; its stream is what it is alone."""
-    voices, replies = voices_and_replies(flow, width)
-    longest = width - flow.lookahead
-    plans = [[longest] * 3, [2, longest - 6, 4, longest - 4, 5, longest], [longest - 1] * 3]
-    plans = [list(in_chunks(r, p, flow.lookahead)) for r, p in zip(replies, plans, strict=True)]
+    voices, replies, plans = voices_and_plans(flow, width)
     # A row waits where its plan has None.
     plans[0] = [plans[0][0], None, None, *plans[0][1:]]
     plans[2] = [None, *plans[2]]
@@ -193,11 +200,9 @@ def test_many_streams_in_one_call(flow, width):
 def test_interleaved_streams_do_not_feel_each_other(flow, chunks, width):
     """Two streams in turns, from one start; each is what it is alone, and a state can be reused."""
     begin = begin_alone(flow, flow.voice)
-    other = flow.codes(5, 3 * width)
-    plans = [
-        [chunk[1:] for chunk in chunks],
-        list(in_chunks(other, [width - 9] * 3, flow.lookahead)),
-    ]
+    hops = [width - width // 3] * (len(chunks) - 1)
+    other = flow.codes(5, sum(hops) + width - 1)
+    plans = [[chunk[1:] for chunk in chunks], list(in_chunks(other, hops, flow.lookahead))]
 
     def whole(plan):
         state, pieces = begin, []

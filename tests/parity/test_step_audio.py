@@ -1,5 +1,7 @@
 """Logits, hidden states and greedy tokens against the official code."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from helpers.recorded import audio_slots, clips_of, first_difference, forward
@@ -9,6 +11,8 @@ from sa2jax.inference.prefix_cache import PrefixCache
 from sa2jax.inference.requests import GenerationConfig, Request
 from sa2jax.inference.sampling import SamplingParams
 from sa2jax.models.audio_encoder import adapter_length, encoder_length
+from sa2jax.nn import Policy
+from sa2jax.pipeline import StepAudio2
 
 pytestmark = pytest.mark.optimized
 
@@ -91,29 +95,103 @@ def request_of(recorded, greedy, recording, case) -> Request:
     return Request(ids, mels, tuple(starts), tuple(int(c) for c in counts))
 
 
-GREEDY = ["text_only", "audio_text", "two_clips"]
+ONE_CLIP = ["text_only", "audio_text"]  # where nobody pads a clip
+GREEDY = [*ONE_CLIP, "two_clips"]
 
 
-@pytest.mark.parametrize("case", GREEDY)
-def test_greedy_tokens_with_cache(recorded, float32, recording, greedy, case):
-    model, params = float32
-    engine = Engine(model, params, recorded.cfg)
-    expected = greedy[f"{case}_tokens"].tolist()
-    options = GenerationConfig(sampling=SamplingParams(temperature=0), max_new_tokens=len(expected))
-    request = request_of(recorded, greedy, recording, case)
-    ((reply,),) = engine.generate([request], options)
+@pytest.fixture(scope="module")
+def default(recorded, float32):
+    """An engine to which each clip is alone."""
+    return Engine(*float32, recorded.cfg)
+
+
+@pytest.fixture(scope="module")
+def official(recorded, float32):
+    """An engine to which a prompt's clips are a batch."""
+    return Engine(*float32, recorded.cfg, parity=True)
+
+
+def official_pipeline(recorded, params) -> StepAudio2:
+    """The whole pipeline; it needs no text here, and the recordings have no tokenizer."""
+    return StepAudio2(recorded.cfg, params, no_tokenizer, policy=Policy(), parity=True)
+
+
+def no_tokenizer():
+    pytest.fail("nothing is written or read")
+
+
+def said(tokens, **more):
+    options = GenerationConfig(sampling=SamplingParams(temperature=0), max_new_tokens=len(tokens))
+    return replace(options, **more)
+
+
+def assert_says(engine, request, expected):
+    """In a batch and in a conversation."""
+    ((reply,),) = engine.generate([request], said(expected))
     assert list(reply.ids) == expected
-    blocks = PrefixCache(engine).reply(request, options)
+    blocks = PrefixCache(engine).reply(request, said(expected))
     assert [i for ids in blocks for i in ids] == expected
 
 
-def test_greedy_tokens_in_one_batch_of_different_lengths(recorded, float32, recording, greedy):
-    model, params = float32
-    engine = Engine(model, params, recorded.cfg)
+@pytest.mark.parametrize("case", GREEDY)
+def test_greedy_tokens_with_cache(official, recorded, recording, greedy, case):
+    request = request_of(recorded, greedy, recording, case)
+    assert_says(official, request, greedy[f"{case}_tokens"].tolist())
+
+
+@pytest.mark.parametrize("case", ONE_CLIP)
+def test_greedy_tokens_of_prompts_with_one_clip_need_no_switch(
+    default, recorded, recording, greedy, case
+):
+    request = request_of(recorded, greedy, recording, case)
+    assert_says(default, request, greedy[f"{case}_tokens"].tolist())
+
+
+def test_logits_of_two_clips(official, recorded, recording, greedy):
+    request = request_of(recorded, greedy, recording, "two_clips")
+    request = replace(request, ids=recording["two_clips_ids"][0])
+    ours = official.logits(request)[:, recording["cols"]]
+    np.testing.assert_allclose(ours, recording["two_clips_logits_f32"][0], atol=ATOL)
+
+
+def test_a_shorter_clip_feels_the_longer_one(
+    default, official, recorded, recording, greedy, float32
+):
+    """Most where one has an odd and one an even number of frames, as the shorter one has here."""
+    wavs, lens = recording["two_clips_wavs"].copy(), recording["two_clips_wav_lens"].copy()
+    short = int(np.argmin(lens))
+    lens[short] -= (lens[short] - lens.max()) % 2 == 0
+    wavs[short, :, lens[short] + 2 :] = 0
+    case = dict(recording) | {"two_clips_wavs": wavs, "two_clips_wav_lens": lens}
+    request = request_of(recorded, greedy, case, "two_clips")
+    request = replace(request, ids=case["two_clips_ids"][0])
+    reference, _ = forward(*float32, recorded.audio_start, case, "two_clips")
+    np.testing.assert_allclose(official.logits(request), reference[0], atol=ATOL)
+    by_default = np.abs(default.logits(request) - reference[0]).max()
+    assert by_default > 10 * ATOL  # measured: 0.8
+
+
+def test_greedy_tokens_in_one_batch_of_different_lengths(official, recorded, recording, greedy):
     requests = [request_of(recorded, greedy, recording, case) for case in GREEDY]
-    options = GenerationConfig(max_new_tokens=len(greedy["text_only_tokens"]))
-    for case, (reply,) in zip(GREEDY, engine.generate(requests, options), strict=True):
-        assert list(reply.ids) == greedy[f"{case}_tokens"].tolist(), case
+    tokens = [greedy[f"{case}_tokens"].tolist() for case in GREEDY]
+    replies = official.generate(requests, said(max(tokens, key=len)))
+    for case, expected, (reply,) in zip(GREEDY, tokens, replies, strict=True):
+        assert list(reply.ids[: len(expected)]) == expected, case
+
+
+def test_greedy_tokens_of_the_official_pipeline(recorded, float32, recording, greedy):
+    """It drops the last id, which it takes for the one that ends a reply, whatever it is."""
+    pipeline = official_pipeline(recorded, float32[1])
+    requests = [request_of(recorded, greedy, recording, case) for case in GREEDY]
+    tokens = [greedy[f"{case}_tokens"].tolist() for case in GREEDY]
+    for request, expected in zip(requests, tokens, strict=True):
+        ((cut,),) = pipeline.generate([request], said(expected, stop_ids=(10**6,)))
+        assert (list(cut.ids), cut.finish_reason) == (expected[:-1], "length")
+    # A stop id that comes is dropped as ever, and nothing else.
+    expected = tokens[-1]
+    place = max(expected.index(i) for i in expected)
+    ((ended,),) = pipeline.generate(requests[-1:], said(expected, stop_ids=(expected[place],)))
+    assert (list(ended.ids), ended.finish_reason) == (expected[:place], "stop")
 
 
 @pytest.mark.parametrize("case", GREEDY)

@@ -14,7 +14,6 @@ from sa2jax.speech.token2wav import Token2Wav
 
 SPEECH = 2e-3
 COUNTS = 40  # of int16
-HARMONICS = 9
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +34,18 @@ def speak(golden):
     return Token2Wav(cfg, params, flow_noise=start_noise(golden))
 
 
+def source_shape(speak, frames):
+    """Samples of mel frames, and sines of each."""
+    cfg = speak.cfg.vocoder
+    return cfg.samples * frames, cfg.harmonics + 1
+
+
 @pytest.mark.parametrize("name", ["call_wav", "call_wav_zero_noise"])
 def test_whole_reply(golden, recordings, speak, name):
     seed = None if "zero" in name else recordings["call_rng_seed"].tolist()
     codes = recordings["call_tokens"]
-    noise = draws(seed, 960 * len(codes), HARMONICS)
+    frames = speak.cfg.flow.encoder.upsample * len(codes)
+    noise = draws(seed, *source_shape(speak, frames))
     wave = speak(codes, recorded_voice(golden), source_noise=noise)
     expected = recordings[name][0]
     assert wave.shape == expected.shape
@@ -53,14 +59,14 @@ def test_whole_reply(golden, recordings, speak, name):
 def test_every_chunk_of_a_stream(golden, recordings, speak, chunks, zero):
     """The third chunk is the first whose attention cache was trimmed, the fourth the last."""
     state = speak.start([recorded_voice(golden)], parity=True)
-    lookahead = speak.cfg.flow.encoder.lookahead
+    encoder, held = speak.cfg.flow.encoder, 0
     for i, codes in enumerate(chunks):
         last = i == len(chunks) - 1
-        fresh = codes if i == 0 else codes[lookahead:]  # the state holds the others
-        spoken = len(codes) - (0 if last else lookahead)
-        carried = 0 if i == 0 else speak.cfg.vocoder.carry
+        fresh = codes if i == 0 else codes[encoder.lookahead :]  # the state holds the others
+        frames = held + encoder.upsample * (len(codes) - (0 if last else encoder.lookahead))
+        held = min(speak.cfg.vocoder.carry, frames)
         seed = None if zero else recordings[f"stream{i}_rng_seed"].tolist()
-        noise = draws(seed, 480 * (carried + 2 * spoken), HARMONICS)
+        noise = draws(seed, *source_shape(speak, frames))
         state, (piece,) = speak.step(state, [fresh], last, source_noise=noise)
         expected = recordings[f"stream{i}_pcm" + ("_zero_noise" if zero else "")]
         pcm = official_pcm(np.asarray(piece)).astype(np.int32)

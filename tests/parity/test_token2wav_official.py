@@ -15,7 +15,6 @@ from sa2jax.speech.token2wav import Token2Wav
 
 pytestmark = pytest.mark.oracle
 COUNTS = 40
-QUIET = np.zeros((1, 1, 9), np.float32)
 
 
 def from_yaml(path):
@@ -47,7 +46,8 @@ def official(golden):
     sizes = json.loads((folder / "tiny_dims.json").read_text())
     flow = from_yaml(folder / "flow.yaml")
     flow.load_state_dict(torch.load(folder / "flow.pt", weights_only=True))
-    flow.decoder.rand_noise[..., :512] = torch.from_numpy(start_noise(golden).T)
+    noise = start_noise(golden)
+    flow.decoder.rand_noise[..., : len(noise)] = torch.from_numpy(noise.T)
     estimator, slots = flow.decoder.estimator, 1000
     heads, width = estimator.blocks[0].attn.num_heads, estimator.blocks[0].attn.head_dim
     depth, channels = len(estimator.blocks), estimator.in_proj.out_features
@@ -68,7 +68,7 @@ def stream(official, voice, chunks):
     codes, mel = torch.tensor(voice.codes)[None], torch.from_numpy(voice.mel)[None]
     speaker = torch.from_numpy(voice.speaker)[None]
     window = torch.from_numpy(np.hamming(2 * span))
-    pieces, held, source, speech = [], torch.zeros(1, 80, 0), torch.zeros(1, 1, 0), None
+    pieces, held, source, speech = [], torch.zeros(1, mel.shape[2], 0), torch.zeros(1, 1, 0), None
     with torch.inference_mode():
         cache = official.flow.setup_cache(torch.cat([codes, codes[:, :3]], 1), mel, speaker, 10)
         for i, chunk in enumerate(chunks):
@@ -110,10 +110,10 @@ def test_any_partition(golden, official, monkeypatch, hops):
     expected = stream(official, voice, chunks)
     speak = Token2Wav(cfg, params, flow_noise=start_noise(golden))
     state = speak.start([voice], parity=True)
-    given = 0
+    given, quiet = 0, np.zeros((1, 1, cfg.vocoder.harmonics + 1), np.float32)
     for i, (end, pcm) in enumerate(zip(ends, expected, strict=True)):
         last = i == len(hops) - 1
-        state, (piece,) = speak.step(state, [codes[given:end]], last, source_noise=QUIET)
+        state, (piece,) = speak.step(state, [codes[given:end]], last, source_noise=quiet)
         given = end
         ours = official_pcm(np.asarray(piece)).astype(np.int32)
         assert ours.shape == pcm.shape

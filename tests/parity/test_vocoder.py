@@ -76,10 +76,13 @@ def steady(model, cfg):
 class CompiledVocoder:
     """A vocoder on rows padded to the recorded sizes: each call compiled once for a batch size."""
 
-    def __init__(self, model, cfg, whole):
+    def __init__(self, model, cfg, whole, recording):
         self.cfg, (net, self.params) = cfg, model
-        self.whole_size = whole["flow_offline"]["feat"].shape[-1]
-        self.chunk_size = whole["flow_stream"]["chunk0_mel"].shape[-1]
+        sizes = [recording[name].shape[-1] for name in ("mel", "c_mel")]
+        stream = whole["flow_stream"]
+        chunks = [stream[f"chunk{i}_mel"].shape[-1] for i in range(len(stream["chunk_lens"]))]
+        self.whole_size = max(whole["flow_offline"]["feat"].shape[-1], *sizes)
+        self.chunk_size = max(*chunks, *sizes)
 
         @jax.jit
         def stages(params, mel, frames, noise, cache, cached):
@@ -118,13 +121,13 @@ def pad_rows(x, size, value=0):
 
 
 @pytest.fixture(scope="module")
-def compiled(model, cfg, whole):
-    return CompiledVocoder(model, cfg, whole)
+def compiled(model, cfg, whole, recording):
+    return CompiledVocoder(model, cfg, whole, recording)
 
 
 @pytest.fixture(scope="module")
-def steady_compiled(steady, cfg, whole):
-    return CompiledVocoder(steady, cfg, whole)
+def steady_compiled(steady, cfg, whole, recording):
+    return CompiledVocoder(steady, cfg, whole, recording)
 
 
 def draws(seed, frames, cfg):
@@ -229,7 +232,7 @@ def test_pitch_of_a_row_does_not_feel_its_batch(model, recording):
     net, params = model
     pitches = jax.jit(lambda params, mel, frames=None: net.bind(params).f0(mel, frames))
     mel = recording["mel"].swapaxes(1, 2)
-    lengths = np.array([mel.shape[1], 1, 7])
+    lengths = np.array([mel.shape[1], 1, 1 + mel.shape[1] // 3])
     batch = np.random.default_rng(0).normal(size=(3, mel.shape[1] + 3, mel.shape[2]))
     for row, n in enumerate(lengths):
         batch[row, :n] = mel[0, :n]
@@ -244,7 +247,7 @@ def test_a_row_does_not_feel_its_batch(steady, steady_compiled, cfg, recording):
     net, params = steady
     call = jax.jit(lambda params, mel, **more: net.bind(params)(mel, **more))
     mel = recording["mel"].swapaxes(1, 2)
-    lengths = np.array([mel.shape[1], 1, 7])
+    lengths = np.array([mel.shape[1], 1, 1 + mel.shape[1] // 3])
     rng = np.random.default_rng(0)
     batch = rng.normal(size=(len(lengths), mel.shape[1] + 3, cfg.mels)).astype(np.float32)
     for row, n in enumerate(lengths):
@@ -296,7 +299,7 @@ def test_default_noise_has_the_spread_of_the_official_draws(model, cfg, recordin
 def test_offline_waveform_of_the_whole_pipeline(compiled, cfg, whole, variant):
     mel, e2e = whole["flow_offline"]["feat"].swapaxes(1, 2), whole["token2wav_e2e"]
     noise = draws(e2e["call_rng_seed"], mel.shape[1], cfg) * (not variant)
-    speech = compiled.run(mel, noise)["speech"]
+    speech = compiled.run(mel, noise)["speech"][:, : mel.shape[1] * cfg.samples]
     np.testing.assert_allclose(speech, e2e[f"call_wav{variant}"], atol=ATOL)  # measured: 5e-5
 
 
@@ -338,10 +341,22 @@ def test_stream_repeats_the_recorded_second_chunk(compiled, cfg, recording):
     np.testing.assert_allclose(speech[0, : count[0]], expected, atol=ATOL)  # measured: 1e-5
 
 
-@pytest.mark.parametrize("partition", [[19], [5, 14], [1, 1, 1, 9, 3, 4], [8, 8, 3], [12, 0, 7]])
-def test_any_partition_gives_all_samples(steady_compiled, cfg, recording, partition):
+# Where a recording of n frames is cut; a vocoder carries c of them on.
+PARTITIONS = {
+    "whole": lambda n, c: [],
+    "two": lambda n, c: [n // 4],
+    "single frames": lambda n, c: [1, 2, 3, 3 + n // 2, n - 1 - n // 5],
+    "as many as are carried": lambda n, c: range(c, n, c),
+    "none of them": lambda n, c: [2 * n // 3] * 2,
+}
+
+
+@pytest.mark.parametrize("name", PARTITIONS)
+def test_any_partition_gives_all_samples(steady_compiled, cfg, recording, name):
     """Every sample once; a single chunk is the offline run."""
     mel = recording["mel"].swapaxes(1, 2)
+    cuts = np.clip(PARTITIONS[name](mel.shape[1], cfg.carry), 0, mel.shape[1]).astype(int)
+    partition = np.diff([0, *np.sort(cuts), mel.shape[1]]).tolist()
     state, done, given = vocoder_state(cfg), 0, []
     noise = np.zeros((1, mel.shape[1] * cfg.samples, cfg.harmonics + 1), np.float32)
     for i, size in enumerate(partition):
@@ -360,7 +375,9 @@ def test_any_partition_gives_all_samples(steady_compiled, cfg, recording, partit
 def test_streams_do_not_feel_each_other(steady_compiled, cfg, recording):
     """Streams that begin and end at different calls, batched, equal each alone."""
     mel = recording["mel"][0].T
-    plans = [[6, 6, 7, 0], [0, 9, 4, 6], [19, 0, 5, 0]]  # frames per call; the third replies twice
+    third, half, most = len(mel) // 3, len(mel) // 2, len(mel)
+    # Frames per call; the third replies twice.
+    plans = [[third, third, third + 1, 0], [0, half, third - 2, third], [most, 0, third - 1, 0]]
     ends = [[0, 0, 1, 0], [0, 0, 0, 1], [1, 0, 1, 0]]
     keys = jax.random.split(jax.random.key(1), len(plans))
     together = vocoder_state(cfg, len(plans), keys)
@@ -371,8 +388,8 @@ def test_streams_do_not_feel_each_other(steady_compiled, cfg, recording):
     for call in range(4):
         chunk = np.zeros((len(plans), len(mel), cfg.mels), np.float32)
         for row, plan in enumerate(plans):
-            start = sum(plan[:call]) % len(mel)
-            chunk[row, : plan[call]] = mel[start : start + plan[call]]
+            places = sum(plan[:call]) + np.arange(plan[call])
+            chunk[row, : plan[call]] = mel[places % len(mel)]
         sizes = np.array([plan[call] for plan in plans])
         last = np.array([end[call] for end in ends], bool)
         together, speech, count = steady_compiled.advance(together, chunk, sizes, last, noise[call])

@@ -25,6 +25,7 @@ from helpers.scripted import (
 import sa2jax
 from sa2jax import audio, testing
 from sa2jax.chat import tokenizer_files
+from sa2jax.chat.template import TASKS
 from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.convert.hf import convert
 from sa2jax.errors import (
@@ -169,19 +170,21 @@ def test_other_rates(scripted, model, rate):
 def test_few_samples_after_25_seconds(scripted, model):
     """The tail has its markers in the prompt, as in the official code, but no frames."""
     script = scripted()
-    model.transcribe((noise(25, extra=5), RATE))
+    model.caption((noise(25, extra=5), RATE))
     (request,) = script.requests
-    assert request.ids.tolist()[51:][: 7 + 315 + 2] == [BOT, *b"human\n", *heard(313), *heard(0)]
+    head = len(turn("system", TASKS["caption"].system))
+    assert request.ids.tolist()[head:][: 7 + 315 + 2] == [BOT, *b"human\n", *heard(313), *heard(0)]
     assert (request.counts, len(request.mels)) == ((313,), 1)
     assert request.ids[request.starts[0] - 1] == AUDIO_START
 
 
 def test_chunks_stand_one_after_the_other(scripted, model):
     script = scripted()
-    model.transcribe((noise(30), RATE))
+    model.caption((noise(30), RATE))
     (request,) = script.requests
+    first = len(turn("system", TASKS["caption"].system)) + 8
     assert request.counts == (313, 63)
-    assert request.starts == (59, 59 + 313 + 2)
+    assert request.starts == (first, first + 313 + 2)
     assert [request.ids[s - 1] for s in request.starts] == [AUDIO_START] * 2
     assert [request.ids[s + c] for s, c in zip(request.starts, request.counts, strict=True)] == [
         AUDIO_END
@@ -198,14 +201,15 @@ def test_long_recordings_are_cut_to_fit_the_context(
     cfg = testing.tiny_config(max_positions=context)
     other = StepAudio2(cfg, model.engine.params, model.tokenizer)
     script = scripted(b"one", b" ", b"two ", b"three", model=other)
-    text = other.transcribe((noise(95), RATE))
+    (reply,) = other.run("caption", [(noise(95), RATE)])
     chunks = [-(-s // 25) for s in seconds]
     by_number = dict(zip(script.prompt_indices[0], script.requests, strict=True))
     assert [len(by_number[i].mels) for i in range(len(seconds))] == chunks
     assert script.options[0].max_new_tokens == 256 * max(chunks)
     assert all(len(ids) + 256 * max(chunks) <= context for ids in script.prompts)
     replies = dict(zip(script.prompt_indices[0], ["one", "", "two", "three"], strict=False))
-    assert text == " ".join(replies[i] for i in range(len(seconds)) if replies[i])
+    assert reply.text == " ".join(replies[i] for i in range(len(seconds)) if replies[i])
+    assert [segment.end - segment.start for segment in reply.segments] == seconds
 
 
 def test_a_context_too_short_for_a_chunk(model):

@@ -1,11 +1,14 @@
 """Conversations with a real, if senseless, model and voice."""
 
+import resource
+import threading
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers.recorded_speech import other_voice
-from helpers.scripted import Speech, heard, turn
+from helpers.scripted import Speech, heard, turn, until_sound
 from helpers.small_speech import SPEAKER, small_networks
 
 from sa2jax import testing
@@ -180,6 +183,32 @@ def test_many_turns_compile_nothing_new(model, speech):
     # A conversation's cache grows from size to size; that alone the warm-up has not done.
     assert changed == (Counter(grow_cache=changed[0]["grow_cache"]), Counter())
     assert changed[0]["grow_cache"] <= 2
+
+
+def resident_megabytes() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 1e6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells its memory there")
+def test_memory_of_many_spoken_turns_is_flat(model):
+    """A third of them is cancelled; one thread speaks all, so that nothing is left of each."""
+    options = GenerationConfig(
+        sampling=DRAWN.sampling, max_new_tokens=60, stop_ids=model.stop_ids, seed=1
+    )
+    chat, speakers, used = model.chat("S", options=options, voice="default"), set(), []
+    for number in range(120):
+        stream = chat.stream("why? ", first=5, seed=number % 4)
+        if number % 3 == 0:
+            until_sound(stream)
+            stream.cancel()
+        else:
+            list(stream)
+        speakers |= {t for t in threading.enumerate() if t.name == "sa2jax-synthesis"}
+        used.append(resident_megabytes())
+    assert len(speakers) == 1
+    assert max(used[60:]) - max(used[:60]) < 40  # by then every size of the cache was seen
 
 
 def test_spoken_tasks(model):

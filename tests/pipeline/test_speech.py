@@ -155,7 +155,7 @@ def test_a_reply_in_circles_is_ended(script, model, loop):
     reply = model.chat(options=GenerationConfig(max_new_tokens=2000, max_repeat=100)).say(
         "a", speak=True
     )
-    assert reply.finish_reason == "repeat"
+    assert reply.finish_reason == "repetition"
     assert len(reply.ids) == 4 + len(loop) + 100
     script.will_say([*b"So: ", *loop * 100])
     free = model.chat(options=GenerationConfig(max_new_tokens=2000, max_repeat=0)).say(

@@ -77,8 +77,9 @@ def test_a_stream_that_nobody_ends_does_not_keep_python_alive(tmp_path):
 import sys
 sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 from helpers.scripted import Speech, Token2Wav
-from sa2jax.speech.worker import SynthesisWorker
-speaker = SynthesisWorker(Token2Wav(), Speech().voice())
+from sa2jax.speech.reply_stream import ReplyStream
+from sa2jax.speech.worker import BackgroundReply
+speaker = BackgroundReply(ReplyStream(Token2Wav(), Speech().voice()))
 speaker.put([1, 2, 3])
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
@@ -231,7 +232,7 @@ def test_an_interrupt_in_a_stream_is_a_barge_in(slow, model, monkeypatch):
     stream = chat.stream("a", speak=True)
     heard_so_far += until_sound(stream)
     with monkeypatch.context() as patch:
-        patch.setattr("sa2jax.speech.worker.SynthesisWorker.put", interrupt)
+        patch.setattr("sa2jax.speech.worker.BackgroundReply.put", interrupt)
         with pytest.raises(KeyboardInterrupt):
             list(stream)
     assert stream.cancel().codes == tuple(range(25))
@@ -267,7 +268,7 @@ def test_taking_more_after_an_interrupt_is_a_cancel(slow, model, monkeypatch):
     stream = chat.stream("a", speak=True)
     until_sound(stream)
     with monkeypatch.context() as patch:
-        patch.setattr("sa2jax.speech.worker.SynthesisWorker.put", interrupt)
+        patch.setattr("sa2jax.speech.worker.BackgroundReply.put", interrupt)
         with pytest.raises(KeyboardInterrupt):
             list(stream)
     assert list(stream) == []

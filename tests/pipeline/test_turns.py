@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from helpers.scripted import (
 )
 
 from sa2jax import audio, testing
+from sa2jax.audio import AudioSource
 from sa2jax.chat import template
 from sa2jax.chat.content import as_pieces
 from sa2jax.chat.tools import ToolCall
@@ -71,9 +73,9 @@ def test_a_text_is_one_piece_with_the_head_of_its_turn(script, model, monkeypatc
     seen = []
     real = template.build_prompt
 
-    def spy(pieces, *rest):
-        seen.append([piece.text for piece in pieces if isinstance(piece, template.Text)])
-        return real(pieces, *rest)
+    def spy(pieces, *rest, **more):
+        seen.append([piece.marked for piece in pieces if isinstance(piece, template.Text)])
+        return real(pieces, *rest, **more)
 
     monkeypatch.setattr(template, "build_prompt", spy)
     script.will_say(b"", b"")
@@ -107,17 +109,19 @@ def test_nothing_said(script, model, nothing):
 def test_a_bad_recording_changes_nothing(script, model):
     chat = model.chat()
     with pytest.raises(AudioError, match="does not exist"):
-        chat.stream(["so", "nowhere.wav"])
+        chat.stream(["so", Path("nowhere.wav")])
     assert chat.rounds == script.prompts == []
 
 
 def test_what_may_be_said(tmp_path):
     path = tmp_path / "x"
     assert as_pieces("hello") == [template.Text("hello")]
-    assert as_pieces("a\n.wav") == [template.Text("a\n.wav")]
-    pieces = as_pieces([path, "b.WAV", b"bytes", CLIP, "text", {"type": "text", "text": "t"}])
+    for typed in ("question.wav", "look at /etc/x.MP3", str(path)):
+        assert as_pieces(typed) == as_pieces([typed]) == [template.Text(typed)]
+    named = AudioSource("b.wav", channel=1)
+    pieces = as_pieces([path, named, b"bytes", CLIP, "text", {"type": "text", "text": "t"}])
     sources = [piece.source for piece in pieces if isinstance(piece, template.Audio)]
-    assert sources == [path, "b.WAV", b"bytes", CLIP]
+    assert sources == [path, named, b"bytes", CLIP]
     assert pieces[4:] == [template.Text("text"), template.Text("t")]
     with pytest.raises(PromptError, match="unsupported content item"):
         as_pieces(5)
@@ -256,19 +260,64 @@ def test_tools_stay_where_the_file_has_none(script, model, tmp_path):
     assert chat.say("time?").text == "now"
 
 
-def test_a_voice_of_a_recording_comes_back(script, model, tmp_path):
+def test_a_history_opens_no_file_as_its_voice(script, model, tmp_path, caplog, monkeypatch):
+    """A voice is kept by name and hash; a file is never looked for, whatever the history says."""
     (tmp_path / "me.wav").write_bytes(b"")
-    speech = model.speech
+    speech, asked = model.speech, []
     known = speech.voice
-    speech.voice = lambda wanted: voice_called("me") if "me" in str(wanted) else known(wanted)
+
+    def voice(wanted):
+        asked.append(wanted)
+        return voice_called("me") if "me" in str(wanted) else known(wanted)
+
+    monkeypatch.setattr(speech, "voice", voice)
+    monkeypatch.chdir(tmp_path)
     script.will_say(groups("Hi", range(8)))
-    chat = model.chat(voice=tmp_path / "me.wav")
+    chat, path = model.chat(voice=tmp_path / "me.wav"), tmp_path / "talk.json"
     chat.say("a")
-    chat.save(tmp_path / "talk.json")
-    assert json.loads((tmp_path / "talk.json").read_text())["facts"] == {
-        "voice": str(tmp_path / "me.wav")
-    }
-    assert model.chat().load(tmp_path / "talk.json").voice.name == "me"
+    chat.save(path)
+    document = json.loads(path.read_text())
+    assert document["facts"] == {"voice": "me", "voice_hash": voice_called("me").hash}
+    asked.clear()
+    for name in ("me", "me.wav", str(tmp_path / "me.wav"), "../me.wav", 3, ["me"], "x" * 5000):
+        document["facts"]["voice"] = name
+        path.write_text(json.dumps(document))
+        with caplog.at_level(logging.WARNING):
+            assert model.chat().load(path).voice is None
+        assert "goes on without its voice: this model has no voice" in caplog.messages[-1]
+        assert len(caplog.messages[-1]) < 300
+    assert asked == []
+
+
+def test_a_voice_that_has_changed_is_not_taken_for_the_old_one(script, model, tmp_path, caplog):
+    script.will_say(groups("Hi", range(8)))
+    chat, path = model.chat(voice="bert"), tmp_path / "talk.json"
+    chat.say("a")
+    chat.save(path)
+    path.write_text(path.read_text().replace(voice_called("bert").hash, "0" * 64))
+    with caplog.at_level(logging.WARNING):
+        assert model.chat().load(path).voice is None
+    assert "this model's voice bert is another one" in caplog.text
+
+
+def test_ids_that_the_model_does_not_have_are_refused(script, model, tmp_path):
+    script.will_say(b"one")
+    chat, path = model.chat("S"), tmp_path / "talk.json"
+    chat.say("a")
+    chat.save(path)
+    vocab = model.cfg.decoder.vocab
+    document = json.loads(path.read_text())
+    document["turns"][-1]["content"] = [{"type": "ids", "ids": [vocab - 1]}]
+    path.write_text(json.dumps(document))
+    model.chat().load(path)
+    for strange in (vocab, 2**31, 2**60):
+        document["turns"][-1]["content"] = [{"type": "ids", "ids": [1, strange]}]
+        path.write_text(json.dumps(document))
+        with pytest.raises(
+            PromptError, match=f"holds the id {strange}: expected ids below {vocab}"
+        ):
+            chat.load(path)
+    assert len(chat.rounds) == 1
 
 
 def test_a_voice_that_is_gone_is_missed(script, model, tmp_path, caplog):
@@ -278,7 +327,7 @@ def test_a_voice_that_is_gone_is_missed(script, model, tmp_path, caplog):
     chat.save(tmp_path / "talk.json")
     with caplog.at_level(logging.WARNING):
         assert model.chat().load(tmp_path / "talk.json").voice is None
-    assert "goes on without its voice: no voice 'gone'" in caplog.text
+    assert "goes on without its voice: this model has no voice 'gone'" in caplog.text
 
 
 def test_fingerprints(model, params):

@@ -10,10 +10,12 @@ from sa2jax.plan import planner as plan
 
 pytestmark = [pytest.mark.slow, needs_libtpu]
 GIB = 2**30
-# All batches once in each dtype; other chips at the largest.
-ONE = [
-    *(("v5e:1x1", "int8", batch) for batch in (1, 8, 32)),
-    *(("v6e:1x1", "bfloat16", batch) for batch in (1, 8, 32)),
+LONG = pytest.mark.skipif("SA2JAX_LONG" not in os.environ, reason="minutes: set SA2JAX_LONG")
+# Each chip, each dtype, and one row or many; with SA2JAX_LONG the rest.
+ONE = [("v5e:1x1", "int8", 32), ("v6e:1x1", "bfloat16", 1), ("v5p:1x1x1", "bfloat16", 8)]
+MORE = [
+    *(("v5e:1x1", "int8", batch) for batch in (1, 8)),
+    *(("v6e:1x1", "bfloat16", batch) for batch in (8, 32)),
     ("v6e:1x1", "int8", 32),
     ("v5p:1x1x1", "bfloat16", 32),
     ("v5p:1x1x1", "int8", 32),
@@ -28,13 +30,22 @@ def check_decode(made, most):
     assert made.bound == "memory"
 
 
-@pytest.mark.parametrize(("topology", "dtype", "batch"), ONE)
+@pytest.mark.parametrize(
+    ("topology", "dtype", "batch"), [*ONE, *(pytest.param(*case, marks=LONG) for case in MORE)]
+)
 def test_decode_on_one_chip_moves_weights_and_cache_once(topology, dtype, batch):
     check_decode(plan.plan(Spec(topology=topology, dtype=dtype, batch=batch)), 1.05)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-@pytest.mark.parametrize(("topology", "most"), [("v5e:2x2", 1.05), ("v5e:2x4", 1.15)])
+@pytest.mark.parametrize(
+    ("topology", "dtype", "most"),
+    [
+        ("v5e:2x2", "bfloat16", 1.05),
+        ("v5e:2x4", "int8", 1.15),
+        pytest.param("v5e:2x2", "int8", 1.05, marks=LONG),
+        pytest.param("v5e:2x4", "bfloat16", 1.15, marks=LONG),
+    ],
+)
 def test_decode_on_tensor_shards(topology, dtype, most):
     made = plan.plan(Spec(topology=topology, dtype=dtype, batch=8))
     check_decode(made, most)
@@ -62,7 +73,7 @@ def test_int8_with_a_16k_cache_leaves_half_of_one_v5e():
     assert made.peak + made.rest < 0.65 * made.usable
 
 
-@pytest.mark.skipif("SA2JAX_LONG" not in os.environ, reason="minutes: set SA2JAX_LONG")
+@LONG
 def test_its_voice_fits_beside_it():
     """Decoder, encoder and detokenizer on one chip."""
     thinks = plan.plan(Spec(topology="v5e:1x1", dtype="int8", length=16384))
@@ -77,7 +88,7 @@ def test_bfloat16_fits_one_v6e():
     assert made.peak + made.rest < 0.6 * made.usable
 
 
-@pytest.mark.skipif("SA2JAX_LONG" not in os.environ, reason="minutes each: set SA2JAX_LONG")
+@LONG
 @pytest.mark.parametrize(
     ("topology", "dtype"),
     [("v6e:2x4", "float32"), ("v6e:2x2", "bfloat16"), ("v5e:2x4", "bfloat16")],

@@ -19,7 +19,7 @@ from sa2jax.chips import CHIPS, GIB
 from sa2jax.errors import PlanError, ShardingError
 from sa2jax.plan import Spec, hlo
 from sa2jax.plan import planner as plan
-from sa2jax.plan.workloads import Work
+from sa2jax.plan.workloads import Work, Workload
 
 GPU = Spec(topology="h100")
 ONE = AbstractMesh((1, 1, 1), ("data", "fsdp", "tensor"))
@@ -269,7 +269,8 @@ def test_the_compilers_own_text_is_taken_first(tmp_path):
 
 def test_plan_of_a_program_that_cannot_be_read(monkeypatch):
     compiling = SimpleNamespace(compile=lambda compiler_options: Compiled(None))
-    monkeypatch.setitem(plan.WORKLOADS, "decode", lambda spec, mesh: work(lower=lambda: compiling))
+    broken = Workload(lambda spec, mesh: work(lower=lambda: compiling), 4096, "slots")
+    monkeypatch.setitem(plan.WORKLOADS, "decode", broken)
     monkeypatch.setattr(chips, "devices", lambda where: None)
     monkeypatch.setattr(plan, "make_mesh", lambda sizes, devices: ONE)
     made = plan.plan(Spec())

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import replace
 
 import pytest
@@ -10,12 +11,11 @@ from helpers.devices import run_on_devices
 
 from sa2jax import testing
 
-# The last one divides neither the heads nor the vocabularies nor, alone, the rows. Three share a
-# process, which answers without a mesh first.
-MESHES = (
-    ("data=1,fsdp=1,tensor=1", "data=2,fsdp=2,tensor=2", "data=2,tensor=3"),
-    ("data=8", "fsdp=2,tensor=4", "tensor=8"),
-)
+# Each axis alone, all three, and one that divides neither the heads nor the vocabularies nor,
+# alone, the rows. They share a process, which answers without a mesh first.
+MESHES = ("data=2,fsdp=2,tensor=2", "data=2,tensor=3", "data=8", "tensor=8")
+MORE = ("data=1,fsdp=1,tensor=1", "fsdp=2,tensor=4", "fsdp=8")
+LONG = pytest.mark.skipif("SA2JAX_LONG" not in os.environ, reason="minutes: set SA2JAX_LONG")
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("meshes", MESHES)
+@pytest.mark.parametrize("meshes", [MESHES, pytest.param(MORE, marks=LONG)])
 def test_every_program_on_a_mesh(meshes, folder, tmp_path):
     command = [on_meshes.__file__, folder, *meshes]
     run = run_on_devices(8, command, tmp_path)

@@ -99,6 +99,16 @@ def test_voice_of_other_weights(home, recording):
         folder.voice("anna")
 
 
+def test_a_voice_of_other_sizes_is_refused(home, recording):
+    folder = SpeechFolder(home)
+    made = Voice.from_wav(recording, folder.analyzer, "anna")
+    codes = np.full_like(made.codes, folder.cfg.flow.codes)
+    hashes = made.audio_hash, made.analysis_hash
+    Voice("anna", codes, made.speaker, made.mel, *hashes).save(home / "voices" / "anna.safetensors")
+    with pytest.raises(VoiceError, match=r"voice anna does not fit this model: code"):
+        folder.voice("anna")
+
+
 @pytest.mark.parametrize("wanted", ["nobody", "nobody.wav", "../home", ""])
 def test_no_such_voice(home, wanted):
     with pytest.raises(VoiceError, match=r"no voice .*\(none yet\)"):

@@ -1,12 +1,14 @@
 """The joined detokenizer with small random weights: batches, streams, bad input."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.recorded_speech import other_voice
 from helpers.small_speech import SPEAKER, small_networks
 
-from sa2jax.errors import CodeError, ConfigError
+from sa2jax.errors import CodeError, ConfigError, VoiceError
 from sa2jax.runtime import round_up
 from sa2jax.speech import token2wav
 from sa2jax.speech.programs import TRACES
@@ -287,6 +289,17 @@ def test_a_reply_of_pads_is_silence(speak, voices):
     assert len(spoken) == 960
     (piece,) = speak.stream([PAD] * 5, voices[0])
     np.testing.assert_array_equal(piece, np.zeros(5 * 960))
+
+
+def test_nan_never_becomes_sound(speak, voices):
+    mel = voices[0].mel.copy()
+    mel[3, 5] = np.nan
+    broken = dataclasses.replace(voices[0], mel=mel)
+    with pytest.raises(VoiceError, match="samples that are no numbers"):
+        speak(reply(0, 20), broken)
+    with pytest.raises(VoiceError, match="samples that are no numbers"):
+        list(speak.stream(reply(0, 30), broken))
+    assert np.isfinite(speak(reply(0, 20), voices[0])).all()
 
 
 # --- buckets ---

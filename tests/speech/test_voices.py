@@ -3,6 +3,7 @@ import logging
 
 import numpy as np
 import pytest
+import safetensors
 import safetensors.numpy
 from helpers.small_speech import SMALL, small_networks
 
@@ -16,7 +17,7 @@ class Ear(VoiceAnalyzer):
     """Hears a code every 40 ms without any network."""
 
     def __init__(self, analysis_hash="weights"):
-        self.analysis_hash = analysis_hash
+        self.analysis_hash, self.parity = analysis_hash, False
         self.heard = []
 
     def codes_of(self, clips):
@@ -132,6 +133,93 @@ def test_damaged_files(voice, tmp_path):
         Voice.load(path)
 
 
+def changed(voice: Voice, part: str, index: int, value: float) -> dict:
+    array = getattr(voice, part).copy()
+    array.reshape(-1)[index] = value
+    return {part: array}
+
+
+HOSTILE = {
+    "nan speaker": (
+        lambda v: changed(v, "speaker", 3, np.nan),
+        r"speaker: expected numbers within",
+    ),
+    "inf speaker": (
+        lambda v: changed(v, "speaker", 0, np.inf),
+        r"speaker: expected numbers within",
+    ),
+    "large speaker": (
+        lambda v: changed(v, "speaker", 0, 1e30),
+        r"speaker: expected numbers within",
+    ),
+    "no speaker": (lambda v: {"speaker": np.zeros_like(v.speaker)}, "a vector that is not 0"),
+    "nan mel": (lambda v: changed(v, "mel", -1, np.nan), r"mel: expected numbers within ±50"),
+    "large mel": (lambda v: changed(v, "mel", 7, -1e6), r"mel: expected numbers within ±50"),
+    "negative code": (lambda v: changed(v, "codes", 1, -1), "code -1, expected 0 or more"),
+    "no codes": (
+        lambda v: {"codes": v.codes[:0], "mel": v.mel[:0]},
+        "codes: expected int32 with 1",
+    ),
+    "short": (lambda v: {"codes": v.codes[:24], "mel": v.mel[:48]}, "expected 25 to 750 codes"),
+    "long": (
+        lambda v: {"codes": np.zeros(751, np.int32), "mel": np.zeros((1502, 80), np.float32)},
+        "expected 25 to 750 codes and two mel frames for each, got 751 and 1502",
+    ),
+    "odd mel": (lambda v: {"mel": v.mel[:-1]}, "two mel frames for each, got 51 and 101"),
+    "flat mel": (lambda v: {"mel": v.mel.reshape(-1)}, "mel: expected float32 with 2 axes"),
+    "wide codes": (lambda v: {"codes": v.codes.astype(np.int64)}, "codes: expected int32"),
+    "half mel": (lambda v: {"mel": v.mel.astype(np.float16)}, "mel: expected float32"),
+    "path as name": (lambda v: {"name": "../../etc/passwd"}, "voice name"),
+    "long name": (lambda v: {"name": "x" * 5000}, "voice name"),
+    "line as hash": (lambda v: {"audio_hash": "a\nb"}, "expected a hash under 'audio'"),
+    "long hash": (lambda v: {"analysis_hash": "f" * 5000}, "expected a hash under 'analysis'"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hash_that_fits_makes_no_voice(voice, tmp_path, kind):
+    """Whoever writes a file can write its hash."""
+    change, reason = HOSTILE[kind]
+    path = tmp_path / "anna.safetensors"
+    dataclasses.replace(voice, **change(voice)).save(path)
+    with pytest.raises(VoiceError, match=f"holds no voice .*{reason}") as caught:
+        Voice.load(path)
+    assert len(str(caught.value)) < 400
+
+
+def test_more_than_a_voice_is_none(voice, tmp_path):
+    path = tmp_path / "anna.safetensors"
+    voice.save(path)
+    with safetensors.safe_open(path, "numpy") as file:
+        metadata = file.metadata()
+    arrays = {"codes": voice.codes, "speaker": voice.speaker, "mel": voice.mel}
+    for parts, got in (
+        (arrays | {"more": np.zeros(1)}, "got codes, mel, more, speaker"),
+        ({"codes": voice.codes}, "got codes"),
+    ):
+        safetensors.numpy.save_file(parts, path, metadata)
+        with pytest.raises(VoiceError, match=f"expected codes, speaker, mel, {got}"):
+            Voice.load(path)
+
+
+def test_a_voice_fits_its_model(voice):
+    cfg = SMALL.flow
+    fits = dataclasses.replace(
+        voice,
+        codes=voice.codes % cfg.codes,
+        speaker=np.ones(cfg.speaker, np.float32),
+        mel=np.zeros((102, cfg.mels), np.float32),
+    )
+    fits.require_fit(cfg)
+    for change, reason in (
+        ({"codes": np.full(51, cfg.codes, np.int32)}, f"code {cfg.codes}, expected 0 to"),
+        ({"speaker": np.ones(cfg.speaker + 1, np.float32)}, "numbers of a speaker, expected"),
+        ({"mel": np.zeros((102, cfg.mels + 1), np.float32)}, "mel bands, expected"),
+    ):
+        with pytest.raises(VoiceError, match=f"voice anna does not fit this model: .*{reason}"):
+            dataclasses.replace(fits, **change).require_fit(cfg)
+
+
 def test_save_into_a_file_is_refused(voice, tmp_path):
     (tmp_path / "voices").write_text("not a folder")
     with pytest.raises(CheckpointError, match="cannot write"):
@@ -148,4 +236,4 @@ def test_description(voice):
 def test_too_short_for_codes():
     analyzer = VoiceAnalyzer(SMALL, small_networks(SMALL), "")
     with pytest.raises(AudioError, match="at least 320 samples, got 100"):
-        analyzer.codes((np.ones(100, np.float32), RATE))
+        analyzer.codes([(np.ones(100, np.float32), RATE)])

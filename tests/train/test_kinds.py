@@ -3,115 +3,18 @@
 import json
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import jax.numpy as jnp
 import pytest
 import yaml
-from flax import nnx
+from helpers.toy_kind import ToyRecipe, toy_kind
 
 from sa2jax.errors import ConfigError
-from sa2jax.nn import functional, init_params, param
 from sa2jax.train import loop, stages
-from sa2jax.train.dry_run import DryRun, memory_per_device, parameter_groups
-from sa2jax.train.kinds import KINDS, LOOP_OPTIONS, TrainingKind, find_kind, option_key
-from sa2jax.train.log import Meter, read_metrics
-from sa2jax.train.networks.step import make_loss_step
+from sa2jax.train.kinds import KINDS, TrainingKind, find_kind, option_key
+from sa2jax.train.log import read_metrics
 from sa2jax.train.networks.task import TRAINERS
-from sa2jax.train.optimizer import OptimizerConfig, make_optimizer
-from sa2jax.train.recipe import DEFAULT_KIND, Intervals
-from sa2jax.train.state import abstract_state, init_state
-
-# --- a kind: two numbers that are brought near another one ----------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class ToyRecipe:
-    target: float
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    mesh: str | None = None
-    intervals: Intervals = field(default_factory=Intervals)
-
-    def to_dict(self) -> dict[str, Any]:
-        return json.loads(json.dumps(asdict(self)))
-
-
-class Toy(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs):
-        self.kernel = param(rngs, (2,), ("embed",), constant=0.0)
-
-
-class ToyData:
-    """One number again and again."""
-
-    fingerprint, tokens, audio_seconds, data_wait_seconds = "one", 0, 0.0, 0.0
-
-    def __init__(self, target: float):
-        self._batch = {"target": jnp.asarray(target)}
-
-    def __next__(self) -> Any:
-        self.tokens += 1
-        return self._batch
-
-    def empty_batch(self) -> Any:
-        return self._batch
-
-    def state(self) -> dict[str, Any]:
-        return {"tokens": self.tokens}
-
-    def restore(self, state: Any) -> None:
-        self.tokens = state["tokens"]
-
-    def close(self) -> None:
-        pass
-
-
-MODEL = functional(lambda: Toy(nnx.Rngs(0)))
-
-
-def toy_loss(model, params, batch, key, config):
-    error = params["kernel"] - batch["target"]
-    return jnp.mean(jnp.square(error)), {}
-
-
-def run_toy(recipe: ToyRecipe, out: str | Path, **options: Any) -> loop.TrainResult:
-    optimizer = make_optimizer(recipe.optimizer)
-
-    def write_results(state, out, log):
-        (out / "toy.json").write_text(json.dumps(state.params["kernel"].tolist()))
-        return {"toy": out / "toy.json"}
-
-    task = loop.TrainingTask(
-        title="toy",
-        metadata={"recipe": recipe.to_dict(), "model": "toy", "data": "one"},
-        data=ToyData(recipe.target),
-        optimizer=optimizer,
-        abstract_state=abstract_state(MODEL, optimizer),
-        load_params=lambda: init_params(lambda: Toy(nnx.Rngs(0))),
-        init_state=partial(init_state, MODEL, optimizer, None),
-        step=make_loss_step(toy_loss, MODEL, optimizer),
-        place_batch=lambda batch: batch,
-        write_results=write_results,
-        meter=Meter((0.0, 0.0), 0.0),
-    )
-    return loop.run_training(task, recipe.intervals, out, steps=recipe.optimizer.steps, **options)
-
-
-def dry_run_toy(recipe: ToyRecipe) -> DryRun:
-    optimizer = make_optimizer(recipe.optimizer)
-    state = abstract_state(MODEL, optimizer)
-    step = make_loss_step(toy_loss, MODEL, optimizer)
-    memory = memory_per_device(step, state, {"target": jnp.asarray(0.0)})
-    groups = parameter_groups(recipe.optimizer, state)
-    return DryRun(groups, "one device", memory, 1, recipe.optimizer.steps, "numbers")
-
-
-def toy_kind() -> TrainingKind[ToyRecipe]:
-    options = {"data": lambda words: {"target": float(words[0])}, **LOOP_OPTIONS}
-    return TrainingKind(recipe=ToyRecipe, run=run_toy, dry_run=dry_run_toy, options=options)
+from sa2jax.train.recipe import DEFAULT_KIND
 
 
 @pytest.fixture
@@ -128,7 +31,7 @@ def toy(monkeypatch, tmp_path) -> Path:
 # --- the command ----------------------------------------------------------------------------------
 
 
-def test_the_command_trains_a_kind_that_was_added(run, toy, tmp_path):
+def test_the_command_trains_a_kind_that_was_added(run, run_json, toy, tmp_path):
     out = tmp_path / "run"
     code, said, progress = run("train", "--config", toy, "--out", out, "--steps", 3)
     assert code == 0
@@ -138,17 +41,14 @@ def test_the_command_trains_a_kind_that_was_added(run, toy, tmp_path):
     assert losses[0] == pytest.approx(9.0)
     assert losses[2] < losses[1] < losses[0]
     assert all(0.2 < number < 0.4 for number in json.loads((out / "toy.json").read_text()))
-    code, said, _ = run("train", "--config", toy, "--out", out, "--steps", 3, "--json")
-    assert json.loads(said)["step"] == 3
+    assert run_json("train", "--config", toy, "--out", out, "--steps", 3)["step"] == 3
     code, _, error = run("train", "--config", toy, "--out", out, "--steps", 3, "--data", 4)
     assert code == 2
     assert "target: 3.0 → 4.0" in error
 
 
-def test_a_dry_run_of_a_kind_that_was_added(run, toy):
-    code, said, _ = run("train", "--config", toy, "--steps", 3, "--dry-run", "--json")
-    assert code == 0
-    found = json.loads(said)
+def test_a_dry_run_of_a_kind_that_was_added(run, run_json, toy):
+    found = run_json("train", "--config", toy, "--steps", 3, "--dry-run")
     assert [group["parameters"] for group in found["groups"]] == [2]
     assert found["memory"]["parameters"] == 8
     assert (found["steps"], found["unit"]) == (3, "numbers")
@@ -167,14 +67,14 @@ def test_the_end_of_a_run_that_was_stopped(run, toy, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--model", "mini"], "toy.yaml: a recipe of this kind takes no --model; expected --data"),
-        (["--set", "kind=toi"], "kind 'toi': expected language, audio_encoder, speech_tokenizer"),
-        (["--set", "kind=[]"], "kind []: expected language"),
-        (["--set", "speed=1"], "there is no speed; expected one of target, optimizer"),
+        ("--model mini", "toy.yaml: a recipe of this kind takes no --model; expected --data"),
+        ("--set kind=toi", "kind 'toi': expected language, audio_encoder, speech_tokenizer"),
+        ("--set kind=[]", "kind []: expected language"),
+        ("--set speed=1", "there is no speed; expected one of target, optimizer"),
     ],
 )
 def test_mistakes(refused, toy, words, said):
-    assert said in refused("train", "--config", toy, *words)
+    assert said in refused("train", "--config", toy, *words.split())
 
 
 def test_stages_take_few_options(refused, tmp_path):
@@ -185,7 +85,7 @@ def test_stages_take_few_options(refused, tmp_path):
     assert "takes no --data, --steps, --profile, --dry-run; expected --fresh at most" in error
 
 
-def test_stages_run_and_stop(run, tmp_path, monkeypatch):
+def test_stages_run_and_stop(run, run_json, tmp_path, monkeypatch):
     file, codes = tmp_path / "all.yaml", {"show": stages.INTERRUPTED}
     file.write_text("kind: stages\nstages: {first: data show one, second: init show}\n")
     monkeypatch.setattr(stages, "_run_command", lambda words: codes.get(words[-1], 0))
@@ -195,9 +95,7 @@ def test_stages_run_and_stop(run, tmp_path, monkeypatch):
     assert "stage 1 of 2, first: sa2jax data show one" in log
     assert log.endswith("stopped after 1 stage: the same command goes on\n")
     codes.clear()
-    code, said, _ = run(*words, "--json")
-    assert code == 0
-    found = json.loads(said)
+    found = run_json(*words)
     assert (list(found["done"]), found["finished"]) == (["first", "second"], True)
 
 

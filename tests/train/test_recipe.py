@@ -19,6 +19,7 @@ from sa2jax.train.optimizer import make_optimizer
 from sa2jax.train.recipe import (
     build_config,
     differences,
+    moves,
     parse_overrides,
     read_recipe_values,
     recipe_names,
@@ -180,6 +181,21 @@ def test_differences_name_what_counts():
     ).to_dict()
     assert len(differences(was, now)) == 2
     assert differences(was, was) == []
+
+
+def test_where_things_lie_is_no_difference():
+    was = read_language_recipe("smoke").to_dict()
+    now = read_language_recipe(
+        "smoke", {"data.sources": {"x" * 300: 1.0}, "model.tokenizer": "elsewhere"}
+    ).to_dict()
+    assert differences(was, now) == []
+    said = moves(was, now, "data")
+    assert said.startswith(" (data.sources: ")
+    assert "; model.tokenizer: " in said
+    assert len(said) < 400
+    assert moves(was, now, "model") == moves(was, was, "data") == ""
+    two = read_language_recipe("smoke", {"data.sources": {"a": 1.0, "b": 2.0}}).to_dict()
+    assert differences(was, two) == ["the weights in data.sources: [1.0] → [1.0, 2.0]"]
 
 
 @pytest.mark.parametrize("name", [name for name in recipe_names() if name not in OF_MODELS])

@@ -63,6 +63,15 @@ def test_a_stage_that_fails_is_tried_again(ran, tmp_path):
     assert [line.split()[0] for line in lines] == ["data", "train", "train", "train", "assemble"]
 
 
+def test_stages_stay_done_where_their_folder_goes(ran, tmp_path, monkeypatch):
+    lines, _ = ran
+    recipe = build_config(StagesRecipe, {"stages": THREE}, "x")
+    run_stages(recipe, tmp_path / "a")
+    monkeypatch.chdir((tmp_path / "a").rename(tmp_path / "b"))
+    assert run_stages(recipe, ".").finished
+    assert len(lines) == 3
+
+
 def test_what_was_done_otherwise_is_told(ran, tmp_path):
     run_stages(build_config(StagesRecipe, {"stages": THREE, "seed": 1}, "x"), tmp_path)
     with pytest.raises(TrainError, match=r"stage 2 of 3, second was done as .*seed=1.*seed=2"):

@@ -1,4 +1,4 @@
-"""The words of a synthetic corpus: a small grammar of sentences, questions and their answers.
+"""Grammar of a synthetic corpus: sentences, questions and their answers.
 
 Words are lower-case, without punctuation; numbers are words.
 """

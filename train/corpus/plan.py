@@ -1,4 +1,4 @@
-"""The recipe of a synthetic corpus, and the recordings that it asks for.
+"""Recipe of a synthetic corpus, and the utterances that it asks for.
 
 config = read_corpus("nano/corpus", {"seed": 1})
 plan = CorpusPlan.of(config, scale=0.01)  # conversations and jobs; nothing is made yet

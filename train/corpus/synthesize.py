@@ -22,6 +22,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,11 @@ import numpy as np
 import soundfile
 from jaxtyping import Float
 
-from sa2jax.atomic_io import disk_errors
+from sa2jax.atomic_io import disk_errors, new_file, write_text
 from sa2jax.audio.rates import CODE_RATE, SAMPLE_RATE, SPEECH_SAMPLE_RATE
 from sa2jax.errors import DataError
+from sa2jax.files.raw import read_text
+from sa2jax.locks import LOCK, exclusive
 from sa2jax.speech.voices import MIN_SECONDS
 from sa2jax.train.corpus import grammar
 from sa2jax.train.corpus.conversations import TOOLS, Dialogue
@@ -64,7 +67,7 @@ def synthesize(
         config: what there shall be in it.
         scale: times all counts of the recipe.
         workers: processes.
-        progress: told about recordings done and in all.
+        progress: called with (recordings_done, recordings_total).
 
     Returns:
         What corpus.json says.
@@ -77,8 +80,9 @@ def synthesize(
     if scale <= 0 or workers < 1:
         raise DataError(f"expected scale above 0 and workers >= 1, got {scale} and {workers}")
     synthesizer = Synthesizer(config.voices)
-    with disk_errors(out):
+    with ExitStack() as stack, disk_errors(out):
         _begin(out, {"recipe": asdict(config), "scale": scale})
+        stack.enter_context(exclusive(out / LOCK, out))
         plan = CorpusPlan.of(config, scale)
         if not (out / BABBLE).exists():
             _write(out / BABBLE, _make_babble(synthesizer, config), SAMPLE_RATE)
@@ -88,7 +92,7 @@ def synthesize(
             lengths[name] = seconds
             progress(number, total)
         about = _about(config, scale, plan, _write_rows(out, plan, lengths), lengths)
-        _put(out / ABOUT, json.dumps(about, indent=1))
+        write_text(out / ABOUT, json.dumps(about, indent=1))
     return about
 
 
@@ -202,7 +206,7 @@ def _begin(out: Path, recipe: Mapping[str, Any]) -> None:
     text = json.dumps(recipe, indent=1, sort_keys=True)
     file = out / RECIPE
     if file.is_file():
-        if file.read_text(encoding="utf-8") != text:
+        if read_text(file) != text:
             raise DataError(
                 f"{out} holds a corpus of another recipe, seed or scale: choose another folder"
             )
@@ -211,25 +215,13 @@ def _begin(out: Path, recipe: Mapping[str, Any]) -> None:
         raise DataError(f"{out} already holds something else: choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     (out / BABBLE).parent.mkdir(exist_ok=True)
-    _put(file, text)
-
-
-def _put(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(file, text)
 
 
 def _write(path: Path, wave: Float[np.ndarray, " T"], rate: int) -> None:
     """Write a recording of 16 bit, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    kind = path.suffix[1:].upper()
-    try:
-        soundfile.write(temporary, wave, rate, subtype="PCM_16", format=kind)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with new_file(path) as temporary:
+        soundfile.write(temporary, wave, rate, subtype="PCM_16", format=path.suffix[1:].upper())
 
 
 def _row(dialogue: Dialogue, jobs: Mapping[str, Job]) -> dict[str, Any]:
@@ -277,7 +269,7 @@ def _write_rows(out: Path, plan: CorpusPlan, seconds: Mapping[str, float]) -> di
     for file in (SPEECH, f"{HELD_OUT}{SPEECH}"):
         _name_voices(rows[file], [seconds[name] for name in used[file]])
     for file, found in rows.items():
-        _put(out / file, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in found))
+        write_text(out / file, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in found))
     return used
 
 

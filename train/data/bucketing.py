@@ -1,4 +1,4 @@
-"""Batches of samples of like length, in an order that depends on a seed alone.
+"""Bucketing: batches of samples of similar length, in an order that depends on a seed alone.
 
 Data of single networks: prepared folders of clips, in batches of like length. The language model
 has another system, samples in shards that are packed into rows: `data.samples`, `language.data`.
@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, NotRequired, Self, TypedDict, TypeVar, Unpack
 
 import numpy as np
 from jaxtyping import Int
@@ -58,6 +58,21 @@ class BucketConfig:
             )
 
 
+class Order(TypedDict):
+    """Which batches are given out, and when: keywords of all that is a `BucketData`.
+
+    Attributes:
+        seed: of the order.
+        host: which of the hosts this is, by default the first; each gets other rows of the same
+            batches.
+        hosts: how many there are, by default 1.
+    """
+
+    seed: int
+    host: NotRequired[int]
+    hosts: NotRequired[int]
+
+
 class BucketData(ABC, Generic[BatchT]):
     """Batches in an order that depends on the seed alone; an iterator with a state to go back to.
 
@@ -69,13 +84,11 @@ class BucketData(ABC, Generic[BatchT]):
         folder: where they lie, for what is said.
         lengths: of each sample, in the unit of the buckets.
         identity: hash of the samples.
-        seed: of the order.
-        host: which of the hosts this is; each gets other rows of the same batches.
-        hosts: how many there are.
+        **order: seed and hosts, see `Order`.
 
     Attributes:
         fingerprint: of the samples, buckets and rows.
-        tokens: units given out.
+        tokens: units yielded.
         data_wait_seconds: seconds spent reading.
 
     Raises:
@@ -91,11 +104,9 @@ class BucketData(ABC, Generic[BatchT]):
         folder: Path,
         lengths: Int[np.ndarray, "N"],
         identity: str,
-        *,
-        seed: int,
-        host: int = 0,
-        hosts: int = 1,
+        **order: Unpack[Order],
     ):
+        seed, host, hosts = order["seed"], order.get("host", 0), order.get("hosts", 1)
         if not 0 <= host < hosts or config.rows % hosts:
             raise DataError(
                 f"host {host} of {hosts} for rows={config.rows}: expected a host below their "
@@ -138,7 +149,7 @@ class BucketData(ABC, Generic[BatchT]):
 
     @property
     def audio_seconds(self) -> float:
-        """Seconds of sound given out."""
+        """Seconds of audio yielded."""
         return self.tokens / self.units_per_second
 
     def empty_batch(self) -> BatchT:

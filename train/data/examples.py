@@ -1,4 +1,4 @@
-r"""Examples: samples as the tokens that are learnt, exactly as a conversation would build them.
+r"""Examples: samples tokenized for training, exactly as a conversation would build them.
 
 Data of the language model: samples in shards, packed into rows (`language.data`). Single networks
 have another system, prepared folders of clips in batches of like length: `data.recordings`.
@@ -179,20 +179,30 @@ class _ExampleBuilder:
                 pieces.append(Text(text))
         return pieces or [Text("")]
 
-    def write(self, piece: Piece, learn: bool, head: str = "") -> None:
-        """Add a piece; of what is learnt, a head that it may begin with and sound are left out."""
+    def write(self, piece: Piece, learn: bool, head: str = "", *, own: bool = True) -> None:
+        """Add a piece; of what is learnt, a head that it may begin with and sound are left out.
+
+        Args:
+            piece: the piece.
+            learn: whether it is learnt.
+            head: what it begins with.
+            own: whether the model says it: special tokens written in it are those tokens then, and
+                text, as in a conversation, in what it is told.
+        """
         clips = self.sample.mels
 
         def counts(n):
             return [audio.num_tokens(mel.shape[1]) for mel in clips[n]]
 
-        prompt = template.build_prompt([piece], self.tokenizer, counts)
+        prompt = template.build_prompt(
+            [piece], self.tokenizer, counts, split_special_tokens=not own
+        )
         ids = prompt.ids.tolist()
         learnt = [learn and not isinstance(piece, Audio)] * len(ids)
         if head and learn:
             # A token that reaches over the head's end is learnt: nobody else writes it.
-            for n, (own, given) in enumerate(zip(ids, self.tokenizer.encode(head), strict=False)):
-                if own != given:
+            for n, (mine, given) in enumerate(zip(ids, self.tokenizer.encode(head), strict=False)):
+                if mine != given:
                     break
                 learnt[n] = False
         if isinstance(piece, Audio):
@@ -210,7 +220,7 @@ class _ExampleBuilder:
         # Given for each piece, `<|EOT|>` goes with what it follows.
         each = [learn] * len(pieces) if isinstance(learn, bool) else [False, *learn, learn[-1]]
         for n, (piece, flag) in enumerate(zip(pieces, each, strict=True)):
-            self.write(piece, flag, "" if n else head)
+            self.write(piece, flag, "" if n else head, own=message.role == "assistant")
 
 
 # --- conversations ------------------------------------------------------------------------------
@@ -234,7 +244,7 @@ def _write_chat(row: _ExampleBuilder) -> None:
         learn = any(turn.loss for _, turn in turns)
         if first.role in _RESULT_ROLES:
             text = _tool_results([turn.content for _, turn in turns], calls)
-            message = template.tool_result_turn(row.tokenizer.escape_special_tokens(text))
+            message = template.tool_result_turn(text)
         else:
             match row.pieces_of(first.content):
                 case [Text(text)]:
@@ -329,5 +339,5 @@ def _write_base(row: _ExampleBuilder) -> None:
             start, *pieces = _spoken(row, index, turn)
             row.write(start, False)
         for piece in template.render_base(pieces):
-            row.write(piece, learn)
+            row.write(piece, learn, own=assistant)
     row.write(Ids((row.tokenizer.special.end_of_text,)), learn)

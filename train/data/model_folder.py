@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 
 from sa2jax.assets import model_folder
+from sa2jax.audio import Channel
 from sa2jax.chat.tokenizer import NUM_CODES, Tokenizer
 from sa2jax.config import StepAudio2Config
 from sa2jax.errors import CheckpointError
@@ -25,11 +26,13 @@ class FeatureSpec:
         n_mels: mel bands.
         num_codes: audio codes that its tokenizer has.
         speaks: whether it has a speech tokenizer.
+        channel: which channel of a recording is heard, see `audio.AudioSource`.
     """
 
     n_mels: int = N_MELS
     num_codes: int = NUM_CODES
     speaks: bool = False
+    channel: Channel | None = None
 
 
 class ModelFolder:

@@ -1,4 +1,4 @@
-"""Records and recordings become shards that training reads at once.
+"""Prepare training data: records and recordings to shards.
 
 Data of the language model: samples in shards, packed into rows (`language.data`). Single networks
 have another system, prepared folders of clips in batches of like length: `data.recordings`.
@@ -24,7 +24,7 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from sa2jax import audio
-from sa2jax.atomic_io import new_folder
+from sa2jax.atomic_io import keep_sources, new_folder
 from sa2jax.errors import AudioError, DataError
 from sa2jax.train.data.model_folder import FeatureSpec, ModelFolder
 from sa2jax.train.data.readers import Sound, TfioReader, TfRecord
@@ -67,6 +67,7 @@ class PrepareConfig:
         shard_size: largest shard such as "1GB", or a plain number of samples.
         workers: processes that read and compute features; by default one for each core.
         max_rejects: records that may be unusable.
+        channel: which channel of recordings is heard, see `audio.AudioSource`.
     """
 
     model: str | Path | None = None
@@ -75,6 +76,7 @@ class PrepareConfig:
     shard_size: str = "1GB"
     workers: int | None = None
     max_rejects: int = 100
+    channel: audio.Channel | None = None
 
     def __post_init__(self):
         if (self.workers is not None and self.workers < 1) or self.max_rejects < 0:
@@ -104,7 +106,7 @@ def prepare_dataset(
         out: the folder.
         config: how.
         overwrite: replace a prepared folder that is there already.
-        progress: told about records done and records in all (0 while they are not known).
+        progress: called with (records_done, records_total), the total 0 while unknown.
 
     Returns:
         What dataset.json says.
@@ -117,8 +119,10 @@ def prepare_dataset(
     out = Path(os.path.abspath(out))
     if overwrite and out.is_dir() and any(out.iterdir()) and not (out / DATASET_JSON).is_file():
         raise DataError(f"{out} is no prepared folder, it is not replaced: choose another one")
+    keep_sources(out, [*sources, config.model], inside=True)
     plot = length_plotter()
     model = ModelFolder.open(config.model)
+    plan = replace(model.plan, channel=config.channel)
     with ExitStack() as stack:
         reader = None
         if config.reader == "tfio":
@@ -130,7 +134,7 @@ def prepare_dataset(
             ShardWriter(folder, n_mels=model.plan.n_mels, shard_size=config.shard_size)
         )
         heard = stack.enter_context(
-            closing(_load_samples(files.jobs(model.plan, reader), files.processes(config.workers)))
+            closing(_load_samples(files.jobs(plan, reader), files.processes(config.workers)))
         )
         tally = DatasetStatistics(model.reader)
         for done, result in enumerate(_with_codes(heard, model), 1):
@@ -280,13 +284,15 @@ def _load_sample(job: _RecordJob | Reject) -> _PendingSample | Reject:
     if isinstance(job, Reject):
         return job
 
-    def sound(kind: str, index: int, path: str) -> audio.Audio:
+    channel = job.plan.channel
+
+    def sound(kind: str, index: int, path: str) -> audio.AudioSource:
         if job.fetched is None:
-            return path
+            return audio.AudioSource(path, channel)
         found = job.fetched[kind, index]
         if isinstance(found, AudioError):
             raise found
-        return found
+        return audio.AudioSource(found, channel)
 
     try:
         record = job.record or parse_record(job.line, job.where, job.root)

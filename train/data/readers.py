@@ -1,4 +1,4 @@
-"""Who reads recordings for `sa2jax data prepare`: libsndfile here, or tensorflow-io elsewhere.
+"""Readers of recordings for `sa2jax data prepare`: libsndfile in process, tensorflow-io outside.
 
 Data of the language model: samples in shards, packed into rows (`language.data`). Single networks
 have another system, prepared folders of clips in batches of like length: `data.recordings`.

@@ -1,4 +1,4 @@
-"""Lists of recordings, and folders of one ArrayRecord file made of them.
+"""Lists of recordings, and prepared folders of one ArrayRecord file.
 
 Data of single networks: prepared folders of clips, in batches of like length. The language model
 has another system, samples in shards that are packed into rows: `data.samples`, `language.data`.
@@ -18,13 +18,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypedDict, TypeVar, Unpack
 
 import numpy as np
 from jaxtyping import Int
 
 from sa2jax.atomic_io import new_folder
-from sa2jax.errors import DataError
+from sa2jax.errors import DataError, FileError, reason_of
+from sa2jax.files.archives import parse_npy
+from sa2jax.files.json_files import parse_json, read_json
+from sa2jax.files.limits import ARRAYS
+from sa2jax.files.raw import read_bytes, read_jsonl_lines
 from sa2jax.train.data.samples import DATASET_JSON, Reject
 from sa2jax.train.data.shards import REJECTS, RejectWriter
 
@@ -93,39 +97,46 @@ def _recordings_of(source: Path) -> list[RecordingEntry]:
     if source.suffix.lower() in AUDIO_SUFFIXES:
         return [RecordingEntry(source.name, str(source))]
     try:
-        lines = source.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = list(read_jsonl_lines(source))
+    except FileError as error:
         raise DataError(
-            f"{source} cannot be read ({error}): expected "
+            f"{source} cannot be read ({error.reason}): expected "
             f"recordings ({', '.join(AUDIO_SUFFIXES)}), a folder of them, or a .jsonl file"
         ) from None
-    found = [
-        _parse_line(f"{source.name}:{number}", line, source)
-        for number, line in enumerate(lines, 1)
-        if line.strip()
-    ]
+    found = [_parse_line(f"{source.name}:{number}", line, source) for number, line in lines]
     if not found:
         raise DataError(f"{source} has no lines")
     return found
 
 
-def _parse_line(where: str, line: str, source: Path) -> RecordingEntry:
+def _parse_line(where: str, line: bytes, source: Path) -> RecordingEntry:
     try:
-        facts = json.loads(line)
+        facts = parse_json(line, dict)
         path = os.path.join(source.parent, facts["audio"])
         return RecordingEntry(where, path, facts | {_LIST: str(source)})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f'expected {{"audio": "a.wav"}}, perhaps with more, got {error!r}'
+    except (FileError, ValueError, KeyError, TypeError) as error:
+        got = f"{type(error).__name__}: {reason_of(error)}"
+        reason = f'expected {{"audio": "a.wav"}}, perhaps with more, got {got}'
         return RecordingEntry(where, problem=reason)
+
+
+class WriteOptions(TypedDict, total=False):
+    """Keywords of all that makes a folder of samples, see `write_samples`.
+
+    Attributes:
+        max_rejects: how much may be unusable, by default 100.
+        overwrite: replace a prepared folder that is there already.
+    """
+
+    max_rejects: int
+    overwrite: bool
 
 
 def write_samples(
     out: str | os.PathLike[str],
     found: Iterable[tuple[bytes, int] | Reject],
     describe: Callable[[list[int]], Mapping[str, Any]],
-    *,
-    max_rejects: int = 100,
-    overwrite: bool = False,
+    **options: Unpack[WriteOptions],
 ) -> dict[str, Any]:
     """Make a folder of samples, whole or not at all.
 
@@ -133,8 +144,7 @@ def write_samples(
         out: the folder.
         found: blobs with their lengths, and what could not be used.
         describe: what dataset.json shall say beside counts and hashes, from all lengths.
-        max_rejects: how much may be unusable.
-        overwrite: replace a prepared folder that is there already.
+        **options: what may be unusable, and what is replaced, see `WriteOptions`.
 
     Returns:
         What dataset.json says.
@@ -145,13 +155,13 @@ def write_samples(
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    out = Path(os.path.abspath(out))
+    out, overwrite = Path(os.path.abspath(out)), options.get("overwrite", False)
     if overwrite and out.is_dir() and any(out.iterdir()) and not (out / DATASET_JSON).is_file():
         raise DataError(f"{out} is no prepared folder, it is not replaced: choose another one")
     digest, lengths = hashlib.sha256(), []
     with (
         new_folder(out, overwrite=overwrite) as folder,
-        RejectWriter(folder / REJECTS, out, max_rejects) as rejects,
+        RejectWriter(folder / REJECTS, out, options.get("max_rejects", 100)) as rejects,
     ):
         writer = ArrayRecordWriter(str(folder / SAMPLES), "group_size:1,zstd:1")
         try:
@@ -195,19 +205,20 @@ def read_samples_info(
         DataError: if it is none, or is damaged.
     """
     try:
-        about = json.loads((folder / DATASET_JSON).read_text(encoding="utf-8"))
+        about = read_json(folder / DATASET_JSON, dict)
         if about.get("format") != form:
             raise ValueError(f"format {about.get('format')!r}, expected {form!r}")
-        lengths = np.load(folder / LENGTHS)
-        if len(lengths) != about["samples"] or not len(lengths):
+        lengths = parse_npy(read_bytes(folder / LENGTHS, ARRAYS), LENGTHS)
+        whole = lengths.ndim == 1 and lengths.dtype.kind in "iu" and (lengths >= 0).all()
+        if not whole or len(lengths) != about["samples"] or not len(lengths):
             raise ValueError("its samples do not add up")
         if (folder / SAMPLES).stat().st_size != about["bytes"]:
             raise ValueError(f"{SAMPLES} is cut off")
         for key in ("fingerprint", *keys):
             about[key]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
+    except (FileError, OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{folder} is no folder of {what} ({error}): make it with `{command}`"
+            f"{folder} is no folder of {what} ({reason_of(error)}): make it with `{command}`"
         ) from None
     return about, lengths
 

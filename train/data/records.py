@@ -1,27 +1,27 @@
-"""Training data as users have it: one line of jsonl, checked, before anything is read for it.
+"""Records: training data as users have it, one line of jsonl each, validated.
 
 Data of the language model: samples in shards, packed into rows (`language.data`). Single networks
 have another system, prepared folders of clips in batches of like length: `data.recordings`.
 
 The format is ms-swift's: `messages` with roles and text, `<audio>` where a clip goes, the clips'
-files in `audios`. One key is this library's own: an assistant's message may have `speech`, what it
-sounds like, as a recording or as audio codes.
+files in `audios`; other forms, see `row_forms`, are brought to it. One key is this library's own:
+an assistant's message may have `speech`, what it sounds like, as a recording or as audio codes.
 
     {"messages": [{"role": "user", "content": "<audio>What did it say?"},
                   {"role": "assistant", "content": "Good morning.", "speech": "reply.wav"}],
      "audios": ["a.wav"]}
 """
 
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from sa2jax.chat.tools import ToolCall, render_tools
-from sa2jax.errors import DataError, PromptError
+from sa2jax.errors import FileError, PromptError, reason_of
+from sa2jax.files.json_files import parse_json
+from sa2jax.train.data.row_forms import AUDIO_MARK, RecordError, short, standard_row
 
-AUDIO_MARK = "<audio>"  # stands in a text where a clip goes
 ROLES = (
     "system",
     "user",
@@ -39,7 +39,6 @@ _UNSUPPORTED_KEYS = (
     "images",
     "videos",
     "objects",
-    "rejected_messages",
     "rejected_audios",
     "rejected_images",
     "rejected_videos",
@@ -47,10 +46,6 @@ _UNSUPPORTED_KEYS = (
     "positive_messages",
     "negative_messages",
 )
-
-
-class RecordError(DataError):
-    """One record that cannot be used; the message says why and names no place."""
 
 
 @dataclass(frozen=True)
@@ -118,17 +113,15 @@ def parse_record(line: str | bytes, where: str, root: str | os.PathLike[str]) ->
     for key in _UNSUPPORTED_KEYS:
         if row.get(key):
             raise RecordError(f"{key!r} is not supported: expected text and audio only")
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise RecordError(f"expected a list of messages under 'messages', got {_short(messages)}")
-    turns = tuple(_turn(n, message, root) for n, message in enumerate(messages, 1))
-    audios = _audios(row.get("audios"), root)
+    standard = standard_row(row)
+    turns = tuple(_turn(n, message, root) for n, message in enumerate(standard.messages, 1))
+    audios = _audios(standard.audios, root)
     marks = sum(turn.content.count(AUDIO_MARK) for turn in turns)
     if marks != len(audios):
         raise RecordError(f"{marks} {AUDIO_MARK} in the messages, but {len(audios)} under 'audios'")
-    rejected = row.get("rejected_response")
+    rejected = standard.rejected
     if rejected is not None and not isinstance(rejected, str):
-        raise RecordError(f"expected text under 'rejected_response', got {_short(rejected)}")
+        raise RecordError(f"expected text under 'rejected_response', got {short(rejected)}")
     tools = _tools(row.get("tools"))
     return Record(turns, audios, tools, rejected, row.get("solution"), where)
 
@@ -140,17 +133,19 @@ def parse_tool_call(content: str) -> ToolCall:
         RecordError: if it is none.
     """
     try:
-        call = json.loads(content)
+        call = parse_json(content)
         if isinstance(call, dict) and isinstance(call.get("arguments"), str):
-            call["arguments"] = json.loads(call["arguments"])  # as OpenAI's histories have it
-    except (ValueError, RecursionError) as error:
-        raise RecordError(f"a tool_call that is no JSON ({error}): {_short(content)}") from None
+            call["arguments"] = parse_json(call["arguments"])  # as OpenAI's histories have it
+    except FileError as error:
+        raise RecordError(
+            f"a tool_call that is no JSON ({error.reason}): {short(content)}"
+        ) from None
     name = call.get("name") if isinstance(call, dict) else None
     if not isinstance(name, str) or not name or any(c.isspace() for c in name):
-        raise RecordError(f"expected a tool_call with the name of a tool, got {_short(content)}")
+        raise RecordError(f"expected a tool_call with the name of a tool, got {short(content)}")
     arguments = call.get("arguments", {})
     if not isinstance(arguments, dict):
-        raise RecordError(f"expected a tool_call's arguments by name, got {_short(arguments)}")
+        raise RecordError(f"expected a tool_call's arguments by name, got {short(arguments)}")
     return ToolCall(name, arguments)
 
 
@@ -169,31 +164,26 @@ def resolve_path(path: str, root: str | os.PathLike[str]) -> str:
 
 def _json(line: str | bytes) -> dict[str, Any]:
     try:
-        text = line.decode("utf-8") if isinstance(line, bytes) else line
-        row = json.loads(text.removeprefix("\ufeff"))
-        if "\\ud" in text.lower():  # half of a pair is no character, and no tokenizer takes it
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
-    except (UnicodeDecodeError, UnicodeEncodeError) as error:
-        raise RecordError(f"not UTF-8 ({error.reason})") from None
-    except (ValueError, RecursionError) as error:
-        raise RecordError(f"not JSON ({error})") from None
+        row = parse_json(line)
+    except FileError as error:
+        raise RecordError(error.reason) from None
     if not isinstance(row, dict):
-        raise RecordError(f"expected a JSON object on each line, got {_short(row)}")
+        raise RecordError(f"expected a JSON object on each line, got {short(row)}")
     return row
 
 
 def _turn(number: int, message: Any, root: str | os.PathLike[str]) -> Turn:
     """One message; `number` counts from 1."""
     if not isinstance(message, dict):
-        raise RecordError(f"message {number}: expected an object, got {_short(message)}")
+        raise RecordError(f"message {number}: expected an object, got {short(message)}")
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise RecordError(f"message {number}: unknown role {role!r}, known: {', '.join(ROLES)}")
     if not isinstance(content, str):
-        raise RecordError(f"message {number} ({role}): expected text, got {_short(content)}")
+        raise RecordError(f"message {number} ({role}): expected text, got {short(content)}")
     loss = message.get("loss")
     if loss is not None and not isinstance(loss, bool):
-        raise RecordError(f"message {number}: expected true or false as loss, got {_short(loss)}")
+        raise RecordError(f"message {number}: expected true or false as loss, got {short(loss)}")
     if role == "tool_call":
         parse_tool_call(content)
     speech = message.get("speech")
@@ -212,7 +202,7 @@ def _speech(number: int, speech: Any, root: str | os.PathLike[str]) -> str | tup
     if not isinstance(speech, list) or not all(type(c) is int and c >= 0 for c in speech):
         raise RecordError(
             f"message {number}: expected a recording or a list of codes as speech, got "
-            f"{_short(speech)}"
+            f"{short(speech)}"
         )
     if not speech:
         raise RecordError(f"message {number}: speech without codes; leave 'speech' out instead")
@@ -222,11 +212,10 @@ def _speech(number: int, speech: Any, root: str | os.PathLike[str]) -> str | tup
 def _audios(audios: Any, root: str | os.PathLike[str]) -> tuple[str, ...]:
     if audios is None:
         return ()
-    entries: Sequence[Any] = [audios] if isinstance(audios, str) else audios
-    if not isinstance(entries, list):
-        raise RecordError(f"expected a list of files under 'audios', got {_short(audios)}")
+    if not isinstance(audios, list):
+        raise RecordError(f"expected a list of files under 'audios', got {short(audios)}")
     found = []
-    for entry in entries:
+    for entry in audios:
         if isinstance(entry, dict):
             entry = entry.get("path") or (
                 "audio as bytes" if entry.get("bytes") is not None else entry
@@ -234,7 +223,7 @@ def _audios(audios: Any, root: str | os.PathLike[str]) -> tuple[str, ...]:
             if entry == "audio as bytes":
                 raise RecordError(f"{entry} under 'audios' is not supported: give files")
         if not isinstance(entry, str):
-            raise RecordError(f"expected files under 'audios', got {_short(entry)}")
+            raise RecordError(f"expected files under 'audios', got {short(entry)}")
         found.append(resolve_path(_path(entry, "audios"), root))
     return tuple(found)
 
@@ -249,20 +238,15 @@ def _tools(tools: Any) -> str | list[Any] | None:
     if not tools:
         return None
     if not isinstance(tools, str | list):
-        raise RecordError(f"expected a list under 'tools', or its JSON text, got {_short(tools)}")
+        raise RecordError(f"expected a list under 'tools', or its JSON text, got {short(tools)}")
     try:
-        if isinstance(tools, str) and json.loads(tools) == []:
+        if isinstance(tools, str) and parse_json(tools) == []:
             return None
         render_tools(tools)
-    except (PromptError, ValueError, RecursionError) as error:
-        raise RecordError(f"tools: {error}") from None
+    except (FileError, PromptError) as error:
+        raise RecordError(f"tools: {reason_of(error)}") from None
     return tools
 
 
 def _tupled(speech: Any) -> Any:
     return tuple(speech) if isinstance(speech, list) else speech
-
-
-def _short(value: Any) -> str:
-    text = "nothing" if value is None else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"

@@ -1,4 +1,4 @@
-"""Samples: records together with their sound, from jsonl files or from prepared shards.
+"""Samples: records together with their audio, from jsonl files or from prepared shards.
 
 Data of the language model: samples in shards, packed into rows (`language.data`). Single networks
 have another system, prepared folders of clips in batches of like length: `data.recordings`.
@@ -20,14 +20,19 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import safetensors
 from jaxtyping import Float32, Int32, Int64
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
 from sa2jax import audio
 from sa2jax.chat.tokenizer import NUM_CODES
-from sa2jax.errors import AudioError, DataError
+from sa2jax.errors import AudioError, DataError, FileError, reason_of
+from sa2jax.files.json_files import parse_json, read_json
+from sa2jax.files.limits import JSON
+from sa2jax.files.raw import is_file, open_file
+from sa2jax.files.safetensors_files import parse_safetensors
+from sa2jax.files.sizes import MAX_SIZE
 from sa2jax.train.data.records import Record, RecordError, parse_record
+from sa2jax.train.data.row_forms import ARRAY_TO_LINES, require_lines
 
 FORMAT = 1
 DATASET_JSON = "dataset.json"  # what a prepared folder says of itself
@@ -68,7 +73,7 @@ class Reject:
 # --- one sample ---------------------------------------------------------------------------------
 
 
-def load_features(source: audio.Audio, n_mels: int = N_MELS) -> ClipFeatures:
+def load_features(source: audio.Audio | audio.AudioSource, n_mels: int = N_MELS) -> ClipFeatures:
     """What the model hears of a recording.
 
     Args:
@@ -78,8 +83,9 @@ def load_features(source: audio.Audio, n_mels: int = N_MELS) -> ClipFeatures:
     Raises:
         AudioError: if it cannot be read, or is too short to be heard (below 17 ms).
     """
-    if isinstance(source, str) and "://" in source:
-        raise AudioError(f"{source} is not here: run `sa2jax data prepare` with --reader tfio")
+    path = source.source if isinstance(source, audio.AudioSource) else source
+    if isinstance(path, str) and "://" in path:
+        raise AudioError(f"{path} is not here: run `sa2jax data prepare` with --reader tfio")
     samples = audio.load_audio(source)
     if not audio.num_tokens(audio.num_frames(len(samples))):
         raise AudioError(f"a recording of {len(samples)} samples is too short to be heard")
@@ -130,9 +136,8 @@ def decode_sample(blob: bytes) -> Sample:
         DataError: if this is no packed sample.
     """
     try:
-        arrays = load(blob)
-        size = int.from_bytes(blob[:8], "little")
-        record = json.loads(json.loads(blob[8 : 8 + size])["__metadata__"]["record"])
+        arrays, metadata = parse_safetensors(blob)
+        record = parse_json(metadata["record"], dict)
         mels: dict[int, dict[int, np.ndarray]] = {}
         codes = {}
         for name, array in arrays.items():
@@ -147,8 +152,9 @@ def decode_sample(blob: bytes) -> Sample:
         clips = [mels[clip] for clip in range(len(mels))]
         heard = tuple(tuple(clip[chunk] for chunk in range(len(clip))) for clip in clips)
         return Sample(Record.from_dict(record), heard, dict(sorted(codes.items())))
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise DataError(f"not a packed sample ({type(error).__name__}: {error})") from None
+    except (FileError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        what = f"{type(error).__name__}: {reason_of(error)}"
+        raise DataError(f"not a packed sample ({what})") from None
 
 
 # --- sources ------------------------------------------------------------------------------------
@@ -184,7 +190,10 @@ class LineIndex:
         first, offsets, numbers, digest = [0], [], [], hashlib.sha256()
         for path in files:
             try:
+                require_lines(path)
                 starts, lines, found = _line_starts(path)
+            except FileError as error:
+                raise DataError(f"{path} cannot be read: {error.reason}") from None
             except OSError as error:
                 raise DataError(f"{path} cannot be read: {error.strerror}") from None
             offsets.append(starts)
@@ -210,9 +219,11 @@ class LineIndex:
         file = int(np.searchsorted(self.first, index, side="right")) - 1
         path = self.files[file]
         try:
-            with path.open("rb") as handle:
+            with open_file(path) as handle:
                 handle.seek(int(self.offsets[index]))
-                line = handle.readline()
+                line = handle.readline(JSON.bytes + 1)
+        except FileError as error:
+            raise DataError(f"{path} cannot be read any more: {error.reason}") from None
         except OSError as error:
             raise DataError(f"{path} cannot be read any more: {error.strerror}") from None
         return line, f"{self.names[file]}:{self.numbers[index]}", path.parent
@@ -354,7 +365,8 @@ def jsonl_files(path: Path) -> list[Path]:
     if not path.exists():
         raise DataError(f"no such file or folder: {path}; expected .jsonl files or prepared shards")
     if path.suffix != ".jsonl":
-        raise DataError(f"{path}: expected a file ending in .jsonl, or a folder")
+        how = f"; {ARRAY_TO_LINES.format(path.name, path.stem)}" if path.suffix == ".json" else ""
+        raise DataError(f"{path}: expected a file ending in .jsonl, or a folder{how}")
     return [path]
 
 
@@ -375,7 +387,7 @@ def read_dataset_info(folder: Path) -> dict[str, Any]:
     """
     again = "run `sa2jax data prepare` again"
     try:
-        about = json.loads((folder / DATASET_JSON).read_text(encoding="utf-8"))
+        about = read_json(folder / DATASET_JSON, dict)
         if about["format"] != FORMAT:
             raise DataError(
                 f"{folder} has format {about['format']}, this version of sa2jax reads {FORMAT}: "
@@ -384,16 +396,28 @@ def read_dataset_info(folder: Path) -> dict[str, Any]:
         shards = {shard["file"]: (shard["samples"], shard["bytes"]) for shard in about["shards"]}
         if sum(n for n, _ in shards.values()) != about["samples"] or not about["samples"]:
             raise ValueError("the shards do not add up")
-        missing = {"n_mels", "fingerprint", "seconds"} - set(about)
-        if missing:
+        if missing := {"n_mels", "fingerprint", "seconds"} - set(about):
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{folder / DATASET_JSON} cannot be used ({error}): {again}") from None
+        _require_kinds(about)
+    except (FileError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{folder / DATASET_JSON} cannot be used ({reason_of(error)}): {again}"
+        ) from None
     for name, (_, size) in shards.items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != size:
+        if not is_file(path) or path.stat().st_size != size:
             raise DataError(f"{path} is missing or cut off: copy it again, or {again}")
     return about
+
+
+def _require_kinds(about: dict[str, Any]) -> None:
+    """Refuse a dataset.json whose values cannot be what they are called."""
+    names = [shard["file"] for shard in about["shards"]]
+    if not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise ValueError("a shard whose name is none")
+    sizes = [about["samples"], about["n_mels"], *(shard["samples"] for shard in about["shards"])]
+    if not all(type(size) is int and size >= 0 for size in sizes) or about["n_mels"] > MAX_SIZE:
+        raise ValueError("numbers of samples, or of mel bands, that are none")
 
 
 # --- small things -------------------------------------------------------------------------------
@@ -403,7 +427,7 @@ def _line_starts(path: Path) -> tuple[Int64[np.ndarray, "N"], Int64[np.ndarray, 
     """First byte and number of each line that is not blank, and the file's SHA-256."""
     digest, ends, done = hashlib.sha256(), [], 0
     short: list[int] = []
-    with path.open("rb") as handle:
+    with open_file(path) as handle:
         while block := handle.read(1 << 24):
             digest.update(block)
             ends.append(done + np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")))

@@ -1,4 +1,4 @@
-"""Shards: how prepared samples are written, counted and drawn.
+"""Shards: prepared samples on disk, written, counted and read.
 
 Data of the language model: samples in shards, packed into rows (`language.data`). Single networks
 have another system, prepared folders of clips in batches of like length: `data.recordings`.

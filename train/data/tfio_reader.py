@@ -1,4 +1,4 @@
-"""Reads recordings with tensorflow-io, as a process of its own in an environment of its own.
+"""A reader of recordings that uses tensorflow-io, as a process in an environment of its own.
 
 Data of the language model: samples in shards, packed into rows (`language.data`). Single networks
 have another system, prepared folders of clips in batches of like length: `data.recordings`.

@@ -1,1 +1,1 @@
-"""Training the language model: its task, step, loss, rows and model folders."""
+"""Training the language model: its task, step, loss, batches and model folders."""

@@ -1,4 +1,4 @@
-"""The data of a training: from files to batches, in an order that can be gone back to exactly.
+"""Input pipeline of the language model: from files to batches, in an order that resumes exactly.
 
 Data of the language model: samples in shards, packed into rows. Single networks have another
 system, prepared folders of clips in batches of like length: `data.recordings`.

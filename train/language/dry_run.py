@@ -1,4 +1,4 @@
-"""Dry run of the language model's training; nothing is loaded or run."""
+"""Dry run of the language model's training; no weights are loaded."""
 
 import jax
 import jax.numpy as jnp

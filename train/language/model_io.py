@@ -1,4 +1,4 @@
-"""Where a training run begins and what it leaves: model folders in and out.
+"""Load the model to fine-tune; save the result as a model folder.
 
 base = open_base_model(recipe.model, recipe.lora)   # shapes only
 params = base.load_params(mesh, seed)               # numbers, LoRA's included
@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -38,12 +39,11 @@ from sa2jax.nn import Functional, Params, Policy, functional, init_params
 from sa2jax.runtime import default_dtype
 from sa2jax.speech.layout import KIND as SPEECH
 from sa2jax.speech.layout import VOICES
-from sa2jax.train.language.peft import load_adapter, targets_of
+from sa2jax.train.language.model_fingerprint import weights_fingerprint
 from sa2jax.train.language.recipe import LoraSpec, ModelSpec
 from sa2jax.train.lora import add_lora, combine, init_lora, merge_lora
 
 BYTES = "bytes"  # the tokenizer of one token a byte
-SAMPLE_BYTES = 4096  # of each file that a fingerprint looks at
 
 
 @dataclass(frozen=True)
@@ -98,17 +98,14 @@ class BaseModel:
         return (151688 if vocab >= 158720 else tokenizer_files.AUDIO_START), vocab
 
     def fingerprint(self) -> str:
-        """A hash of the folder's config and of the beginning of each of its weight files."""
+        """A hash of its config and its numbers, wherever they lie; see `weights_fingerprint`.
+
+        Raises:
+            CheckpointError: if the folder is damaged.
+        """
         digest = hashlib.sha256(json.dumps(self.cfg.to_hf(), sort_keys=True).encode())
-        if self.spec.folder is None:
-            return digest.hexdigest()[:16]
-        home = Path(self.spec.folder)
-        for path in sorted(home.rglob("*")):
-            inside = path.relative_to(home).parts
-            if path.is_file() and (inside[0] == checkpoint.PARAMS or path.suffix == ".safetensors"):
-                with path.open("rb") as file:
-                    digest.update(f"{inside} {path.stat().st_size}".encode())
-                    digest.update(file.read(SAMPLE_BYTES))
+        if self.spec.folder is not None:
+            digest.update(weights_fingerprint(self.spec.folder).encode())
         return digest.hexdigest()[:16]
 
     def load_params(self, mesh: Mesh | None, seed: int, progress: Progress | None = None) -> Params:
@@ -117,7 +114,7 @@ class BaseModel:
         Args:
             mesh: devices; None for one.
             seed: of what is drawn: those matrices, or all of a preset.
-            progress: told about bytes done and bytes in all.
+            progress: called with (bytes_done, bytes_total).
 
         Raises:
             CheckpointError: if the folder is damaged, incomplete or of another model.
@@ -157,7 +154,8 @@ class BaseModel:
             CheckpointError: if the folder cannot be made.
             TrainError: if low-rank matrices would have to be merged into int8 ones.
         """
-        with _shared_folder(out, overwrite) as folder:
+        sources = [] if self.spec.folder is None else [self.spec.folder]
+        with _shared_folder(out, overwrite, sources) as folder:
             self.write_into(folder, params)
             if jax.process_index() == 0:
                 _copy_voices(Path(out), folder)
@@ -187,23 +185,6 @@ class BaseModel:
         if jax.process_index() == 0:
             self._write_side_files(folder, dtype)
 
-    def with_adapter(
-        self, folder: str | Path, mesh: Mesh | None = None
-    ) -> tuple["BaseModel", Params]:
-        """This model with a PEFT adapter beside its matrices, and their numbers.
-
-        Args:
-            folder: of the adapter.
-            mesh: devices; None for one.
-
-        Raises:
-            CheckpointError: if the model's folder is damaged.
-            TrainError: if the adapter is damaged, or of another model.
-        """
-        lora, rank, alpha = load_adapter(folder, self.without_lora)
-        spec = LoraSpec(rank=rank, alpha=alpha, targets=targets_of(lora))
-        return open_base_model(self.spec, spec), combine(self.load_params(mesh, 0), lora)
-
     def _stored_dtype(self) -> np.dtype:
         if self.spec.save_dtype is not None:
             return jnp.dtype(self.spec.save_dtype)
@@ -222,7 +203,8 @@ class BaseModel:
             own = {checkpoint.INFO, checkpoint.PARAMS, SPEECH, VOICES}
             copy_side_files(home, folder, own | {path.name for path in home.glob("*.safetensors")})
             if (home / SPEECH).is_dir():
-                shutil.copytree(home / SPEECH, folder / SPEECH, copy_function=_link)
+                link = partial(_link, folder=home)
+                shutil.copytree(home / SPEECH, folder / SPEECH, copy_function=link)
             _copy_voices(home, folder)
         else:
             text = json.dumps(self.cfg.with_dtype(dtype.name).to_hf(), indent=2) + "\n"
@@ -295,7 +277,7 @@ def _dtype_policy(spec: ModelSpec) -> Policy:
 
 
 @contextmanager
-def _shared_folder(out: str | Path, overwrite: bool) -> Iterator[Path]:
+def _shared_folder(out: str | Path, overwrite: bool, sources: list[str]) -> Iterator[Path]:
     """`atomic_io.new_folder` for all hosts of a run: the first makes it and names it at the end."""
     several = jax.process_count() > 1
     meet = multihost_utils.sync_global_devices if several else lambda name: None
@@ -304,7 +286,7 @@ def _shared_folder(out: str | Path, overwrite: bool) -> Iterator[Path]:
         yield atomic_io.partial_of(out)
         meet("folder is full")
         return
-    with atomic_io.new_folder(out, overwrite=overwrite) as folder:
+    with atomic_io.new_folder(out, overwrite=overwrite, sources=sources) as folder:
         meet("folder is there")
         yield folder
         meet("folder is full")
@@ -313,12 +295,14 @@ def _shared_folder(out: str | Path, overwrite: bool) -> Iterator[Path]:
 def _copy_voices(home: Path, folder: Path) -> None:
     """Take the voices of a model along: what heard them is not trained."""
     if (home / VOICES).is_dir():
-        shutil.copytree(home / VOICES, folder / VOICES, dirs_exist_ok=True)
+        copy = partial(atomic_io.copy_file, folder=home)
+        shutil.copytree(home / VOICES, folder / VOICES, copy_function=copy, dirs_exist_ok=True)
 
 
-def _link(source: str, target: str) -> None:
+def _link(source: str, target: str, folder: Path) -> None:
     """A second name for a file that nobody changes, or a copy where there can be none."""
+    atomic_io.require_inside(source, folder)
     try:
-        os.link(source, target)
+        os.link(os.path.realpath(source), target)
     except OSError:
         shutil.copyfile(source, target)

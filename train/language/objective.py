@@ -1,4 +1,4 @@
-"""What training makes small: the loss of the next token.
+"""Next-token cross-entropy, a chunk of positions at a time.
 
 A vocabulary of 158 720 words makes 2.4 GiB of float32 logits out of one row of 4096 positions. So
 positions are taken a chunk at a time, and a gradient computes each chunk's logits a second time.

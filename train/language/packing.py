@@ -1,4 +1,4 @@
-"""Packing: many examples in few rows of one size, each whole, and nothing lost by an interruption.
+"""Packing: several whole examples in each row of one length, resumable without loss.
 
 Data of the language model: samples in shards, packed into rows (`language.data`). Single networks
 have another system, prepared folders of clips in batches of like length: `data.recordings`.
@@ -202,8 +202,8 @@ class Pack(grain.IterDataset):
     """First-fit packing over a few open rows.
 
     An example goes into the first open row that has room for its tokens and for all that it hears.
-    If none has, the fullest is given out and a new one opened. What fits in no empty row, and what
-    comes as a `Reject`, goes into the `rejects` of the row that is given out next; rows without
+    If none has, the fullest is emitted and a new one opened. What fits in no empty row, and what
+    comes as a `Reject`, goes into the `rejects` of the row that is emitted next; rows without
     anything carry them where too many came one after another, and at the end.
 
     Args:
@@ -287,7 +287,7 @@ class PackIterator(grain.DatasetIterator):
                 return self._given(full, rejects)
 
     def _place(self, example: Example, drawn: _Origin) -> OpenRow | None:
-        """Put an example into a row; the row that has to be given out now, if there is one."""
+        """Put an example into a row; the row that has to be emitted now, if there is one."""
         if any(row.add(example, drawn) for row in self._rows):
             return None
         new = OpenRow(self._shape)

@@ -1,4 +1,4 @@
-"""One step of training, whole or LoRA: a pure function of state and batch, compiled for a mesh.
+"""The training step, full or LoRA: a pure function of state and batch, compiled for a mesh.
 
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-5, steps=1000))
     step = make_language_step(model, optimizer, mesh)

@@ -1,7 +1,9 @@
-"""Training of the language model: what a recipe says, as a task for the loop.
+"""Training of the language model as a task for the loop.
 
-outcome = train_language_model(read_recipe("sft", {"model.folder": "mini"}), "runs/talk")
-model = StepAudio2.from_pretrained(outcome.results["model"])
+    result = train_language_model(read_recipe("sft", {"model.folder": "mini"}), "runs/talk")
+    model = StepAudio2.from_pretrained(result.results["model"])
+
+`train.kinds` has it in the table of kinds.
 """
 
 from collections.abc import Iterator
@@ -139,6 +141,7 @@ def make_language_task(recipe: LanguageRecipe, out: Path) -> TrainingTask:
         evaluate=evaluate,
         write_results=partial(_write_results, base),
         meter=Meter(work, peak_flops(), room),
+        sources=[] if base.spec.folder is None else [base.spec.folder],
     )
 
 

@@ -1,4 +1,4 @@
-"""The audio encoder before it meets a decoder: taught to spell by CTC.
+"""CTC pre-training of the audio encoder: its loss, recipe and trainer.
 
     model = audio_encoder_with_heads(config)
     params = init_audio_encoder(config)
@@ -19,7 +19,6 @@ frozen. One from scratch has to learn what speech is first: a linear head spells
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +28,7 @@ from jaxtyping import Array, Float
 from sa2jax.audio.features import log_mel, num_frames
 from sa2jax.config import AudioEncoderConfig
 from sa2jax.models.audio_encoder import AudioEncoder, encoder_length
-from sa2jax.nn import Functional, Params, Policy, functional, init_params
+from sa2jax.nn import Functional, Params, Policy, init_params, structure_of
 from sa2jax.train.networks.augmentation import Augmentation, augment_waveform, spec_augment
 from sa2jax.train.networks.batches import SoundBatch
 from sa2jax.train.networks.model_io import EncoderNetwork, open_audio_encoder
@@ -69,13 +68,11 @@ class AudioEncoderWithHeads(nnx.Module):
         self.heads = CTCHead(cfg.embed, policy=policy, rngs=rngs)
 
 
-@cache
 def audio_encoder_with_heads(
     cfg: AudioEncoderConfig, policy: Policy | None = None
 ) -> Functional[AudioEncoderWithHeads]:
-    """The structure of a config's encoder and its head; allocates nothing."""
-    policy = Policy() if policy is None else policy
-    return functional(lambda: AudioEncoderWithHeads(cfg, policy=policy, rngs=nnx.Rngs(0)))
+    """The structure of a config's encoder and its head, see `nn.structure_of`."""
+    return structure_of(AudioEncoderWithHeads, cfg, policy)
 
 
 def init_audio_encoder(

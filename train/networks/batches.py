@@ -1,4 +1,4 @@
-"""Batches of single networks: rows that data makes and losses take, on the host or on devices."""
+"""Batches of single networks: what a data set yields and a loss takes, on host or devices."""
 
 from dataclasses import dataclass
 from typing import Generic

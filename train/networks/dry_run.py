@@ -1,4 +1,4 @@
-"""Dry run of a single network's training; of the weights nothing is loaded."""
+"""Dry run of a single network's training; no weights are loaded."""
 
 from sa2jax.train.dry_run import DryRun, memory_per_device, parameter_groups
 from sa2jax.train.loop import describe_mesh, mesh_from_spec, micro_batch_rows

@@ -1,4 +1,4 @@
-"""Flow matching: the loss that teaches the detokenizer a voice, a language or a room.
+"""Training of the flow by conditional flow matching: its loss, recipe and trainer.
 
     model = flow_model(speech.cfg.flow)
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-5, weight_decay=0.0))

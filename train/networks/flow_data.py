@@ -1,4 +1,4 @@
-"""Recordings for fine-tuning the detokenizer: heard once, kept, and given out in padded batches.
+"""Training data of the flow: recordings analysed once, cached, and drawn in padded batches.
 
 Data of single networks: prepared folders of clips, in batches of like length. The language model
 has another system, samples in shards that are packed into rows: `data.samples`, `language.data`.
@@ -23,21 +23,24 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from jaxtyping import Float, Int
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
 from sa2jax import audio
+from sa2jax.atomic_io import keep_sources
 from sa2jax.audio.rates import CODE_RATE, SPEECH_SAMPLE_RATE
 from sa2jax.errors import AudioError, DataError, Sa2jaxError
+from sa2jax.files.safetensors_files import parse_safetensors
 from sa2jax.speech.store import SpeechFolder
-from sa2jax.speech.voices import MAX_SECONDS, MIN_SECONDS, SILENCE, VoiceAnalyzer
-from sa2jax.train.data.bucketing import BucketConfig, BucketData
+from sa2jax.speech.voices import MAX_SECONDS, MIN_SECONDS, VoiceAnalyzer
+from sa2jax.train.data.bucketing import BucketConfig, BucketData, Order
 from sa2jax.train.data.recordings import (
     RecordingEntry,
     SampleFile,
+    WriteOptions,
     list_recordings,
     read_samples_info,
     write_samples,
@@ -78,9 +81,9 @@ def prepare_flow(
     model: str | Path,
     *,
     perturbations: int = 0,
-    max_rejects: int = 100,
-    overwrite: bool = False,
+    channel: audio.Channel | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    **options: Unpack[WriteOptions],
 ) -> dict[str, Any]:
     """Hear recordings with a checkpoint's own networks and keep what was heard.
 
@@ -92,9 +95,9 @@ def prepare_flow(
         model: folder with the detokenizer to be tuned: codes mean nothing to another.
         perturbations: how many more times each recording is kept, with the codes of another mouth
             (see `perturbation`) beside its own mel frames and speaker.
-        max_rejects: recordings that may be unusable.
-        overwrite: replace a prepared folder that is there already.
-        progress: told about recordings done and recordings in all.
+        channel: which channel is heard, see `audio.AudioSource`.
+        progress: called with (recordings_done, recordings_total).
+        **options: what may be unusable, and what is replaced, see `WriteOptions`.
 
     Returns:
         What dataset.json says.
@@ -105,6 +108,7 @@ def prepare_flow(
     """
     if perturbations < 0:
         raise DataError(f"perturbations={perturbations}: expected 0 or more")
+    keep_sources(out, [*sources, model], inside=True)
     speech = SpeechFolder(model)
     items = list_recordings(sources)
 
@@ -113,14 +117,15 @@ def prepare_flow(
         about = {"format": FORMAT, "seconds": seconds, "speech_tokenizer": speech.analysis_hash}
         return about | ({"perturbations": perturbations} if perturbations else {})
 
-    heard = _analyze(items, speech, perturbations, progress)
-    return write_samples(out, heard, describe, max_rejects=max_rejects, overwrite=overwrite)
+    heard = _analyze(items, speech, perturbations, channel, progress)
+    return write_samples(out, heard, describe, **options)
 
 
 def _analyze(
     items: Sequence[RecordingEntry],
     speech: SpeechFolder,
     perturbations: int,
+    channel: audio.Channel | None,
     progress: Callable[[int, int], None],
 ) -> Iterator[tuple[bytes, int] | Reject]:
     """Samples in the order of their recordings; codes are found for many pieces together.
@@ -128,7 +133,7 @@ def _analyze(
     A `Reject` may come before the samples of recordings ahead of it.
     """
     analyzer = speech.analyzer
-    identify = lru_cache(64)(lambda path: speaker_vector(analyzer, path))
+    identify = lru_cache(64)(lambda path: speaker_vector(analyzer, path, channel))
     waiting: list[tuple[str, np.ndarray, np.ndarray, np.ndarray]] = []
 
     def finish() -> Iterator[tuple[bytes, int]]:
@@ -158,7 +163,7 @@ def _analyze(
             if item.problem:
                 raise DataError(item.problem)
             speaker = identify(item.path_of("voice"))
-            for where, low, high in _pieces(item):
+            for where, low, high in _pieces(item, channel):
                 waiting.append((where, low, high, speaker))
                 if len(waiting) == _BATCH_PIECES:
                     yield from finish()
@@ -174,13 +179,16 @@ def _perturbed(mel: Float[np.ndarray, "M F"], where: str, number: int) -> Float[
     return perturb(mel, np.random.default_rng([number, *where.encode()])) if number else mel
 
 
-def speaker_vector(analyzer: VoiceAnalyzer, path: str) -> Float[np.ndarray, "C"]:
+def speaker_vector(
+    analyzer: VoiceAnalyzer, path: str, channel: audio.Channel | None = None
+) -> Float[np.ndarray, "C"]:
     """Who speaks in the first 30 s of a recording.
 
     Raises:
         AudioError: if it cannot be read, or is too short to tell.
     """
-    wave = _load_16k(path)[: _samples(audio.SAMPLE_RATE)]
+    source = audio.AudioSource(path, channel)
+    wave = audio.load_audio(source, audio.SAMPLE_RATE)[: _samples(audio.SAMPLE_RATE)]
     if len(wave) < MIN_SECONDS * audio.SAMPLE_RATE:
         raise AudioError(
             f"{len(wave) / audio.SAMPLE_RATE:.2f} s do not tell who speaks: expected at least "
@@ -189,14 +197,18 @@ def speaker_vector(analyzer: VoiceAnalyzer, path: str) -> Float[np.ndarray, "C"]
     return analyzer.speaker_of(wave)
 
 
-def _pieces(item: RecordingEntry) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+def _pieces(
+    item: RecordingEntry, channel: audio.Channel | None
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Name, samples at 16 kHz and at 24 kHz of each piece of a recording."""
-    low, high = _load_16k(item.path), audio.load_audio(item.path, SPEECH_SAMPLE_RATE, mono="mean")
+    source = audio.AudioSource(item.path, channel)
+    low = audio.load_audio(source, audio.SAMPLE_RATE)
+    high = audio.load_audio(source, SPEECH_SAMPLE_RATE, channel="mean")
     step, high_step = _samples(audio.SAMPLE_RATE), _samples(SPEECH_SAMPLE_RATE)
     least, kept = int(MIN_PIECE_SECONDS * audio.SAMPLE_RATE), 0
     for number, start in enumerate(range(0, len(low), step)):
         piece, other = low[start : start + step], high[number * high_step :][:high_step]
-        if len(piece) >= least and np.abs(piece).max() >= SILENCE:
+        if len(piece) >= least and np.abs(piece).max() >= audio.SILENCE:
             kept += 1
             yield f"{item.where}@{number * MAX_SECONDS:g}s", piece, other
     if not kept:
@@ -205,10 +217,6 @@ def _pieces(item: RecordingEntry) -> Iterator[tuple[str, np.ndarray, np.ndarray]
             f"{len(low) / audio.SAMPLE_RATE:.2f} s "
             "or silence"
         )
-
-
-def _load_16k(path: str) -> np.ndarray:
-    return audio.load_audio(path, audio.SAMPLE_RATE, mono="first")
 
 
 def _samples(rate: int) -> int:
@@ -225,7 +233,7 @@ def encode_flow_sample(sample: FlowSample) -> bytes:
 
 def decode_flow_sample(blob: bytes) -> FlowSample:
     """What `encode_flow_sample` packed."""
-    arrays = load(blob)
+    arrays, _ = parse_safetensors(blob)
     where = arrays.pop("where").tobytes().decode()
     return FlowSample(**arrays, where=where)
 
@@ -251,11 +259,9 @@ class FlowData(BucketData[FlowBatch[np.ndarray]]):
 
     Args:
         config: what.
-        seed: of the order.
-        host: which of the hosts this is; each gets other rows of the same batches.
-        hosts: how many there are.
         analysis: hash of the speech tokenizer in use (`SpeechFolder.analysis_hash`), to be sure
             that the codes are its own.
+        **order: seed and hosts, see `Order`.
 
     Raises:
         DataError: if the folder is not a prepared one, or does not fit.
@@ -265,13 +271,7 @@ class FlowData(BucketData[FlowBatch[np.ndarray]]):
     units_per_second = CODE_RATE
 
     def __init__(
-        self,
-        config: FlowDataConfig,
-        *,
-        seed: int,
-        host: int = 0,
-        hosts: int = 1,
-        analysis: str | None = None,
+        self, config: FlowDataConfig, *, analysis: str | None = None, **order: Unpack[Order]
     ):
         folder = Path(config.folder)
         self.about, lengths = read_flow_info(folder)
@@ -280,8 +280,7 @@ class FlowData(BucketData[FlowBatch[np.ndarray]]):
                 f"{folder} was heard by another checkpoint's networks, its codes mean "
                 "something else here: prepare it again with this model"
             )
-        identity = self.about["fingerprint"]
-        super().__init__(config, folder, lengths, identity, seed=seed, host=host, hosts=hosts)
+        super().__init__(config, folder, lengths, self.about["fingerprint"], **order)
         self._samples = SampleFile(folder, len(lengths), decode_flow_sample)
 
     def _batch(self, room: int, chosen: Sequence[int]) -> tuple[FlowBatch, int]:

@@ -1,4 +1,4 @@
-"""Mel frames as a flow makes them of a recording's codes: what a vocoder hears at run time.
+"""Mel frames predicted by a flow from a recording's codes, to fine-tune a vocoder on.
 
 Data of single networks: prepared folders of clips, in batches of like length. The language model
 has another system, samples in shards that are packed into rows: `data.samples`, `language.data`.
@@ -31,16 +31,17 @@ class FlowMelSynthesizer:
 
     Args:
         model: folder with the detokenizer.
+        channel: which channel of a recording tells who speaks, see `audio.AudioSource`.
 
     Raises:
         CheckpointError: if it has none.
     """
 
-    def __init__(self, model: str | Path):
+    def __init__(self, model: str | Path, channel: audio.Channel | None = None):
         folder = SpeechFolder(model)
         self._analyzer = folder.analyzer
         self._talker = Token2Wav(folder.cfg, folder.params(SYNTHESIS), batch_size=_ROWS)
-        self._identify = lru_cache(64)(lambda path: speaker_vector(self._analyzer, path))
+        self._identify = lru_cache(64)(lambda path: speaker_vector(self._analyzer, path, channel))
         self._calls = 0
 
     def speaker_vector(self, path: str) -> Float[np.ndarray, "C"]:

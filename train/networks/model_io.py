@@ -1,4 +1,4 @@
-"""The detokenizer's networks, one at a time: where training begins, and what it leaves.
+"""Load one network of a detokenizer to train; save it in a copy of its folder.
 
 network = open_detokenizer_network("flow", "mini")
 params = network.load_params(mesh)
@@ -11,13 +11,13 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from sa2jax import atomic_io, checkpoint
@@ -30,7 +30,7 @@ from sa2jax.models.flow import flow_model
 from sa2jax.models.speaker_encoder import speaker_encoder
 from sa2jax.models.speech_tokenizer import speech_tokenizer
 from sa2jax.models.vocoder import vocoder
-from sa2jax.nn import Functional, Params, Policy, functional
+from sa2jax.nn import Functional, Params, Policy, structure_of
 from sa2jax.speech.layout import ANALYSIS, KIND, RECORDINGS, VOICES
 from sa2jax.speech.store import SpeechFolder
 from sa2jax.speech_config import Token2WavConfig
@@ -70,6 +70,11 @@ class DetokenizerNetwork:
     def folder(self) -> Path:
         """The detokenizer's folder."""
         return self.speech.folder
+
+    @property
+    def home(self) -> Path:
+        """The model's folder that it lies in, or its own."""
+        return self.speech.home
 
     def fingerprint(self) -> str:
         """A hash of its sizes and of its numbers on disk."""
@@ -114,7 +119,7 @@ class DetokenizerNetwork:
         leaves = checkpoint.open_leaves(source)
         forms = {n: (tuple(leaf.shape), leaf.dtype.numpy_dtype) for n, leaf in leaves.items()}
         learnt = checkpoint.flatten({self.name: params})
-        with atomic_io.new_folder(out, overwrite=True) as folder:
+        with atomic_io.new_folder(out, overwrite=True, sources=(home,)) as folder:
             size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in forms.values())
             atomic_io.need_space(folder, size)
             _copy(source, folder)
@@ -185,8 +190,13 @@ class EncoderNetwork:
         """The model's folder."""
         return Path(str(self.base.spec.folder))
 
+    @property
+    def home(self) -> Path:
+        """The same."""
+        return self.folder
+
     def fingerprint(self) -> str:
-        """A hash of the model's sizes and of the beginning of its weights."""
+        """A hash of the model's sizes and numbers."""
         return self.base.fingerprint()
 
     def load_params(self, mesh: Mesh | None) -> Params:
@@ -227,7 +237,7 @@ def open_audio_encoder(folder: str | Path, compute: str = "float32") -> EncoderN
     """
     base = open_base_model(ModelSpec(folder=str(folder)))
     cfg, policy = base.cfg.audio_encoder, Policy(compute=jnp.dtype(compute))
-    model = functional(lambda: AudioEncoder(cfg, policy=policy, rngs=nnx.Rngs(0)))
+    model = structure_of(AudioEncoder, cfg, policy)
     return EncoderNetwork(base, cfg, policy, model)
 
 
@@ -266,4 +276,5 @@ def _copy(source: Path, target: Path) -> None:
         top = {checkpoint.PARAMS, checkpoint.SINGLE} if Path(at) == source else set()
         return {name for name in names if name in top or name.startswith(".")}
 
-    shutil.copytree(source, target, ignore=left_out, dirs_exist_ok=True)
+    copy = partial(atomic_io.copy_file, folder=source)
+    shutil.copytree(source, target, ignore=left_out, copy_function=copy, dirs_exist_ok=True)

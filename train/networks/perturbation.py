@@ -1,4 +1,4 @@
-"""Speech as another mouth might have said it, at the same moments: pitch and formants moved.
+"""Speaker perturbation: pitch and formants moved, timing kept.
 
     perturb(mel, np.random.default_rng(0))
 

@@ -1,4 +1,4 @@
-"""Recipes of single networks: what those of all networks have, beside their `data` and `loss`.
+"""Recipes of single networks: the fields they share, beside their `data` and `loss`.
 
 Each network's own recipe lies in its module: `flow`, `vocoder`, `speech_tokenizer`,
 `speaker_encoder`, `audio_encoder`.

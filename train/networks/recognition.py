@@ -1,4 +1,4 @@
-"""What all networks that hear are taught from: speech, its letters, and whose voice it is.
+"""Shared by the recognition losses: transcripts, CTC, speakers.
 
 Batches hold sound. Each step disturbs it anew (`augmentation`), computes the network's own
 front-end on the device, and compares letters by CTC (Graves et al., ICML 2006).

@@ -1,4 +1,4 @@
-"""Who speaks: CAM++ taught to tell the voices of its data apart.
+"""Training of the CAM++ speaker encoder by speaker classification: loss, recipe and trainer.
 
     model = speaker_encoder_with_heads(config, speakers=40)
     params = init_speaker_encoder(config, speakers=40)
@@ -24,7 +24,7 @@ use are then the same arithmetic, and no running means have to be carried along.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +37,7 @@ from sa2jax.audio.features import HOP, fbank
 from sa2jax.audio.rates import SAMPLE_RATE
 from sa2jax.errors import TrainError
 from sa2jax.models.speaker_encoder import SpeakerEncoder
-from sa2jax.nn import Functional, Params, Policy, functional, init_params, param
+from sa2jax.nn import Functional, Params, Policy, init_params, param, structure_of
 from sa2jax.speech_config import SpeakerEncoderConfig
 from sa2jax.train.networks.augmentation import Augmentation, augment_waveform, spec_augment
 from sa2jax.train.networks.batches import SoundBatch
@@ -103,15 +103,11 @@ class SpeakerEncoderWithHeads(nnx.Module):
         self.heads = SpeakerHeads(cfg.embed, speakers, policy=policy, rngs=rngs)
 
 
-@cache
 def speaker_encoder_with_heads(
     cfg: SpeakerEncoderConfig, policy: Policy | None = None, *, speakers: int
 ) -> Functional[SpeakerEncoderWithHeads]:
-    """The structure of a config's encoder and of a head for so many voices; allocates nothing."""
-    policy = Policy() if policy is None else policy
-    return functional(
-        lambda: SpeakerEncoderWithHeads(cfg, speakers, policy=policy, rngs=nnx.Rngs(0))
-    )
+    """The structure of a config's encoder and a head of so many voices, see `nn.structure_of`."""
+    return structure_of(SpeakerEncoderWithHeads, cfg, policy, speakers=speakers)
 
 
 def init_speaker_encoder(

@@ -1,4 +1,4 @@
-"""Recordings for the networks that hear and the vocoder: prepared once, given out in batches.
+"""Training data of the recognition networks and the vocoder: prepared once, drawn in batches.
 
 Data of single networks: prepared folders of clips, in batches of like length. The language model
 has another system, samples in shards that are packed into rows: `data.samples`, `language.data`.
@@ -20,20 +20,22 @@ algorithm, refined by StoneMask, of https://github.com/mmorise/World).
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from jaxtyping import Float, Int16
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
 from sa2jax import audio
+from sa2jax.atomic_io import keep_sources
 from sa2jax.audio.rates import MEL_RATE, SAMPLE_RATE, SPEECH_MEL_RATE, SPEECH_SAMPLE_RATE
 from sa2jax.errors import DataError, Sa2jaxError
-from sa2jax.speech.voices import SILENCE
-from sa2jax.train.data.bucketing import BucketConfig, BucketData
+from sa2jax.files.safetensors_files import parse_safetensors
+from sa2jax.train.data.bucketing import BucketConfig, BucketData, Order
 from sa2jax.train.data.recordings import (
     RecordingEntry,
     SampleFile,
+    WriteOptions,
     damaged_error,
     list_recordings,
     read_samples_info,
@@ -85,9 +87,9 @@ def prepare_speech(
     pitch: bool = False,
     model: str | Path | None = None,
     max_seconds: float = 25.0,
-    max_rejects: int = 100,
-    overwrite: bool = False,
+    channel: audio.Channel | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    **options: Unpack[WriteOptions],
 ) -> dict[str, Any]:
     """Read recordings once and keep them as 16-bit samples at the rate that a network hears.
 
@@ -99,9 +101,9 @@ def prepare_speech(
         model: folder with a detokenizer whose flow shall make the mel frames; needs 24000 Hz.
             Recordings below a second need "voice" in their line, see `flow_data`.
         max_seconds: longer recordings are not used.
-        max_rejects: recordings that may be unusable.
-        overwrite: replace a prepared folder that is there already.
-        progress: told about recordings done and recordings in all.
+        channel: which channel is heard, by default the mean of all.
+        progress: called with (recordings_done, recordings_total).
+        **options: what may be unusable, and what is replaced, see `WriteOptions`.
 
     Returns:
         What dataset.json says.
@@ -116,13 +118,14 @@ def prepare_speech(
     if (pitch or model is not None) and rate != SPEECH_SAMPLE_RATE:
         what = "pitch is" if pitch else "mel frames are"
         raise DataError(f"{what} kept for the vocoder: expected a rate of 24000 Hz beside it")
+    keep_sources(out, [*sources, model], inside=True)
     find = _pitch_finder() if pitch else None
     items, speakers = list_recordings(sources), set()
 
     def heard() -> Iterator[tuple[RecordingEntry, SpeechSample] | Reject]:
         for done, item in enumerate(items, 1):
             try:
-                found = _load_sample(item, rate, max_seconds)
+                found = _load_sample(item, rate, max_seconds, channel)
                 if find is not None:
                     found = replace(found, pitch=find(found.sound))
                 yield item, found
@@ -131,7 +134,9 @@ def prepare_speech(
             progress(done, len(items))
 
     def packed() -> Iterator[tuple[bytes, int] | Reject]:
-        for found in _with_flow_mels(heard(), None if model is None else FlowMelSynthesizer(model)):
+        for found in _with_flow_mels(
+            heard(), None if model is None else FlowMelSynthesizer(model, channel)
+        ):
             if isinstance(found, Reject):
                 yield found
             else:
@@ -149,7 +154,7 @@ def prepare_speech(
             "speakers": sorted(speakers),
         }
 
-    return write_samples(out, packed(), describe, max_rejects=max_rejects, overwrite=overwrite)
+    return write_samples(out, packed(), describe, **options)
 
 
 def _with_flow_mels(
@@ -187,17 +192,19 @@ def _with_flow_mels(
         yield from finish(maker)
 
 
-def _load_sample(item: RecordingEntry, rate: int, most: float) -> SpeechSample:
+def _load_sample(
+    item: RecordingEntry, rate: int, most: float, channel: audio.Channel | None
+) -> SpeechSample:
     if item.problem:
         raise DataError(item.problem)
     facts = {key: item.values.get(key, "") for key in ("text", "speaker")}
     for key, value in facts.items():
         if not isinstance(value, str):
             raise DataError(f'expected "{key}" to be text, got {value!r}')
-    sound = audio.load_audio(item.path, rate, mono="mean")
+    sound = audio.load_audio(audio.AudioSource(item.path, channel), rate, channel="mean")
     if len(sound) > most * rate:
         raise DataError(f"{len(sound) / rate:.1f} s: expected at most {most:g} s")
-    if not len(sound) or np.abs(sound).max() < SILENCE:
+    if not len(sound) or np.abs(sound).max() < audio.SILENCE:
         raise DataError("silence")
     letters = len(letter_ids(facts["text"]))
     if letters > MAX_LETTERS_PER_SECOND * len(sound) / rate:
@@ -241,7 +248,7 @@ def encode_speech_sample(found: SpeechSample) -> bytes:
 
 def decode_speech_sample(blob: bytes) -> SpeechSample:
     """What `encode_speech_sample` packed."""
-    arrays = load(blob)
+    arrays, _ = parse_safetensors(blob)
     text, speaker = (arrays[name].tobytes().decode() for name in ("text", "speaker"))
     mel = {"mel": arrays["mel"]} if "mel" in arrays else {}
     return SpeechSample(arrays["sound"], text, speaker, arrays["pitch"], **mel)
@@ -289,9 +296,9 @@ class ClipData(BucketData[SoundBatch[np.ndarray]]):
 
     Args:
         config: what.
-        seed: of the order.
         speakers: names that count, by number; by default those of the folder. A clip of another
             speaker has the number −1.
+        **order: seed and hosts, see `Order`.
 
     Raises:
         DataError: if the folder is not a prepared one, or does not fit.
@@ -301,21 +308,14 @@ class ClipData(BucketData[SoundBatch[np.ndarray]]):
     units_per_second = MEL_RATE
 
     def __init__(
-        self,
-        config: ClipConfig,
-        *,
-        seed: int,
-        speakers: Sequence[str] | None = None,
-        host: int = 0,
-        hosts: int = 1,
+        self, config: ClipConfig, *, speakers: Sequence[str] | None = None, **order: Unpack[Order]
     ):
         folder = Path(config.folder)
         self.about, lengths = read_speech_info(folder, SAMPLE_RATE)
         self.speakers = tuple(self.about["speakers"] if speakers is None else speakers)
         self._numbers = {name: number for number, name in enumerate(self.speakers)}
         self._clips = SampleFile(folder, len(lengths), decode_speech_sample)
-        identity = self.about["fingerprint"]
-        super().__init__(config, folder, lengths, identity, seed=seed, host=host, hosts=hosts)
+        super().__init__(config, folder, lengths, self.about["fingerprint"], **order)
 
     def _batch(self, room: int, chosen: Sequence[int]) -> tuple[SoundBatch, int]:
         hop, rows = HOPS[SAMPLE_RATE], len(chosen)
@@ -372,7 +372,7 @@ class CropData(BucketData[VocoderBatch[np.ndarray]]):
 
     Args:
         config: what.
-        seed: of the order, and of where pieces begin.
+        **order: seed, also of where pieces begin, and hosts; see `Order`.
 
     Raises:
         DataError: if the folder is not a prepared one, or does not fit.
@@ -381,7 +381,7 @@ class CropData(BucketData[VocoderBatch[np.ndarray]]):
     unit = "frames"
     units_per_second = SPEECH_MEL_RATE
 
-    def __init__(self, config: CropConfig, *, seed: int, host: int = 0, hosts: int = 1):
+    def __init__(self, config: CropConfig, **order: Unpack[Order]):
         folder = Path(config.folder)
         self.about, lengths = read_speech_info(folder, SPEECH_SAMPLE_RATE)
         self._clips = SampleFile(folder, len(lengths), decode_speech_sample)
@@ -391,8 +391,8 @@ class CropData(BucketData[VocoderBatch[np.ndarray]]):
         buckets = BucketConfig(
             rows=config.rows, buckets=(config.crop,), shuffle=config.shuffle, epochs=config.epochs
         )
-        sizes, identity = np.minimum(lengths[self._owner], config.crop), self.about["fingerprint"]
-        super().__init__(buckets, folder, sizes, identity, seed=seed, host=host, hosts=hosts)
+        sizes = np.minimum(lengths[self._owner], config.crop)
+        super().__init__(buckets, folder, sizes, self.about["fingerprint"], **order)
 
     def _batch(self, room: int, chosen: Sequence[int]) -> tuple[VocoderBatch, int]:
         hop, rows = HOPS[SPEECH_SAMPLE_RATE], len(chosen)

@@ -1,4 +1,4 @@
-"""Speech codes: what teaches the S3 tokenizer to hear letters through its rounding.
+"""Training of the S3 speech tokenizer by CTC through its quantizer: loss, recipe and trainer.
 
     model = speech_tokenizer_with_heads(config)
     params = init_speech_tokenizer(config)
@@ -16,7 +16,7 @@ letters leave open but need not tell voices apart.
 """
 
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -34,11 +34,11 @@ from sa2jax.nn import (
     Linear,
     Params,
     Policy,
-    functional,
     init_params,
     length_mask,
     over_layers,
     stack,
+    structure_of,
 )
 from sa2jax.speech_config import SpeechTokenizerConfig
 from sa2jax.train.networks.augmentation import Augmentation, augment_waveform, spec_augment
@@ -143,15 +143,11 @@ class SpeechTokenizerWithHeads(nnx.Module):
         self.heads = SpeechTokenizerHeads(cfg, layers, policy=policy, rngs=rngs)
 
 
-@cache
 def speech_tokenizer_with_heads(
     cfg: SpeechTokenizerConfig, policy: Policy | None = None, *, layers: int = 1
 ) -> Functional[SpeechTokenizerWithHeads]:
-    """The structure of a config's tokenizer and its heads; allocates nothing."""
-    policy = Policy() if policy is None else policy
-    return functional(
-        lambda: SpeechTokenizerWithHeads(cfg, layers=layers, policy=policy, rngs=nnx.Rngs(0))
-    )
+    """The structure of a config's tokenizer and its heads, see `nn.structure_of`."""
+    return structure_of(SpeechTokenizerWithHeads, cfg, policy, layers=layers)
 
 
 def init_speech_tokenizer(

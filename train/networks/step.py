@@ -1,4 +1,4 @@
-"""The step and the evaluation of any loss of rows: what single networks are trained with.
+"""The training step and the evaluation of single networks.
 
     step = make_loss_step(flow_loss, model, optimizer, FlowLossConfig(), mesh, seed=0)
     state, report = step(state, place_network_batch(batch, mesh))

@@ -1,4 +1,4 @@
-"""Distances between sounds: how far their short-time spectra are apart, seen by several windows.
+"""Multi-resolution STFT loss: how far two waveforms' spectra are apart, by several windows.
 
 Source: the multi-resolution STFT loss of Parallel WaveGAN (arXiv 1910.11480), spectral convergence
 and log magnitude. Phases are not compared: a sound and the same one with other phases are equally

@@ -1,4 +1,4 @@
-"""Training of one network: what a recipe says, as a task for the loop.
+"""Training of one network as a task for the loop.
 
     prepare_flow(["speech/"], "ready", "mini")
     recipe = read_network_recipe("flow", {"network.folder": "mini", "data.folder": "ready"})
@@ -77,16 +77,15 @@ def train_network(recipe: NetworkRecipe, out: str | Path, **options: Any) -> Tra
         ShardingError: for a mesh that does not fit the devices.
         CheckpointError: if the model cannot be read or something not be written.
     """
-    task = make_network_task(recipe, Path(out))
+    task = make_network_task(recipe)
     return loop.run_training(task, recipe.intervals, out, steps=recipe.optimizer.steps, **options)
 
 
-def make_network_task(recipe: NetworkRecipe, out: Path) -> TrainingTask:
+def make_network_task(recipe: NetworkRecipe) -> TrainingTask:
     """What a recipe trains; of the weights nothing is kept yet.
 
     Args:
         recipe: everything that the run depends on.
-        out: the run's folder.
 
     Raises:
         DataError: if the data cannot be used, or was heard by another model.
@@ -102,11 +101,6 @@ def make_network_task(recipe: NetworkRecipe, out: Path) -> TrainingTask:
         )
     trainer, mesh = TRAINERS[recipe.kind], loop.mesh_from_spec(recipe.mesh)
     network = trainer.open(recipe.network.folder, recipe.network.compute_dtype)
-    if out.resolve().is_relative_to(network.folder.resolve()):
-        raise TrainError(
-            f"{out} is inside of the model's folder, which would be copied into itself: "
-            "choose another --out"
-        )
 
     # --- input --------------------------------------------------------------------------------
     loop.micro_batch_rows(recipe.data.rows, 0, mesh)
@@ -153,6 +147,7 @@ def make_network_task(recipe: NetworkRecipe, out: Path) -> TrainingTask:
         evaluate=evaluate,
         write_results=partial(_write_results, trainer, network),
         meter=Meter((0.0, 0.0), 0.0),
+        sources=[network.home],
     )
 
 

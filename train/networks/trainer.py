@@ -1,4 +1,4 @@
-"""Trainers of single networks: what each network says of its data, its loss and its metrics.
+"""Trainers of single networks: the data, loss and metrics of each.
 
 A network's own trainer is one object in its module, named in `task.TRAINERS`. Networks that hear
 speech, and have heads to teach them, are `ClipTrainer`s.

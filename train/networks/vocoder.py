@@ -1,4 +1,4 @@
-"""The vocoder: the loss that teaches it to sound like recordings.
+"""Training of the vocoder: spectral reconstruction and pitch losses, recipe and trainer.
 
     model = vocoder(cfg)
     overrides = dict.fromkeys(FIRST_LAYERS, 2e-4)

@@ -1,4 +1,4 @@
-"""Speech codes and a voice to mel frames, whole or as a stream; see `flow_matching`."""
+"""Speech codes and a voice to mel frames, offline or as a stream; see `flow_matching`."""
 
 from sa2jax.models.flow.flow_matching import Flow, flow_model, unstack_flow
 from sa2jax.models.flow.inputs import KEEP_FRAMES, STEPS, FlowOptions, VoicePrompt

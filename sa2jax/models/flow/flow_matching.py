@@ -1,4 +1,4 @@
-"""Speech codes and a voice to a mel spectrogram: conditional flow matching, whole or as a stream.
+"""Speech codes and a voice to a mel spectrogram: conditional flow matching, offline or streaming.
 
 Source: CosyVoice 2 (arXiv 2412.10117), the official `CausalMaskedDiffWithXvec`: codes → conformer →
 features `mu`; a few Euler steps, with classifier-free guidance, carry noise to mel frames.
@@ -33,7 +33,6 @@ place then.
 """
 
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import jax
@@ -51,9 +50,9 @@ from sa2jax.nn import (
     Linear,
     Params,
     Policy,
-    functional,
     length_mask,
     param,
+    structure_of,
     tap,
     unstack,
 )
@@ -363,20 +362,11 @@ def _concat_ragged(
     return jnp.take_along_axis(line, place, axis=1)
 
 
-@cache
 def flow_model(
     cfg: FlowConfig, policy: Policy | None = None, *, stacked: bool = True
 ) -> Functional[Flow]:
-    """The structure of a config's flow; allocates nothing.
-
-    Args:
-        cfg: sizes.
-        policy: dtypes, float32 by default.
-        stacked: whether layers are stacked [L, ...], as checkpoints have them, or one tree per
-            layer, see `unstack_flow`.
-    """
-    policy = Policy() if policy is None else policy
-    return functional(lambda: Flow(cfg, policy=policy, rngs=nnx.Rngs(0), stacked=stacked))
+    """The structure of a config's flow, see `nn.structure_of`."""
+    return structure_of(Flow, cfg, policy, stacked=stacked)
 
 
 def unstack_flow(params: Params) -> Params:

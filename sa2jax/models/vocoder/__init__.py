@@ -1,4 +1,4 @@
-"""Mel frames to a waveform, whole or as a stream: what a vocoder is, and the HiFT network."""
+"""Mel frames to a waveform, offline or as a stream: the `Vocoder` protocol and HiFT."""
 
 from sa2jax.models.vocoder.base import Vocoder, VocoderSizes, VocoderState
 from sa2jax.models.vocoder.hift import HiFT, vocoder

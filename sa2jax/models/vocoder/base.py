@@ -1,4 +1,4 @@
-"""What speech needs of a vocoder."""
+"""The `Vocoder` protocol: what speech synthesis needs of a vocoder."""
 
 from typing import Any, Protocol
 
@@ -81,7 +81,7 @@ class Vocoder(Protocol):
             mel: new frames, padded on the right.
             frames: new frames of each row. A row without any, unless it is its last, stays as it
                 was.
-            last: whether a row's reply ends here; what was held back is given out.
+            last: whether a row's reply ends here; what was held back is returned.
             noise: see `__call__`; for frames held back and new ones, valid ones first.
             equal_gain: join chunks at an even level; the released ones are 8 % louder there.
 

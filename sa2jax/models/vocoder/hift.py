@@ -24,7 +24,7 @@ from sa2jax.models.vocoder.signal import (
     stft,
 )
 from sa2jax.models.vocoder.stream import HiFTState, vocoder_state, vocoder_step
-from sa2jax.nn import Functional, Linear, Policy, functional, length_mask, param, tap
+from sa2jax.nn import Functional, Linear, Policy, length_mask, param, structure_of, tap
 from sa2jax.speech_config import VocoderConfig
 
 MAX_MAGNITUDE = 100.0
@@ -32,9 +32,8 @@ LAST_SLOPE = 0.01  # of the leaky relu before the last convolution
 
 
 def vocoder(cfg: VocoderConfig, policy: Policy | None = None) -> Functional["HiFT"]:
-    """The vocoder of these sizes, without its numbers."""
-    policy = policy or Policy()
-    return functional(lambda: HiFT(cfg, policy=policy, rngs=nnx.Rngs(0)))
+    """The structure of a config's vocoder, see `nn.structure_of`."""
+    return structure_of(HiFT, cfg, policy)
 
 
 class Upsample(nnx.Module):

@@ -23,7 +23,7 @@ class HiFTState:
     Attributes:
         mel: the last mel frames, valid ones first.
         source: the source of those frames, 24 kHz.
-        speech: their waveform, not given out yet.
+        speech: their waveform, not returned yet.
         frames: how many of these frames are valid; 0 for a stream that has not begun.
         key: random key of each stream; a stream's draws do not depend on its neighbours.
     """
@@ -82,7 +82,7 @@ def vocoder_step(
         mel: new frames (50 Hz), padded on the right; the released chunk has 50.
         frames: new frames of each row; by default all. A row without any, unless it is its last,
             is left as it was.
-        last: whether a row's reply ends here; what was held back is given out, and the row can
+        last: whether a row's reply ends here; what was held back is returned, and the row can
             begin another reply.
         noise: standard normal draws for carried and new frames, valid ones first.
         equal_gain: cross-fade with weights that add up to 1 (hann) instead of the released hamming

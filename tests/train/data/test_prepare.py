@@ -235,12 +235,12 @@ def test_the_model_that_comes_along(talks, tmp_path, monkeypatch):
 # --- what is not usable ---------------------------------------------------------------------------
 
 BAD = {
-    "no JSON": "not JSON",
+    "no JSON": "not valid JSON",
     row(audios=["none.wav"]): "none.wav does not exist",
     row(audios=["talks.jsonl"]): "cannot be read",
     row(audios=["empty.wav"]): "holds no samples",
     row(audios=["short.wav"]): "a recording of 2 samples is too short to be heard",
-    row().replace("<audio>", ""): "0 <audio> in the messages, but 1",
+    row().replace("<audio>", "<audio><audio>"): "2 <audio> in the messages, but 1",
     row(speech=[6561]): "no audio code 6561, expected 0 to 6560",
 }
 
@@ -317,7 +317,7 @@ def test_overwrite(talks, tmp_path):
 def test_overwrite_nothing_else(talks, tmp_path, model):
     with pytest.raises(DataError, match="is no prepared folder, it is not replaced"):
         prepare_dataset([talks], model, overwrite=True)
-    with pytest.raises(CheckpointError, match="already holds something else"):
+    with pytest.raises(CheckpointError, match="which it would be made from"):
         prepare_dataset([talks], talks.parent)
 
 

@@ -67,6 +67,9 @@ def same(one: Sample, other: Sample) -> bool:
 def test_hear(folder):
     (mel,) = load_features(folder / "a.wav", 16)
     np.testing.assert_array_equal(mel, audio.log_mel(audio.load_audio(folder / "a.wav"), n_mels=16))
+    both = np.stack([np.zeros(8000), audio.load_audio(folder / "a.wav")])
+    (other,) = load_features(audio.AudioSource((both, 16_000), channel=1), 16)
+    np.testing.assert_array_equal(other, mel)
     chunks = load_features(folder / "long.wav")
     assert [chunk.shape for chunk in chunks] == [(128, 2502), (128, 102)]
     with pytest.raises(AudioError, match="a recording of 3 samples is too short to be heard"):
@@ -179,7 +182,7 @@ def test_lines_over_blocks(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("no JSON", "not JSON"),
+        ("no JSON", "not valid JSON"),
         (row("<audio>", "a"), "1 <audio> in the messages, but 0"),
         (row("<audio>", "a", ["none.wav"]), "none.wav does not exist"),
         (row("<audio>", "a", ["talks.jsonl"]), "talks.jsonl cannot be read"),

@@ -1,6 +1,7 @@
-"""Adapters in PEFT's files: there and back, refused if more than LoRA, and equal to PEFT's."""
+"""Adapters in PEFT's files: written, merged as PEFT merges them, refused if not understood."""
 
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -10,14 +11,15 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx
+from helpers.qwen2_oracle import qwen2_decoder, released_tensors
 
-from sa2jax import checkpoint, testing
-from sa2jax.convert.rules import expand
-from sa2jax.convert.step_audio2 import llm_rules
+from sa2jax import testing
 from sa2jax.errors import CheckpointError, Sa2jaxError, TrainError
 from sa2jax.models.step_audio import StepAudio2Model, step_audio2
 from sa2jax.nn import Policy, functional
-from sa2jax.train.language.peft import CONFIG, TENSORS, load_adapter, save_adapter, targets_of
+from sa2jax.train.language.peft import PREFIX, TENSORS, save_adapter
+from sa2jax.train.language.peft_config import CONFIG
+from sa2jax.train.language.peft_merge import merge_adapter, read_adapter
 from sa2jax.train.lora import DECODER_MATRICES, add_lora, combine, merge_lora, split_lora
 
 CFG = testing.tiny_config()
@@ -67,21 +69,49 @@ def edit_tensors(folder: Path, change) -> None:
     safetensors.numpy.save_file(tensors, folder / TENSORS)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@cache
+def base() -> dict:
+    return testing.tiny_params(CFG)
+
+
+def merged(folder: Path) -> dict[str, np.ndarray]:
+    """The tensors of the tiny model with an adapter in them, by released name."""
+    return released(merge_adapter(read_adapter(folder), base(), CFG))
+
+
+def released(params) -> dict[str, np.ndarray]:
+    return released_tensors(params, CFG)
+
+
+def changed(found: dict[str, np.ndarray]) -> set[str]:
+    """Names of the tensors that are not those of the base."""
+    return {name for name, array in released(base()).items() if (found[name] != array).any()}
+
+
 @pytest.mark.parametrize("targets", [DECODER_MATRICES, ALL, r"decoder\.layers\.attn\.[qv]"])
-def test_there_and_back_bit_for_bit(tmp_path, targets, dtype):
-    lora = noisy(targets, dtype)
-    save(tmp_path / "adapter", lora)
-    found, rank, alpha = load_adapter(tmp_path / "adapter", step_audio2(CFG))
-    assert (rank, alpha) == (RANK, ALPHA)
-    assert jax.tree.structure(found) == jax.tree.structure(lora)
+def test_what_is_saved_is_merged_as_it_was_trained(tmp_path, targets):
+    lora = noisy(targets)
+    found = merged(save(tmp_path / "adapter", lora))
+    expected = released(merge_lora(combine(base(), lora), ALPHA / RANK))
+    assert len(changed(found)) > 3
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[name], array, atol=1e-5, err_msg=name)
 
-    def same(a, b):
-        return np.testing.assert_array_equal(a, b, strict=True)
 
-    jax.tree.map(same, found, lora)
-    again = split_lora(with_lora(targets_of(found)).abstract)[1]
-    assert jax.tree.structure(again) == jax.tree.structure(lora)
+def test_dtypes_are_kept_and_the_base_is_not_changed(tmp_path):
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), base())
+    before = released(params)
+    folder = save(tmp_path / "adapter", noisy(dtype=jnp.bfloat16))
+    found = merge_adapter(read_adapter(folder), params, CFG)
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(jnp.bfloat16)}
+    for name, array in released(params).items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+def test_int8_matrices_are_not_merged_into(tmp_path):
+    params = {"decoder": {"head": {"kernel": jnp.zeros((4, 4), jnp.int8)}}}
+    with pytest.raises(TrainError, match="cannot be merged into int8"):
+        merge_adapter(read_adapter(save(tmp_path / "adapter")), params, CFG)
 
 
 def test_names_and_shapes_are_pefts(tmp_path):
@@ -118,55 +148,94 @@ def test_target_modules_mean_these_modules_alone(tmp_path, targets, names):
 
 
 def test_some_of_the_matrices(tmp_path):
-    save(tmp_path / "adapter", targets=r"decoder\.layers\.mlp\..*")
-    found, *_ = load_adapter(tmp_path / "adapter", step_audio2(CFG))
-    assert list(found["decoder"]["layers"]) == ["mlp"]
+    found = merged(save(tmp_path / "adapter", targets=r"decoder\.layers\.mlp\..*"))
+    parts = ("gate_proj", "up_proj", "down_proj")
+    assert changed(found) == {f"model.layers.{i}.mlp.{p}.weight" for i in range(2) for p in parts}
 
 
-def test_rank_stabilised_adapters_keep_their_scale(tmp_path):
-    folder = save(tmp_path / "adapter")
-    edit(folder, use_rslora=True)
-    _, rank, alpha = load_adapter(folder, with_lora())
-    assert alpha / rank == pytest.approx(ALPHA / RANK**0.5)
+RECORDED = sorted(p.name for p in (Path(__file__).parents[2] / "golden" / "peft").iterdir())
 
 
-def test_the_adapters_own_name_may_be_in_the_way(tmp_path):
-    folder = save(tmp_path / "adapter")
+@pytest.mark.parametrize("kind", RECORDED)
+def test_merged_as_peft_merges(kind):
+    """Every tensor that PEFT changed, and no other."""
+    folder = Path(__file__).parents[2] / "golden" / "peft" / kind
+    found = merged(folder)
+    with np.load(folder / "merged.npz") as file:
+        expected = dict(file)
+    assert changed(found) == set(expected)
+    for name, array in expected.items():
+        rows = [5, 500] if "embed_tokens" in name else slice(3)
+        np.testing.assert_allclose(found[name][rows], array, atol=2e-6, err_msg=name)
+
+
+SPELLINGS = {  # some versions keep the adapter's own name, and what wraps a module
+    "rslora": (".lora_A.weight", ".lora_A.default.weight"),
+    "dora": (".lora_magnitude_vector", ".lora_magnitude_vector.default.weight"),
+    "modules_to_save": ("model.norm.", "model.norm.modules_to_save.default."),
+    "bias_all": (".base_layer.bias", ".bias"),
+}
+
+
+@pytest.mark.parametrize("kind", SPELLINGS)
+def test_other_spellings_of_names(tmp_path, kind):
+    old, new = SPELLINGS[kind]
+    recorded = Path(__file__).parents[2] / "golden" / "peft" / kind
+    shutil.copytree(recorded, tmp_path / kind)
 
     def rename(tensors):
-        for name in list(tensors):
-            tensors[name.replace(".weight", ".default.weight")] = tensors.pop(name)
+        for name in [n for n in tensors if old in n]:
+            tensors[name.replace(old, new)] = tensors.pop(name)
 
-    edit_tensors(folder, rename)
-    found, *_ = load_adapter(folder, step_audio2(CFG))
-    jax.tree.map(np.testing.assert_array_equal, found, noisy())
+    edit_tensors(tmp_path / kind, rename)
+    expected = merged(recorded)
+    for name, array in merged(tmp_path / kind).items():
+        np.testing.assert_array_equal(array, expected[name])
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"use_dora": True}, "use_dora=True"),
-        ({"bias": "lora_only"}, "bias='lora_only'"),
-        ({"lora_bias": True}, "lora_bias=True"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save="),
-        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern="),
-        ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern="),
-        ({"layers_to_transform": [1]}, "layers_to_transform="),
-        ({"layer_replication": [[0, 1]]}, "layer_replication="),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out=True"),
-        ({"trainable_token_indices": [7]}, "trainable_token_indices="),
-        ({"init_lora_weights": "pissa_niter_4"}, "changes the base"),
-        ({"peft_type": "IA3"}, "expected peft_type 'LORA', got 'IA3'"),
-        ({"r": 0}, "expected r >= 1"),
-        ({"lora_alpha": "16"}, "a number lora_alpha"),
-    ],
-)
-def test_more_than_lora_is_refused_by_name(tmp_path, changes, message):
+def test_a_convolution_is_merged_tap_by_tap(tmp_path, rng):
+    folder, at = save(tmp_path / "adapter"), f"{PREFIX}adapter.conv"
+    edit(folder, target_modules=["adapter.conv"])
+    outputs, inputs, taps = released(base())["adapter.conv.weight"].shape
+    a = rng.standard_normal((RANK, inputs, taps)).astype(np.float32)
+    b = rng.standard_normal((outputs, RANK, 1)).astype(np.float32)
+
+    def replace_all(tensors):
+        tensors.clear()
+        tensors |= {f"{at}.lora_A.weight": a, f"{at}.lora_B.weight": b}
+
+    edit_tensors(folder, replace_all)
+    change = merged(folder)["adapter.conv.weight"] - released(base())["adapter.conv.weight"]
+    expected = ALPHA / RANK * np.einsum("or,rik->oik", b[:, :, 0], a)
+    np.testing.assert_allclose(change, expected, atol=1e-5)
+
+
+def test_modules_of_which_there_are_no_matrices_are_missed(tmp_path):
+    folder = save(tmp_path / "adapter", targets=r"decoder\.layers\.attn\.q")
+    edit(folder, target_modules=["q_proj", "v_proj"])
+    with pytest.raises(CheckpointError, match=r"4 missing tensors: .*v_proj\.lora_A"):
+        merged(folder)
+    edit(folder, target_modules=["v_proj"])
+    with pytest.raises(CheckpointError, match=r"4 unknown tensors: .*q_proj\.lora_A"):
+        merged(folder)
+
+
+def test_settings_that_change_nothing_are_passed_over(tmp_path):
     folder = save(tmp_path / "adapter")
-    edit(folder, **changes)
-    with pytest.raises(TrainError) as found:
-        load_adapter(folder, step_audio2(CFG))
-    assert message in str(found.value)
+    expected = merged(folder)
+    edit(
+        folder,
+        peft_version="0.21.2",
+        megatron_core="megatron.core",
+        qalora_group_size=16,
+        loftq_config={},
+        eva_config={"rho": 2.0},
+        init_lora_weights="orthogonal",
+        something_new=None,
+        another=False,
+    )
+    for name, array in merged(folder).items():
+        np.testing.assert_array_equal(array, expected[name])
 
 
 def drop(end: str):
@@ -182,13 +251,21 @@ def add(name: str, *shape: int):
 
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
+QA = f"{Q}.lora_A.weight"
 
 
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
         (lambda f: (f / CONFIG).unlink(), TrainError, f"no {CONFIG} in"),
-        (lambda f: (f / CONFIG).write_text("{}"), TrainError, "is damaged (KeyError('peft_type'))"),
+        (
+            lambda f: (f / CONFIG).write_text("{}"),
+            TrainError,
+            "expected peft_type 'LORA', got None",
+        ),
+        (lambda f: (f / CONFIG).write_text("{"), TrainError, "is damaged"),
+        (lambda f: (f / CONFIG).write_text("[" * 9**6), TrainError, "is damaged"),
+        (lambda f: (f / CONFIG).write_text("[]"), TrainError, "expected peft_type 'LORA', got []"),
         (lambda f: (f / TENSORS).unlink(), TrainError, "expected an adapter saved by PEFT"),
         (lambda f: (f / TENSORS).rename(f / "adapter_model.bin"), TrainError, "as safetensors"),
         (lambda f: (f / TENSORS).write_bytes(b"x" * 20), TrainError, "is damaged"),
@@ -200,6 +277,23 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
         ),
         (drop("layers.1.self_attn.q_proj.lora_A.weight"), CheckpointError, "1 missing tensors"),
         (drop("o_proj.lora_B.weight"), CheckpointError, "2 missing tensors"),
+        (drop("layers.1.mlp.up_proj.lora_B.weight"), CheckpointError, "1 missing tensors"),
+        (add("base_model.model.model.norm.weight", 31), CheckpointError, "expected [32], got [31]"),
+        (
+            lambda f: edit(f, modules_to_save=["lm_head"]),
+            CheckpointError,
+            "1 missing tensors: base_model.model.lm_head.weight",
+        ),
+        (
+            lambda f: edit(f, trainable_token_indices=[512]),
+            CheckpointError,
+            "trainable_token_indices are not 1 rows of 512",
+        ),
+        (
+            lambda f: edit_tensors(f, lambda t: t.update({QA: t[QA] * np.nan})),
+            TrainError,
+            "model.layers.0.self_attn.q_proj.weight is not finite",
+        ),
         (add(f"{Q}.lora_A.weight", 4, 32), CheckpointError, "expected [3, 32], got [4, 32]"),
         (lambda f: edit(f, r=5), CheckpointError, "wrong shape"),
     ],
@@ -208,7 +302,7 @@ def test_damaged_adapters(tmp_path, damage, error, message):
     folder = save(tmp_path / "adapter")
     damage(folder)
     with pytest.raises(error) as found:
-        load_adapter(folder, step_audio2(CFG))
+        merged(folder)
     assert message in str(found.value)
 
 
@@ -242,30 +336,9 @@ def test_an_adapter_is_not_overwritten_unasked(tmp_path):
 def qwen():
     """The tiny decoder as a model of transformers, and `peft`."""
     reason = "compares with peft: install torch, transformers and peft"
-    torch = pytest.importorskip("torch", reason=reason)
-    transformers = pytest.importorskip("transformers", reason=reason)
-    pytest.importorskip("peft", reason=reason)
-    d = CFG.decoder
-    config = transformers.Qwen2Config(
-        vocab_size=d.vocab,
-        hidden_size=d.embed,
-        intermediate_size=d.mlp,
-        rope_theta=d.rope_theta,
-        num_hidden_layers=d.layers,
-        num_attention_heads=d.heads,
-        num_key_value_heads=d.kv_heads,
-        tie_word_embeddings=False,
-    )
-    config._attn_implementation = "eager"
-    leaves = checkpoint.flatten(testing.tiny_params(CFG))
-    state = {}
-    for p in expand(llm_rules(CFG), {name: leaf.shape for name, leaf in leaves.items()}):
-        leaf = leaves[p.leaf] if p.layer is None else leaves[p.leaf][p.layer]
-        if p.leaf.startswith("decoder."):
-            state[p.sources[0]] = torch.from_numpy(np.array(p.rule.inverse(np.asarray(leaf))[0]))
-    model = transformers.Qwen2ForCausalLM(config).eval()
-    model.load_state_dict(state)
-    return model
+    for package in ("torch", "transformers", "peft"):
+        pytest.importorskip(package, reason=reason)
+    return qwen2_decoder(CFG, attn_implementation="eager")
 
 
 IDS = np.random.default_rng(0).integers(0, 512, (2, 11))
@@ -278,33 +351,44 @@ def theirs(model) -> np.ndarray:
         return model(torch.from_numpy(IDS)).logits.numpy()
 
 
-def ours(lora, scale: float) -> np.ndarray:
-    params = merge_lora(combine(testing.tiny_params(CFG), lora), scale)
+def ours(params) -> np.ndarray:
     net = step_audio2(CFG).bind(params)
     return np.asarray(net.decoder.logits(net(IDS)[0]))
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("stabilised", [False, True])
-def test_merged_logits_equal_those_of_peft(qwen, tmp_path, stabilised):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"bias": "all"},
+        {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"o_proj": 9}},
+        {"modules_to_save": ["lm_head", "model.norm", "input_layernorm"]},
+        {"layers_to_transform": [1]},
+        {"target_modules": r".*\.1\..*(q|down)_proj"},
+        {"target_modules": ["embed_tokens", "up_proj", "lm_head"]},
+    ],
+    ids=str,
+)
+def test_merged_logits_equal_those_of_peft(qwen, tmp_path, options):
     import peft
     import torch
 
     names = ["q_proj", "v_proj", "o_proj", "up_proj"]
-    config = peft.LoraConfig(
-        r=4, lora_alpha=6, target_modules=names, use_rslora=stabilised, task_type="CAUSAL_LM"
-    )
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": names, "task_type": "CAUSAL_LM"}
     plain = theirs(qwen)
-    model = peft.get_peft_model(qwen, config).eval()
+    model = peft.get_peft_model(qwen, peft.LoraConfig(**settings | options)).eval()
     torch.manual_seed(0)
-    for name, value in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(value, std=0.2)
+    for value in model.parameters():
+        if value.requires_grad:
+            value.data += 0.2 * torch.randn_like(value)
     model.save_pretrained(tmp_path / "adapter")
-    lora, rank, alpha = load_adapter(tmp_path / "adapter", step_audio2(CFG))
+    params = merge_adapter(read_adapter(tmp_path / "adapter"), base(), CFG)
     expected = theirs(model)
     assert np.abs(expected - plain).max() > 0.5
-    np.testing.assert_allclose(ours(lora, alpha / rank), expected, atol=2e-3)
+    np.testing.assert_allclose(ours(params), expected, atol=2e-3)
 
 
 @pytest.mark.oracle
@@ -312,6 +396,6 @@ def test_peft_reads_what_we_write(qwen, tmp_path):
     import peft
 
     save(tmp_path / "adapter")
-    expected = ours(noisy(), ALPHA / RANK)
+    expected = ours(merge_lora(combine(base(), noisy()), ALPHA / RANK))
     model = peft.PeftModel.from_pretrained(qwen, str(tmp_path / "adapter")).eval()
     np.testing.assert_allclose(theirs(model), expected, atol=2e-3)

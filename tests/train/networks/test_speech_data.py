@@ -65,6 +65,17 @@ def test_what_is_kept(low):
     assert reasons == ["silence", 'expected "text" to be text, got 3']
 
 
+def test_the_channel_that_is_heard(tmp_path):
+    wave = tone(0.5, rate=16_000, frequency=200)
+    soundfile.write(tmp_path / "a.wav", np.stack([wave * 0, wave], axis=1), 16_000)
+    with pytest.raises(DataError, match="silence"):
+        prepare_speech([tmp_path / "a.wav"], tmp_path / "none", channel=0)
+    prepare_speech([tmp_path / "a.wav"], tmp_path / "one", channel=1)
+    data = ClipData(ClipConfig(folder=tmp_path / "one", rows=1, shuffle=False, epochs=1), seed=0)
+    (batch,) = data
+    np.testing.assert_allclose(batch.sound[0, :8000], wave, atol=1e-4)
+
+
 def test_clips_come_padded(low):
     config = ClipConfig(folder=low[0], rows=2, buckets=(60, 80), shuffle=False, epochs=1)
     data = ClipData(config, seed=0)

@@ -100,7 +100,7 @@ def test_several_processes_are_refused(converted_detokenizer, tmp_path, monkeypa
     recipe = FlowRecipe(network=spec, data=FlowDataConfig(folder="none"))
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(TrainError, match="2 processes: a single network is trained by one"):
-        make_network_task(recipe, tmp_path / "run")
+        make_network_task(recipe)
 
 
 @pytest.mark.parametrize(
