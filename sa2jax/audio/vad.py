@@ -105,8 +105,12 @@ class SpeechDetector:
         frames, contexts = [], []
         for block, context in zip(blocks, state.context, strict=True):
             joined = np.concatenate([context, block], dtype=np.float32)
-            windows = np.lib.stride_tricks.sliding_window_view(joined, CONTEXT + FRAME)[::FRAME]
-            frames.append(windows if len(block) else joined.reshape(0, 0))
+            if len(block):
+                frames.append(
+                    np.lib.stride_tricks.sliding_window_view(joined, CONTEXT + FRAME)[::FRAME]
+                )
+            else:
+                frames.append(np.zeros((0, CONTEXT + FRAME), np.float32))
             contexts.append(joined[len(joined) - CONTEXT :])
         hidden, cell = state.hidden.copy(), state.cell.copy()
         found = self._network(frames, hidden, cell)
