@@ -1,16 +1,16 @@
 """The voice activity detection that comes with the library, from the released ONNX file.
 
-    pip download --no-deps silero-vad==6.2.3 && unzip silero_vad-*.whl
-    python -c 'from sa2jax.convert.silero_vad import convert_silero_vad as convert; \
-        convert("silero_vad/data/silero_vad_16k_op15.onnx", "sa2jax/assets/silero_vad/model.safetensors")'
+    # pip download --no-deps silero-vad==6.2.3 && unzip silero_vad-*.whl
+    convert_silero_vad("silero_vad/data/silero_vad_16k_op15.onnx", assets.SILERO_VAD)
 
-The `.safetensors` beside it in the package are the numbers of another training.
+The `.safetensors` beside it in that package are the numbers of another training.
 """
 
 import os
+from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from sa2jax.atomic_io import new_file
 from sa2jax.audio.features import hann
@@ -41,9 +41,7 @@ TENSORS: dict[str, tuple[int, ...]] = {
 }
 
 
-def convert_silero_vad(
-    source: str | os.PathLike[str], out: str | os.PathLike[str]
-) -> dict[str, np.ndarray]:
+def convert_silero_vad(source: str | os.PathLike[str], out: str | Path) -> dict[str, np.ndarray]:
     """Write the file of `audio.silero` from `silero_vad_16k_op15.onnx`, release 6.
 
     Args:
@@ -72,7 +70,8 @@ def convert_silero_vad(
             "silero-vad 6"
         )
     with new_file(out) as temp:
-        save_file(tensors, temp, {"source": "silero_vad_16k_op15.onnx"})  # one: a file has no order
+        # One entry of metadata: of several, the order would not be the same each time.
+        temp.write_bytes(save(tensors, {"source": "silero_vad_16k_op15.onnx"}))
     return tensors
 
 

@@ -1,4 +1,4 @@
-"""Long recordings cut at pauses into clips that the model hears one by one, and what is no speech."""
+"""Long recordings cut at pauses into clips that are heard one by one, and what is no speech."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

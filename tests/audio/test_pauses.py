@@ -1,4 +1,4 @@
-"""Long recordings are cut at pauses, whatever blocks they come in; what is no speech is left out."""
+"""Long recordings are cut at pauses, whatever blocks they come in; non-speech is left out."""
 
 import tracemalloc
 
@@ -34,7 +34,7 @@ def test_pauses_end_clips(level, gain):
     """In a silent room, in one that is not, in a loud one; of who is quiet."""
     lengths = [4, 10, 3, 15]
     x = np.concatenate([part for n in lengths for part in (voice(n, n), room(1))])
-    found = spans((x * np.float32(gain) + room(len(x) / RATE, level)))
+    found = spans(x * np.float32(gain) + room(len(x) / RATE, level))
     starts = np.cumsum([0, 5, 11, 4])
     assert len(found) == 4
     for (begin, end), start, length in zip(found, starts, lengths, strict=True):
