@@ -117,7 +117,7 @@ class TurnSettings:
     """What is speech, and how long one waits. Frames are of 32 ms: times are rounded up to them.
 
     Attributes:
-        threshold: probability from which on a frame is speech, until it is below that less 0.15.
+        threshold: probability from which on a frame is speech; below that less 0.15, it is over.
         prefix_padding_ms: sound before the speech that belongs to a turn.
         silence_duration_ms: the silence that ends a turn.
         min_speech_ms: of speech before it is told of.
@@ -293,7 +293,7 @@ class TurnDetector:
     def reset(self) -> None:
         """Forget a turn that has begun: its sound was cleared, or taken as it is. Time goes on."""
         self._tracker.reset()
-        self._turn_end = self._now
+        self._turn_end, self._speech_end = self._now, None
 
     @property
     def _now(self) -> int:

@@ -69,6 +69,12 @@ def test_it_is_told_at_once():
         ([(0.45, 960)], {}, []),
         ([(YES, 320), (0.6, 960)], {"threshold": 0.8}, [SpeechStarted(0), SpeechStopped(832, 320)]),
         ([(0.45, 960)], {"threshold": 0.4}, [SpeechStarted(0)]),
+        # A low one is no trap: half of it ends speech.
+        (
+            [(0.1, 320), (0.04, 960)],
+            {"threshold": 0.1},
+            [SpeechStarted(0), SpeechStopped(832, 320)],
+        ),
         (
             [(YES, 320), (NO, 32)],
             {"silence_duration_ms": 0},
@@ -172,6 +178,16 @@ def test_an_early_answer_to_a_later_turn_is_no_pause():
     before = detector.silence_ms
     pauses_of(detector)  # seconds later
     assert detector.silence_ms < before
+
+
+def test_sound_that_was_taken_is_no_pause():
+    detector = TurnDetector(TurnSettings.semantic_vad())
+    pauses_of(detector)
+    detector.push_probabilities(frames((NO, 9600)))
+    before = detector.silence_ms
+    detector.reset()
+    detector.push_probabilities(frames((YES, 640)))
+    assert detector.silence_ms == before
 
 
 @pytest.mark.parametrize("eagerness", ["low", "medium", "high", "auto"])
