@@ -30,7 +30,7 @@ class Engine:
     def __init__(self, *reasons: str):
         self.reasons, self.indices, self.sizes, self.options = reasons, [], [], []
 
-    def generate(self, requests, options, *, prompt_indices, decode_text):
+    def generate(self, requests, options, *, prompt_indices, decode_text, progress):
         self.indices += prompt_indices
         self.sizes.append(len(requests))
         self.options.append(options)

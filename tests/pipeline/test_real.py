@@ -208,7 +208,8 @@ def test_memory_of_many_spoken_turns_is_flat(model):
         speakers |= {t for t in threading.enumerate() if t.name == "sa2jax-synthesis"}
         used.append(resident_megabytes())
     assert len(speakers) == 1
-    assert max(used[60:]) - max(used[:60]) < 40  # by then every size of the cache was seen
+    # By then every size of the cache was seen; an arena of each cancelled reply would be 300 MB.
+    assert max(used[60:]) - max(used[:60]) < 120
 
 
 def test_spoken_tasks(model):
