@@ -165,7 +165,6 @@ SHARDED = """
     import jax, numpy as np
     from sa2jax.inference.requests import GenerationConfig, Request
     from sa2jax.inference.programs import TRACES
-    from sa2jax.inference.prefix_cache import PrefixCache
     from sa2jax.pipeline import StepAudio2
 
     def replies(model, block):
@@ -174,7 +173,7 @@ SHARDED = """
         ids = rng.integers(0, 256, 40).astype(np.int32)
         heard = Request(ids, (mel,), (3,), (12,))
         prompts = [heard, Request(ids), Request(ids[:5]), heard]
-        model.engine.block = block
+        model.engine.scheduler.block = block
         options = GenerationConfig(max_new_tokens=12)
         stopped = GenerationConfig(max_new_tokens=12, stop_strings=("none of these",))
         made = [model.engine.generate(prompts, options)]
@@ -185,11 +184,11 @@ SHARDED = """
     def converse(model):
         # Three turns; each but the first goes on from a cache.
         rng = np.random.default_rng(1)
-        session, ids, made = PrefixCache(model.engine), rng.integers(0, 256, 40), []
+        ids, made = rng.integers(0, 256, 40), []
         for turn in range(3):
             mel = rng.standard_normal((model.cfg.audio_encoder.mels, 100), np.float32)
             request = Request(ids.astype(np.int32), (mel,), (len(ids) - 15,), (12,))
-            blocks = session.reply(request, GenerationConfig(max_new_tokens=12))
+            blocks = model.engine.submit(request, GenerationConfig(max_new_tokens=12))
             made.append([i for block in blocks for i in block])
             ids = np.concatenate([ids, made[-1], rng.integers(0, 256, 30)])
         return made
