@@ -127,7 +127,12 @@ class Engine:
         return found
 
     def submit(
-        self, request: Request, options: GenerationConfig, *, prompt_index: int = 0
+        self,
+        request: Request,
+        options: GenerationConfig,
+        *,
+        prompt_index: int = 0,
+        conversation: object | None = None,
     ) -> Generation:
         """Continue the prompt of a conversation, whose next prompt reads only what is new.
 
@@ -135,6 +140,8 @@ class Engine:
             request: the whole conversation up to here.
             options: how to continue it; `samples` must be 1. Stop strings are the caller's to see.
             prompt_index: what is drawn depends on it and on the seed.
+            conversation: something that stands for the conversation and lives as long; without it
+                prompts are told apart by what they say.
 
         Raises:
             PromptError: for a prompt that does not fit the model, see `generate`.
@@ -142,7 +149,14 @@ class Engine:
         if options.samples != 1:
             raise PromptError("a conversation has one reply: expected samples=1")
         self._check(request, options, prompt_index)
-        reply = Generation(request, options, prompt_index=prompt_index, keep=True, wake=self._wake)
+        reply = Generation(
+            request,
+            options,
+            prompt_index=prompt_index,
+            keep=True,
+            conversation=conversation,
+            wake=self._wake,
+        )
         self._submit([reply])
         return reply
 

@@ -21,6 +21,8 @@ class Generation(Iterator[list[int]]):
         prompt_index: what is drawn depends on it, the seed and the next.
         sample_index: number of the reply to the prompt.
         keep: whether the conversation goes on: what was read is kept for the next prompt.
+        conversation: something that stands for it, if it is known: its row is gone on with also
+            where most of it was undone, and is free for others once this is no more.
         decode_text: ids to text, needed for stop strings.
         wake: called when it is cancelled.
 
@@ -38,10 +40,12 @@ class Generation(Iterator[list[int]]):
         prompt_index: int = 0,
         sample_index: int = 0,
         keep: bool = False,
+        conversation: object | None = None,
         decode_text: DecodeText | None = None,
         wake: Callable[[], None] = lambda: None,
     ):
-        self.request, self.options, self.keep = request, options, keep
+        self.request, self.options = request, options
+        self.keep, self.conversation = keep, conversation
         self.prompt_index, self.sample_index = prompt_index, sample_index
         self.ids: list[int] = []
         self.prefilled = 0

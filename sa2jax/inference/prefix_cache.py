@@ -6,6 +6,8 @@ prompt read only what differs. No bookkeeping of conversations is needed for tha
 """
 
 import hashlib
+import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -34,6 +36,7 @@ class Row:
         keys: what stands at each position whose keys and values it holds, see `position_keys`.
         busy: whether a reply uses it.
         keep: whether a conversation may go on from it: it is evicted last.
+        owner: that conversation, if it is known; it is not kept alive.
         last_used: when, as a count.
     """
 
@@ -41,7 +44,13 @@ class Row:
     keys: Keys = field(default_factory=_no_keys)
     busy: bool = False
     keep: bool = False
+    owner: weakref.ref[object] | None = None
     last_used: int = 0
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether a conversation may go on from it still."""
+        return self.keep and (self.owner is None or self.owner() is not None)
 
 
 @dataclass(frozen=True)
@@ -78,47 +87,74 @@ class PrefixCache:
             self.rows = []
         self.rows += [Row(index) for index in range(len(self.rows), count)]
 
-    def place(self, keys: Keys, part_of: Callable[[int], int]) -> Placement | None:
+    def place(
+        self, keys: Keys, conversation: object | None, part_of: Callable[[int], int]
+    ) -> Placement | None:
         """A row for a prompt; None if all are busy.
 
         The last position is always read: its hidden state chooses the first token.
 
         Args:
             keys: of the prompt.
+            conversation: what it belongs to, if that is known.
             part_of: the part of the devices that holds a row: rows are copied within one.
         """
         free = [row for row in self.rows if not row.busy]
         if not free:
             return None
         common = {row.index: common_prefix(row.keys, keys[:-1]) for row in self.rows}
-        # Of several equals the one used longest ago.
-        best = min(self.rows, key=lambda row: (-common[row.index], row.busy, row.last_used))
-        known = common[best.index]
-        if not best.busy and known and 2 * known >= len(best.keys):
-            # It goes on, or its end was undone or cut.
-            return Placement(best, known, None, evicts=False)
-        target = min(free, key=lambda row: (row.keep, len(row.keys) > 0, row.last_used))
-        evicts = target.keep
-        if target is best:
-            return Placement(target, known, None, evicts)
-        alike = part_of(target.index) == part_of(best.index)
-        if known >= MIN_COPY and alike:
-            return Placement(target, known, best, evicts)
-        return Placement(target, common[target.index], None, evicts)
 
-    def take(self, row: Row, keys: Keys, *, keep: bool) -> None:
+        def known(row: Row) -> int:
+            return common[row.index]
+
+        target = max(
+            (row for row in free if _goes_on(row, conversation, known(row))),
+            key=lambda row: (known(row), -row.last_used),
+            default=None,
+        )
+        goes_on = target is not None
+        if target is None:
+            load = Counter(part_of(row.index) for row in self.rows if row.busy)
+            target = min(
+                free,
+                key=lambda row: (
+                    row.is_kept,
+                    load[part_of(row.index)],
+                    len(row.keys) > 0,
+                    row.last_used,
+                ),
+            )
+        alike = [row for row in self.rows if part_of(row.index) == part_of(target.index)]
+        source = max(alike, key=known)
+        evicts = target.is_kept and not goes_on
+        if known(source) - known(target) >= MIN_COPY:
+            return Placement(target, known(source), source, evicts)
+        return Placement(target, known(target), None, evicts)
+
+    def take(self, row: Row, keys: Keys, conversation: object | None, *, keep: bool) -> None:
         """A reply begins to use a row that holds these positions."""
         self._clock += 1
         row.busy, row.keep, row.keys, row.last_used = True, keep, keys, self._clock
+        row.owner = None if conversation is None else weakref.ref(conversation)
 
     def forget(self, row: Row) -> None:
         """A row no longer holds what it held."""
-        row.keys, row.keep = _no_keys(), False
+        row.keys, row.keep, row.owner = _no_keys(), False, None
 
     @property
     def is_disposable(self) -> bool:
         """Whether nothing is under way and no conversation may go on."""
-        return not any(row.busy or row.keep for row in self.rows)
+        return not any(row.busy or row.is_kept for row in self.rows)
+
+
+def _goes_on(row: Row, conversation: object | None, known: int) -> bool:
+    """Whether a prompt goes on from what a row holds, or from an earlier point of it.
+
+    Without a conversation that tells, it does if most of the row is its beginning.
+    """
+    if conversation is not None:
+        return row.owner is not None and row.owner() is conversation
+    return row.owner is None and known > 0 and 2 * known >= len(row.keys)
 
 
 def position_keys(request: Request, *, parity: bool) -> Keys:

@@ -197,7 +197,8 @@ def prefill_chunk(
         cache_is_empty=cache_is_empty,
     )
     assert grown is not None
-    cache = state.cache.put_window(rows, grown, start, batch.ids.shape[1])
+    steps, valid = batch.ids.shape[1], batch.lengths > 0
+    cache = state.cache.put_window(rows, grown, start, steps, valid)
     last = hidden[jnp.arange(len(hidden)), jnp.maximum(batch.lengths - 1, 0)]
     return _pinned(replace(state, cache=cache)), shard(last, None, None)
 
@@ -327,7 +328,8 @@ def copy_rows(state: DecodeState, source: Int[Array, "P"], target: Int[Array, "P
     cache = state.cache
     taken = cache.take_rows(source, cache.size)
     start = jnp.zeros_like(target)
-    return _pinned(replace(state, cache=cache.put_window(target, taken, start, cache.size)))
+    cache = cache.put_window(target, taken, start, cache.size, source != target)
+    return _pinned(replace(state, cache=cache))
 
 
 def empty_state(model: Functional[StepAudio2Model], *, rows: int, slots: int) -> DecodeState:

@@ -194,18 +194,19 @@ class Scheduler:
         limit = min(options.max_new_tokens, request.max_new_tokens or room, room)
         if not self.cache.rows:
             self.reserve(min(len(self._waiting), self.max_rows), MIN_SLOTS)
-        place = self.cache.place(keys, self.runner.part_of)
+        place = self.cache.place(keys, generation.conversation, self.runner.part_of)
         if (place is None or place.evicts) and self.runner.rows < self.max_rows:
             wanted = len(self._replies) + len(self._waiting)
             rows = max(2 * self.runner.rows, 1 << (wanted - 1).bit_length())
             self.reserve(min(rows, self.max_rows), MIN_SLOTS)
-            place = self.cache.place(keys, self.runner.part_of)
+            place = self.cache.place(keys, generation.conversation, self.runner.part_of)
         if place is None:
             return False
         self.reserve(self.runner.rows, max(len(keys) + limit, MIN_SLOTS))
         if place.source is not None:
             self.runner.copy_row(place.source.index, place.row.index)
-        self.cache.take(place.row, keys[: place.known], keep=generation.keep)
+        known = keys[: place.known]
+        self.cache.take(place.row, known, generation.conversation, keep=generation.keep)
         spans = enumerate(zip(request.starts, request.counts, strict=True))
         unheard = [n for n, (start, count) in spans if start + count > place.known]
         generation.prefilled = len(keys) - place.known

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from sa2jax.attention.base import CACHE_AXES, Mask
 from sa2jax.attention.dispatch import attention, cached_attention, implementation_of
@@ -100,7 +100,12 @@ class KVCache:
         return replace(self._map_arrays(take), length=jnp.zeros_like(rows))
 
     def put_window(
-        self, rows: Int[Array, "P"], other: Self, start: Int[Array, "P"], count: int
+        self,
+        rows: Int[Array, "P"],
+        other: Self,
+        start: Int[Array, "P"],
+        count: int,
+        valid: Bool[Array, "P"],
     ) -> Self:
         """The same cache with slots of another, which has a row for each part.
 
@@ -109,20 +114,23 @@ class KVCache:
             other: what `take_rows` gave, changed.
             start: the first slot that differs.
             count: how many may differ; the slots before a window that would not fit are equal.
+            valid: parts in which something is put.
         """
 
         def put(x: Array, new: Array) -> Array:
             axes = CACHE_AXES[: x.ndim]
             slots = min(count, new.shape[3])
 
-            def own(x, new, row, start):
+            def own(x, new, row, start, valid):
                 first = jnp.minimum(start[0], new.shape[3] - slots)
                 sizes = (*new.shape[:3], slots, *new.shape[4:])
                 window = jax.lax.dynamic_slice(new, (0, 0, 0, first, 0)[: x.ndim], sizes)
                 at = (0, row[0], 0, first, 0)[: x.ndim]
-                return jax.lax.dynamic_update_slice(x, window, at)
+                old = jax.lax.dynamic_slice(x, at, sizes)
+                return jax.lax.dynamic_update_slice(x, jnp.where(valid[0], window, old), at)
 
-            return per_device(own, (axes, axes, ("batch",), ("batch",)), axes)(x, new, rows, start)
+            each = ("batch",)
+            return per_device(own, (axes, axes, each, each, each), axes)(x, new, rows, start, valid)
 
         scales = None
         if self.scales is not None and other.scales is not None:

@@ -49,6 +49,7 @@ class AnswerStep:
         options: GenerationConfig,
         *,
         number: int,
+        conversation: object | None = None,
         speaker: BackgroundReply | None = None,
     ) -> Generator[ReplyPiece]:
         """Generate tokens, and synthesise speech at the same time.
@@ -57,10 +58,11 @@ class AnswerStep:
             engine: generates them.
             request: the prompt: the conversation up to here.
             options: sampling and limits.
-            number: see `Engine.submit`.
+            number: the prompt's index, see `Engine.submit`.
+            conversation: likewise.
             speaker: synthesises the audio codes; None for a written answer.
         """
-        made = engine.submit(request, options, prompt_index=number)
+        made = engine.submit(request, options, prompt_index=number, conversation=conversation)
         try:
             finish_reason: FinishReason | None = None
             for ids in made:
@@ -136,10 +138,16 @@ class ThinkingStep:
         self._utf8, self._before = Utf8Stream(tokenizer), MarkerFilter(THINK_END)
 
     def run(
-        self, engine: Engine, request: Request, options: GenerationConfig, *, number: int
+        self,
+        engine: Engine,
+        request: Request,
+        options: GenerationConfig,
+        *,
+        number: int,
+        conversation: object | None = None,
     ) -> Generator[ReplyPiece]:
         """Generate up to `</think>`, or the limit."""
-        made = engine.submit(request, options, prompt_index=number)
+        made = engine.submit(request, options, prompt_index=number, conversation=conversation)
         try:
             for ids in made:
                 self.generated_tokens += len(ids)

@@ -184,7 +184,12 @@ class Stream(Iterator[ReplyPiece]):
                 )
                 speaker = BackgroundReply(reply)
             pieces = step.run(
-                chat.engine, request, self._options, number=self._number, speaker=speaker
+                chat.engine,
+                request,
+                self._options,
+                number=self._number,
+                conversation=chat,
+                speaker=speaker,
             )
             fresh = True
             try:
@@ -221,7 +226,13 @@ class Stream(Iterator[ReplyPiece]):
         thinking = ThinkingStep(self._chat.model.tokenizer)
         request = self._request(template.think_turn())
         try:
-            yield from thinking.run(self._chat.engine, request, self._options, number=self._number)
+            yield from thinking.run(
+                self._chat.engine,
+                request,
+                self._options,
+                number=self._number,
+                conversation=self._chat,
+            )
         finally:
             self._thoughts.append(thinking.text)
             self._prompt_tokens += thinking.prefilled

@@ -163,7 +163,11 @@ def prefill(spec: Spec, mesh: Where) -> Work:
     """Prompts of `length` tokens, read at once: one in each part of the data axis."""
     model, weights = _model(spec, mesh)
     parts, length = batch_axis_size(mesh), spec.length
-    spec = replace(spec, batch=-(-spec.batch // parts) * parts)
+    if spec.batch != parts:
+        raise PlanError(
+            f"--batch {spec.batch}: expected {parts}; a prompt is read at a time, or one in each "
+            "part of a mesh's data axis"
+        )
     state = programs.abstract_state(model, mesh, rows=spec.batch, slots=length)
     embed = config(spec).decoder.embed
     batch = programs.Batch(

@@ -59,7 +59,7 @@ class Script:
             self.replies.append((list(ids), finish_reason))
         return self
 
-    def submit(self, request, options, *, prompt_index=0) -> "ScriptedReply":
+    def submit(self, request, options, *, prompt_index=0, conversation=None) -> "ScriptedReply":
         """Stands in for `Engine.submit`."""
         self.prompts.append(request.ids.tolist())
         self.requests.append(request)

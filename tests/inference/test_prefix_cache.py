@@ -1,5 +1,6 @@
 """A conversation's cache: what was read stays read, whatever the conversation does."""
 
+import gc
 import threading
 from collections import Counter
 from dataclasses import replace
@@ -219,6 +220,30 @@ def test_a_fork_goes_its_own_way(engine, fresh):
         assert turn < 2
 
 
+def test_a_conversation_has_its_row(engine, fresh):
+    """Also when most of it was undone; a fork gets another, and a row without owner is free."""
+
+    class Talk:
+        pass
+
+    first, second = Talk(), Talk()
+    request = Request(text(0, 40))
+    ids, _ = said(engine, request, conversation=first)
+    said(engine, longer(request, ids, text(1, 300)), conversation=first)
+    undone = longer(request, ids[:4], text(2, 20))
+    assert said(engine, undone, conversation=first) == (alone(fresh, undone), 20)
+    assert engine.runner.rows == 1
+    fork = longer(request, ids[:4], text(3, 20))
+    assert said(engine, fork, conversation=second) == (alone(fresh, fork), 20)
+    assert engine.runner.rows == 2
+    assert said(engine, undone, conversation=first)[1] == 1
+    assert said(engine, fork, conversation=second)[1] == 1
+    del second
+    gc.collect()
+    said(engine, Request(text(5, 30)), conversation=Talk())
+    assert said(engine, undone, conversation=first)[1] == 1  # the other row was taken
+
+
 def test_rows_grow_with_the_conversation(engine, fresh):
     request = Request(text(0, MIN_SLOTS - NEW))
     ids, _ = said(engine, request)
@@ -269,8 +294,10 @@ def test_a_failure_of_a_program_fails_what_is_under_way(engine, fresh, monkeypat
 
 
 @pytest.mark.slow
-def test_fifty_turns_compile_nothing_new(engine):
-    """Text and audio turns of several lengths, across both sizes of the rows."""
+def test_fifty_turns_compile_nothing_new(fresh):
+    """Text and audio turns of several lengths."""
+    engine = fresh.replica()
+    engine.reserve(1, CFG.decoder.max_positions)
 
     def converse(turns: int, seed: int) -> None:
         request = Request(text(seed, 20))
