@@ -237,7 +237,7 @@ def test_sharded_model_gives_the_same_ids(tmp_path):
     }
     assert result["talk"][0] == result["talk"][1]
     # Further turns are read behind what is known.
-    assert result["talk_traces"] == {"prefill_chunk": 1, "scatter_features": 0}
+    assert result["talk_traces"] == {"prefill_chunk": 1}
 
 
 def test_mesh_of_one_device_is_no_mesh(tmp_path):

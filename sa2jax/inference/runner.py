@@ -29,7 +29,7 @@ TOKEN_BUCKETS = tuple(2**n for n in range(6, 18))  # of chunks and of slots, tok
 MEL_BUCKETS = (128, 256, 512, 1024, 1536, 2048, 2504)  # of clips, 10 ms frames
 PREFILL_CHUNK = 512  # tokens that are read at once: bounds memory and the number of programs
 MIN_SLOTS = 1024  # of a row: large enough that rows seldom grow
-MIN_READ = 1024  # slots that are looked at, at least
+MIN_READ = 256  # slots that are looked at, at least
 READ_SIZES = 5  # programs of different `read`
 
 Clip = Float[Array, "S D"]  # embeddings of a clip, with padding
