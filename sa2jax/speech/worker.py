@@ -214,10 +214,10 @@ class SpeechWorker:
         return True
 
 
-_WORKERS: (
-    "weakref.WeakKeyDictionary[StreamingSynthesizer, weakref.WeakKeyDictionary[DeviceLoop, "
-    "SpeechWorker]]"
-) = weakref.WeakKeyDictionary()
+_WorkersByLoop = weakref.WeakKeyDictionary[DeviceLoop, SpeechWorker]
+_WORKERS: weakref.WeakKeyDictionary[StreamingSynthesizer, _WorkersByLoop] = (
+    weakref.WeakKeyDictionary()
+)
 _LOCK = threading.Lock()
 
 
