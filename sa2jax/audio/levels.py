@@ -11,6 +11,7 @@ from sa2jax.audio.rates import SAMPLE_RATE
 FRAME = SAMPLE_RATE // 50  # 20 ms
 MIN_SOUND = 0.1  # s of sound without which there are no words
 SILENT = 5e-4  # standard deviation of a frame, -66 dB of full scale; an offset is no sound
+AUDIBLE = 10 ** (-50 / 20)  # root mean square of what is heard in a quiet room, -50 dBFS
 
 
 def levels(samples: Float[np.ndarray, " T"]) -> Float[np.ndarray, " F"]:
@@ -35,3 +36,11 @@ def silence_note(seconds: float) -> str:
     if seconds < MIN_SOUND:
         return f"no speech: {seconds * 1000:.0f} ms are too short, expected at least 100 ms"
     return f"no speech: its {seconds:.2f} s are silent, nothing is louder than -66 dB for 0.1 s"
+
+
+def is_audible(samples: Float[np.ndarray, "N"], rate: int) -> bool:
+    """Whether something of it can be heard: −50 dBFS over any 10 ms."""
+    size = rate // 100
+    power = np.square(samples, dtype=np.float64)
+    windows = np.pad(power, (0, -len(power) % size)).reshape(-1, size)
+    return len(windows) > 0 and bool(windows.mean(1).max() >= AUDIBLE**2)

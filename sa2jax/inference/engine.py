@@ -20,9 +20,9 @@ from jaxtyping import Float
 
 from sa2jax import sharding
 from sa2jax.config import StepAudio2Config
+from sa2jax.device_loop import DeviceLoop
 from sa2jax.errors import PromptError
 from sa2jax.inference.generation import DecodeText, Generation
-from sa2jax.inference.loop import DeviceLoop
 from sa2jax.inference.programs import MAX_STOP_IDS
 from sa2jax.inference.requests import Completion, GenerationConfig, Request, validate_request
 from sa2jax.inference.runner import MEL_BUCKETS, Clip, ModelRunner

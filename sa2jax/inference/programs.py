@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
@@ -72,11 +73,11 @@ class RowSettings:
     """
 
     sampling: SamplingArrays
-    stop_ids: Int[Array, "B Z"]
-    limit: Int[Array, "B"]
-    seed: UInt32[Array, "B"]
-    prompt_index: UInt32[Array, "B"]
-    sample_index: UInt32[Array, "B"]
+    stop_ids: Int[Array, "B Z"] | np.ndarray
+    limit: Int[Array, "B"] | np.ndarray
+    seed: UInt32[Array, "B"] | np.ndarray
+    prompt_index: UInt32[Array, "B"] | np.ndarray
+    sample_index: UInt32[Array, "B"] | np.ndarray
 
 
 @partial(
@@ -238,9 +239,10 @@ def start_rows(
     def put(old, new):
         return old.at[rows].set(new, mode="drop")
 
+    whole = state.seen
     for part in range(len(rows)):  # not a scatter: the rows may be spread over devices
         here = (jnp.arange(len(state.done)) == rows[part])[:, None]
-        whole = jnp.where(here, seen[part], state.seen if part == 0 else whole)
+        whole = jnp.where(here, seen[part], whole)
     state = DecodeState(
         cache=replace(state.cache, length=put(state.cache.length, lengths)),
         last_token=put(state.last_token, token),
@@ -364,12 +366,19 @@ def grow_state(state: DecodeState, *, rows: int, slots: int) -> DecodeState:
     """The same rows with more slots, and more rows."""
     TRACES["grow_state"] += 1
     more = rows - len(state.done)
-    cache = state.cache.grow(slots).add_rows(more)
-    rest = jax.tree.map(
-        lambda x: jnp.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1)), replace(state, cache=None)
+
+    def add(x: Array) -> Array:
+        return jnp.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1))
+
+    grown = DecodeState(
+        cache=state.cache.grow(slots).add_rows(more),
+        last_token=add(state.last_token),
+        seen=add(state.seen),
+        num_generated=add(state.num_generated),
+        done=jnp.pad(state.done, (0, more), constant_values=True),
+        settings=jax.tree.map(add, state.settings),
     )
-    done = rest.done | (jnp.arange(rows) >= rows - more)
-    return _pinned(replace(rest, cache=cache, done=done))
+    return _pinned(grown)
 
 
 def abstract_state(

@@ -1,10 +1,12 @@
 """One answer step of a conversation: generated ids to text, audio and tool calls; thinking."""
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 
 import numpy as np
 
+from sa2jax.audio.levels import is_audible
+from sa2jax.audio.rates import SPEECH_SAMPLE_RATE
 from sa2jax.chat.reply_parser import MarkerFilter, ReplyParser
 from sa2jax.chat.template import THINK_END
 from sa2jax.chat.tokenizer import Tokenizer
@@ -36,6 +38,7 @@ class AnswerStep:
         self.finish_reason: FinishReason = "cancelled"
         self.audio: list[np.ndarray] = []
         self.prefilled = 0
+        self._silence: list[np.ndarray] = []  # before the first sound
 
     @property
     def samples(self) -> int:
@@ -71,7 +74,8 @@ class AnswerStep:
                     yield ReplyPiece(text=text)
                 if speaker is not None:
                     speaker.put(codes)
-                    yield from map(self._emit_audio, speaker.poll())
+                    for piece in speaker.poll():
+                        yield from self._emit_audio(piece)
                 if finish_reason is not None:
                     break
             if finish_reason is None:
@@ -86,7 +90,10 @@ class AnswerStep:
             if text := self.reader.end():
                 yield ReplyPiece(text=text)
             if speaker is not None:
-                yield from map(self._emit_audio, speaker.finish())
+                for piece in speaker.finish():
+                    yield from self._emit_audio(piece)
+                if self._silence:  # nothing else was said
+                    yield self._hand_out(np.concatenate(self._silence))
             self.finish_reason = finish_reason
         finally:
             made.close()
@@ -119,7 +126,15 @@ class AnswerStep:
         self._held = ids[-1:]
         return ids[:-1]
 
-    def _emit_audio(self, piece: np.ndarray) -> ReplyPiece:
+    def _emit_audio(self, piece: np.ndarray) -> Iterator[ReplyPiece]:
+        """A piece of sound; silence before the first sound waits for it."""
+        if not self.audio and not is_audible(piece, SPEECH_SAMPLE_RATE):
+            self._silence.append(piece)
+            return
+        self._silence, silence = [], self._silence
+        yield self._hand_out(np.concatenate([*silence, piece]) if silence else piece)
+
+    def _hand_out(self, piece: np.ndarray) -> ReplyPiece:
         self.audio.append(piece)
         return ReplyPiece(audio=piece)
 

@@ -182,7 +182,7 @@ class Stream(Iterator[ReplyPiece]):
                     seed=self._options.seed,
                     parity=chat.model.parity,
                 )
-                speaker = BackgroundReply(reply)
+                speaker = BackgroundReply(reply, chat.engine.loop)
             pieces = step.run(
                 chat.engine,
                 request,

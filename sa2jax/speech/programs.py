@@ -5,7 +5,7 @@ others, see `sharding.shard_rows`.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from sa2jax.models.flow import Flow, FlowOptions, FlowState, VoicePrompt, batch_axes
+from sa2jax.models.flow import concat_streams as concat_flow_streams
+from sa2jax.models.flow import select_streams as select_flow_streams
 from sa2jax.models.vocoder import Vocoder, VocoderState
 from sa2jax.nn import Functional
 from sa2jax.sharding import ALL, shard, shard_rows
@@ -111,6 +113,26 @@ def step(
         params, flow, vocoder, codes, lengths, last, options, source_noise
     )
     return flow, vocoder, shard(speech, None, None), shard(counts, None)
+
+
+def step_each(
+    nets: Networks,
+    params,
+    flows: tuple[FlowState, ...],
+    vocoders: tuple[VocoderState, ...],
+    modulation,
+    *inputs,
+    max_codes: int,
+) -> tuple[tuple[FlowState, ...], tuple[VocoderState, ...], Float[Array, "B N"], Int[Array, "B"]]:
+    """`step` of streams that are apart, one row each, without the modulation that they share."""
+    TRACES["step_each"] += 1
+    flow = concat_flow_streams([replace(flow, modulation=modulation) for flow in flows])
+    vocoder = jax.tree.map(lambda *rows: jnp.concatenate(rows), *vocoders)
+    flow, vocoder, speech, counts = step(nets, params, flow, vocoder, *inputs, max_codes=max_codes)
+    rows = range(len(flows))
+    flows = tuple(replace(select_flow_streams(flow, [row]), modulation=()) for row in rows)
+    vocoders = tuple(jax.tree.map(lambda x, row=row: x[row : row + 1], vocoder) for row in rows)
+    return flows, vocoders, speech, counts
 
 
 def row_keys(seed: int | Array, rows: int) -> Array:

@@ -30,16 +30,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from sa2jax import sharding
-from sa2jax.audio.rates import CODE_RATE
 from sa2jax.errors import CodeError
 from sa2jax.models.flow import (
     KEEP_FRAMES,
     STEPS,
     FlowOptions,
     VoicePrompt,
-    batch_axes,
     flow_model,
-    grow_streams,
     unstack_flow,
 )
 from sa2jax.models.vocoder import Vocoder
@@ -47,20 +44,19 @@ from sa2jax.models.vocoder import vocoder as hift
 from sa2jax.nn import Functional, Params, Policy
 from sa2jax.runtime import uses_scan
 from sa2jax.speech import programs
-from sa2jax.speech.batching import CHUNK, chunk_bucket, pad_codes, pad_noise, require_finite
+from sa2jax.speech.batching import CHUNK, pad_codes, pad_noise, require_finite
 from sa2jax.speech.programs import Networks, row_keys
 from sa2jax.speech.reply_stream import ReplyStream
 from sa2jax.speech.state import StreamState, concat_streams
+from sa2jax.speech.stream_steps import Codes, StreamSteps
 from sa2jax.speech.voices import Voice
 from sa2jax.speech_config import Token2WavConfig
 
 INITIAL_CAPACITY = 512  # codes that a stream holds at first: 20 s, the prompt's included
 MAX_STARTS = 4  # voices whose started streams are kept
 
-Codes = Sequence[int] | Int[np.ndarray, "T"]
 
-
-class Token2Wav:
+class Token2Wav(StreamSteps):
     """Flow and vocoder, ready for use.
 
     Args:
@@ -120,16 +116,12 @@ class Token2Wav:
 
         self._mel_program, self._wave_program = jit(programs.mel), jit(programs.wave)
         self._start_program = jit(programs.start)
+        self._step_each_program = jit(programs.step_each, static_argnames=("max_codes",))
         self._step_program = jit(
             programs.step,
             static_argnames=("max_codes",),
             donate_argnames=("flow", "vocoder"),
         )
-
-    @property
-    def lookahead(self) -> int:
-        """Codes that a chunk needs to hear ahead; the last ones given wait for what follows."""
-        return self.cfg.flow.encoder.lookahead
 
     def replicas(self) -> list[Self]:
         """One for each index of the mesh's data axis that this host holds; nothing is copied."""
@@ -254,73 +246,6 @@ class Token2Wav:
         """
         return concat_streams([self._started(voice, seed, parity, keep_frames) for voice in voices])
 
-    def step(
-        self,
-        state: StreamState,
-        codes: Sequence[Codes],
-        last: bool | Sequence[bool] = False,
-        *,
-        source_noise: Float[np.ndarray, "B N H"] | None = None,
-    ) -> tuple[StreamState, list[Float[np.ndarray, "N"]]]:
-        """Speak the next codes of each stream, in one call for all.
-
-        Args:
-            state: the streams; used up.
-            codes: next codes of each row, of any number; none for a row that waits.
-            last: whether a row's reply ends with them: for all rows, or each.
-            source_noise: see `__call__`.
-
-        Returns:
-            The next state, and the samples (24 kHz, [-1, 1]) of each row that are final now.
-
-        Raises:
-            CodeError: for codes that no recording has, or another number of rows.
-            VoiceError: if NaN comes out.
-        """
-        rows = len(state.num_pending)
-        if len(codes) != rows:
-            raise CodeError(f"expected codes for {rows} streams, got {len(codes)}")
-        ends = np.broadcast_to(np.asarray(last, bool), (rows,))
-        lookahead = self.lookahead
-        waiting = [row[:n] for row, n in zip(state.pending, state.num_pending, strict=True)]
-        lines = [
-            np.concatenate([held, self.validate_codes(row, empty=True)])
-            for held, row in zip(waiting, codes, strict=True)
-        ]
-        present = np.array([len(line) for line in lines], np.int32)
-        spoken = np.where(ends, present, np.maximum(present - lookahead, 0))
-        pending = np.zeros((rows, lookahead), np.int32)
-        for row, line, count in zip(pending, lines, spoken, strict=True):
-            row[: len(line) - count] = line[count:]
-        after = {
-            "pending": pending,
-            "num_pending": present - spoken,
-            "num_codes": state.num_codes + spoken,
-        }
-        if not (spoken.any() or ends.any()):
-            return replace(state, **after), [self._silence(0)] * rows
-        max_codes = chunk_bucket(int(spoken.max()))
-        frames = self._sizes.carry + self.cfg.flow.encoder.upsample * max_codes
-        noise = pad_noise(source_noise, self._sizes.samples * frames)
-        flow = grow_streams(state.flow, int(state.num_codes.max()) + max_codes)
-        options = replace(self._options, seed=state.seed)
-        axes = batch_axes(flow), 0
-        flow, vocoder = sharding.device_put_rows((flow, state.vocoder), self._mesh, rows, axes)
-        with sharding.use_mesh(self._mesh):
-            flow, voc, speech, counts = self._step_program(
-                self.params,
-                flow,
-                vocoder,
-                pad_codes(lines, max_codes + lookahead)[0],
-                present,
-                ends,
-                options,
-                noise,
-                max_codes=max_codes,
-            )
-        pieces = [row[:n] for row, n in zip(np.asarray(speech), np.asarray(counts), strict=True)]
-        return replace(state, flow=flow, vocoder=voc, **after), require_finite(pieces)
-
     def stream(
         self,
         codes: Iterable[int],
@@ -353,34 +278,6 @@ class Token2Wav:
             if reply.is_ready:
                 yield reply.step()
         yield reply.end()
-
-    def validate_codes(
-        self, codes: Codes, *, empty: bool = False, first: int = 0
-    ) -> Int[np.ndarray, "T"]:
-        """Codes without pads.
-
-        Args:
-            codes: numbers below the size of the code book; that size itself is the pad.
-            empty: whether there may be none.
-            first: place of the first one, for errors.
-
-        Raises:
-            CodeError: for anything else.
-        """
-        book = self.cfg.flow.codes
-        array = np.asarray(codes)
-        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-            raise CodeError(f"expected a list of whole numbers, got {array.dtype} {array.shape}")
-        if not (array.size or empty):
-            raise CodeError("no codes: expected at least one")
-        wrong = (array < 0) | (array > book)
-        if wrong.any():
-            at = int(np.argmax(wrong))
-            raise CodeError(
-                f"code {array[at]} at place {first + at}: expected 0 to {book - 1} (pads, {book}, "
-                "are left out); from token ids subtract the id of <audio_0>"
-            )
-        return array[array < book].astype(np.int32)
 
     # --- parts -----------------------------------------------------------------------------
 
@@ -427,9 +324,6 @@ class Token2Wav:
             row[: len(voice.mel)] = voice.mel
         speakers = np.stack([voice.speaker for voice in voices]).astype(np.float32)
         return VoicePrompt(codes, mel, speakers, lengths)
-
-    def _silence(self, codes: int) -> Float[np.ndarray, "N"]:
-        return np.zeros(codes * self.sample_rate // CODE_RATE, np.float32)
 
 
 def _speaker_only(speaker: Float[np.ndarray, "C"], mels: int) -> Voice:

@@ -1,12 +1,14 @@
-"""Background synthesis: a thread that turns codes into sound while they are still generated.
+"""Speech in the background: codes to sound, in the device loop, while codes are still generated.
 
-One thread for each `Token2Wav` speaks all replies, a chunk at a time in turn, and lasts as long as
-it: a thread for each reply would leave an allocator's arena behind, tens of MB of each.
+All replies of a detokenizer that have a whole chunk are spoken in one call, unless some are
+pressing: those whose sound would run out within a second go first, and first of all those that have
+said nothing yet.
 """
 
-import atexit
+import math
 import queue
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -14,28 +16,38 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Float
 
+from sa2jax.device_loop import DeviceLoop
 from sa2jax.speech.reply_stream import ReplyStream, StreamingSynthesizer
+
+PRESSING = 1.0  # seconds of sound ahead of its player, below which a reply is in a hurry
+
+FIRST_CHUNK, HURRY, START, LATER = 0.0, 0.5, 1.5, 3.0  # urgencies, see `device_loop`
 
 
 class BackgroundReply:
     """A reply that is spoken in the background; the sound is that of `Token2Wav.stream`.
 
     Args:
-        reply: the stream that speaks it; the worker's alone from here on.
+        stream: what speaks it; the worker's alone from here on.
+        loop: the thread that runs the programs.
     """
 
-    def __init__(self, reply: ReplyStream):
+    def __init__(self, stream: ReplyStream, loop: DeviceLoop):
+        self.stream = stream
+        self.complete = False
         self._pieces: queue.SimpleQueue[np.ndarray | BaseException | None] = queue.SimpleQueue()
         self._stopped = threading.Event()
-        self._reply: ReplyStream | None = reply  # None once all is said
-        self._complete = False
-        self._worker = _worker_of(reply.token2wav)
-        self._worker.tasks.put((self, ()))  # to start while the first codes are generated
+        self._over = False
+        self._sent, self._since = 0.0, 0.0  # seconds of sound, and since when
+        self._worker = _worker_of(stream.token2wav, loop)
+        self._worker.tell(self, ())  # to start while the first codes are generated
+
+    # --- for the caller --------------------------------------------------------------------
 
     def put(self, codes: Sequence[int]) -> None:
         """Append these codes to the queue."""
         if codes:
-            self._worker.tasks.put((self, codes))
+            self._worker.tell(self, codes)
 
     def poll(self) -> Iterator[Float[np.ndarray, "N"]]:
         """Pieces of sound that are ready; does not wait.
@@ -55,124 +67,166 @@ class BackgroundReply:
 
     def finish(self) -> Iterator[Float[np.ndarray, "N"]]:
         """Close the queue and yield the remaining pieces of sound."""
-        self._worker.tasks.put((self, None))
+        self._worker.tell(self, None)
         while (piece := self._pieces.get()) is not None:
             yield _raise_if_error(piece)
 
     def stop(self) -> None:
         """Cancel: no further chunk is begun; the one in flight is not waited for."""
         self._stopped.set()
-        self._worker.tasks.put((self, ()))
+        self._worker.tell(self, ())
 
-    def take(self, codes: Sequence[int] | None) -> bool:
-        """Take codes, None for no more; the worker calls it.
+    # --- for the worker --------------------------------------------------------------------
 
-        Returns:
-            Whether there is something to do now.
-        """
-        if self._reply is None:
-            return False
-        self._complete |= codes is None
-        try:
-            self._reply.add(codes or ())
-        except BaseException as error:  # re-raised by the consumer
-            self._fail(error)
-        return self._reply is not None
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will be said."""
+        return self._over
 
-    def speak(self) -> bool:
-        """Speak a chunk, if there is one; the worker calls it.
+    @property
+    def is_stopped(self) -> bool:
+        """Whether it was cancelled."""
+        return self._stopped.is_set()
 
-        Returns:
-            Whether there is more to do.
-        """
-        reply = self._reply
-        if reply is None:
-            return False
-        try:
-            if not self._stopped.is_set():
-                reply.start()
-                if reply.is_ready:
-                    self._pieces.put(reply.step())
-                    return reply.is_ready or self._complete
-                if self._complete and reply.num_given:
-                    self._pieces.put(reply.end())
-        except BaseException as error:  # re-raised by the consumer
-            self._fail(error)
-        if self._complete or self._stopped.is_set():
-            self._end()
-        return False
+    @property
+    def has_chunk(self) -> bool:
+        """Whether there is something to speak now."""
+        return self.stream.is_ready or (self.complete and self.stream.num_given > 0)
 
-    def _fail(self, error: BaseException) -> None:
-        self._pieces.put(error)
-        self._stopped.set()
-        self._end()
+    def slack(self, now: float) -> float:
+        """Seconds until a player that began at once would have nothing to play."""
+        return self._sent - (now - self._since) if self._sent else -math.inf
 
-    def _end(self) -> None:
-        if self._reply is not None:
-            self._reply = None
+    def emit(self, piece: Float[np.ndarray, "N"], *, last: bool) -> None:
+        """Hand out a piece of sound."""
+        if not self._sent:
+            self._since = time.perf_counter()
+        self._sent += len(piece) / self.stream.token2wav.sample_rate
+        self._pieces.put(piece)
+        if last:
+            self.end()
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Nothing more will be said."""
+        if not self._over:
+            self._over = True
+            if error is not None:
+                self._pieces.put(error)
             self._pieces.put(None)
 
 
-class _Worker:
-    """A thread that serves the replies of one `Token2Wav`.
+class SpeechWorker:
+    """Speaks the replies of one detokenizer; a worker of the device loop."""
 
-    Attributes:
-        tasks: replies with codes for them; None ends the thread.
-    """
+    def __init__(self, loop: DeviceLoop):
+        self._loop = loop
+        self._inbox: deque[tuple[BackgroundReply, Sequence[int] | None]] = deque()
+        self._active: list[BackgroundReply] = []  # those with something to do
 
-    def __init__(self):
-        self.tasks: queue.SimpleQueue[tuple[BackgroundReply, Sequence[int] | None] | None] = (
-            queue.SimpleQueue()
-        )
-        self._closed = threading.Event()
-        self.thread = threading.Thread(target=self._run, name="sa2jax-synthesis", daemon=True)
-        self.thread.start()
+    def tell(self, reply: BackgroundReply, codes: Sequence[int] | None) -> None:
+        """Give a reply codes, None for no more; from any thread."""
+        self._inbox.append((reply, codes))
+        self._loop.wake(self)
 
-    def close(self) -> None:
-        """End the thread after the chunk in flight, which is not waited for."""
-        self._closed.set()
-        self.tasks.put(None)
+    def urgency(self) -> float:
+        """By the reply that is in the greatest hurry."""
+        ready = [reply for reply in self._active if reply.has_chunk]
+        if self._inbox or not ready:
+            return START if not ready else FIRST_CHUNK
+        slack = min(reply.slack(time.perf_counter()) for reply in ready)
+        if slack == -math.inf:
+            return FIRST_CHUNK
+        return HURRY if slack < PRESSING else LATER
 
-    def _run(self) -> None:
-        active: deque[BackgroundReply] = deque()  # those with something to speak, in turn
-        while not self._closed.is_set():
+    def has_work(self) -> bool:
+        """Whether a reply has something to do."""
+        return bool(self._inbox or self._active)
+
+    def turn(self) -> bool:
+        """Take what was given, then start a reply, or speak a chunk of those that are due."""
+        while self._inbox:
+            reply, codes = self._inbox.popleft()
+            self._take(reply, codes)
+        self._active = [reply for reply in self._active if not reply.is_over]
+        if ready := [reply for reply in self._active if reply.has_chunk]:
+            now = time.perf_counter()
+            pressing = [reply for reply in ready if reply.slack(now) < PRESSING]
+            self._speak(pressing or ready)
+        else:
+            for reply in self._active:
+                if reply.stream.state is None:
+                    self._try(reply, reply.stream.start)
+                    return True
+        for reply in self._active:
+            if reply.complete and not reply.stream.num_given:
+                reply.end()  # nothing was to be said
+        self._active = [r for r in self._active if r.has_chunk and not r.is_over]
+        return self.has_work()
+
+    def fail(self, error: BaseException) -> None:
+        """All replies end with this error."""
+        for reply in self._active:
+            reply.end(error)
+        self._active.clear()
+
+    def _take(self, reply: BackgroundReply, codes: Sequence[int] | None) -> None:
+        if reply.is_stopped:
+            reply.end()
+        if reply.is_over:
+            return
+        reply.complete |= codes is None
+        if self._try(reply, lambda: reply.stream.add(codes or ())) and reply not in self._active:
+            self._active.append(reply)
+
+    def _speak(self, replies: Sequence[BackgroundReply]) -> None:
+        """Speak the next chunk of each."""
+        replies = [reply for reply in replies if self._try(reply, reply.stream.start)]
+        taken = [(reply, reply.stream.take(complete=reply.complete)) for reply in replies]
+        chunks = [(reply, *chunk) for reply, chunk in taken if chunk is not None]
+        if not chunks:
+            return
+        token2wav = chunks[0][0].stream.token2wav
+        if len(chunks) > 1:
+            states = [reply.stream.state for reply, _, _ in chunks]
+            codes, last = [own for _, own, _ in chunks], [end for _, _, end in chunks]
             try:
-                task = self.tasks.get(block=not active)
-            except queue.Empty:
-                reply = active.popleft()
-                if reply.speak():
-                    active.append(reply)
+                made = zip(*token2wav.step_each(states, codes, last), strict=True)
+            except Exception:  # one of them, so each for itself
+                pass
             else:
-                if task is None:
-                    return
-                reply, codes = task
-                if reply.take(codes) and reply not in active:
-                    active.append(reply)
-                del task
-            del reply  # nothing is kept alive by a thread that waits
+                for (reply, _, end), (state, piece) in zip(chunks, made, strict=True):
+                    reply.emit(reply.stream.advance(state, piece, last=end), last=end)
+                return
+        for reply, own, end in chunks:
+            self._try(reply, lambda r=reply, own=own, end=end: self._speak_alone(r, own, end))
+
+    def _speak_alone(self, reply: BackgroundReply, codes: list[int], last: bool) -> None:
+        state, (piece,) = reply.stream.token2wav.step(reply.stream.state, [codes], last)
+        reply.emit(reply.stream.advance(state, piece, last=last), last=last)
+
+    def _try(self, reply: BackgroundReply, task) -> bool:
+        """Do something for one reply; if it fails, that one ends."""
+        try:
+            task()
+        except BaseException as error:  # raised again where it is waited for
+            reply.end(error)
+            return False
+        return True
 
 
-_WORKERS: "weakref.WeakKeyDictionary[StreamingSynthesizer, _Worker]" = weakref.WeakKeyDictionary()
+_WorkersByLoop = weakref.WeakKeyDictionary[DeviceLoop, SpeechWorker]
+_WORKERS: weakref.WeakKeyDictionary[StreamingSynthesizer, _WorkersByLoop] = (
+    weakref.WeakKeyDictionary()
+)
 _LOCK = threading.Lock()
 
 
-def _worker_of(token2wav: StreamingSynthesizer) -> _Worker:
+def _worker_of(token2wav: StreamingSynthesizer, loop: DeviceLoop) -> SpeechWorker:
     with _LOCK:
-        worker = _WORKERS.get(token2wav)
-        if worker is None or not worker.thread.is_alive():  # as after a fork
-            worker = _WORKERS[token2wav] = _Worker()
-            weakref.finalize(token2wav, worker.close)
-    return worker
-
-
-@atexit.register
-def _end_all() -> None:
-    """Join all threads before the interpreter shuts down."""
-    workers = [*_WORKERS.values()]
-    for worker in workers:
-        worker.close()
-    for worker in workers:
-        worker.thread.join()
+        by_loop = _WORKERS.setdefault(token2wav, weakref.WeakKeyDictionary())
+        if loop not in by_loop:
+            by_loop[loop] = SpeechWorker(loop)
+        return by_loop[loop]
 
 
 def _raise_if_error(piece: np.ndarray | BaseException) -> np.ndarray:

@@ -24,10 +24,10 @@ class Scripted:
     replies: ClassVar[list[bytes]] = []
     asked: ClassVar[list] = []
 
-    def __init__(self, model, params, cfg, *, mesh=None, parity=False):
+    def __init__(self, model, params, cfg, *, mesh=None, rows=8, parity=False):
         pass
 
-    def generate(self, requests, options, *, prompt_indices, decode_text):
+    def generate(self, requests, options, *, prompt_indices, decode_text, progress):
         self.asked.append((requests, options))
         replies = {number: self.replies[number] for number in sorted(prompt_indices)}
         return [[Completion(tuple(replies[number]), "stop")] for number in prompt_indices]
@@ -74,7 +74,9 @@ def test_an_attention_that_is_asked_for_reaches_the_decoder(run, ours, recording
 
     class Watching(Engine):
         def generate(self, *args, **options):
-            asked.append(self.model.bind(self.model.abstract).decoder.policy.attention)
+            asked.append(
+                self.runner.model.bind(self.runner.model.abstract).decoder.policy.attention
+            )
             raise ConfigError("seen")
 
     monkeypatch.setattr("sa2jax.pipeline.base.Engine", Watching)

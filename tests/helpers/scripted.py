@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from helpers.sound import voice
+from sa2jax.device_loop import DeviceLoop
 from sa2jax.errors import VoiceError
 from sa2jax.inference.generation import Generation
 from sa2jax.pipeline.chat_state import ChatState
@@ -53,6 +54,7 @@ class Script:
         self.requests, self.options, self.prompt_indices = [], [], []
         self.left = 0  # replies that were not taken to their end
         self.pace = 0.0  # seconds for a block of ids: by default no voice can follow
+        self.loop = DeviceLoop()  # as of an `Engine`
 
     def will_say(self, *replies: bytes | str | list[int], finish_reason: str = "stop") -> "Script":
         for reply in replies:
@@ -112,6 +114,7 @@ class Token2Wav:
 
     def __init__(self):
         self.spoken: list[int] = []
+        self.together: list[int] = []  # how many replies were spoken in one call
         self.parity: bool | None = None  # whether the newest stream is the official one
         self.delay = 0.0  # seconds that a chunk takes
 
@@ -127,6 +130,14 @@ class Token2Wav:
         num_codes = [state.num_codes[0] + count]
         wave = self._wave(given[:count])
         return SimpleNamespace(waiting=given[count:], num_codes=num_codes), [wave]
+
+    def step_each(self, states, codes, last) -> tuple[list, list[np.ndarray]]:
+        self.together.append(len(states))
+        made = [
+            self.step(state, [own], end)
+            for state, own, end in zip(states, codes, last, strict=True)
+        ]
+        return [state for state, _ in made], [piece for _, (piece,) in made]
 
     def validate_codes(self, codes, *, empty=False, first=0) -> np.ndarray:
         return np.array([code for code in codes if code < CODES], np.int32)

@@ -73,6 +73,7 @@ def test_the_second_answer_depends_on_the_first(model):
 
 def test_a_turn_reads_only_its_own_positions(model):
     """Speech and text, spoken and written answers: what went before is never read again."""
+    model.engine.forget()  # another conversation with this system prompt would share it
     chat = model.chat("S", options=SHORT, voice="default")
 
     def end() -> int:

@@ -205,6 +205,30 @@ def test_join_and_pick(speak, voices):
         )
 
 
+def test_streams_that_are_apart_are_spoken_together(speak, voices):
+    """Each as alone, wherever it is; those of one shape in one call, padded to a power of two."""
+    codes = [reply(seed, 61) for seed in range(4)]
+    own = [voices[1], voices[0], voices[1], voices[0]]
+    starts = [speak.start([voice], seed=n) for n, voice in enumerate(own)]
+    parts = [(28, 33), (18, 43), (28, 33), (28, 33)]
+    alone = [
+        run(speak, speak.start([voice], seed=n), c, p)
+        for n, (voice, c, p) in enumerate(zip(own, codes, parts, strict=True))
+    ]
+    TRACES.clear()
+    states, heads = speak.step_each(
+        starts, [c[: p[0]] for c, p in zip(codes, parts, strict=True)], [False] * 4
+    )
+    states, tails = speak.step_each(
+        states, [c[p[0] :] for c, p in zip(codes, parts, strict=True)], [True] * 4
+    )
+    for n, expected in enumerate(alone):
+        wave = np.concatenate([heads[n], tails[n]])
+        np.testing.assert_allclose(wave, expected, atol=CLOSE, err_msg=str(n))
+    assert all(int(state.num_pending[0]) == 0 for state in states)
+    assert TRACES["step_each"] <= 4
+
+
 def test_only_streams_of_one_kind_are_joined(speak, voices):
     plain = speak.start(voices[:1])
     for other in ({"parity": True}, {"keep_frames": 50}):

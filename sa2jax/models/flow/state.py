@@ -23,7 +23,8 @@ class FlowState:
     Attributes:
         speaker: each row's voice, as the estimator takes it.
         prompt: mel frames of each row's prompt.
-        modulation: `DiT.timestep_modulation` of all Euler steps, the same for all rows.
+        modulation: `DiT.timestep_modulation` of all Euler steps, the same for all rows; `()` where
+            streams that share it are passed on without.
         encoder: codes seen and the conformer's caches.
         estimator: the caches of all Euler steps.
         keep_frames: frames of the reply that stay in the estimator's caches.
@@ -32,7 +33,7 @@ class FlowState:
 
     speaker: Float[Array, "B M"]
     prompt: Int[Array, "B"]
-    modulation: tuple[Float[Array, "E L 9 D"], Float[Array, "E 2 D"]] = field(
+    modulation: tuple[Float[Array, "E L 9 D"], Float[Array, "E 2 D"]] | tuple[()] = field(
         metadata={"batch_axis": -1}
     )
     encoder: ConformerState
