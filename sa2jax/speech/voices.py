@@ -27,7 +27,7 @@ from sa2jax.atomic_io import disk_errors, new_file
 from sa2jax.audio.rates import CODE_RATE, SPEECH_MEL_RATE, SPEECH_SAMPLE_RATE
 from sa2jax.errors import AudioError, FileError, VoiceError
 from sa2jax.files.limits import ARRAYS
-from sa2jax.files.raw import read_bytes
+from sa2jax.files.raw import is_file, read_bytes
 from sa2jax.files.safetensors_files import parse_safetensors
 from sa2jax.models.speaker_encoder import speaker_encoder
 from sa2jax.models.speech_tokenizer import (
@@ -331,6 +331,12 @@ def check_name(name: str) -> None:
             f"voice name {name!r:.80}: expected up to 64 letters, digits, '-', '_' and '.', the "
             "first a letter or digit"
         )
+
+
+def is_recording(name: str | Path) -> bool:
+    """Whether this is a recording of a voice, and not a voice's name or file."""
+    suffix = Path(name).suffix
+    return bool(suffix) and suffix != SUFFIX and is_file(name)
 
 
 def describe(voice: Voice) -> dict[str, object]:
