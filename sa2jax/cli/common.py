@@ -69,6 +69,20 @@ def require_file(path: str | Path) -> None:
         raise AudioError(f"no such file: {path}")
 
 
+def require_writable(path: Path) -> None:
+    """Fail before anything is computed if a file cannot be written in the end.
+
+    Raises:
+        CheckpointError: if its folder is missing, or something else than a file is there.
+    """
+    from sa2jax.errors import CheckpointError
+
+    if not os.path.isdir(path.absolute().parent):
+        raise CheckpointError(f"cannot write {path}: no folder {path.parent}, make it first")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise CheckpointError(f"cannot write {path}: expected the name of a file, it is none")
+
+
 def require_files(files: Sequence[Path]) -> dict[Path, Exception]:
     """The recordings that are not there, so that the others can be answered.
 
