@@ -27,7 +27,7 @@ from sa2jax import audio
 from sa2jax.chat.tokenizer import NUM_CODES
 from sa2jax.errors import AudioError, DataError, FileError, reason_of
 from sa2jax.files.json_files import parse_json, read_json
-from sa2jax.files.raw import is_file
+from sa2jax.files.raw import is_file, open_file
 from sa2jax.files.safetensors_files import parse_safetensors
 from sa2jax.files.sizes import MAX_SIZE
 from sa2jax.train.data.records import Record, RecordError, parse_record
@@ -36,6 +36,8 @@ from sa2jax.train.data.row_index import RowIndex, checked_index
 FORMAT = 1
 DATASET_JSON = "dataset.json"  # what a prepared folder says of itself
 N_MELS = 128  # mel bands of all released models
+_PROBED_ROWS = 10_000
+_PROBE = 4096  # bytes at the begin, in the middle and at the end of a recording
 
 ClipFeatures = tuple[Float32[np.ndarray, "M F"], ...]
 """One recording: log-mel frames (100 Hz) of each chunk of at most 25 s."""
@@ -168,7 +170,7 @@ class JsonlSource:
 
     Attributes:
         n_mels: mel bands.
-        fingerprint: SHA-256 of the files' bytes; the recordings are not part of it.
+        fingerprint: SHA-256 of the files' bytes; for the recordings see `recordings_fingerprint`.
 
     Raises:
         DataError: if there are no files, no lines, or one cannot be read.
@@ -203,8 +205,48 @@ class JsonlSource:
             return Reject(where, str(error))
         return Sample(record, mels, codes)
 
+    def recordings_fingerprint(self) -> str:
+        """SHA-256 of what tells the recordings from others, see `recording_identity`.
+
+        Of many rows 10 000 are looked at, evenly spaced: a run waits for it each time that it
+        begins or goes on, 1 s where files are cached.
+        """
+        digest = hashlib.sha256()
+        known: dict[str, bytes] = {}
+        count = min(len(self), _PROBED_ROWS)
+        for index in (number * len(self) // count for number in range(count)):
+            row, where, root = self.rows.read_row(index)
+            try:
+                record = parse_record(row, where, root)
+            except RecordError:
+                continue  # the row's own bytes tell
+            for path in record.audios:
+                if path not in known:
+                    known[path] = recording_identity(path)
+                digest.update(known[path])
+        return digest.hexdigest()
+
     def __repr__(self) -> str:
         return f"JsonlSource({len(self)} records, {self.fingerprint[:12]})"
+
+
+def recording_identity(path: str) -> bytes:
+    """What tells a recording from others: its size and some of its bytes, not its name.
+
+    All bytes of 10 000 hours would be a terabyte. What is cut, recorded or converted anew has
+    another size or other bytes in its middle.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open_file(path) as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(size.to_bytes(8, "little"))
+            for at in (0, (size - _PROBE) // 2, size - _PROBE):
+                file.seek(max(at, 0))
+                digest.update(file.read(_PROBE))
+    except (FileError, OSError):
+        return b"unreadable"  # perhaps a URL; where it is needed, it is a reject
+    return digest.digest()
 
 
 class ShardSource:
@@ -230,6 +272,10 @@ class ShardSource:
 
     def __len__(self) -> int:
         return self.info["samples"]
+
+    def recordings_fingerprint(self) -> str:
+        """Nothing: its samples have their recordings in them."""
+        return ""
 
     def __getitem__(self, index: int) -> Sample | Reject:
         index = checked_index(index, len(self))

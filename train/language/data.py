@@ -38,7 +38,14 @@ from sa2jax.train.data.examples import (
     make_example,
 )
 from sa2jax.train.data.records import RecordError
-from sa2jax.train.data.samples import Reject, Sample, display_names, open_source
+from sa2jax.train.data.samples import (
+    JsonlSource,
+    Reject,
+    Sample,
+    ShardSource,
+    display_names,
+    open_source,
+)
 from sa2jax.train.language.data_config import DataConfig
 from sa2jax.train.language.packing import Pack, PackedRow, RowShape
 from sa2jax.train.language.step import LanguageBatch
@@ -126,6 +133,7 @@ def make_language_data(
         hosts=hosts,
         rejects=place,
         max_consecutive_rejects=int(longest) + 1,
+        sources=tuple(sources.values()),
     )
 
 
@@ -285,7 +293,9 @@ class LanguageData(Iterator[LanguageBatch]):
         hosts: int = 1,
         rejects: Path | None = None,
         max_consecutive_rejects: int = 1,
+        sources: Sequence[JsonlSource | ShardSource] = (),
     ):
+        self._sources = sources
         self._dataset, self._config, self._shape = rows, config, shape
         self._host, self._size = host, config.rows // hosts
         self._file, self._max_consecutive_rejects = rejects, max_consecutive_rejects
@@ -340,6 +350,11 @@ class LanguageData(Iterator[LanguageBatch]):
                 host=self._host,
             )
         )
+
+    def recordings_fingerprint(self) -> str:
+        """Of the recordings that are no part of the sources' own contents."""
+        parts = "".join(source.recordings_fingerprint() for source in self._sources)
+        return hashlib.sha256(parts.encode()).hexdigest()
 
     def state(self) -> dict[str, Any]:
         """Where this is, as plain JSON data."""
