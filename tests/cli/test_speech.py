@@ -116,9 +116,10 @@ def test_the_channel_of_a_voice_that_is_a_recording(run, model, recording, codes
         assert got in err
     code, _, err = run(*say[:-2], "--voice-channel", 0)
     assert (code, "got no voice" in err) == (2, True)
-    assert "--channel 1 is for a recording" in run(
-        "voice", "show", "anna", "--channel", 1, "--model", model
-    )[2]
+    assert (
+        "--channel 1 is for a recording"
+        in run("voice", "show", "anna", "--channel", 1, "--model", model)[2]
+    )
 
 
 @pytest.mark.slow

@@ -56,7 +56,9 @@ def test_every_form_that_training_reads(corpus):
     assert (yes.content, yes.tool) == (["Now: ", home / "3.wav"], "find")
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"audio": "3.wav"}', '{"messages": []}', "null", '{"query": "a"}'])
+@pytest.mark.parametrize(
+    "line", ["{", "[]", '{"audio": "3.wav"}', '{"messages": []}', "null", '{"query": "a"}']
+)
 def test_a_line_that_is_none_is_named(corpus, line):
     path = corpus / "heldout" / "bad.jsonl"
     path.write_text('{"audio": "3.wav", "text": "x"}\n' + line + "\n")
