@@ -54,7 +54,7 @@ _KNOWN = {
 }
 # First draws that leave the base as it is; others (pissa, olora, loftq …) change it.
 _FIRST_DRAWS = ("gaussian", "eva", "orthogonal")
-# More are refused: matching them could take for ever. Names alone, as trainers write them, are quick.
+# More are refused: matching them could take for ever. Names alone, which trainers write, are quick.
 _MAX_REPEATS, _MAX_LENGTH = 4, 2000  # of a pattern
 _MAX_PATTERNS, _MAX_ALL_REPEATS = 1024, 32  # of a table
 _REPEAT = re.compile(r"[*+]|\{\d*,\}")
