@@ -72,7 +72,7 @@ def test_what_is_wrong_with_a_line_is_said(corpus):
     with pytest.raises(DataError, match="messages are of user: expected a user and an assistant"):
         read_samples(path)
     path.write_text('{"audio": "3.wav"}')
-    with pytest.raises(DataError, match="expected a list of messages .* got 'audio'"):
+    with pytest.raises(DataError, match=r"expected a list of messages .* got 'audio'"):
         read_samples(path)
 
 
