@@ -251,5 +251,5 @@ def test_description(voice):
 
 def test_too_short_for_codes():
     analyzer = VoiceAnalyzer(SMALL, small_networks(SMALL), "")
-    with pytest.raises(AudioError, match="at least 320 samples at 16 kHz .*, got 100"):
+    with pytest.raises(AudioError, match=r"at least 320 samples at 16 kHz .*, got 100"):
         analyzer.codes([(np.ones(100, np.float32), RATE)])
