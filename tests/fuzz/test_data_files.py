@@ -54,7 +54,10 @@ def folder(tmp_path_factory):
 
 
 def damage_lines(rng: random.Random, *rows: object) -> bytes:
-    """jsonl, one line of which is damaged, or where two meet."""
+    """jsonl, one line of which is damaged, or where two meet; or one array of them."""
+    if rng.random() < 0.25:
+        text = json.dumps(list(rows), indent=rng.choice((None, 1))).encode()
+        return damage_bytes(text, rng) if rng.random() < 0.5 else damage_json(list(rows), rng)
     lines = [json.dumps(row).encode() for row in rows]
     at = rng.randrange(len(rows))
     lines[at] = damage_json(rows[at], rng)
