@@ -27,6 +27,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from sa2jax.atomic_io import write_text
 from sa2jax.audio.rates import MEL_RATE
 from sa2jax.chat.template import PromptStyle
 from sa2jax.chat.tokenizer import Tokenizer
@@ -421,12 +422,15 @@ class LanguageData(Iterator[LanguageBatch]):
         """Add to the file of rejects; the first time it is written anew."""
         if self._file is None or not fresh:
             return
-        found, mode = (fresh, "a") if self._listed else (self.rejected, "w")
-        lines = [{"where": where, "reason": reason} for where, reason in found.items()]
+        found = fresh if self._listed else self.rejected
+        rows = ({"where": where, "reason": reason} for where, reason in found.items())
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            with self._file.open(mode, encoding="utf-8") as handle:
-                handle.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            if not self._listed:
+                write_text(self._file, "")  # a new file: nothing is written through a link
+            with self._file.open("a", encoding="utf-8") as handle:
+                handle.write(text)
         except OSError as error:
             raise DataError(f"{self._file} cannot be written: {error.strerror}") from None
         self._listed = True
