@@ -65,8 +65,13 @@ def require_file(path: str | Path) -> None:
     """Fail before the model is loaded if a recording is not there."""
     from sa2jax.errors import AudioError
 
-    if not os.path.isfile(path):  # which, unlike a Path, never raises
-        raise AudioError(f"no such file: {path}")
+    if os.path.isfile(path):  # which, unlike a Path, never raises
+        return
+    if os.path.isdir(path):
+        raise AudioError(f"expected a recording, but {path} is a folder: name the files in it")
+    if os.path.exists(path):
+        raise AudioError(f"expected a recording, but {path} is a pipe or a device: save it first")
+    raise AudioError(f"no such file: {path}")
 
 
 def require_writable(path: Path) -> None:
