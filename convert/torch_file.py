@@ -113,15 +113,15 @@ def _open(path: Path) -> tuple[Archive, str]:
     with file:
         start = file.read(8)
         if start == b"version ":
-            raise FileError(where, "is a git-lfs pointer, not the weights: run `git lfs pull`")
+            raise FileError(where, "a git-lfs pointer, not the weights: run `git lfs pull`")
         if start.startswith(b"\x80"):
             raise FileError(
                 where,
-                "is in torch's legacy format, a bare pickle: torch.load it and torch.save it again "
+                "torch's legacy format, a bare pickle: torch.load it and torch.save it again "
                 "with torch >= 1.6",
             )
         if not start.startswith(b"PK"):
-            raise FileError(where, "is no .pt file of torch.save: download it again")
+            raise FileError(where, "no .pt file of torch.save: download it again")
         data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         try:
             archive = Archive(file, data, where)

@@ -220,6 +220,8 @@ def open_file(path: str | Path, cfg: VocoderConfig | None = None) -> Network[Voc
         CheckpointError: for a damaged or hostile file, or tensors that do not fit; all are named.
     """
     tensors, left_out = find_state_dict(torch_file.read(path), ANCHOR, str(path))
+    while tensors and all(name.startswith(2 * PREFIX) for name in tensors):  # a trainer's wrapper
+        tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     weights = Arrays(tensors, str(path))
     shapes = {name: info.shape for name, info in weights.tensors.items()}
     cfg = cfg or config_of(shapes, str(path))

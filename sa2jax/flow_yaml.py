@@ -120,7 +120,7 @@ def read_flow_yaml(path: str | Path) -> Values:
     except MissingFileError:
         raise ConfigError(f"no flow.yaml at {path}: expected a token2wav folder") from None
     except FileError as error:
-        raise ConfigError(f"{path}: expected plain flow.yaml ({error.reason})") from None
+        raise ConfigError(f"{path}: {error.reason}; expected a flow.yaml as released") from None
     if not isinstance(raw, dict) or "flow" not in raw:
         raise ConfigError(f"{path}: expected a key 'flow': this is not the flow.yaml of token2wav")
     names = {key: value for key, value in raw.items() if key != "flow"}

@@ -15,7 +15,7 @@ from sa2jax.chat.tokenizer_files import BYTES, SPECIAL, describe, learn_merges, 
 from sa2jax.config import StepAudio2Config
 from sa2jax.errors import DataError, FileError, TrainError, reason_of
 from sa2jax.files.json_files import parse_json
-from sa2jax.files.raw import read_jsonl_lines
+from sa2jax.files.rows import read_rows
 from sa2jax.nn import Params
 from sa2jax.speech.layout import KIND as SPEECH
 from sa2jax.speech_config import Token2WavConfig
@@ -94,14 +94,14 @@ def init_networks(cfg: Token2WavConfig, seed: int) -> dict[str, Params]:
 def _texts(sources: Sequence[str | Path]) -> Iterator[str]:
     """What all turns of data files say."""
     for path in (file for source in sources for file in jsonl_files(Path(source))):
-        for number, line in read_jsonl_lines(path):
+        for place, row in read_rows(path):
             try:
-                for message in standard_row(parse_json(line, dict)).messages:
+                for message in standard_row(parse_json(row, dict)).messages:
                     yield str(message["role"]) + "\n" + str(message.get("content") or "")
             except RecordError as error:
-                raise DataError(f"{path}:{number}: {error}") from None
+                raise DataError(f"{path}{place}: {error}") from None
             except (FileError, ValueError, KeyError, TypeError, AttributeError) as error:
                 got = f"{type(error).__name__}: {reason_of(error)}"
                 raise DataError(
-                    f"{path}:{number}: expected a record with messages, got {got}"
+                    f"{path}{place}: expected a record with messages, got {got}"
                 ) from None

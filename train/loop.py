@@ -355,10 +355,13 @@ def _require_same_run(path: Path, metadata: Mapping[str, Any]) -> None:
         raise TrainError(
             f"{path} is damaged: --fresh begins anew and forgets the checkpoints"
         ) from None
+    known = metadata.get("recordings")
     if was.get("model") != metadata["model"]:
         found.append(f"the model that it began with{moved['model']}")
     if was.get("data") != metadata["data"] and not found:
         found.append(f"the contents of the data or the tokenizer{moved['data']}")
+    if not found and was.get("recordings", known) != known:  # older runs do not say
+        found.append(f"the recordings that the data names{moved['data']}")
     if found:
         raise TrainError(
             f"{path.parent} has checkpoints of another run, which differs in: {'; '.join(found)}. "

@@ -150,16 +150,30 @@ def _at(file: BinaryIO, offset: int, size: int) -> bytes:
     return file.read(size)
 
 
+def missing_tag(file: BinaryIO) -> bytes:
+    """The ID3 tag that an mp3 without one needs in front; nothing for any other file.
+
+    libsndfile (1.2) knows an mp3 in memory by its tag alone. Zeros before the sound count to it.
+    """
+    start = _at(file, 0, _BLOCK)
+    sound = start.lstrip(b"\0")
+    if len(sound) < 2 or sound[0] != 0xFF or sound[1] & 0xE0 != 0xE0:
+        return b""
+    size = 10 + len(start) - len(sound)  # in bytes of seven bits
+    return b"ID3\4\0\0" + bytes(size >> shift & 127 for shift in (21, 14, 7, 0)) + bytes(10)
+
+
 class PatchedFile(io.RawIOBase):
-    """A file of which some bytes read otherwise.
+    """A file of which some bytes read otherwise, or that begins earlier.
 
     Args:
         file: the file, which stays open when this one is closed.
         patches: bytes by their offset.
+        lead: bytes in front of it, of a file without patches.
     """
 
-    def __init__(self, file: BinaryIO, patches: Mapping[int, bytes]):
-        self._file, self._patches, self._position = file, patches, 0
+    def __init__(self, file: BinaryIO, patches: Mapping[int, bytes], lead: bytes = b""):
+        self._file, self._patches, self._position, self._lead = file, patches, 0, lead
         file.seek(0)
 
     def readable(self) -> bool:
@@ -172,7 +186,12 @@ class PatchedFile(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Go to a position, as any file does."""
-        self._position = self._file.seek(offset, whence)
+        lead = len(self._lead)
+        if whence == os.SEEK_END:
+            self._position = lead + self._file.seek(offset, whence)
+        else:
+            self._position = offset + (self._position if whence == os.SEEK_CUR else 0)
+        self._file.seek(max(0, self._position - lead))
         return self._position
 
     def tell(self) -> int:
@@ -182,7 +201,8 @@ class PatchedFile(io.RawIOBase):
     def readinto(self, buffer) -> int:
         """Fill a buffer; gives how many bytes were read."""
         view = memoryview(buffer).cast("B")
-        data = bytearray(self._file.read(len(view)))
+        data = bytearray(self._lead[self._position :][: len(view)])
+        data += self._file.read(len(view) - len(data))
         for offset, patch in self._patches.items():
             for n, byte in enumerate(patch, offset - self._position):
                 if 0 <= n < len(data):

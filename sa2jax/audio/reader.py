@@ -16,7 +16,7 @@ import numpy as np
 import soundfile
 from jaxtyping import Float
 
-from sa2jax.audio.headers import PatchedFile, check_header
+from sa2jax.audio.headers import PatchedFile, check_header, missing_tag
 from sa2jax.errors import AudioError
 
 Audio: TypeAlias = str | os.PathLike[str] | bytes | BinaryIO | np.ndarray | tuple[np.ndarray, int]
@@ -111,10 +111,11 @@ class AudioReader:
             else:
                 mixed = block[channel : channel + 1]
             if self.channels > 1:
-                energies += np.einsum("ct,ct->c", block, block, dtype=np.float64)
-                peaks = np.fmax(peaks, np.abs(block).max(axis=1))
-                own_energy += float(np.einsum("ct,ct->", mixed, mixed, dtype=np.float64))
-                own_peak = max(own_peak, float(np.abs(mixed).max()))
+                with np.errstate(all="ignore"):  # of what is not a number, which is refused later
+                    energies += np.einsum("ct,ct->c", block, block, dtype=np.float64)
+                    peaks = np.fmax(peaks, np.abs(block).max(axis=1))
+                    own_energy += float(np.einsum("ct,ct->", mixed, mixed, dtype=np.float64))
+                    own_peak = max(own_peak, float(np.abs(mixed).max()))
             yield mixed
         loudest = int(np.argmax(energies))
         silent = own_peak < SILENCE or own_energy < _QUIET * energies[loudest]
@@ -168,11 +169,14 @@ def open_audio(
             _check_length(reader, frames, max_seconds)
 
         def blocks(named: int | None = None) -> Blocks:
-            file.seek(0)
             return _file_blocks(file, reader, named, max_seconds)
 
+        def again(named: int | None = None) -> Blocks:
+            file.seek(0)  # which other forms do not all allow, such as GSM 6.10
+            return blocks(named)
+
         is_float = file.subtype in ("FLOAT", "DOUBLE")
-        reader._blocks = _scaled(blocks, reader, frames) if is_float else blocks(frames)
+        reader._blocks = _scaled(again, reader, frames) if is_float else blocks(frames)
         yield reader
 
 
@@ -198,11 +202,16 @@ class _ForwardFile(soundfile.SoundFile):
 def _open_file(source: Any, name: str, stack: ExitStack) -> tuple[soundfile.SoundFile, Any]:
     """The sound file and what was said of its header; the stack closes them."""
     binary = stack.enter_context(_binary(source, name))
+    if not binary.read(1):
+        raise AudioError(f"expected audio, but {name} is empty (0 bytes); record or copy it again")
+    binary.seek(0)
     header = check_header(binary)
     binary.seek(0)
     where: Any = os.fspath(source) if isinstance(source, str | os.PathLike) else binary
-    if header.patches:
-        where = io.BufferedReader(PatchedFile(binary, header.patches), 1 << 16)
+    lead = missing_tag(binary) if where is binary else b""
+    binary.seek(0)
+    if header.patches or lead:
+        where = io.BufferedReader(PatchedFile(binary, header.patches, lead), 1 << 16)
     return stack.enter_context(_ForwardFile(where)), header
 
 
@@ -248,7 +257,8 @@ def _seekable(source: Any) -> BinaryIO:
 
 
 def _unreadable(name: str, error: Exception) -> AudioError:
-    cause = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    said = str(getattr(error, "error_string", error))  # without the name, which is said here
+    cause = (said.splitlines() or [type(error).__name__])[0].removeprefix("Error : ").rstrip(".")
     return AudioError(
         f"expected wav, flac, mp3 or ogg audio, but {name} cannot be read ({cause}); "
         "convert it to wav, for example with ffmpeg"
@@ -364,7 +374,8 @@ def _loudness(blocks: Blocks) -> tuple[float, bool]:
     for block in blocks:
         size = np.abs(block)
         peak = max(peak, float(size.max(initial=0.0, where=np.isfinite(size))))
-        whole = whole and bool((np.rint(size) == size).all())
+        with np.errstate(invalid="ignore"):  # of what is not a number, which is refused later
+            whole = whole and bool((np.rint(size) == size).all())
     return peak, whole
 
 

@@ -38,7 +38,8 @@ class ToolAnswer:
 
     Attributes:
         text: what the model reads: a str, or something for JSON.
-        voice: a `Voice`, its name, or its file as a `Path`: a text opens no file.
+        voice: a `Voice`, its name, or its file as a `Path` or an `AudioSource`: a text opens no
+            file.
     """
 
     text: Any
@@ -281,7 +282,8 @@ def read_answer(value: Any) -> tuple[str, Any]:
         return _text(json.dumps({"voice": value.name}, ensure_ascii=False)), value
     if not isinstance(value, ToolAnswer):
         return _text(value), None
-    if not isinstance(value.voice, str | os.PathLike | None) and not _is_voice(value.voice):
+    names_one = isinstance(value.voice, str | os.PathLike | None)
+    if not (names_one or _is_voice(value.voice) or _is_source(value.voice)):
         raise TypeError
     return _text(value.text), value.voice
 
@@ -298,9 +300,16 @@ def _text(value: Any) -> str:
 
 
 def _is_voice(value: Any) -> bool:
-    """Whether this is a `Voice`, without importing jax: who has one has imported it."""
-    home = sys.modules.get("sa2jax.speech.voices")
-    return isinstance(value, getattr(home, "Voice", ()))
+    return _is_kind(value, "sa2jax.speech.voices", "Voice")
+
+
+def _is_source(value: Any) -> bool:
+    return _is_kind(value, "sa2jax.audio.reader", "AudioSource")
+
+
+def _is_kind(value: Any, module: str, name: str) -> bool:
+    """Whether this is of a class, without importing jax: who has one has imported it."""
+    return isinstance(value, getattr(sys.modules.get(module), name, ()))
 
 
 def _is_unicode(text: str) -> bool:

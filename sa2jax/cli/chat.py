@@ -10,7 +10,7 @@ import tyro
 
 from sa2jax.cli import chat_session, common, wav_output
 from sa2jax.cli.common import Files
-from sa2jax.cli.options import Generation, Model, Sound
+from sa2jax.cli.options import Generation, Model, Sound, Speaker
 from sa2jax.cli.wav_output import PIPE, MaybeWavOut, WavOut
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ def chat(
         raise PromptError("--json is for one answer: give a recording or --text, and no -o -")
     if generation.voice is not None and out is None and not interactive:
         raise PromptError("a voice, but no file for what it says: give -o")
+    speaker = None if interactive and generation.voice is None else generation.speaker()
     if plot is not None and (out is None or interactive):
         raise PromptError("--plot is of one spoken answer: give a question, and -o")
     plotter = None if plot is None else make_plotter(plot)
@@ -96,7 +97,7 @@ def chat(
     for path in files:
         common.require_file(path)
     model = options.load()
-    held = model.chat(system, voice=generation.voice, tools=schemas, think=think, options=config)
+    held = model.chat(system, voice=speaker, tools=schemas, think=think, options=config)
     screen = sys.stderr if out == PIPE else sys.stdout
     live = chat_session.LiveChat(
         held,
@@ -113,7 +114,7 @@ def chat(
     if out is not None and held.voice is None:
         held.voice = "default"
     if interactive:
-        chat_session.Repl(live, out or Path("reply.wav"), sound).run()
+        chat_session.Repl(live, out or Path("reply.wav"), sound, generation).run()
         return
     heard = sound.sources(files)
     reply = live.ask([*heard, *([Text(text)] if text is not None else [])], out)
@@ -138,7 +139,7 @@ def tts(
     *,
     out: WavOut,
     text: str | None = None,
-    voice: str = "default",
+    speaker: Speaker,
     stream: bool = False,
     max_new_tokens: int | None = None,
     seed: int = 0,
@@ -151,7 +152,7 @@ def tts(
         out: Recording to write (wav, 24 kHz, 16 bit); with --stream, `-` writes raw samples (16
             bit, mono, 24 kHz) to standard output.
         text: The text itself, instead of a file.
-        voice: Name of a voice, a voice file, or a recording of the speaker.
+        speaker: Reply.
         stream: Write the speech as it comes.
         max_new_tokens: Limit; a second of speech takes 31, by default 2048.
         seed: Same seed, same reading.
@@ -163,6 +164,7 @@ def tts(
     if stream and options.prompt_style == "base":
         raise PromptError("a base model cannot read aloud with --stream: leave it out")
     wav_output.check_out_or_pipe(out, stream=stream)
+    voice = speaker.speaker() or "default"
     words = _read_text(file) if file is not None else text or ""
     model = options.load()
     if stream:

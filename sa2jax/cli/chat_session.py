@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from sa2jax.cli import common, wav_output
-from sa2jax.cli.options import SoundOptions
+from sa2jax.cli.options import SoundOptions, VoiceOptions
 from sa2jax.errors import PromptError, Sa2jaxError
 
 if TYPE_CHECKING:
@@ -152,10 +152,12 @@ class Repl:
         live: the conversation.
         out: where spoken answers go: `PIPE`, or the wav file to whose name they are counted.
         sound: what is heard of recordings.
+        voices: what is heard of recordings of voices.
     """
 
-    def __init__(self, live: LiveChat, out: Path, sound: SoundOptions):
-        self._live, self._chat, self._out, self._sound = live, live.chat, out, sound
+    def __init__(self, live: LiveChat, out: Path, sound: SoundOptions, voices: VoiceOptions):
+        self._live, self._chat, self._out = live, live.chat, out
+        self._sound, self._voices = sound, voices
 
     def run(self) -> None:
         """Hold the conversation; a mistake costs a line, not the conversation."""
@@ -246,7 +248,8 @@ class Repl:
             known = ", ".join(self._chat.model.speech.folder.voices) or "none yet"
             common.log(f"/voice NAME: off, a recording, or one of: {known}")
             return
-        self._chat.voice = None if name == "off" else os.path.expanduser(name)
+        off = name == "off"
+        self._chat.voice = None if off else self._voices.speaker(os.path.expanduser(name))
         common.log(f"voice: {'off' if self._chat.voice is None else self._chat.voice.name}")
 
     def _next_path(self) -> Path:

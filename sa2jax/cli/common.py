@@ -65,8 +65,27 @@ def require_file(path: str | Path) -> None:
     """Fail before the model is loaded if a recording is not there."""
     from sa2jax.errors import AudioError
 
-    if not os.path.isfile(path):  # which, unlike a Path, never raises
-        raise AudioError(f"no such file: {path}")
+    if os.path.isfile(path):  # which, unlike a Path, never raises
+        return
+    if os.path.isdir(path):
+        raise AudioError(f"expected a recording, but {path} is a folder: name the files in it")
+    if os.path.exists(path):
+        raise AudioError(f"expected a recording, but {path} is a pipe or a device: save it first")
+    raise AudioError(f"no such file: {path}")
+
+
+def require_writable(path: Path) -> None:
+    """Fail before anything is computed if a file cannot be written in the end.
+
+    Raises:
+        CheckpointError: if its folder is missing, or something else than a file is there.
+    """
+    from sa2jax.errors import CheckpointError
+
+    if not os.path.isdir(path.absolute().parent):
+        raise CheckpointError(f"cannot write {path}: no folder {path.parent}, make it first")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise CheckpointError(f"cannot write {path}: expected the name of a file, it is none")
 
 
 def require_files(files: Sequence[Path]) -> dict[Path, Exception]:

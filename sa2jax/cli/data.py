@@ -50,8 +50,8 @@ def _prepare(
     """Make shards of records and their recordings, which training reads at once.
 
     Args:
-        paths: Records: .jsonl files, folders of them, or .tfrecord files (with --reader tfio); and,
-            last, the folder to make.
+        paths: Records: .jsonl files, folders of them, .json files with an array, or .tfrecord files
+            (with --reader tfio); and, last, the folder to make.
         model: Folder of the model to train: its speech tokenizer makes audio codes of spoken
             answers, its tokenizer counts text.
         reader: Who reads recordings: libsndfile, or tensorflow-io, which also reads gs:// and

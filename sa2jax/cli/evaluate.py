@@ -123,6 +123,8 @@ def _evaluate(suite: "Suite", command: EvalCommand, suite_options: Any) -> None:
     from sa2jax.evaluate.runner import run_suite, write_predictions
     from sa2jax.evaluate.scores import print_scores
 
+    if command.predictions is not None:
+        common.require_writable(command.predictions)
     options = EvalOptions(
         metrics=tuple(command.metric),
         limit=command.limit,
@@ -158,12 +160,12 @@ def _evaluate(suite: "Suite", command: EvalCommand, suite_options: Any) -> None:
             judges=judges,
             progress=progress,
         )
-    if command.predictions is not None:
-        write_predictions(command.predictions, scores)
     if command.json:
         common.print_json(scores.to_dict() | {"model": command.model})
     else:
         print_scores(scores, common.wide_console())
+    if command.predictions is not None:  # last, so that a full disk costs no scores
+        write_predictions(command.predictions, scores)
     if command.strict and scores.below_threshold:
         common.log(f"below the threshold: {', '.join(scores.below_threshold)}")
         raise SystemExit(1)

@@ -64,12 +64,59 @@ class ModelOptions(Devices):
             )
 
 
+def voice_source(
+    voice: str | None,
+    channel: int | Literal["mean"] | None,
+    option: str = "--voice-channel",
+) -> "str | AudioSource | None":
+    """A voice as it was named, with its channel if it is a recording.
+
+    Raises:
+        VoiceError: for a channel of anything else, which `option` gives.
+    """
+    if channel is None:
+        return voice
+    from sa2jax.audio import AudioSource
+    from sa2jax.errors import VoiceError
+    from sa2jax.speech.voices import is_recording
+
+    if voice is None or not is_recording(voice):
+        got = "no voice" if voice is None else f"{voice!r:.120}, which is none"
+        raise VoiceError(f"{option} {channel} is for a recording of a voice, got {got}")
+    return AudioSource(voice, channel)
+
+
 @dataclass(frozen=True, kw_only=True)
-class GenerationOptions:
-    """How replies are generated, and printed."""
+class VoiceOptions:
+    """Who speaks."""
 
     voice: str | None = None
-    """Who speaks: name of a voice, a voice file, or a recording of the speaker."""
+    """Who speaks: name of a voice, a voice file, or a recording of the speaker; by default the
+    model's default voice."""
+    voice_channel: int | Literal["mean"] | None = None
+    """Channel of that recording, counted from 0, or `mean` for the mean of all; by default the
+    first, for mel frames the mean."""
+
+    def speaker(self, voice: str | None = None) -> "str | AudioSource | None":
+        """The voice that was asked for, None for none.
+
+        Args:
+            voice: another one, of which the channel is taken if it is a recording.
+
+        Raises:
+            VoiceError: for a channel without a recording.
+        """
+        if voice is None:
+            return voice_source(self.voice, self.voice_channel)
+        from sa2jax.speech.voices import is_recording
+
+        return voice_source(voice, self.voice_channel if is_recording(voice) else None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions(VoiceOptions):
+    """How replies are generated, and printed."""
+
     max_new_tokens: int | None = None
     """Limit of each reply, by default that of the task."""
     seed: int = 0
@@ -111,6 +158,7 @@ class SoundOptions(ChannelOptions):
 
 
 Model = Annotated[ModelOptions, tyro.conf.arg(name="")]
+Speaker = Annotated[VoiceOptions, tyro.conf.arg(name="")]
 Generation = Annotated[GenerationOptions, tyro.conf.arg(name="")]
 Hearing = Annotated[ChannelOptions, tyro.conf.arg(name="")]
 Sound = Annotated[SoundOptions, tyro.conf.arg(name="")]

@@ -51,11 +51,13 @@ def run(
     if text is not None and files:
         raise PromptError("expected recordings or --text, not both")
 
+    speaker = generation.speaker()
+
     def replies(model: "StepAudio2", sources: Sequence[Any], **how: Any) -> "list[Reply]":
         return model.run(chosen, sources, question=question, **generation.limits(), **how)
 
     def speak(model: "StepAudio2", source: Any) -> "Reply":
-        return replies(model, [source], voice=generation.voice or "default")[0]
+        return replies(model, [source], voice=speaker or "default")[0]
 
     if chosen.spoken:
         run_spoken(files, options, sound, text, out, generation.json, speak)

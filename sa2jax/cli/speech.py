@@ -11,7 +11,7 @@ import tyro
 
 from sa2jax.cli import common, wav_output
 from sa2jax.cli.common import Devices, Files
-from sa2jax.cli.options import Sound
+from sa2jax.cli.options import Hearing, Sound, Speaker, voice_source
 from sa2jax.cli.wav_output import WavOut
 
 if TYPE_CHECKING:
@@ -74,15 +74,16 @@ Folder = Annotated[ModelFolderOptions, tyro.conf.arg(name="")]
 Options = Annotated[SpeechOptions, tyro.conf.arg(name="")]
 
 
-def vocode(codes: CodesFile, options: Options, *, out: WavOut, voice: str = "default"):
+def vocode(codes: CodesFile, options: Options, speaker: Speaker, *, out: WavOut):
     """Speak audio codes: a JSON list of numbers, as `sa2jax tokenize` prints it.
 
     Args:
         codes: File with the codes, `-` for standard input.
         options: Model.
+        speaker: Reply.
         out: Recording to write (wav, 24 kHz, 16 bit).
-        voice: Name of a voice, a voice file, or a recording of the speaker.
     """
+    voice = speaker.speaker() or "default"
     line = _read_codes(codes)
     wav_output.check_out(out)
     speech = options.load()
@@ -170,17 +171,19 @@ def _list(options: Folder, *, json: bool = False):
             print(f"{name}\t{path}")
 
 
-def _show(name: Name, options: Folder, *, json: bool = False):
+def _show(name: Name, options: Folder, hearing: Hearing, *, json: bool = False):
     """Show what is known of a voice.
 
     Args:
         name: Name of a voice, a voice file, or a recording.
         options: Model.
+        hearing: Recording.
         json: Print JSON.
     """
     from sa2jax.speech.voices import describe
 
-    facts = describe(_speech_folder(options).voice(name))
+    wanted = voice_source(name, hearing.channel, "--channel") or name
+    facts = describe(_speech_folder(options).voice(wanted))
     if json:
         common.print_json(facts)
     else:

@@ -59,8 +59,10 @@ def translate(
     """
     from sa2jax.errors import PromptError
 
+    speaker = generation.speaker()
+
     def speak(model: "StepAudio2", source: Any) -> "Reply":
-        voice = generation.voice or "default"
+        voice = speaker or "default"
         return model.translate_speech(source, to=to, voice=voice, **generation.limits())
 
     if not speech:

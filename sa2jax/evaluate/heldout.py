@@ -3,21 +3,26 @@
     held_out = HeldOut.find("corpus")    # what `sa2jax data synthesize` made, or its heldout/ alone
     held_out.samples("sums", limit=20)
 
-A folder has NAME.jsonl, lines of training data (`messages`, `audios`) or `{"audio", "text"}`; and
-voices/NAME.wav, a clean recording of each voice, there or beside it.
+A folder has NAME.jsonl, lines of training data in any form that training reads, or
+`{"audio", "text"}`; and voices/NAME.wav, a clean recording of each voice, there or beside it.
 """
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from sa2jax.errors import DataError, FileError, reason_of
 from sa2jax.files.json_files import parse_json
-from sa2jax.files.raw import is_file, read_jsonl_lines
+from sa2jax.files.raw import is_file
+from sa2jax.files.rows import read_rows
+
+if TYPE_CHECKING:
+    from sa2jax.train.data.records import Turn
 
 FOLDER, VOICES = "heldout", "voices"
+_SAME_ROLES = {"human": "user"}
 T = TypeVar("T")
 
 
@@ -27,8 +32,9 @@ class Sample:
 
     Attributes:
         name: file and number, such as "sums:12".
-        audio: the recording that is heard; None for a written question.
-        text: the written question, "" for none.
+        audio: the first recording that is heard; None for a written question.
+        text: what is written of the question, "" for nothing.
+        parts: recordings and texts of the question, in order.
         system: the system prompt, None for none.
         expected: what the first answer says.
         reference: a recording of it, None for none.
@@ -40,15 +46,17 @@ class Sample:
     audio: Path | None
     expected: str
     text: str = ""
+    parts: tuple[Path | str, ...] = ()
     system: str | None = None
     reference: Path | None = None
     tool: str | None = None
     tools: str | None = None
 
     @property
-    def content(self) -> Path | str:
-        """The question as a conversation takes it: the recording, or the text."""
-        return self.text if self.audio is None else self.audio
+    def content(self) -> Path | str | list[Path | str]:
+        """The question as a conversation takes it: a recording, a text, or several of them."""
+        parts = list(self.parts) or [self.text if self.audio is None else self.audio]
+        return parts[0] if len(parts) == 1 else parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,20 +107,21 @@ def read_samples(path: str | Path) -> list[Sample]:
     """
     path = Path(path)
     try:
-        lines = list(read_jsonl_lines(path))
+        rows = list(read_rows(path))
     except FileError as error:
         raise DataError(f"{path} cannot be read ({error.reason}): expected jsonl") from None
     samples = []
-    for number, line in lines:
+    for place, row in rows:
         try:
-            sample = _sample(parse_json(line, dict), f"{path.stem}:{number}", path.parent)
-        except (FileError, ValueError, KeyError, TypeError, AttributeError) as error:
+            sample = _sample(row, f"{path.stem}{place}", path.parent)
+        except (FileError, DataError) as error:
             raise DataError(
-                f"{path}:{number}: expected a question with its answer, as in training data, or "
-                f'{{"audio", "text"}}: {type(error).__name__} {reason_of(error)}'
+                f"{path}{place}: expected a question with its answer, as in training data, or "
+                f'{{"audio", "text"}}: {reason_of(error)}'
             ) from None
-        if sample.audio is not None and not is_file(sample.audio):
-            raise DataError(f"{path}:{number}: no such recording: {sample.audio}")
+        for recording in sample.parts:
+            if isinstance(recording, Path) and not is_file(recording):
+                raise DataError(f"{path}{place}: no such recording: {recording}")
         samples.append(sample)
     return samples
 
@@ -124,24 +133,38 @@ def evenly_spaced(samples: Sequence[T], limit: int | None) -> list[T]:
     return [samples[number * len(samples) // limit] for number in range(limit)]
 
 
-def _sample(row: dict[str, Any], name: str, root: Path) -> Sample:
-    """One line; paths start at the file's folder."""
-    if "messages" not in row:
-        return Sample(name=name, audio=root / row["audio"], expected=str(row["text"]))
-    messages, tools = row["messages"], row.get("tools")
-    first: dict[str, dict[str, Any]] = {}
-    for message in messages:
-        first.setdefault(message["role"], message)
-    answer, call = first["assistant"], first.get("tool_call")
-    audios = row.get("audios") or []
-    speech = answer.get("speech")
+def _sample(row: bytes, name: str, root: Path) -> Sample:
+    """One row; paths start at the file's folder."""
+    from sa2jax.train.data.records import parse_record, parse_tool_call
+    from sa2jax.train.data.row_forms import AUDIO_MARK
+
+    facts = parse_json(row, dict)
+    if isinstance(facts.get("audio"), str) and isinstance(facts.get("text"), str | int | float):
+        audio = root / facts["audio"]
+        return Sample(name=name, audio=audio, parts=(audio,), expected=str(facts["text"]))
+    record = parse_record(row, name, root)
+    first: dict[str, Turn] = {}
+    for turn in record.turns:
+        first.setdefault(_SAME_ROLES.get(turn.role, turn.role), turn)
+    if not {"user", "assistant"} <= first.keys():
+        raise DataError(f"the messages are of {', '.join(first)}: expected a user and an assistant")
+    question, answer, call = first["user"], first["assistant"], first.get("tool_call")
+    # The first question comes first, and so do its clips.
+    clips = iter(record.audios)
+    texts = question.content.split(AUDIO_MARK)
+    parts: list[Path | str] = [texts[0]]
+    for text in texts[1:]:
+        parts += [Path(next(clips)), text]
+    kept = tuple(part for part in parts if isinstance(part, Path) or part.strip())
+    tools = record.tools
     return Sample(
         name=name,
-        audio=root / audios[0] if audios else None,
-        text="" if audios else first["user"]["content"],
-        system=first.get("system", {}).get("content"),
-        expected=answer["content"],
-        reference=root / speech if isinstance(speech, str) else None,
-        tool=parse_json(call["content"], dict)["name"] if call else None,
+        audio=next((part for part in kept if isinstance(part, Path)), None),
+        text="".join(part for part in kept if isinstance(part, str)),
+        parts=kept,
+        system=first["system"].content if "system" in first else None,
+        expected=answer.content,
+        reference=Path(answer.speech) if isinstance(answer.speech, str) else None,
+        tool=None if call is None else parse_tool_call(call.content).name,
         tools=tools if tools is None or isinstance(tools, str) else json.dumps(tools),
     )

@@ -95,13 +95,13 @@ def run_suite(
 
 
 def write_predictions(path: Path, scores: Scores) -> None:
-    """Write every prediction as a line of jsonl.
+    """Write every prediction as a line of jsonl, all or none.
 
     Raises:
         Sa2jaxError: if the file cannot be written.
     """
-    from sa2jax.atomic_io import disk_errors
+    from sa2jax.atomic_io import disk_errors, write_text
 
     lines = (json.dumps(asdict(each), ensure_ascii=False) for each in scores.predictions)
     with disk_errors(path):
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        write_text(path, "".join(f"{line}\n" for line in lines))

@@ -66,7 +66,9 @@ class Archive:
         """
         info = self._entry(name)
         if info.compress_type != zipfile.ZIP_STORED:
-            raise FileError(self._where, f"entry {name!r} is compressed, expected plain numbers")
+            raise FileError(
+                self._where, f"entry {name!r} is compressed: save it again, uncompressed"
+            )
         head = info.header_offset
         try:
             magic, name_length, extra_length = _LOCAL_HEADER.unpack(

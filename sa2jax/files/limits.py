@@ -32,6 +32,8 @@ PICKLE = Limits(bytes=8 << 20, nodes=500_000, depth=100)
 ARRAYS = Limits(bytes=512 << 20, nodes=20_000, depth=1)
 # The speech tokenizer has 0.5 GB; protobuf reads no message above 2 GB.
 ONNX = Limits(bytes=2 << 30, nodes=200_000, depth=20)
+# A JSON array of rows, whose items are told apart before they are read one by one.
+ROWS = Limits(bytes=256 << 20, nodes=4_000_000, depth=100)
 # An instruction for people: a prompt, a text to be read.
 TEXT = Limits(bytes=16 << 20, nodes=1, depth=1)
 

@@ -78,7 +78,8 @@ def decode(data: bytes, where: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise FileError(where, f"not UTF-8 ({error.reason} at byte {error.start})") from None
+        reason = f"not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8"
+        raise FileError(where, reason) from None
 
 
 def read_jsonl_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:

@@ -26,7 +26,8 @@ from sa2jax.speech.store import SpeechFolder
 from sa2jax.speech.token2wav import CHUNK, Codes, Token2Wav
 from sa2jax.speech.voices import MAX_SECONDS, Voice
 
-AnyVoice = Voice | str | Path
+AnyVoice = Voice | str | Path | audio.AudioSource
+"""A voice, its name or file, or a recording of it; an `AudioSource` says which channel is heard."""
 # Codes (a minute) of a reply that is spoken in one piece; longer ones are streamed.
 MAX_WHOLE_CODES = 1500
 

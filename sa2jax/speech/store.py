@@ -86,17 +86,19 @@ class SpeechFolder:
                 found[path.stem] = path
         return found
 
-    def voice(self, wanted: str | Path = "default") -> Voice:
+    def voice(self, wanted: str | Path | AudioSource = "default") -> Voice:
         """A voice by its name, its file, or a recording of it.
 
         Args:
-            wanted: a name from `voices`, a voice file, or a recording (analysed anew);
-                `default` is the checkpoint's default voice, or its only one.
+            wanted: a name from `voices`, a voice file, or a recording (analysed anew), also as an
+                `AudioSource`; `default` is the checkpoint's default voice, or its only one.
 
         Raises:
             VoiceError: if there is none, or it was analysed by other weights.
             AudioError: if a recording cannot be read.
         """
+        if isinstance(wanted, AudioSource):
+            return Voice.from_wav(wanted, self.analyzer)
         path, known = Path(wanted), self.voices
         name = str(wanted)
         if name == "default" and (default := self._default(known)):

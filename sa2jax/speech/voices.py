@@ -27,7 +27,7 @@ from sa2jax.atomic_io import disk_errors, new_file
 from sa2jax.audio.rates import CODE_RATE, SPEECH_MEL_RATE, SPEECH_SAMPLE_RATE
 from sa2jax.errors import AudioError, FileError, VoiceError
 from sa2jax.files.limits import ARRAYS
-from sa2jax.files.raw import read_bytes
+from sa2jax.files.raw import is_file, read_bytes
 from sa2jax.files.safetensors_files import parse_safetensors
 from sa2jax.models.speaker_encoder import speaker_encoder
 from sa2jax.models.speech_tokenizer import (
@@ -88,7 +88,8 @@ class Voice:
         Args:
             source: the recording.
             analyzer: the networks that analyse it.
-            name: what to call the voice; by default after the file.
+            name: what to call the voice; by default after the file, with "-" for what names cannot
+                have.
 
         Raises:
             AudioError: if the recording cannot be read.
@@ -96,7 +97,7 @@ class Voice:
         """
         if name is None:
             inner = source.source if isinstance(source, audio.AudioSource) else source
-            name = Path(inner).stem if isinstance(inner, str | Path) else "voice"
+            name = _name_of(Path(inner)) if isinstance(inner, str | Path) else "voice"
         check_name(name)
         low = audio.load_audio(source, audio.SAMPLE_RATE)
         with audio.open_mono(source, SPEECH_SAMPLE_RATE, channel="mean") as (_, blocks):
@@ -117,7 +118,7 @@ class Voice:
             if np.abs(samples).max() < audio.SILENCE:
                 raise VoiceError(
                     f"voice {name}: expected speech, but {what} stays below -60 dB of full scale; "
-                    "use a recording that can be heard, or another --channel"
+                    "use a recording that can be heard, or another --channel (--voice-channel)"
                 )
         codes = analyzer.codes_of([low])[0]
         frames = 2 * len(codes)
@@ -294,7 +295,9 @@ class VoiceAnalyzer:
     def mel_of(self, clip: Float[np.ndarray, "T"]) -> Float[np.ndarray, "M F"]:
         """Input of the tokenizer, log-mel frames (100 Hz), of samples at 16 kHz."""
         if len(clip) < 2 * audio.HOP:
-            raise AudioError(f"expected at least {2 * audio.HOP} samples, got {len(clip)}")
+            raise AudioError(
+                f"expected at least {2 * audio.HOP} samples at 16 kHz (20 ms), got {len(clip)}"
+            )
         return audio.s3_log_mel(clip, n_mels=self.cfg.speech_tokenizer.mels)
 
     def codes_of_mels(self, mels: Sequence[Float[np.ndarray, "M F"]]) -> list[Int[np.ndarray, "P"]]:
@@ -331,6 +334,18 @@ def check_name(name: str) -> None:
             f"voice name {name!r:.80}: expected up to 64 letters, digits, '-', '_' and '.', the "
             "first a letter or digit"
         )
+
+
+def _name_of(path: Path) -> str:
+    """A voice's name like a file's."""
+    words = re.findall(r"[\w.]+", path.stem)
+    return "-".join(words).lstrip(".")[:64] or "voice"
+
+
+def is_recording(name: str | Path) -> bool:
+    """Whether this is a recording of a voice, and not a voice's name or file."""
+    suffix = Path(name).suffix
+    return bool(suffix) and suffix != SUFFIX and is_file(name)
 
 
 def describe(voice: Voice) -> dict[str, object]:

@@ -326,7 +326,7 @@ BAD = {
     "missing": (lambda d: d / "no.wav", "does not exist"),
     "folder": (lambda d: d, "is a folder"),
     "text": (lambda d: Path(__file__), "cannot be read"),
-    "empty bytes": (lambda d: b"", "cannot be read"),
+    "empty bytes": (lambda d: b"", r"the bytes is empty \(0 bytes\)"),
     "bytes": (lambda d: b"not audio at all", "cannot be read"),
     "raw": (lambda d: save(d / "a.wav", tone(16000), 16000).rename(d / "a.raw"), "cannot be read"),
     "no samples": (lambda d: save(d / "a.wav", np.zeros((1, 0)), 16000), "no samples"),

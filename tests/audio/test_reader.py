@@ -64,6 +64,33 @@ WRONG = {
 }
 
 
+def test_every_form_that_soundfile_writes_is_read():
+    """Also those that can be read but once, and in blocks, such as GSM 6.10 in a wav."""
+    seen = set()
+    # Of the first nothing can be told; the others keep rate or samples elsewhere, or none.
+    for kind in soundfile.available_formats().keys() - {"RAW", "SD2", "WVE", "XI"}:
+        for subtype in soundfile.available_subtypes(kind):
+            try:
+                data = encoded(kind, subtype=subtype)
+            except soundfile.SoundFileError:  # it has no mono, or no such rate
+                continue
+            assert abs(len(load_audio(bytes(data))) - len(SOUND)) < 3000, (kind, subtype)
+            seen.add((kind, subtype))
+    assert {("WAV", "GSM610"), ("MP3", "MPEG_LAYER_III"), ("OGG", "OPUS")} <= seen
+
+
+@pytest.mark.parametrize("before", [b"", b"ID3\4\0\0\0\0\0\x14" + bytes(20), bytes(2000)])
+def test_an_mp3_in_memory_needs_no_tag(tmp_path, before):
+    """As browsers and services of speech send it; zeros are what some streams begin with."""
+    data = before + bytes(encoded("MP3"))
+    (tmp_path / "a.mp3").write_bytes(data)
+    whole = load_audio(tmp_path / "a.mp3")
+    np.testing.assert_allclose(whole, SOUND, atol=0.05)
+    np.testing.assert_array_equal(load_audio(data), whole)
+    with (tmp_path / "a.mp3").open("rb") as file:
+        np.testing.assert_array_equal(load_audio(file), whole)
+
+
 @pytest.mark.parametrize("case", WRONG)
 def test_files_are_read_to_their_end(caplog, tmp_path, case):
     data, note = WRONG[case]

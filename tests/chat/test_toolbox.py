@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from helpers.example_tools import SEARCH, answer, run, schema, search, weather
 
+from sa2jax.audio import AudioSource
 from sa2jax.chat import tool_schema, toolbox
 from sa2jax.chat.tool_schema import Tool
 from sa2jax.chat.toolbox import (
@@ -213,6 +214,8 @@ def test_a_voice(monkeypatch):
     result = answer(voice)
     assert (result.text, result.ok, result.voice) == ('{"voice": "小跃"}', True, voice)
     assert answer(ToolAnswer("changed", voice)).voice is voice
+    recording = AudioSource("anna.wav", 1)
+    assert answer(ToolAnswer("changed", recording)).voice is recording
     monkeypatch.delitem(sys.modules, "sa2jax.speech.voices")
     assert not answer(voice).ok
 

@@ -7,7 +7,7 @@ import pytest
 import soundfile
 from helpers.small_speech import SPEAKER, save_networks
 
-from sa2jax import cli
+from sa2jax import audio, cli
 from sa2jax.speech import store
 
 
@@ -96,6 +96,30 @@ def test_the_channel_of_a_voice(run, model, recording, tmp_path):
     np.testing.assert_array_equal(made.codes, whole.codes)
     np.testing.assert_allclose(made.mel, whole.mel, atol=1e-4)
     store.SpeechFolder(model).voices["eve"].unlink()
+
+
+def test_the_channel_of_a_voice_that_is_a_recording(run, model, recording, codes, tmp_path):
+    samples, rate = soundfile.read(recording, always_2d=True)
+    stereo, out = tmp_path / "stereo.wav", tmp_path / "out.wav"
+    soundfile.write(stereo, np.stack([samples[:, 0] * 0, samples[:, 0]], axis=1), rate)
+    say = ("vocode", codes, "-o", out, "--model", model, "--voice", stereo)
+    code, _, err = run(*say)
+    assert (code, "channel 0 stays below -60 dB" in err) == (2, True)
+    assert run(*say, "--voice-channel", 1)[0] == 0
+    shown = json.loads(run("voice", "show", stereo, "--channel", 1, "--json", "--model", model)[1])
+    with_python = store.SpeechFolder(model).voice(audio.AudioSource(stereo, 1))
+    assert shown["hash"] == with_python.hash
+    for voice, got in (("anna", "'anna', which is none"), (tmp_path / "no.wav", "no.wav', which")):
+        code, _, err = run(*say[:-1], voice, "--voice-channel", 0)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "--voice-channel 0 is for a recording of a voice, got" in err
+        assert got in err
+    code, _, err = run(*say[:-2], "--voice-channel", 0)
+    assert (code, "got no voice" in err) == (2, True)
+    assert (
+        "--channel 1 is for a recording"
+        in run("voice", "show", "anna", "--channel", 1, "--model", model)[2]
+    )
 
 
 @pytest.mark.slow

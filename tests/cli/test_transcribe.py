@@ -1,6 +1,7 @@
 """Recordings to text, as a user types it, and what cannot be heard or used."""
 
 import json
+import os
 from pathlib import Path
 from typing import ClassVar
 
@@ -200,10 +201,11 @@ def not_a_number(path: Path) -> None:
     ("make", "message"),
     [
         (lambda path: path.write_text("not audio"), "bad.wav cannot be read"),
-        (lambda path: path.write_bytes(b""), "bad.wav cannot be read"),
+        (lambda path: path.write_bytes(b""), "bad.wav is empty (0 bytes)"),
         (empty, "bad.wav holds no samples"),
         (not_a_number, "bad.wav holds NaN or Inf"),
-        (lambda path: path.mkdir(), "no such file"),
+        (lambda path: path.mkdir(), "bad.wav is a folder: name the files in it"),
+        (os.mkfifo, "bad.wav is a pipe or a device: save it first"),
         (lambda path: None, "no such file"),
     ],
 )

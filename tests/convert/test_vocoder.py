@@ -161,9 +161,10 @@ def test_kernels_are_the_folded_ones(path):
         np.testing.assert_allclose(kernel, (g * v / norm).transpose(order), rtol=1e-6)
 
 
-@pytest.mark.parametrize("prefix", ["", "generator."])
+@pytest.mark.parametrize("prefix", ["", "generator.", "generator.generator."])
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_both_spellings_and_no_prefix(path, tmp_path, prefix, spelling):
+def test_both_spellings_and_any_prefix(path, tmp_path, prefix, spelling):
+    """A trainer of generator and discriminator puts its own prefix before that of the release."""
     cfg, params = load(path)
     tensors = to_official(params, cfg, prefix=prefix, spelling=spelling)
     assert all(name.startswith(prefix) for name in tensors)

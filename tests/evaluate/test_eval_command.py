@@ -1,5 +1,6 @@
 """`sa2jax eval nano` as a user runs it."""
 
+import errno
 import json
 import sys
 
@@ -65,6 +66,28 @@ def test_a_table_and_its_answers(run, loads, corpus, tmp_path):
     assert metrics["sums"]["verdict"] == "below"
     assert metrics["int8"]["value"] == 0
     assert loads[1:] == [(str(tmp_path), None), (str(tmp_path), "int8")]
+
+
+def test_where_predictions_cannot_be_written(run, loads, corpus, tmp_path, monkeypatch):
+    """A name is refused before anything is asked; a full disk costs neither scores nor old ones."""
+    command = ("eval", "nano", "--data", corpus, "--model", tmp_path, *QUICK, "--predictions")
+    for path, why in ((tmp_path / "none" / "a.jsonl", "no folder"), (tmp_path, "name of a file")):
+        code, out, err = run(*command, path)
+        assert (code, out, err.count("\n"), why in err) == (2, "", 1, True)
+    assert not loads
+    path = tmp_path / "a.jsonl"
+    path.write_text("old")
+
+    def full(self, *_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    monkeypatch.setattr(type(path), "write_text", full)
+    code, out, err = run(*command, path)
+    monkeypatch.undo()
+    assert (code, err.count("\n"), "the disk is full" in err) == (2, 1, True)
+    assert "no tool called when not asked" in out
+    assert path.read_text() == "old"
+    assert not [*tmp_path.glob(".*partial")]
 
 
 @pytest.mark.parametrize(

@@ -33,11 +33,46 @@ def test_lines_of_recordings_and_texts(tmp_path, corpus):
     assert (sample.expected, sample.audio.name) == ("three", "3.wav")
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"audio": "3.wav"}', '{"messages": []}', "null"])
+def test_every_form_that_training_reads(corpus):
+    """With what is written beside a clip, and in its place."""
+    home = corpus / "heldout"
+    asked = [{"type": "text", "text": "Now: "}, {"type": "audio", "audio": "3.wav"}]
+    call = {"function": {"name": "find", "arguments": {}}}
+    rows = [
+        {"query": "<audio>What is it?", "response": "tea", "audios": ["3.wav"], "system": "S"},
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
+        {
+            "messages": [
+                {"role": "user", "content": asked},
+                {"role": "assistant", "content": "yes", "tool_calls": [call]},
+            ]
+        },
+    ]
+    (home / "forms.json").write_text(json.dumps(rows, indent=1))
+    tea, hello, yes = read_samples(home / "forms.json")
+    assert (tea.name, tea.system, tea.expected) == ("forms[0]", "S", "tea")
+    assert tea.content == [home / "3.wav", "What is it?"]
+    assert (hello.content, hello.audio, hello.expected) == ("hi", None, "hello")
+    assert (yes.content, yes.tool) == (["Now: ", home / "3.wav"], "find")
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[]", '{"audio": "3.wav"}', '{"messages": []}', "null", '{"query": "a"}']
+)
 def test_a_line_that_is_none_is_named(corpus, line):
     path = corpus / "heldout" / "bad.jsonl"
     path.write_text('{"audio": "3.wav", "text": "x"}\n' + line + "\n")
     with pytest.raises(DataError, match=r"bad\.jsonl:2: expected a question"):
+        read_samples(path)
+
+
+def test_what_is_wrong_with_a_line_is_said(corpus):
+    path = corpus / "heldout" / "bad.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "a"}]}')
+    with pytest.raises(DataError, match="messages are of user: expected a user and an assistant"):
+        read_samples(path)
+    path.write_text('{"audio": "3.wav"}')
+    with pytest.raises(DataError, match=r"expected a list of messages .* got 'audio'"):
         read_samples(path)
 
 

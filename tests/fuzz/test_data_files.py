@@ -4,10 +4,10 @@ import hashlib
 import io
 import json
 import random
-import wave
 
 import numpy as np
 import pytest
+import soundfile
 from helpers.fuzzing import attempt, cases, damage_bytes, damage_json, damage_value, put
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -54,7 +54,10 @@ def folder(tmp_path_factory):
 
 
 def damage_lines(rng: random.Random, *rows: object) -> bytes:
-    """jsonl, one line of which is damaged, or where two meet."""
+    """jsonl, one line of which is damaged, or where two meet; or one array of them."""
+    if rng.random() < 0.25:
+        text = json.dumps(list(rows), indent=rng.choice((None, 1))).encode()
+        return damage_bytes(text, rng) if rng.random() < 0.5 else damage_json(list(rows), rng)
     lines = [json.dumps(row).encode() for row in rows]
     at = rng.randrange(len(rows))
     lines[at] = damage_json(rows[at], rng)
@@ -210,23 +213,24 @@ def test_recipes(folder, seed):
     attempt(lambda: read_recipe_values(path))
 
 
-def sound() -> bytes:
-    file = io.BytesIO()
-    with wave.open(file, "wb") as out:
-        out.setnchannels(2)
-        out.setsampwidth(2)
-        out.setframerate(16000)
-        out.writeframes(np.arange(-400, 400, dtype=np.int16).tobytes())
+def sound(kind: str, subtype: str | None) -> bytes:
+    file, samples = io.BytesIO(), np.sin(np.arange(2400) / 20).reshape(-1, 1)
+    channels = 1 if subtype == "GSM610" else 2
+    soundfile.write(file, samples.repeat(channels, 1), 16000, format=kind, subtype=subtype)
     return file.getvalue()
 
 
-SOUND = sound()
+KINDS = {"WAV": ("PCM_16", "FLOAT", "GSM610", "MS_ADPCM"), "RF64": ("PCM_24",), "AIFF": ("PCM_16",)}
+KINDS |= {"CAF": ("ALAC_16", "FLOAT"), "AU": ("ULAW",), "W64": ("DOUBLE",), "FLAC": ("PCM_16",)}
+KINDS |= {"OGG": ("VORBIS", "OPUS"), "MP3": (None,), "NIST": ("PCM_16",), "VOC": ("PCM_16",)}
+SOUNDS = [sound(kind, subtype) for kind, subtypes in KINDS.items() for subtype in subtypes]
 
 
 @cases(100)
 @given(seed=seeds)
 def test_sound(folder, seed):
-    path = put(folder / "a.wav", damage_bytes(SOUND, random.Random(seed)))
+    rng = random.Random(seed)
+    path = put(folder / "a.wav", damage_bytes(rng.choice(SOUNDS), rng))
     found = attempt(lambda: audio.load_audio(path))
     assert found is None or np.isfinite(found).all()
 

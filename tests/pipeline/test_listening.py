@@ -1,6 +1,8 @@
 """Long, silent and unreadable recordings as a caller of `run` meets them; a scripted engine."""
 
 import logging
+from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from sa2jax import AudioSource, Text
 from sa2jax.errors import AudioError
 from sa2jax.inference.requests import Completion
 from sa2jax.pipeline.listening import Listener
+from sa2jax.pipeline.reply import FinishReason
 
 RATE = 16_000
 
@@ -148,3 +151,8 @@ def test_what_is_said_in_a_conversation_is_told_of(script, model):
     assert "no speech: its 3.00 s" in reply.notes[0]
     assert len(reply.notes) == 2
     assert "cut at its limit" in reply.notes[1]
+
+
+def test_every_reason_is_in_the_documentation():
+    text = (Path(__file__).parents[2] / "docs" / "conversations.md").read_text("utf-8")
+    assert all(f"| `{reason}` |" in text for reason in get_args(FinishReason))

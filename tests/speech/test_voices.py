@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
+import soundfile
 from helpers.small_speech import SMALL, small_networks
 
 from sa2jax.errors import AudioError, CheckpointError, VoiceError
@@ -108,6 +109,21 @@ def test_no_voice_to_hear(samples, message):
 def test_bad_names(name):
     with pytest.raises(VoiceError, match="voice name"):
         check_name(name)
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("my voice (1).wav", "my-voice-1"),
+        ("日本語 файл 'q\".wav", "日本語-файл-q"),
+        ("...wav", "voice"),
+        (f"{'a' * 90}.wav", "a" * 64),
+        (".hidden one.flac", "hidden-one"),
+    ],
+)
+def test_a_recording_of_any_name_is_a_voice(tmp_path, file, name):
+    soundfile.write(tmp_path / file, noise(1.2), RATE, format="WAV")
+    assert Voice.from_wav(tmp_path / file, Ear()).name == name
 
 
 def test_good_names():
@@ -235,5 +251,5 @@ def test_description(voice):
 
 def test_too_short_for_codes():
     analyzer = VoiceAnalyzer(SMALL, small_networks(SMALL), "")
-    with pytest.raises(AudioError, match="at least 320 samples, got 100"):
+    with pytest.raises(AudioError, match=r"at least 320 samples at 16 kHz .*, got 100"):
         analyzer.codes([(np.ones(100, np.float32), RATE)])

@@ -1,5 +1,6 @@
 """Whose checkpoints a run may go on from: contents and weights count, not where they lie."""
 
+import json
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,6 +10,8 @@ from helpers.small_training import recipe, save_model, save_pairs
 
 from sa2jax.errors import TrainError
 from sa2jax.train import loop
+from sa2jax.train.data import samples
+from sa2jax.train.data.samples import JsonlSource
 from sa2jax.train.language.task import make_language_task
 
 
@@ -64,3 +67,30 @@ def test_what_differs_is_named_with_its_place(home, tmp_path):
     assert "the data" not in str(caught.value)
     with pytest.raises(TrainError, match=r"optimizer.steps: 6 → 7\. Choose"):
         claim(home / "run", home / "model", pairs, optimizer__steps=7)
+
+
+def test_recordings_are_told_by_what_is_in_them(home, tmp_path):
+    """Another recording under the same name; the lines that name it are the same."""
+    shutil.copytree(home, tmp_path / "moved")
+    run, pairs = tmp_path / "moved" / "run", tmp_path / "moved" / "pairs"
+    sound = bytearray((pairs / "3.wav").read_bytes())
+    sound[len(sound) // 2] ^= 1
+    (pairs / "3.wav").write_bytes(sound)
+    with pytest.raises(TrainError, match="differs in: the recordings that the data names") as error:
+        claim(run, home / "model", pairs)
+    assert "contents" not in str(error.value)
+    (pairs / "3.wav").unlink()
+    with pytest.raises(TrainError, match="the recordings that the data names"):
+        claim(run, home / "model", pairs)
+    said = json.loads((run / loop.RUN).read_text())
+    del said["recordings"]  # as a run of before
+    (run / loop.RUN).write_text(json.dumps(said))
+    claim(run, home / "model", pairs)
+
+
+def test_many_recordings_are_looked_at_here_and_there(home, monkeypatch):
+    source, asked = JsonlSource([home / "pairs" / "pairs.jsonl"]), []
+    monkeypatch.setattr(samples, "recording_identity", lambda path: asked.append(path) or b"x")
+    monkeypatch.setattr(samples, "_PROBED_ROWS", 5)
+    source.recordings_fingerprint()
+    assert [Path(path).name for path in asked] == ["0.wav", "2.wav", "4.wav", "7.wav", "9.wav"]

@@ -29,9 +29,9 @@ from sa2jax.errors import AudioError, DataError
 from sa2jax.train.data.model_folder import FeatureSpec, ModelFolder
 from sa2jax.train.data.readers import Sound, TfioReader, TfRecord
 from sa2jax.train.data.records import Record, RecordError, parse_record
+from sa2jax.train.data.row_index import RowIndex
 from sa2jax.train.data.samples import (
     DATASET_JSON,
-    LineIndex,
     Reject,
     Sample,
     display_names,
@@ -182,9 +182,9 @@ class _PendingSample:
 
 @dataclass(frozen=True, eq=False)
 class _Sources:
-    """What is to be read: lines of a jsonl file, or a TFRecord file's name, each in its turn."""
+    """What is to be read: rows of a file, or a TFRecord file's name, each in its turn."""
 
-    parts: tuple[LineIndex | str, ...]
+    parts: tuple[RowIndex | str, ...]
 
     @classmethod
     def open(cls, sources: Sequence[str | os.PathLike[str]], reader: TfioReader | None) -> Self:
@@ -206,7 +206,7 @@ class _Sources:
         paths = [file for file in files if isinstance(file, Path)]
         called = dict(zip(paths, display_names(paths), strict=True))
         return cls(
-            tuple(LineIndex.scan([f], [called[f]]) if isinstance(f, Path) else f for f in files)
+            tuple(RowIndex.scan([f], [called[f]]) if isinstance(f, Path) else f for f in files)
         )
 
     @property
@@ -228,7 +228,7 @@ class _Sources:
                 yield from _from_tfrecord(part, plan, reader)
                 continue
             for index in range(len(part)):
-                line, where, root = part.read_line(index)
+                line, where, root = part.read_row(index)
                 if reader is None:
                     yield _RecordJob(where, str(root), plan, line)
                 else:

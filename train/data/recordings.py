@@ -28,7 +28,8 @@ from sa2jax.errors import DataError, FileError, reason_of
 from sa2jax.files.archives import parse_npy
 from sa2jax.files.json_files import parse_json, read_json
 from sa2jax.files.limits import ARRAYS
-from sa2jax.files.raw import read_bytes, read_jsonl_lines
+from sa2jax.files.raw import read_bytes
+from sa2jax.files.rows import read_rows
 from sa2jax.train.data.samples import DATASET_JSON, Reject
 from sa2jax.train.data.shards import REJECTS, RejectWriter
 
@@ -73,7 +74,7 @@ _LIST = "list"  # the .jsonl file of a line, beside its values
 def list_recordings(sources: Sequence[str | os.PathLike[str]]) -> list[RecordingEntry]:
     """Recordings, those of folders, and those of .jsonl files with a line {"audio": …} each.
 
-    Paths in a .jsonl file are relative to it.
+    A JSON array of such objects is read, too. Paths in a file are relative to it.
 
     Raises:
         DataError: if a source cannot be read, is given twice, or lists nothing.
@@ -97,21 +98,21 @@ def _recordings_of(source: Path) -> list[RecordingEntry]:
     if source.suffix.lower() in AUDIO_SUFFIXES:
         return [RecordingEntry(source.name, str(source))]
     try:
-        lines = list(read_jsonl_lines(source))
+        rows = list(read_rows(source))
     except FileError as error:
         raise DataError(
             f"{source} cannot be read ({error.reason}): expected "
             f"recordings ({', '.join(AUDIO_SUFFIXES)}), a folder of them, or a .jsonl file"
         ) from None
-    found = [_parse_line(f"{source.name}:{number}", line, source) for number, line in lines]
+    found = [_parse_row(f"{source.name}{place}", row, source) for place, row in rows]
     if not found:
-        raise DataError(f"{source} has no lines")
+        raise DataError(f"{source} lists no recordings")
     return found
 
 
-def _parse_line(where: str, line: bytes, source: Path) -> RecordingEntry:
+def _parse_row(where: str, row: bytes, source: Path) -> RecordingEntry:
     try:
-        facts = parse_json(line, dict)
+        facts = parse_json(row, dict)
         path = os.path.join(source.parent, facts["audio"])
         return RecordingEntry(where, path, facts | {_LIST: str(source)})
     except (FileError, ValueError, KeyError, TypeError) as error:

@@ -17,13 +17,11 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sa2jax.errors import DataError
 
 AUDIO_MARK = "<audio>"  # stands in a text where a clip goes
-ARRAY_TO_LINES = "`jq -c '.[]' {} > {}.jsonl` writes the items of an array as lines"
 
 _MESSAGES = ("messages", "conversations", "conversation")
 _ROLES = {
@@ -84,27 +82,6 @@ def standard_row(row: Mapping[str, Any]) -> StandardRow:
     if not inline and audios:
         _mark_only_question(messages, audios)
     return StandardRow(messages, audios, rejected)
-
-
-def require_lines(path: Path) -> None:
-    """Refuse a file of which no line could be read, for one reason.
-
-    Raises:
-        DataError: if it is UTF-16, or one JSON array.
-        OSError: if it cannot be read.
-    """
-    with path.open("rb") as handle:
-        start = handle.read(4096)
-        handle.seek(max(0, path.stat().st_size - 4096))
-        end = handle.read(4096)
-    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(
-            f"{path} is UTF-16: expected UTF-8; `iconv -f UTF-16 -t UTF-8` writes it so"
-        )
-    start = start.removeprefix("\ufeff".encode())
-    if start.lstrip().startswith(b"[") and end.rstrip().endswith(b"]"):
-        how = ARRAY_TO_LINES.format(path.name, f"{path.stem}-lines")
-        raise DataError(f"{path} is a JSON array: expected one object on each line; {how}")
 
 
 # --- messages -----------------------------------------------------------------------------------

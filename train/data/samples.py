@@ -17,26 +17,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int32, Int64
+from jaxtyping import Float32, Int32
 from safetensors.numpy import save
 
 from sa2jax import audio
 from sa2jax.chat.tokenizer import NUM_CODES
 from sa2jax.errors import AudioError, DataError, FileError, reason_of
 from sa2jax.files.json_files import parse_json, read_json
-from sa2jax.files.limits import JSON
 from sa2jax.files.raw import is_file, open_file
 from sa2jax.files.safetensors_files import parse_safetensors
 from sa2jax.files.sizes import MAX_SIZE
 from sa2jax.train.data.records import Record, RecordError, parse_record
-from sa2jax.train.data.row_forms import ARRAY_TO_LINES, require_lines
+from sa2jax.train.data.row_index import RowIndex, checked_index
 
 FORMAT = 1
 DATASET_JSON = "dataset.json"  # what a prepared folder says of itself
 N_MELS = 128  # mel bands of all released models
+_PROBED_ROWS = 10_000
+_PROBE = 4096  # bytes at the begin, in the middle and at the end of a recording
 
 ClipFeatures = tuple[Float32[np.ndarray, "M F"], ...]
 """One recording: log-mel frames (100 Hz) of each chunk of at most 25 s."""
@@ -160,77 +161,8 @@ def decode_sample(blob: bytes) -> Sample:
 # --- sources ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class LineIndex:
-    """Where each line of some text files starts, found once; blank lines are left out.
-
-    Attributes:
-        files: the files.
-        names: what messages call them.
-        first: number of the first line of each file in the arrays, and their length at the end.
-        offsets: first byte of each line in its file.
-        numbers: its number there, from 1.
-        fingerprint: SHA-256 of the files' bytes.
-    """
-
-    files: tuple[Path, ...]
-    names: tuple[str, ...]
-    first: tuple[int, ...]
-    offsets: Int64[np.ndarray, "N"]
-    numbers: Int32[np.ndarray, "N"]
-    fingerprint: str
-
-    @classmethod
-    def scan(cls, files: Sequence[Path], names: Sequence[str]) -> Self:
-        """Look through the files once.
-
-        Raises:
-            DataError: if one cannot be read.
-        """
-        first, offsets, numbers, digest = [0], [], [], hashlib.sha256()
-        for path in files:
-            try:
-                require_lines(path)
-                starts, lines, found = _line_starts(path)
-            except FileError as error:
-                raise DataError(f"{path} cannot be read: {error.reason}") from None
-            except OSError as error:
-                raise DataError(f"{path} cannot be read: {error.strerror}") from None
-            offsets.append(starts)
-            numbers.append(lines)
-            first.append(first[-1] + len(starts))
-            digest.update(found)
-        empty = [np.zeros(0, np.int64)]
-        return cls(
-            tuple(files),
-            tuple(names),
-            tuple(first),
-            np.concatenate(offsets or empty),
-            np.concatenate(numbers or empty).astype(np.int32),
-            digest.hexdigest(),
-        )
-
-    def __len__(self) -> int:
-        return len(self.offsets)
-
-    def read_line(self, index: int) -> tuple[bytes, str, Path]:
-        """A line, where it stands ("talks.jsonl:12"), and its file's folder."""
-        index = _checked_index(index, len(self))
-        file = int(np.searchsorted(self.first, index, side="right")) - 1
-        path = self.files[file]
-        try:
-            with open_file(path) as handle:
-                handle.seek(int(self.offsets[index]))
-                line = handle.readline(JSON.bytes + 1)
-        except FileError as error:
-            raise DataError(f"{path} cannot be read any more: {error.reason}") from None
-        except OSError as error:
-            raise DataError(f"{path} cannot be read any more: {error.strerror}") from None
-        return line, f"{self.names[file]}:{self.numbers[index]}", path.parent
-
-
 class JsonlSource:
-    """Records of jsonl files; their recordings are read when they are asked for.
+    """Records of jsonl files, or of JSON arrays; their recordings are read when asked for.
 
     Args:
         files: the files, in the order that they count in.
@@ -238,7 +170,7 @@ class JsonlSource:
 
     Attributes:
         n_mels: mel bands.
-        fingerprint: SHA-256 of the files' bytes; the recordings are not part of it.
+        fingerprint: SHA-256 of the files' bytes; for the recordings see `recordings_fingerprint`.
 
     Raises:
         DataError: if there are no files, no lines, or one cannot be read.
@@ -248,19 +180,19 @@ class JsonlSource:
         paths = [Path(os.path.abspath(file)) for file in files]
         if not paths:
             raise DataError("no files: expected at least one .jsonl file")
-        self.lines = LineIndex.scan(paths, display_names(paths))
-        if not len(self.lines):
+        self.rows = RowIndex.scan(paths, display_names(paths))
+        if not len(self.rows):
             raise DataError(f"{paths[0]} holds no records: expected one JSON object on each line")
         self.n_mels = n_mels
-        self.fingerprint = self.lines.fingerprint
+        self.fingerprint = self.rows.fingerprint
 
     def __len__(self) -> int:
-        return len(self.lines)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample | Reject:
-        line, where, root = self.lines.read_line(index)
+        row, where, root = self.rows.read_row(index)
         try:
-            record = parse_record(line, where, root)
+            record = parse_record(row, where, root)
             for turn in record.turns:
                 if isinstance(turn.speech, str):
                     raise RecordError(
@@ -273,8 +205,48 @@ class JsonlSource:
             return Reject(where, str(error))
         return Sample(record, mels, codes)
 
+    def recordings_fingerprint(self) -> str:
+        """SHA-256 of what tells the recordings from others, see `recording_identity`.
+
+        Of many rows 10 000 are looked at, evenly spaced: a run waits for it each time that it
+        begins or goes on, 1 s where files are cached.
+        """
+        digest = hashlib.sha256()
+        known: dict[str, bytes] = {}
+        count = min(len(self), _PROBED_ROWS)
+        for index in (number * len(self) // count for number in range(count)):
+            row, where, root = self.rows.read_row(index)
+            try:
+                record = parse_record(row, where, root)
+            except RecordError:
+                continue  # the row's own bytes tell
+            for path in record.audios:
+                if path not in known:
+                    known[path] = recording_identity(path)
+                digest.update(known[path])
+        return digest.hexdigest()
+
     def __repr__(self) -> str:
         return f"JsonlSource({len(self)} records, {self.fingerprint[:12]})"
+
+
+def recording_identity(path: str) -> bytes:
+    """What tells a recording from others: its size and some of its bytes, not its name.
+
+    All bytes of 10 000 hours would be a terabyte. What is cut, recorded or converted anew has
+    another size or other bytes in its middle.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open_file(path) as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(size.to_bytes(8, "little"))
+            for at in (0, (size - _PROBE) // 2, size - _PROBE):
+                file.seek(max(at, 0))
+                digest.update(file.read(_PROBE))
+    except (FileError, OSError):
+        return b"unreadable"  # perhaps a URL; where it is needed, it is a reject
+    return digest.digest()
 
 
 class ShardSource:
@@ -301,8 +273,12 @@ class ShardSource:
     def __len__(self) -> int:
         return self.info["samples"]
 
+    def recordings_fingerprint(self) -> str:
+        """Nothing: its samples have their recordings in them."""
+        return ""
+
     def __getitem__(self, index: int) -> Sample | Reject:
-        index = _checked_index(index, len(self))
+        index = checked_index(index, len(self))
         try:
             return decode_sample(self._records[index])
         except (DataError, ValueError, RuntimeError, OSError, IndexError) as error:
@@ -331,7 +307,8 @@ def open_source(
     """A source of samples.
 
     Args:
-        path: a .jsonl file, a folder of them, or a folder made by `sa2jax data prepare`.
+        path: a .jsonl file, a .json file with an array, a folder of .jsonl files, or a folder made
+            by `sa2jax data prepare`.
         n_mels: mel bands, by default 128 or those the folder was prepared with.
 
     Raises:
@@ -350,7 +327,7 @@ def open_source(
 
 
 def jsonl_files(path: Path) -> list[Path]:
-    """A .jsonl file, or those of a folder in the order of their names.
+    """A .jsonl file, a .json file with an array, or the .jsonl files of a folder by their names.
 
     Raises:
         DataError: if there are none.
@@ -364,9 +341,8 @@ def jsonl_files(path: Path) -> list[Path]:
         raise DataError(f"{path}: expected .jsonl files or prepared shards, found {found}")
     if not path.exists():
         raise DataError(f"no such file or folder: {path}; expected .jsonl files or prepared shards")
-    if path.suffix != ".jsonl":
-        how = f"; {ARRAY_TO_LINES.format(path.name, path.stem)}" if path.suffix == ".json" else ""
-        raise DataError(f"{path}: expected a file ending in .jsonl, or a folder{how}")
+    if path.suffix not in (".jsonl", ".json"):
+        raise DataError(f"{path}: expected a file ending in .jsonl or .json, or a folder")
     return [path]
 
 
@@ -418,33 +394,3 @@ def _require_kinds(about: dict[str, Any]) -> None:
     sizes = [about["samples"], about["n_mels"], *(shard["samples"] for shard in about["shards"])]
     if not all(type(size) is int and size >= 0 for size in sizes) or about["n_mels"] > MAX_SIZE:
         raise ValueError("numbers of samples, or of mel bands, that are none")
-
-
-# --- small things -------------------------------------------------------------------------------
-
-
-def _line_starts(path: Path) -> tuple[Int64[np.ndarray, "N"], Int64[np.ndarray, "N"], bytes]:
-    """First byte and number of each line that is not blank, and the file's SHA-256."""
-    digest, ends, done = hashlib.sha256(), [], 0
-    short: list[int] = []
-    with open_file(path) as handle:
-        while block := handle.read(1 << 24):
-            digest.update(block)
-            ends.append(done + np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")))
-            done += len(block)
-        stops = np.concatenate([*ends, [done]]).astype(np.int64)
-        starts = np.concatenate([[0], stops[:-1] + 1]).astype(np.int64)
-        # No record is so short; a line that is only looks empty is looked at.
-        for line in np.flatnonzero(stops - starts < 8).tolist():
-            handle.seek(int(starts[line]))
-            if not handle.read(int(stops[line] - starts[line])).strip():
-                short.append(line)
-    kept = np.delete(np.arange(len(starts)), short)
-    return starts[kept], kept + 1, digest.digest()
-
-
-def _checked_index(index: int, size: int) -> int:
-    index = int(index)
-    if not -size <= index < size:
-        raise IndexError(f"index {index} of {size} samples")
-    return index % size

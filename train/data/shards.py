@@ -19,6 +19,7 @@ from typing import Any, Self
 import numpy as np
 
 from sa2jax import audio
+from sa2jax.atomic_io import disk_errors, write_text
 from sa2jax.audio.rates import CODE_RATE
 from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.config import StepAudio2Config
@@ -186,7 +187,8 @@ class RejectWriter:
 
     def _write(self, path: Path) -> None:
         lines = (json.dumps(asdict(row), ensure_ascii=False) for row in self.rows)
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        with disk_errors(path):
+            write_text(path, "".join(f"{line}\n" for line in lines))  # not through a link
 
 
 # --- what is in them ----------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from sa2jax.atomic_io import write_text
 from sa2jax.audio.rates import MEL_RATE
 from sa2jax.chat.template import PromptStyle
 from sa2jax.chat.tokenizer import Tokenizer
@@ -38,7 +39,14 @@ from sa2jax.train.data.examples import (
     make_example,
 )
 from sa2jax.train.data.records import RecordError
-from sa2jax.train.data.samples import Reject, Sample, display_names, open_source
+from sa2jax.train.data.samples import (
+    JsonlSource,
+    Reject,
+    Sample,
+    ShardSource,
+    display_names,
+    open_source,
+)
 from sa2jax.train.language.data_config import DataConfig
 from sa2jax.train.language.packing import Pack, PackedRow, RowShape
 from sa2jax.train.language.step import LanguageBatch
@@ -126,6 +134,7 @@ def make_language_data(
         hosts=hosts,
         rejects=place,
         max_consecutive_rejects=int(longest) + 1,
+        sources=tuple(sources.values()),
     )
 
 
@@ -285,7 +294,9 @@ class LanguageData(Iterator[LanguageBatch]):
         hosts: int = 1,
         rejects: Path | None = None,
         max_consecutive_rejects: int = 1,
+        sources: Sequence[JsonlSource | ShardSource] = (),
     ):
+        self._sources = sources
         self._dataset, self._config, self._shape = rows, config, shape
         self._host, self._size = host, config.rows // hosts
         self._file, self._max_consecutive_rejects = rejects, max_consecutive_rejects
@@ -340,6 +351,11 @@ class LanguageData(Iterator[LanguageBatch]):
                 host=self._host,
             )
         )
+
+    def recordings_fingerprint(self) -> str:
+        """Of the recordings that are no part of the sources' own contents."""
+        parts = "".join(source.recordings_fingerprint() for source in self._sources)
+        return hashlib.sha256(parts.encode()).hexdigest()
 
     def state(self) -> dict[str, Any]:
         """Where this is, as plain JSON data."""
@@ -406,12 +422,15 @@ class LanguageData(Iterator[LanguageBatch]):
         """Add to the file of rejects; the first time it is written anew."""
         if self._file is None or not fresh:
             return
-        found, mode = (fresh, "a") if self._listed else (self.rejected, "w")
-        lines = [{"where": where, "reason": reason} for where, reason in found.items()]
+        found = fresh if self._listed else self.rejected
+        rows = ({"where": where, "reason": reason} for where, reason in found.items())
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            with self._file.open(mode, encoding="utf-8") as handle:
-                handle.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            if not self._listed:
+                write_text(self._file, "")  # a new file: nothing is written through a link
+            with self._file.open("a", encoding="utf-8") as handle:
+                handle.write(text)
         except OSError as error:
             raise DataError(f"{self._file} cannot be written: {error.strerror}") from None
         self._listed = True

@@ -54,8 +54,9 @@ _KNOWN = {
 }
 # First draws that leave the base as it is; others (pissa, olora, loftq …) change it.
 _FIRST_DRAWS = ("gaussian", "eva", "orthogonal")
-# A pattern with more is refused: matching it could take for ever.
-_MAX_REPEATS, _MAX_PATTERNS, _MAX_LENGTH = 4, 256, 2000
+# More are refused: matching them could take for ever. Names alone, which trainers write, are quick.
+_MAX_REPEATS, _MAX_LENGTH = 4, 2000  # of a pattern
+_MAX_PATTERNS, _MAX_ALL_REPEATS = 1024, 32  # of a table
 _REPEAT = re.compile(r"[*+]|\{\d*,\}")
 _REPEATED_GROUP = re.compile(r"\)(?:[*+]|\{)")
 
@@ -192,6 +193,8 @@ def _parse(raw: Mapping[str, Any]) -> LoraConfig:
         tokens = {"embed_tokens": tokens}
     if not _is_empty(tokens) and not isinstance(tokens, dict):
         raise _Odd(f"expected numbers of tokens, got trainable_token_indices={short(tokens)}")
+    _require_few("trainable_token_indices", tokens)
+    _require_few("layers_to_transform", layers)
     flags = {key: raw.get(key) or False for key in ("use_rslora", "use_dora", "lora_bias")}
     if odd := [key for key, value in flags.items() if value not in (True, False)]:
         raise _Odd(f"expected true or false, got {odd[0]}={short(raw[odd[0]])}")
@@ -210,6 +213,12 @@ def _parse(raw: Mapping[str, Any]) -> LoraConfig:
             name: _whole("trainable_token_indices", rows) for name, rows in (tokens or {}).items()
         },
     )
+
+
+def _require_few(key: str, value: Any) -> None:
+    """Each of a table, or list, is compared with each module of the model."""
+    if isinstance(value, dict | list) and len(value) > _MAX_PATTERNS:
+        raise _Odd(f"expected at most {_MAX_PATTERNS} of {key}, got {len(value)}")
 
 
 def _is_empty(value: Any) -> bool:
@@ -240,6 +249,7 @@ def _names(key: str, value: Any) -> tuple[str, ...]:
     values = [] if _is_empty(value) else [value] if isinstance(value, str) else value
     if not isinstance(values, list) or any(not isinstance(v, str) or not v for v in values):
         raise _Odd(f"expected names, got {key}={short(value)}")
+    _require_few(key, values)
     return tuple(values)
 
 
@@ -252,8 +262,11 @@ def _names_or_pattern(key: str, value: Any) -> tuple[str, ...] | re.Pattern[str]
 
 def _patterns(key: str, raw: Mapping[str, Any], number: Any) -> Iterable[tuple[Any, Any]]:
     table = raw.get(key) or {}
-    if not isinstance(table, dict) or len(table) > _MAX_PATTERNS:
-        raise _Odd(f"expected at most {_MAX_PATTERNS} names with numbers, got {key}={short(table)}")
+    if not isinstance(table, dict):
+        raise _Odd(f"expected names with numbers, got {key}={short(table)}")
+    _require_few(key, table)
+    if (repeats := sum(len(_REPEAT.findall(name)) for name in table)) > _MAX_ALL_REPEATS:
+        raise _Odd(f"expected at most {_MAX_ALL_REPEATS} repeats in all of {key}, got {repeats}")
     for name, value in table.items():
         yield _compile(key, name, rf"(.*\.)?({name})$"), number(f"{key}[{short(name)}]", value)
 

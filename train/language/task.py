@@ -128,6 +128,7 @@ def make_language_task(recipe: LanguageRecipe, out: Path) -> TrainingTask:
             "recipe": recipe.to_dict(),
             "model": base.fingerprint(),
             "data": data.fingerprint,
+            "recordings": data.recordings_fingerprint(),
         },
         data=data,
         data_shards=parts,

@@ -264,6 +264,8 @@ def test_rejects(bad, tmp_path):
 
 
 def test_too_many_rejects(bad, tmp_path):
+    (bad.parent / "precious").write_text("kept")
+    (tmp_path / "out.rejects.jsonl").symlink_to(bad.parent / "precious")
     with pytest.raises(DataError) as caught:
         prepare_dataset([bad], tmp_path / "out", PrepareConfig(max_rejects=3))
     kept = tmp_path / "out.rejects.jsonl"
@@ -273,6 +275,7 @@ def test_too_many_rejects(bad, tmp_path):
         f"in {kept}"
     )
     assert len(kept.read_text().splitlines()) == 4
+    assert (bad.parent / "precious").read_text() == "kept"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out.rejects.jsonl"]
 
 

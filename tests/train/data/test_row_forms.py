@@ -241,17 +241,16 @@ def write(path: Path, text: str, encoding: str = "utf-8") -> Path:
     return path
 
 
+def test_an_array_is_rows(tmp_path):
+    array = json.dumps([TALK, TALK], indent=1)
+    for name, text in (("b.jsonl", array), ("c.jsonl", f"\ufeff\n {array}\n"), ("d.json", array)):
+        assert len(open_source(write(tmp_path / name, text))) == 2
+
+
 def test_files_of_which_no_line_is_a_record(tmp_path):
     lines = json.dumps(TALK) + "\n" + json.dumps(TALK) + "\n"
-    array = json.dumps([TALK, TALK], indent=1)
-    for path, reason in [
-        (write(tmp_path / "a.jsonl", lines, "utf-16"), "is UTF-16: expected UTF-8; `iconv"),
-        (write(tmp_path / "b.jsonl", array), r"is a JSON array: .*jq -c '\.\[\]' .*b-lines\.jsonl"),
-        (write(tmp_path / "c.jsonl", "\ufeff\n " + array + "\n"), "is a JSON array"),
-        (write(tmp_path / "d.json", array), r"expected a file ending in \.jsonl.*`jq -c"),
-    ]:
-        with pytest.raises(DataError, match=reason):
-            open_source(path)
+    with pytest.raises(DataError, match="UTF-16, expected UTF-8: `iconv"):
+        open_source(write(tmp_path / "a.jsonl", lines, "utf-16"))
 
 
 def test_a_broken_first_line_is_one_reject(tmp_path):

@@ -9,6 +9,7 @@ import soundfile
 
 from sa2jax import audio
 from sa2jax.errors import AudioError, DataError
+from sa2jax.files import rows
 from sa2jax.train.data.records import Record, Turn, parse_record
 from sa2jax.train.data.samples import (
     JsonlSource,
@@ -149,34 +150,36 @@ def test_names_that_are_alike(folder):
 def test_lines_over_blocks(folder, monkeypatch):
     """Where blocks of the file end makes no difference."""
     path = folder / "talks.jsonl"
-    path.write_text("".join(f"{{{n}\n" + "\n" * (n % 3) for n in range(200)))
+    path.write_text("".join(f"{{{n}\n" + "\r\n" * (n % 3) for n in range(200)))
     whole = JsonlSource([path])
-    real = type(path).open
-
-    class Slow:
-        def __init__(self, file):
-            self.file = file
-
-        def read(self, size):
-            return self.file.read(min(size, 7))
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
-
-    monkeypatch.setattr(type(path), "open", lambda self, mode: Slow(real(self, mode)))
+    monkeypatch.setattr(rows, "_BLOCK", 7)
     pieces = JsonlSource([path])
-    monkeypatch.undo()
     assert len(whole) == 200
-    np.testing.assert_array_equal(whole.lines.offsets, pieces.lines.offsets)
-    np.testing.assert_array_equal(whole.lines.numbers, pieces.lines.numbers)
+    for name in ("starts", "sizes", "numbers"):
+        one, other = (getattr(source.rows.tables[0], name) for source in (whole, pieces))
+        np.testing.assert_array_equal(one, other)
     assert whole.fingerprint == pieces.fingerprint
     assert whole[199].where == f"talks.jsonl:{200 + sum(n % 3 for n in range(199))}"
+
+
+def test_an_array_is_read_as_lines_are(folder):
+    """Its items have the places that jq gives them."""
+    lines = open_source(folder / "talks.jsonl")
+    items = [json.loads(line) for line in (folder / "talks.jsonl").read_text().split("\n")[::3]]
+    items.insert(1, {"x": "}]"})
+    for name, indent in (("talks.json", 1), ("array.jsonl", None)):
+        text = json.dumps(items, indent=indent, ensure_ascii=False)
+        (folder / name).write_text(f"\ufeff {text}\n", encoding="utf-8")
+        source = open_source(folder / name)
+        found = [source[n] for n in range(len(source))]
+        assert isinstance(found[1], Reject)
+        assert found[1].where == f"{name}[1]"
+        read = [lines[n] for n in range(3)]
+        del found[1]
+        assert [s.record.turns for s in found] == [s.record.turns for s in read]
+        assert [[c.shape for m in s.mels for c in m] for s in found] == [
+            [c.shape for m in s.mels for c in m] for s in read
+        ]
 
 
 @pytest.mark.parametrize(
@@ -203,7 +206,9 @@ def test_rejects(folder, text, reason):
     ("name", "text", "message"),
     [
         ("none.jsonl", None, "no such file or folder"),
-        ("a.json", "[]", "expected a file ending in .jsonl"),
+        ("a.json", "[]", "holds no records"),
+        ("a.txt", "[]", "expected a file ending in .jsonl or .json"),
+        ("a.json", '[{"a": 1},', "a JSON array without its end"),
         ("empty.jsonl", "\n \n", "holds no records"),
         ("", None, "expected .jsonl files or prepared shards, found neither"),
     ],

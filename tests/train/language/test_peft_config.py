@@ -74,6 +74,17 @@ def test_names_of_modules_are_matched_as_peft_matches_them(tmp_path):
         ({"rank_pattern": {"(": 4}}, "expected a pattern, got rank_pattern '('"),
         ({"target_modules": "(a+)+b"}, "no repeated group"),
         ({"target_modules": ".*.*.*.*.*b"}, "at most 4 repeats"),
+        (
+            {"rank_pattern": {f".*.*.*.*x{n}": 1 for n in range(9)}},
+            "at most 32 repeats in all of rank_pattern, got 36",
+        ),
+        ({"alpha_pattern": {f"a{n}": 1 for n in range(1025)}}, "at most 1024 of alpha_pattern"),
+        ({"target_modules": ["a"] * 1025}, "at most 1024 of target_modules, got 1025"),
+        ({"layers_to_transform": [0] * 1025}, "at most 1024 of layers_to_transform"),
+        (
+            {"trainable_token_indices": {f"a{n}": [1] for n in range(1025)}},
+            "at most 1024 of trainable_token_indices",
+        ),
         ({"target_modules": {"q": 1}}, "expected names, got target_modules={'q': 1}"),
         ({"layers_to_transform": [1.5]}, "expected whole numbers, got layers_to_transform=[1.5]"),
         ({"trainable_token_indices": 7}, "got trainable_token_indices=7"),

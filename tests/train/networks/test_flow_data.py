@@ -200,7 +200,7 @@ def test_another_models_codes_are_refused(prepared):
     ("make", "message"),
     [
         (lambda path: path.mkdir(), "no recordings in"),
-        (lambda path: path.write_text(""), "has no lines"),
+        (lambda path: path.write_text(""), "lists no recordings"),
         (lambda path: None, "or a .jsonl file"),
         (lambda path: path.write_text('{"audio": 3}'), "none of 1 recordings can be used"),
     ],
