@@ -32,6 +32,7 @@ from sa2jax.nn import Functional, Params
 
 BLOCK = 5  # steps: a word and its four codes
 MAX_ROWS = 8
+MAX_PENDING = 256  # ids of a reply that wait for whoever takes them: eight seconds of speech
 
 
 class Engine:
@@ -136,6 +137,8 @@ class Engine:
     ) -> Generation:
         """Continue the prompt of a conversation, whose next prompt reads only what is new.
 
+        A reply whose ids nobody takes pauses after `MAX_PENDING` of them.
+
         Args:
             request: the whole conversation up to here.
             options: how to continue it; `samples` must be 1. Stop strings are the caller's to see.
@@ -155,6 +158,7 @@ class Engine:
             prompt_index=prompt_index,
             keep=True,
             conversation=conversation,
+            max_pending=MAX_PENDING,
             wake=self._wake,
         )
         self._submit([reply])

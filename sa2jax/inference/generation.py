@@ -24,7 +24,9 @@ class Generation(Iterator[list[int]]):
         conversation: something that stands for it, if it is known: its row is gone on with also
             where most of it was undone, and is free for others once this is no more.
         decode_text: ids to text, needed for stop strings.
-        wake: called when it is cancelled.
+        max_pending: ids that may wait for the caller; it pauses while there are more. None for
+            any number.
+        wake: called when it is cancelled, or goes on after a pause.
 
     Attributes:
         ids: all ids handed out or waiting, without the stop id.
@@ -42,6 +44,7 @@ class Generation(Iterator[list[int]]):
         keep: bool = False,
         conversation: object | None = None,
         decode_text: DecodeText | None = None,
+        max_pending: int | None = None,
         wake: Callable[[], None] = lambda: None,
     ):
         self.request, self.options = request, options
@@ -55,6 +58,8 @@ class Generation(Iterator[list[int]]):
         self._events: queue.SimpleQueue[list[int] | BaseException | None] = queue.SimpleQueue()
         self._cancelled = threading.Event()
         self._over = False
+        self._max_pending, self._pending = max_pending, 0
+        self._lock = threading.Lock()
 
     # --- for the caller --------------------------------------------------------------------
 
@@ -66,6 +71,11 @@ class Generation(Iterator[list[int]]):
         """
         event = None if self._over else self._events.get()
         if isinstance(event, list):
+            with self._lock:
+                paused, self._pending = self.is_paused, self._pending - len(event)
+                goes_on = paused and not self.is_paused
+            if goes_on:
+                self._wake()
             return event
         self._over = True
         if event is not None:
@@ -102,6 +112,11 @@ class Generation(Iterator[list[int]]):
         """Whether nobody waits for it any more."""
         return self._cancelled.is_set()
 
+    @property
+    def is_paused(self) -> bool:
+        """Whether its caller is to take what waits first."""
+        return self._max_pending is not None and self._pending >= self._max_pending
+
     def accept(self, new: list[int]) -> tuple[list[int], FinishReason | None]:
         """Take ids that were generated, the stop id included.
 
@@ -127,6 +142,9 @@ class Generation(Iterator[list[int]]):
             self.finish_reason = event
             self._events.put(None)
         else:
+            if isinstance(event, list):
+                with self._lock:
+                    self._pending += len(event)
             self._events.put(event)
 
 

@@ -27,7 +27,7 @@ from sa2jax.inference.runner import (
     longest_clip,
 )
 
-MAX_IN_FLIGHT = 1  # blocks that the devices have to do while the host reads one
+MAX_IN_FLIGHT = 1  # programs that the devices have to do while the host reads what one gave
 
 
 @dataclass(eq=False)
@@ -114,8 +114,12 @@ class Scheduler:
         return 2.0 if all(reply.started for reply in self._replies) else 1.0
 
     def has_work(self) -> bool:
-        """Whether a request is under way or waits."""
-        return bool(self._calls or self._inbox or self._waiting or self._replies or self._in_flight)
+        """Whether something can be done: a request is under way and not paused, or waits."""
+        if self._calls or self._inbox or self._in_flight:
+            return True
+        if self._replies and all(r.started and r.generation.is_paused for r in self._replies):
+            return False  # whoever takes their ids wakes it
+        return bool(self._waiting or self._replies)
 
     def turn(self) -> bool:
         """Admit what waits, read a chunk, dispatch a block, and see what an earlier one gave."""
@@ -124,7 +128,7 @@ class Scheduler:
         self._admit()
         self._read_some()
         dispatched = self._decode()
-        if len(self._in_flight) > MAX_IN_FLIGHT or not dispatched:
+        while len(self._in_flight) > (MAX_IN_FLIGHT if dispatched else 0):
             self._collect()
         while self._in_flight and all(reply.over for reply, _ in self._under_way()):
             self._collect()
@@ -224,7 +228,7 @@ class Scheduler:
             if reply.over:
                 reply.row.busy = False
         self._replies = [reply for reply in self._replies if not reply.over]
-        idle = not self.has_work()
+        idle = not (self._replies or self._waiting or self._inbox)
         if idle and not self.reserved and self.cache.is_disposable:
             self._forget_rows()
 
@@ -294,7 +298,11 @@ class Scheduler:
 
     def _decode(self) -> bool:
         """Dispatch a block of steps of all replies that have begun, if there are any."""
-        running = [r for r in self._replies if r.started and r.dispatched < r.limit]
+        running = [
+            r
+            for r in self._replies
+            if r.started and r.dispatched < r.limit and not r.generation.is_paused
+        ]
         if not running:
             return False
         longest = max(len(r.keys) + min(r.dispatched + self.block, r.limit) for r in running)
@@ -305,9 +313,7 @@ class Scheduler:
         return True
 
     def _collect(self) -> None:
-        """Wait for the oldest block in flight, and hand out what it gave."""
-        if not self._in_flight:
-            return
+        """Wait for the oldest tokens in flight, and hand out what there is."""
         lines, tokens = self._in_flight.popleft()
         ids, num_generated, done = tokens.read()
         for line, reply in lines:

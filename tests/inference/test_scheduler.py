@@ -1,11 +1,13 @@
 """Continuous batching: requests join and leave at any time, and none feels another."""
 
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from sa2jax import testing
+from sa2jax.inference import engine as inference_engine
 from sa2jax.inference.engine import Engine
 from sa2jax.inference.generation import Generation
 from sa2jax.inference.requests import GenerationConfig, Request
@@ -108,3 +110,28 @@ def test_a_cancelled_request_that_waits_never_begins(engine, prompts, greedy):
     assert list(last.result().ids) == greedy[2]
     assert [list(reply.result().ids) for reply in first] == [greedy[0]] * ROWS
     assert (list(waiting), waiting.finish_reason, waiting.ids) == ([], "abandoned", [])
+
+
+def test_a_reply_that_nobody_takes_pauses(engine, prompts, monkeypatch):
+    """Its row waits, others go on, and it ends as if it had never paused."""
+    options = replace(GREEDY, max_new_tokens=120, max_repeat=0)
+    expected = list(engine.submit(prompts[0], options).result().ids)
+    monkeypatch.setattr(inference_engine, "MAX_PENDING", 20)
+    slow = engine.submit(prompts[0], options)
+    for other in [engine.submit(prompts[n % 4], GREEDY) for n in range(2 * ROWS)]:
+        other.result()
+    for _ in range(200):
+        if not engine.scheduler.has_work():
+            break
+        time.sleep(0.01)
+    assert 20 <= len(slow.ids) <= 35  # with what was in flight
+    assert list(slow.result().ids) == expected
+
+
+def test_a_paused_reply_can_be_cancelled(engine, prompts, greedy, monkeypatch):
+    monkeypatch.setattr(inference_engine, "MAX_PENDING", 5)
+    held = [engine.submit(prompts[0], GREEDY) for _ in range(ROWS)]
+    waiting = engine.submit(prompts[1], GREEDY)
+    for reply in held:
+        reply.close()
+    assert list(waiting.result().ids) == greedy[1]
