@@ -1,0 +1,70 @@
+"""Making all programs before the first request, by requests of our own."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from sa2jax.audio.rates import SAMPLE_RATE
+from sa2jax.chat.template import TASKS
+from sa2jax.pipeline import StepAudio2
+from sa2jax.pipeline.task_runner import task_options
+from sa2jax.serve.state import Readiness, ServerState
+from sa2jax.speech.voices import Voice
+
+log = logging.getLogger(__name__)
+
+_CLIP_SECONDS = (1.0, 3.0, 8.0, 24.0)  # recordings of which the encoder has programs of their own
+
+
+def warm_up(state: ServerState, log_step: Callable[[str], None] = log.info) -> None:
+    """Answer what clients will ask, so that their requests compile nothing; in a worker thread.
+
+    Args:
+        state: of the server; its readiness says what is being done.
+        log_step: called with each step's name and time.
+    """
+    steps = list(_steps(state))
+    for number, (name, step) in enumerate(steps, 1):
+        state.readiness = Readiness(doing=f"{name} ({number} of {len(steps)})")
+        started = time.perf_counter()
+        step()
+        log_step(f"{name}: {time.perf_counter() - started:.1f} s ({number} of {len(steps)})")
+
+
+def _steps(state: ServerState) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Name and work of each step."""
+    model = state.model
+    yield "a written answer", lambda: _answer(state, "Hello", None)
+    for seconds in _CLIP_SECONDS:
+        yield f"a question of {seconds:g} s", lambda s=seconds: _answer(state, _noise(s), None)
+    yield "a transcript", lambda: model.run("asr", [_noise(2.0)], max_new_tokens=8)
+    if state.voices.own:
+        voice = state.voices.find()
+        yield "a spoken answer", lambda: _answer(state, "Hello", voice)
+        yield "reading aloud", lambda: _read(model, voice)
+
+
+def _answer(state: ServerState, content: object, voice: Voice | None) -> None:
+    chat = state.model.chat(state.settings.default_system)
+    for _ in chat.stream(
+        content,
+        speak=voice is not None,
+        voice=voice,
+        first=state.settings.first_codes,
+        chunk=state.settings.chunk_codes,
+    ):
+        pass
+
+
+def _read(model: StepAudio2, voice: Voice) -> None:
+    chat = model.chat(TASKS["tts"].system, options=task_options(TASKS["tts"]))
+    for _ in chat.stream("seven", speak=True, voice=voice):
+        pass
+
+
+def _noise(seconds: float) -> tuple[np.ndarray, int]:
+    """A recording in which something can be heard."""
+    samples = np.random.default_rng(0).standard_normal(round(seconds * SAMPLE_RATE))
+    return samples.astype(np.float32) / 10, SAMPLE_RATE
