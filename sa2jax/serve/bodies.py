@@ -54,10 +54,7 @@ def validated(model: type[M], value: Mapping[str, Any]) -> M:
 def invalid(problems: Sequence[Any]) -> ApiError:
     """The first of the problems that pydantic has found."""
     first = problems[0]
-    where = [
-        str(part) for part in first["loc"] if not str(part).startswith(("function-", "tagged"))
-    ]
-    param = ".".join(where) or None
+    param = ".".join(str(part) for part in first["loc"]) or None
     got = first.get("input")
     shown = f", got {got!r:.60}" if isinstance(got, str | int | float | bool | None) else ""
     return ApiError(f"{param or 'the body'}: {first['msg']}{shown}", param=param)

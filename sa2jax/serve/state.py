@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from fastapi import Request, WebSocket
 
+from sa2jax.audio.rates import SPEECH_SAMPLE_RATE
 from sa2jax.inference.programs import TRACES as LANGUAGE_TRACES
 from sa2jax.pipeline import StepAudio2
 from sa2jax.serve.admission import Admission, Slot
@@ -83,6 +84,11 @@ class ServerState:
         """Positions of a conversation, prompt and answer together."""
         own = self.model.cfg.decoder.max_positions
         return min(own, self.settings.max_len or own)
+
+    @property
+    def sample_rate(self) -> int:
+        """Of what is spoken, in Hz."""
+        return self.model.sample_rate if self.voices.can_speak else SPEECH_SAMPLE_RATE
 
     def set_ready(self) -> None:
         """All programs are made: let requests be sent here."""
