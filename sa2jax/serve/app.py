@@ -15,7 +15,7 @@ from sa2jax.serve import operations
 from sa2jax.serve.bodies import invalid
 from sa2jax.serve.errors import ApiError
 from sa2jax.serve.middleware import Entrance
-from sa2jax.serve.openai import chat_completions
+from sa2jax.serve.openai import chat_completions, speech, transcriptions, voices
 from sa2jax.serve.settings import Settings
 from sa2jax.serve.state import Readiness, ServerState
 from sa2jax.serve.warm_up import warm_up
@@ -57,7 +57,7 @@ def create_app(
     app.add_middleware(Entrance, keys=state.keys, settings=state.settings, metrics=state.metrics)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
-    for room in (operations, chat_completions):
+    for room in (operations, chat_completions, speech, transcriptions, voices):
         app.include_router(room.router)
     return app
 

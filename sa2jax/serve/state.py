@@ -1,9 +1,11 @@
 """What all requests of a server share."""
 
+import asyncio
 import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from fastapi import Request, WebSocket
 
@@ -20,7 +22,13 @@ from sa2jax.serve.settings import Settings
 from sa2jax.serve.voices import VoiceRegistry, speech_of
 from sa2jax.speech.programs import TRACES as SPEECH_TRACES
 
+T = TypeVar("T")
+
 SPARE_THREADS = 4  # for what needs no row: voices, counting, reading files
+
+
+class Abandoned(Exception):
+    """Nobody waits for this any more."""
 
 
 @dataclass
@@ -106,6 +114,38 @@ class ServerState:
         answer = self.bridge.open(start)
         answer.finished.add_done_callback(lambda done: slot.release())
         return answer
+
+    async def work(self, function: Callable[[Callable[[], None]], T]) -> tuple[T, float]:
+        """Run something in a worker thread, with a slot until it has really ended.
+
+        Args:
+            function: given a `check` to call now and then, which ends it once nobody waits.
+
+        Returns:
+            What it returns, and the seconds that the slot was waited for.
+
+        Raises:
+            ApiError: 503 if there is no slot.
+        """
+        slot = await self.admission.acquire()
+        gone = threading.Event()
+
+        def check() -> None:
+            if gone.is_set():
+                raise Abandoned
+
+        def end(done: asyncio.Future[T]) -> None:
+            slot.release()
+            if not done.cancelled():
+                done.exception()  # if nobody waits, nobody asks for it
+
+        work = asyncio.ensure_future(self.bridge.call(function, check))
+        work.add_done_callback(end)
+        try:
+            return await asyncio.shield(work), slot.waited
+        except asyncio.CancelledError:
+            gone.set()
+            raise
 
     def require_model(self, name: object) -> None:
         """Refuse a model that is not here.
