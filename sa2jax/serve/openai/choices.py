@@ -5,7 +5,6 @@ from contextlib import aclosing
 
 import numpy as np
 
-from sa2jax.chat.reply_parser import MarkerFilter
 from sa2jax.chat.tools import MalformedToolCall
 from sa2jax.pipeline.reply import Reply, ReplyPiece
 from sa2jax.serve.admission import Slot
@@ -128,21 +127,28 @@ class StopFilter:
     """Text before the first of some stop strings; what may begin one is held back.
 
     Args:
-        stops: the strings.
+        stops: the strings, none of them empty.
     """
 
     def __init__(self, stops: Sequence[str]):
-        self._filters = [MarkerFilter(stop) for stop in stops]
+        self._stops, self._held, self._found = tuple(stops), "", False
 
     def push(self, text: str) -> str:
         """The text that is certain to come before all of them."""
-        for each in self._filters:
-            text = each.push(text) if text else text
-        return text
+        if self._found:
+            return ""
+        held = self._held + text
+        places = [at for stop in self._stops if (at := held.find(stop)) >= 0]
+        self._found = bool(places)
+        end = min(places) if places else len(held) - self._begun(held)
+        self._held = held[end:]
+        return held[:end]
 
     def flush(self) -> str:
         """The text is over: what was held back and begins none."""
-        text = ""
-        for each in self._filters:
-            text = each.push(text) + ("" if each.found else each.flush())
-        return text
+        return "" if self._found else self._held
+
+    def _begun(self, text: str) -> int:
+        """Characters at the end that may begin a stop string."""
+        sizes = (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        return max(sizes, default=0)
