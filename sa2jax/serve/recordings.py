@@ -31,6 +31,9 @@ class NamedFile(io.RawIOBase):
     def __init__(self, file: Any, name: str):
         self._file, self.name = file, re.sub(r"[^\w. ()-]", "_", name)[-80:] or "the file"
 
+    def __repr__(self) -> str:
+        return self.name
+
     def readable(self) -> bool:
         """Always."""
         return True

@@ -199,12 +199,13 @@ class MessageReader:
             if not isinstance(function, Mapping) or not isinstance(name, str):
                 raise ApiError(f"{place}: expected a function with a name", param=place)
             arguments = function.get("arguments") or "{}"
+            where_arguments = f"{place}.function.arguments"
+            if not isinstance(arguments, str):
+                raise ApiError(f"{where_arguments}: expected JSON as text", param=where_arguments)
             try:
-                value = parse_json(arguments, dict, where=f"{place}.function.arguments")
-            except (FileError, TypeError, AttributeError) as error:
-                raise ApiError(
-                    f"{place}: expected arguments as JSON ({error})", param=place
-                ) from None
+                value = parse_json(arguments, dict, where=where_arguments)
+            except FileError as error:
+                raise ApiError(str(error), param=where_arguments) from None
             written = json.dumps(value, ensure_ascii=False)
             self._names[str(call.get("id", ""))] = name
             ids += self._tokenizer.encode(
