@@ -56,6 +56,8 @@ class Address:
             ConfigError: if it is taken, or there is no such host.
         """
         try:
+            if not 0 <= self.port < 1 << 16:
+                raise OverflowError("expected a port of 0 to 65535")
             (family, kind, protocol, _, where), *_ = socket.getaddrinfo(
                 self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
             )
