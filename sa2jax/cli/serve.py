@@ -33,6 +33,7 @@ def serve(
     grace: float = 30.0,
     ssl_certfile: Path | None = None,
     ssl_keyfile: Path | None = None,
+    warm_up: bool = True,
     access_log: bool = True,
 ):
     """Serve a model over OpenAI's protocols, to this machine alone unless told otherwise.
@@ -61,6 +62,7 @@ def serve(
         grace: Seconds that answers under way may take when the server ends.
         ssl_certfile: Certificate (PEM), for https.
         ssl_keyfile: Key of the certificate.
+        warm_up: Make all programs before /readyz says ready; else the first requests wait for them.
         access_log: Write a line of JSON for each request to stderr.
     """
     from sa2jax.errors import ConfigError
@@ -93,7 +95,7 @@ def serve(
         model = options.load()
         from sa2jax.serve.app import create_app
 
-        run_server(create_app(model, settings), address, bound)
+        run_server(create_app(model, settings, warm=warm_up), address, bound)
     common.log("ended")
 
 

@@ -47,8 +47,8 @@ def create_app(
         try:
             yield
         finally:
-            warming.cancel()
             state.admission.close()
+            await asyncio.wait({warming})  # its step is finished: a program cannot be broken off
             state.bridge.close()
 
     # No pages of documentation: they load scripts from elsewhere.

@@ -5,7 +5,7 @@ import io
 import struct
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol, cast
 
 import numpy as np
 import soundfile
@@ -166,9 +166,16 @@ class _SoundFile:
     def __init__(self, form: str, subtype: str, rate: int, *, stream: bool):
         self._out: _Pipe | io.BytesIO = _Pipe() if stream else io.BytesIO()
         # Of a constant bit rate, 64 kbit/s, an mp3 needs no header to tell how long it is.
-        constant = {"bitrate_mode": "CONSTANT", "compression_level": 0.6} if form == "MP3" else {}
+        mode, level = ("CONSTANT", 0.6) if form == "MP3" else (None, None)
         self._file = soundfile.SoundFile(
-            self._out, "w", samplerate=rate, channels=1, format=form, subtype=subtype, **constant
+            cast(BinaryIO, self._out),
+            "w",
+            samplerate=rate,
+            channels=1,
+            format=form,
+            subtype=subtype,
+            bitrate_mode=mode,
+            compression_level=level,
         )
 
     def push(self, samples: Float[np.ndarray, "N"]) -> bytes:

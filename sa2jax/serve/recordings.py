@@ -6,7 +6,7 @@ import importlib.util
 import io
 import re
 import tempfile
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import soundfile
@@ -115,7 +115,7 @@ def open_recording(
     container = _container(file.read(_HEAD))
     file.seek(0)
     if container is None:
-        return AudioSource(NamedFile(file, name), max_seconds=max_seconds)
+        return AudioSource(cast(BinaryIO, NamedFile(file, name)), max_seconds=max_seconds)
     if importlib.util.find_spec("av") is None:
         raise ApiError(
             f"{name} is {container}: that needs PyAV on the server "
@@ -123,7 +123,7 @@ def open_recording(
             code="unsupported_format",
         )
     wave = _decode(NamedFile(file, name), container, max_seconds, rate)
-    return AudioSource(NamedFile(wave, name), max_seconds=max_seconds)
+    return AudioSource(cast(BinaryIO, NamedFile(wave, name)), max_seconds=max_seconds)
 
 
 def _container(head: bytes) -> str | None:
@@ -143,7 +143,7 @@ def _decode(file: NamedFile, container: str, max_seconds: float, rate: int | Non
 
     wave = tempfile.TemporaryFile()  # noqa: SIM115
     try:
-        with av.open(file, format={"webm": "matroska"}.get(container, container)) as opened:
+        with av.open(file, "r", format={"webm": "matroska"}.get(container, container)) as opened:
             if not opened.streams.audio:
                 raise AudioError(f"expected audio, but {file.name} holds none")
             stream = opened.streams.audio[0]
@@ -157,7 +157,7 @@ def _decode(file: NamedFile, container: str, max_seconds: float, rate: int | Non
             ) as out:
                 for frame in opened.decode(stream):
                     for part in resampler.resample(frame):
-                        samples = part.to_ndarray().reshape(-1, channels)[:left]
+                        samples = part.to_ndarray().reshape(-1, channels)[:left].astype(np.int16)
                         out.write(samples)
                         left -= len(samples)
                     if left <= 0:

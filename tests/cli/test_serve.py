@@ -131,5 +131,5 @@ def test_it_serves_finishes_what_is_said_and_ends_well(run, script, visit, port,
 def test_whoever_can_be_reached_from_elsewhere_is_told(run, script, visit, port, caplog):
     script.will_say(*["ok"] * 20)
     visit(lambda url: None)
-    assert run("serve", "--host", "0.0.0.0", "--port", port)[0] == 0
+    assert run("serve", "--host", "0.0.0.0", "--port", port, "--no-warm-up")[0] == 0
     assert "whoever reaches this server may use it" in caplog.text

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from sa2jax.chat.template import TASKS
 from sa2jax.inference.requests import GenerationConfig
+from sa2jax.inference.sampling import SamplingParams
 from sa2jax.pipeline.task_runner import task_options
 from sa2jax.serve.encoders import require_format
 from sa2jax.serve.errors import ApiError
@@ -150,18 +151,18 @@ class ChatRequest(Body):
             sample: which of the `n` answers.
         """
         options = task_options(TASKS["chat"])
-        given = {
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": None if self.top_k is None else max(self.top_k, 0),
-            "repetition_penalty": self.repetition_penalty,
-        }
-        given = {name: value for name, value in given.items() if value is not None}
+        usual = options.sampling
+        sampling = SamplingParams(
+            temperature=usual.temperature if self.temperature is None else self.temperature,
+            top_p=usual.top_p if self.top_p is None else self.top_p,
+            top_k=usual.top_k if self.top_k is None else max(self.top_k, 0),
+            repetition_penalty=self.repetition_penalty or usual.repetition_penalty,
+        )
         seed = secrets.randbelow(SEEDS) if self.seed is None else self.seed
         limit = self.max_completion_tokens or self.max_tokens or options.max_new_tokens
         return replace(
             options,
-            sampling=replace(options.sampling, **given),
+            sampling=sampling,
             max_new_tokens=limit,
             max_repeat=min(options.max_repeat, max(limit // 2, 1)),
             stop_strings=tuple(self.stop or ()),
