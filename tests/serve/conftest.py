@@ -113,10 +113,20 @@ def scripted_server(tiny, script, request) -> Iterator[Served]:
 
 
 @pytest.fixture
-def access_log(caplog) -> Iterator:
-    """The lines of the access log."""
+def access_log(caplog):
+    """Gives the lines of the access log once there are so many: each follows its answer."""
     caplog.set_level(logging.INFO, logger="sa2jax.access")
-    return lambda: [json.loads(r.message) for r in caplog.records if r.name == "sa2jax.access"]
+
+    def read(count: int) -> list[dict]:
+        end = time.monotonic() + 5
+        while True:
+            messages = [r.message for r in caplog.records if r.name == "sa2jax.access"]
+            if len(messages) == count:
+                return [json.loads(message) for message in messages]
+            assert time.monotonic() < end, messages
+            time.sleep(0.01)
+
+    return read
 
 
 @pytest.fixture(scope="session")

@@ -95,7 +95,7 @@ def test_ids_of_requests_are_echoed_if_they_are_harmless(scripted_server, access
     assert id_of(None) != id_of(None)
     for odd in ("a b", 'x"}', "x" * 200):
         assert id_of(odd).startswith("req_")
-    lines = access_log()
+    lines = access_log(6)
     assert lines[0] == lines[0] | {
         "request_id": "trace-1:2",
         "method": "GET",
@@ -103,4 +103,3 @@ def test_ids_of_requests_are_echoed_if_they_are_harmless(scripted_server, access
         "status": 200,
         "client": "127.0.0.1",
     }
-    assert len(lines) == 6
