@@ -20,6 +20,7 @@ def serve(
     api_key: str | None = None,
     api_key_file: Path | None = None,
     protect_metrics: bool = False,
+    allow_origin: tuple[str, ...] = (),
     name: str | None = None,
     rows: int = 8,
     queue: int = 32,
@@ -49,6 +50,8 @@ def serve(
             use a file, or SA2JAX_API_KEY in the environment.
         api_key_file: File of such keys, one a line; lines that begin with # are none.
         protect_metrics: Ask for the key at /health, /readyz, /metrics and /version, too.
+        allow_origin: Origin whose pages may use the server from a browser, such as
+            https://example.com; * for all.
         name: What clients call the model; by default after its folder.
         rows: Requests that run at the same time.
         queue: Requests that may wait for that; more are sent away.
@@ -78,6 +81,8 @@ def serve(
         model_id=name or ("nano" if options.model is None else options.model.resolve().name),
         api_keys=_keys(api_key, api_key_file),
         public_operations=not protect_metrics,
+        allowed_origins=allow_origin,
+        local_only=address.is_local,
         rows=rows,
         queue=queue,
         max_len=max_len,

@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from sa2jax.pipeline import StepAudio2
 from sa2jax.serve import operations
@@ -55,6 +56,14 @@ def create_app(
     app = FastAPI(title="sa2jax", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.server = state
     app.add_middleware(Entrance, keys=state.keys, settings=state.settings, metrics=state.metrics)
+    if state.settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=state.settings.allowed_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "x-queue-ms", "retry-after"],
+        )
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     for room in (operations, chat_completions, speech, transcriptions, voices):

@@ -17,6 +17,7 @@ from sa2jax.serve.auth import Keys
 from sa2jax.serve.bridge import Answer, Bridge, PieceStream
 from sa2jax.serve.errors import ApiError
 from sa2jax.serve.metrics import Metrics
+from sa2jax.serve.origins import Origins
 from sa2jax.serve.replies import ReplyStore
 from sa2jax.serve.settings import Settings
 from sa2jax.serve.voices import VoiceRegistry, speech_of
@@ -61,6 +62,7 @@ class ServerState:
     def __init__(self, model: StepAudio2, settings: Settings):
         self.model, self.settings = model, settings
         self.keys = Keys(settings.api_keys, public_operations=settings.public_operations)
+        self.origins = Origins(settings)
         self.admission = Admission(settings.rows, settings.queue, settings.queue_timeout)
         self.bridge = Bridge(settings.rows + SPARE_THREADS, settings.queued_pieces)
         self.voices = VoiceRegistry(

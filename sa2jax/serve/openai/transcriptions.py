@@ -1,9 +1,10 @@
 """`POST /v1/audio/transcriptions` and `/translations`: recordings as text, with true segments."""
 
 import zlib
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
@@ -72,7 +73,7 @@ async def _respond(request: Request, what: str) -> Response:
         state.require_model(body.model)
         task = body.task("asr" if what == "transcribe" else f"s2tt_{body.to}")
         upload = form_file(form, "file")
-        source = await state.bridge.call(
+        source = partial(  # opened with a slot: to decode takes long
             open_recording,
             upload.file,
             upload.filename or "the recording",
@@ -120,11 +121,12 @@ def _read(form: FormData) -> TranscriptionRequest:
 async def _whole(
     state: ServerState,
     body: TranscriptionRequest,
-    source: AudioSource,
+    open_source: Callable[[], AudioSource],
     task: PromptTask,
     what: str,
 ) -> Response:
-    def run(check: Any) -> tuple[Reply, float]:
+    def run(check: Callable[[], None]) -> tuple[Reply, float]:
+        source = open_source()
         with audio.open_mono(source, max_seconds=source.max_seconds) as (reader, _):
             seconds = reader.seconds
         (reply,) = state.model.run(task, [source], progress=lambda *_: check())
@@ -176,12 +178,15 @@ def _segment(state: ServerState, number: int, segment: Segment, task: PromptTask
 
 
 async def _stream(
-    state: ServerState, source: AudioSource, task: PromptTask, stack: AsyncExitStack
+    state: ServerState,
+    open_source: Callable[[], AudioSource],
+    task: PromptTask,
+    stack: AsyncExitStack,
 ) -> Response:
     """A stream that has begun; it keeps the upload until it ends."""
     slot = await state.admission.acquire()
     watch = state.metrics.watch(slot.waited)
-    answer = state.open(lambda: SegmentStream(state.model, source, task), slot)
+    answer = state.open(lambda: SegmentStream(state.model, open_source(), task), slot)
     keep = stack.pop_all()
 
     async def deltas() -> AsyncGenerator[bytes]:

@@ -62,10 +62,10 @@ async def add_voice(request: Request) -> dict[str, Any]:
 async def show_voice(name: str, request: Request) -> dict[str, Any]:
     """One voice."""
     state = state_of(request)
-    voices = await state.bridge.call(lambda: {v.name: v for v in state.voices.added})
+    names, added = await state.bridge.call(lambda: (state.voices.names, state.voices.added))
     for known in (name, name.removeprefix("voice_")):
-        if known in voices or known in state.voices.own:
-            return _voice(known, voices)
+        if known in names:
+            return _voice(known, {voice.name: voice for voice in added})
     raise ApiError(f"no voice {name!r:.80}", 404, param="name", code="voice_not_found")
 
 
