@@ -2,6 +2,7 @@
 
 import logging
 import os
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def serve(
     logging.getLogger("sa2jax.serve").setLevel(logging.INFO)
     logging.getLogger("sa2jax.access").setLevel(logging.INFO if access_log else logging.WARNING)
     with address.bind() as bound:
-        model = options.load()
+        model = replace(options, batch_size=rows).load()
         from sa2jax.serve.app import create_app
 
         run_server(create_app(model, settings, warm=warm_up), address, bound)

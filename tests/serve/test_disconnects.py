@@ -134,34 +134,28 @@ def test_a_slow_reader_pauses_its_answer_and_no_other(scripted_server, script):
 
 def test_an_answer_that_fails_on_the_way(scripted_server, script, monkeypatch):
     """An error after the first piece is an event of the stream; others go on."""
-    script.will_say(LONG)
-    made = script.session
+    speech = scripted_server.state.model.speech.token2wav
+    step, left = speech.step, [3]
 
-    def failing(engine):
-        session = made(engine)
-        reply = session.reply
+    def failing(*arguments, **options):
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("the device is gone")
+        return step(*arguments, **options)
 
-        def broken(*arguments, **options):
-            for number, ids in enumerate(reply(*arguments, **options)):
-                if number == 3:
-                    raise RuntimeError("the device is gone")
-                yield ids
-
-        session.reply = broken
-        return session
-
-    from sa2jax.pipeline import conversation
-
-    monkeypatch.setattr(conversation, "PrefixCache", failing)
-    text = httpx.post(
-        f"{scripted_server.url}/v1/chat/completions",
-        content=body_of(stream=True),
-        headers={"content-type": "application/json"},
-    ).text
+    with monkeypatch.context() as patch:
+        patch.setattr(speech, "step", failing)
+        script.pace = 0.01
+        script.will_say(list(range(304, 504)) * 3)
+        text = httpx.post(
+            f"{scripted_server.url}/v1/chat/completions",
+            content=body_of(**SPOKEN),
+            headers={"content-type": "application/json"},
+        ).text
     events = [line.removeprefix("data: ") for line in text.split("\n\n")]
     assert events[-2:] == ["[DONE]", ""]
     error = json.loads(events[-3])["error"]
     assert error["type"] == "server_error"
     assert "device" not in error["message"]  # what is inside is for the log
-    monkeypatch.setattr(conversation, "PrefixCache", script.session)
+    script.pace = 0.0
     assert is_well(scripted_server, script)
