@@ -11,40 +11,36 @@ from fastapi.responses import Response
 from sa2jax.pipeline.reply import ReplyPiece
 from sa2jax.serve.conversation import codes_text
 from sa2jax.serve.encoders import Encoder, open_encoder
-from sa2jax.serve.errors import as_api_error
-from sa2jax.serve.event_stream import DONE, OpenResponse, event
+from sa2jax.serve.event_stream import DONE, OpenResponse, event, with_error_event
 from sa2jax.serve.openai.chat_plan import ChatPlan
 from sa2jax.serve.openai.choices import Choice
 
 
 async def streamed_answer(plan: ChatPlan) -> Response:
-    """A stream that has begun: what is wrong with the request was answered by a status."""
-    events = _merged(plan) if len(plan.choices) > 1 else _events(plan, plan.choices[0])
-    try:
-        first = await anext(events)
-    except BaseException:
-        await events.aclose()
-        raise
-    return OpenResponse(_body(plan, first, events), headers=plan.headers())
+    """All answers as they come: a stream that has begun."""
+    parts = with_error_event(_parts(plan), lambda error: event(error.body))
+    return await OpenResponse.begin(_done(parts), headers=plan.headers)
 
 
-async def _body(
-    plan: ChatPlan, first: Mapping[str, Any], events: AsyncGenerator[Mapping[str, Any]]
-) -> AsyncGenerator[bytes]:
-    """The bytes of a stream."""
+async def _done(parts: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    async with aclosing(parts):
+        async for part in parts:
+            yield part
+    yield DONE
+
+
+async def _parts(plan: ChatPlan) -> AsyncGenerator[bytes]:
+    """The events; those that open the answers come with the first of what they say."""
+    opening = [_chunk(plan, c, {"role": "assistant", "content": ""}) for c in plan.choices]
+    head = b"".join(map(event, opening))
+    chunks = _merged(plan) if len(plan.choices) > 1 else _events(plan, plan.choices[0])
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            yield head + event(chunk)
+            head = b""
     asked = plan.body.stream_options
-    async with aclosing(events):
-        for choice in plan.choices:
-            yield event(_chunk(plan, choice, {"role": "assistant", "content": ""}))
-        try:
-            yield event(first)
-            async for chunk in events:
-                yield event(chunk)
-            if asked is not None and asked.include_usage:
-                yield event(plan.envelope("chat.completion.chunk", []) | {"usage": plan.usage})
-        except Exception as error:
-            yield event(as_api_error(error).body)
-        yield DONE
+    if asked is not None and asked.include_usage:
+        yield event(plan.envelope("chat.completion.chunk", []) | {"usage": plan.usage})
 
 
 async def _events(plan: ChatPlan, choice: Choice) -> AsyncGenerator[Mapping[str, Any]]:

@@ -17,8 +17,15 @@ from sa2jax.pipeline.task_runner import task_options
 from sa2jax.serve.bodies import read_json_body, validated
 from sa2jax.serve.conversation import Conversation
 from sa2jax.serve.encoders import MEDIA_TYPES, encode, open_encoder, require_format
-from sa2jax.serve.errors import ApiError, as_api_error
-from sa2jax.serve.event_stream import ClientGone, OpenResponse, event, while_connected
+from sa2jax.serve.errors import ApiError
+from sa2jax.serve.event_stream import (
+    ClientGone,
+    OpenResponse,
+    event,
+    typed_error,
+    while_connected,
+    with_error_event,
+)
 from sa2jax.serve.openai.chat_request import SEEDS, Body, VoiceName, voice_name
 from sa2jax.serve.openai.choices import Choice
 from sa2jax.serve.state import ServerState, state_of
@@ -116,16 +123,10 @@ async def _answer(state: ServerState, body: SpeechRequest, choice: Choice) -> Re
     if body.stream_format is None and form == "wav":  # whole, so that its header tells the length
         data = await state.bridge.call(encode, form, state.sample_rate, await choice.whole())
         return Response(data, media_type=MEDIA_TYPES[form], headers=_headers(choice, state))
-    parts = _parts(state, form, choice)
-    try:
-        first = await anext(parts)
-    except BaseException:
-        await parts.aclose()
-        raise
-    headers = _headers(choice, state)
+    parts, kind = _parts(state, form, choice), MEDIA_TYPES[form]
     if body.stream_format == "sse":
-        return OpenResponse(_events(choice, first, parts), headers=headers)
-    return OpenResponse(_rest(first, parts), MEDIA_TYPES[form], headers)
+        parts, kind = with_error_event(_events(choice, parts), typed_error), "text/event-stream"
+    return await OpenResponse.begin(parts, kind, lambda: _headers(choice, state))
 
 
 def _headers(choice: Choice, state: ServerState) -> dict[str, str]:
@@ -147,24 +148,12 @@ async def _parts(state: ServerState, form: str, choice: Choice) -> AsyncGenerato
         yield last
 
 
-async def _rest(first: bytes, parts: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+async def _events(choice: Choice, parts: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
     async with aclosing(parts):
-        yield first
         async for part in parts:
-            yield part
-
-
-async def _events(
-    choice: Choice, first: bytes, parts: AsyncGenerator[bytes]
-) -> AsyncGenerator[bytes]:
-    try:
-        async with aclosing(_rest(first, parts)) as rest:
-            async for part in rest:
-                audio = base64.b64encode(part).decode()
-                yield event({"type": "speech.audio.delta", "audio": audio})
-        yield event({"type": "speech.audio.done", "usage": _usage(choice)})
-    except Exception as error:
-        yield event({"type": "error", **as_api_error(error).body})
+            audio = base64.b64encode(part).decode()
+            yield event({"type": "speech.audio.delta", "audio": audio})
+    yield event({"type": "speech.audio.done", "usage": _usage(choice)})
 
 
 def _usage(choice: Choice) -> dict[str, Any]:

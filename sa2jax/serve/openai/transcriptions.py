@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -18,8 +18,15 @@ from sa2jax.audio.rates import SAMPLE_RATE
 from sa2jax.chat.template import TASKS, PromptTask
 from sa2jax.pipeline.reply import Reply, Segment
 from sa2jax.serve.bodies import form_file, form_values, read_form, validated
-from sa2jax.serve.errors import ApiError, as_api_error
-from sa2jax.serve.event_stream import ClientGone, OpenResponse, event, while_connected
+from sa2jax.serve.errors import ApiError
+from sa2jax.serve.event_stream import (
+    ClientGone,
+    OpenResponse,
+    event,
+    typed_error,
+    while_connected,
+    with_error_event,
+)
 from sa2jax.serve.openai import subtitles
 from sa2jax.serve.openai.chat_request import Body
 from sa2jax.serve.openai.segment_stream import SegmentStream
@@ -189,7 +196,7 @@ async def _stream(
     answer = state.open(lambda: SegmentStream(state.model, open_source(), task), slot)
     keep = stack.pop_all()
 
-    async def deltas() -> AsyncGenerator[bytes]:
+    async def events() -> AsyncGenerator[bytes]:
         reason = "abort"
         try:
             async with keep:
@@ -197,34 +204,18 @@ async def _stream(
                     watch.piece(piece.text)
                     yield event({"type": "transcript.text.delta", "delta": piece.text})
                 reply = await answer.reply()
-                usage = {
-                    "type": "duration",
-                    "seconds": max([0.0, *(s.end for s in reply.segments)]),
-                }
+                seconds = max((segment.end for segment in reply.segments), default=0.0)
+                usage = {"type": "duration", "seconds": seconds}
                 done = {"type": "transcript.text.done", "text": reply.text, "usage": usage}
                 yield event(done | ({"notes": list(reply.notes)} if reply.notes else {}))
                 reason = "stop"
-        except Exception as error:
+        except Exception:
             reason = "error"
-            raise as_api_error(error) from None
+            raise
         finally:
             answer.cancel_soon()
             watch.end(reason)
 
-    events = deltas()
-    try:
-        first = await anext(events)  # what is wrong with the recording is answered by a status
-    except BaseException:
-        await events.aclose()
-        raise
-    return OpenResponse(_body(first, events), headers={"x-queue-ms": f"{1000 * slot.waited:.1f}"})
-
-
-async def _body(first: bytes, events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
-    async with aclosing(events):
-        yield first
-        try:
-            async for part in events:
-                yield part
-        except ApiError as error:
-            yield event({"type": "error", **error.body})
+    headers = {"x-queue-ms": f"{1000 * slot.waited:.1f}"}
+    parts = with_error_event(events(), typed_error)
+    return await OpenResponse.begin(parts, headers=lambda: headers)
