@@ -97,7 +97,7 @@ def test_it_serves_finishes_what_is_said_and_ends_well(run, script, visit, port,
     keys = tmp_path / "keys"
     keys.write_text("# ours\nsecret\n")
     key = {"authorization": "Bearer secret"}
-    script.will_say(*["ok"] * 20)
+    script.will_say(*["ok"] * 40)
     answers = []
 
     def work(url, end_server):
