@@ -5,12 +5,14 @@ import numpy as np
 import pytest
 import soundfile
 from helpers.scripted import CTRL_C, Script, Speech
+from helpers.sound import voice
 
 from sa2jax import cli, testing
+from sa2jax.audio import resample
 from sa2jax.chat import tokenizer_files
 from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.cli import options
-from sa2jax.pipeline import StepAudio2, conversation
+from sa2jax.pipeline import StepAudio2
 from sa2jax.pipeline import model as pipeline
 
 
@@ -43,13 +45,12 @@ def ours(source) -> Path:
 def recordings(tmp_path_factory) -> list[Path]:
     """a.wav: 1 s at 16 kHz, mono. b.flac: 1 s at 48 kHz, stereo. c.ogg: 2 s at 8 kHz."""
     folder = tmp_path_factory.mktemp("recordings")
-    rng = np.random.default_rng(0)
-    paths = [folder / name for name in ("a.wav", "b.flac", "c.ogg")]
-    for path, shape, rate in zip(
-        paths, [(16_000,), (48_000, 2), (16_000,)], [16_000, 48_000, 8_000], strict=True
-    ):
-        soundfile.write(path, rng.standard_normal(shape) / 10, rate)
-    return paths
+    one, two = voice(1), voice(2, start=1)
+    soundfile.write(folder / "a.wav", one, 16_000)
+    wide = resample(np.stack([one, one[::-1]]), 16_000, 48_000)
+    soundfile.write(folder / "b.flac", wide.T, 48_000)
+    soundfile.write(folder / "c.ogg", resample(two, 16_000, 8_000), 8_000)
+    return [folder / name for name in ("a.wav", "b.flac", "c.ogg")]
 
 
 @pytest.fixture
@@ -66,25 +67,27 @@ def tiny() -> StepAudio2:
     return StepAudio2(cfg, testing.tiny_params(cfg), tokenizer, speech=lambda: Speech())
 
 
-@pytest.fixture
-def script(monkeypatch, tiny, tmp_path) -> Script:
-    """What the model says; commands run in a folder of their own."""
-    script = Script()
+class Interruptible(Script):
+    """Says what it is told; Ctrl-C is pressed where that holds `CTRL_C`."""
 
-    def session(engine):
-        made = script.session(engine)
-        reply = made.reply
+    def submit(self, *args, **more):
+        reply = super().submit(*args, **more)
+        pieces = reply.pieces
 
-        def interrupted(request, options, **others):
-            for ids in reply(request, options, **others):
+        def interrupted():
+            for ids in pieces:
                 yield ids
                 if ord(CTRL_C) in ids:
                     raise KeyboardInterrupt
 
-        made.reply = interrupted
-        return made
+        reply.pieces = interrupted()
+        return reply
 
-    monkeypatch.setattr(conversation, "PrefixCache", session)
+
+@pytest.fixture
+def script(monkeypatch, tiny, tmp_path) -> Script:
+    """What the model says; commands run in a folder of their own."""
+    script = Interruptible().stand_in(monkeypatch)
     monkeypatch.setattr(options.ModelOptions, "load", lambda self: tiny)
     monkeypatch.chdir(tmp_path)
     return script
