@@ -1,0 +1,1 @@
+"""Routes with the request and response bodies of OpenAI's API."""
