@@ -103,7 +103,8 @@ class Chat(ChatState):
             chunk: codes (25 Hz) that are spoken at once.
             first: codes of the first chunk, by default `chunk`; with fewer the sound begins
                 sooner.
-            seed: of this answer, by default that of the options.
+            seed: of this answer and its sound, by default that of the options and 0: what a voice
+                alone decides is computed once for a seed.
 
         Raises:
             PromptError: if nothing was said.
@@ -135,6 +136,7 @@ class Chat(ChatState):
             chunk=chunk,
             first=first,
             options=self.options if seed is None else replace(self.options, seed=seed),
+            speech_seed=seed or 0,
             notes=notes,
         )
         return self._stream

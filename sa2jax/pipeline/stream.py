@@ -40,6 +40,7 @@ class Stream(Iterator[ReplyPiece]):
         chunk: int,
         first: int | None,
         options: GenerationConfig,
+        speech_seed: int = 0,
         notes: Sequence[str] = (),
     ):
         self._chat, self._voice, self._spoken = chat, voice, voice is not None
@@ -47,7 +48,7 @@ class Stream(Iterator[ReplyPiece]):
         self._rounds = list(rounds)  # before this one
         self._turns = list(turns)  # of this one, complete
         self._chunk, self._first = chunk, first
-        self._options = chat.model.resolve(options)
+        self._options, self._speech_seed = chat.model.resolve(options), speech_seed
         self._steps: list[tuple[int, AnswerStep]] = []  # with how many turns there were before
         self._results: list[ToolResult] = []
         self._notes = list(notes)
@@ -179,7 +180,7 @@ class Stream(Iterator[ReplyPiece]):
                     self._voice,
                     chunk=self._chunk,
                     first=self._first,
-                    seed=self._options.seed,
+                    seed=self._speech_seed,
                     parity=chat.model.parity,
                 )
                 speaker = BackgroundReply(reply, chat.engine.loop)
