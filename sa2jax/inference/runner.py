@@ -193,6 +193,11 @@ class ModelRunner:
         sizes = {self.slots >> n for n in range(READ_SIZES)}
         return tuple(sorted(size for size in sizes if size == self.slots or size >= MIN_READ))
 
+    @property
+    def chunk_read_sizes(self) -> tuple[int, ...]:
+        """The same for the reading of chunks: every second one, as there are several chunk sizes."""
+        return self.read_sizes[::-2][::-1]
+
     # --- reading ---------------------------------------------------------------------------
 
     def encode_audio(
@@ -240,7 +245,9 @@ class ModelRunner:
         """
         steps = min(bucket(max(chunk.count for chunk in chunks), TOKEN_BUCKETS), self.slots)
         rows, start = np.zeros((2, self.parts), np.int32)
-        read = self._read_size(max(chunk.start + chunk.count for chunk in chunks))
+        longest = max(chunk.start + chunk.count for chunk in chunks)
+        cache_is_empty = all(chunk.start == 0 for chunk in chunks)
+        read = 0 if cache_is_empty else bucket(max(longest, steps), self.chunk_read_sizes)
         for chunk in chunks:
             part = self.part_of(chunk.row)
             rows[part], start[part] = self._within(chunk.row), chunk.start
@@ -259,8 +266,8 @@ class ModelRunner:
                 self._put(rows),
                 self._put(start),
                 batch,
-                read=max(read, steps),
-                cache_is_empty=all(chunk.start == 0 for chunk in chunks),
+                read=read,
+                cache_is_empty=cache_is_empty,
             )
         return hidden
 
@@ -308,7 +315,7 @@ class ModelRunner:
                 self.state,
                 self._put(mask),
                 block=block,
-                read=self._read_size(longest),
+                read=bucket(longest, self.read_sizes),
             )
         return Tokens(table)
 
@@ -348,7 +355,7 @@ class ModelRunner:
         request = Request(np.zeros(self.slots, np.int32), (none,), (0,), (1,))
         for steps in chunks:
             count = steps // 2 + 1
-            for start in {0} | {size - count for size in self.read_sizes if size >= steps}:
+            for start in {0} | {size - count for size in self.chunk_read_sizes if size >= steps}:
                 chunk = Chunk(0, request, start, count, {0: clip})
                 tasks.append(partial(self._warm_start, chunk))
         tasks += [partial(self.decode, [0], block, size) for size in self.read_sizes]
@@ -369,9 +376,6 @@ class ModelRunner:
     def _within(self, row: int) -> int:
         """A row's number within its part."""
         return row % (self.rows // self.parts)
-
-    def _read_size(self, positions: int) -> int:
-        return bucket(positions, self.read_sizes)
 
     def _put(self, x: Any) -> Array:
         """An input on every device; of a multi-host mesh, too."""
