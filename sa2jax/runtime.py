@@ -28,6 +28,8 @@ def enable_compilation_cache() -> None:
     if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(home) / "sa2jax" / "xla"))
+        # By default programs that compile within a second are not kept: a start has dozens of them.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def start_distributed() -> int:

@@ -195,7 +195,7 @@ class ModelRunner:
 
     @property
     def chunk_read_sizes(self) -> tuple[int, ...]:
-        """The same for the reading of chunks: every second one, as there are several chunk sizes."""
+        """The same for reading chunks, every second one: there are several sizes of chunks, too."""
         return self.read_sizes[::-2][::-1]
 
     # --- reading ---------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from sa2jax.errors import PromptError
+from sa2jax.sharding import shard
 
 SORTED = 64  # logits that are sorted where that is enough
 
@@ -195,6 +196,8 @@ def sample(
         best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
         def draw(logits, *, full: bool):
+            # Gathered once where the vocabulary is spread over devices: sorting would do so often.
+            logits = shard(logits, "batch", None)
             allowed = _restricted(logits, sampling, full=full)
             token = jax.vmap(jax.random.categorical)(keys, allowed).astype(jnp.int32)
             return jnp.where(sampling.greedy, best, token)

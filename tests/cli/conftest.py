@@ -96,7 +96,7 @@ def script(monkeypatch, tiny, tmp_path) -> Script:
 @pytest.fixture
 def recording(tmp_path) -> Path:
     path = tmp_path / "a.wav"
-    soundfile.write(path, np.random.default_rng(0).standard_normal(16_000) / 10, 16_000)
+    soundfile.write(path, voice(1), 16_000)
     return path
 
 

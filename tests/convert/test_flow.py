@@ -163,8 +163,8 @@ def test_missing_files(tmp_path, yaml):
         ("key_bias: True", "key_bias: 1", "encoder.key_bias: expected true or false, got 1"),
         ("spk_embed_dim: 192", "spk_embed_dim: !ref <dim>", "!ref <dim>: expected <key>"),
         ("flow: !new", "seed: 1\nflow: !new", "unknown key seed"),
-        ("'mel'", "!!python/object/apply:os.system ['true']", "plain flow.yaml"),
-        ("'mel'", "!apply:os.system ['true']", "plain flow.yaml"),
+        ("'mel'", "!!python/object/apply:os.system ['true']", "a flow.yaml as released"),
+        ("'mel'", "!apply:os.system ['true']", "a flow.yaml as released"),
         ("flow: !new", "flaw: !new", "expected a key 'flow'"),
     ],
 )
