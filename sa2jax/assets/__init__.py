@@ -1,4 +1,4 @@
-"""Models that come with the library, by name: `nano`, a small one for demonstrations and tests."""
+"""Models that come with the library: `nano`, a small one for demonstrations and tests, and Silero VAD."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -8,6 +8,7 @@ from sa2jax.errors import CheckpointError
 
 NANO = "nano"
 SHIPPED = Path(str(files(__name__) / NANO))  # where it is, if it came along
+SILERO_VAD = Path(str(files(__name__) / "silero_vad" / "model.safetensors"))
 
 
 def model_folder(name: str | Path) -> Path:

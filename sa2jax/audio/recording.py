@@ -6,7 +6,7 @@ from typing import Self
 import numpy as np
 from jaxtyping import Float32
 
-from sa2jax.audio import io, vad
+from sa2jax.audio import io, levels, pauses
 from sa2jax.audio.chunks import split_chunks
 from sa2jax.audio.features import log_mel
 from sa2jax.audio.rates import SAMPLE_RATE
@@ -51,7 +51,8 @@ class Recording:
         """
         with io.open_mono(source) as (reader, blocks):
             samples = join(blocks, reader.name)[0]
-        silent = () if vad.has_sound(samples) else (vad.no_speech_note(len(samples) / SAMPLE_RATE),)
+        seconds = len(samples) / SAMPLE_RATE
+        silent = () if levels.has_sound(samples) else (levels.silence_note(seconds),)
         return cls(samples, (*reader.notes, *silent))
 
     @property
@@ -62,7 +63,12 @@ class Recording:
     @property
     def has_sound(self) -> bool:
         """Whether there is enough sound in it for a word."""
-        return vad.has_sound(self.samples)
+        return levels.has_sound(self.samples)
+
+    @property
+    def has_speech(self) -> bool:
+        """Whether somebody speaks in it; computed anew each time, some 1.5 ms for a second."""
+        return pauses.has_speech(self.samples)
 
     def mels(self, n_mels: int) -> list[Float32[np.ndarray, "M frames"]]:
         """Log-mel frames of each 25 s of it; computed once and kept, read-only."""

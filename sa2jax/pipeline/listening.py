@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from sa2jax import audio
-from sa2jax.audio import vad
+from sa2jax.audio import levels, pauses
 from sa2jax.audio.rates import SAMPLE_RATE
 from sa2jax.audio.reader import AudioSource, Blocks, source_name
 from sa2jax.audio.recording import Recording
@@ -43,8 +43,8 @@ class Listener:
 
     Args:
         source: a recording or a text.
-        longest: samples of a part at most; None for segments of at most 25 s, cut at pauses and
-            without what is silent.
+        longest: samples of a part at most; None for clips of at most 25 s, cut at pauses and
+            without what is no speech.
 
     Attributes:
         notes: what the user should know; complete when all parts were read.
@@ -85,7 +85,7 @@ class Listener:
             self._seconds = reader.seconds
 
     def parts(self) -> Iterator[Part]:
-        """Its parts, in order; none if it is read by segments and nothing can be heard.
+        """Its parts, in order; none if it is read by clips and nobody speaks.
 
         Raises:
             AudioError: if it cannot be read, also further on.
@@ -121,16 +121,22 @@ class Listener:
                 )
 
     def _segments(self, blocks: Blocks) -> Iterator[Part]:
+        sound = 0.0  # s, until it is enough to tell silence from what is no speech
+
         def rows() -> Iterator:
+            nonlocal sound
             for block in blocks:
                 self._read += block.shape[1] / SAMPLE_RATE
+                if sound < levels.MIN_SOUND:
+                    sound += levels.sound_seconds(block[0])
                 yield block[0]
 
-        for segment in vad.split_at_pauses(rows()):
-            start = segment.start / SAMPLE_RATE
-            part = Recording.part(segment.samples)
+        for clip in pauses.split_at_pauses(rows()):
+            start = clip.start / SAMPLE_RATE
+            part = Recording.part(clip.samples)
             yield Part(Audio(part), start, start + part.seconds)
-        if not self.made and (note := vad.no_speech_note(self._read)) not in self.notes:
+        note = pauses.no_speech_note(self._read, sound >= levels.MIN_SOUND)
+        if not self.made and note not in self.notes:
             self.notes.append(note)
 
 

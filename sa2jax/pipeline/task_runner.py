@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from sa2jax import audio
+from sa2jax.audio.pauses import no_speech_note
+from sa2jax.audio.recording import Recording
 from sa2jax.chat.content import Content, as_pieces
 from sa2jax.chat.reply_parser import ReplyParser
 from sa2jax.chat.template import SPEECH_START, TASKS, Audio, Piece, PromptTask, Text
@@ -55,7 +57,7 @@ class TaskRunner(PipelineBase):
                 that names a channel or a limit) and texts (`Text("…")`). Recordings of a written
                 task may have any length: they are answered in parts that fit in the model's
                 context; for transcripts and translations in segments of at most 25 s that end in
-                pauses, without what is silent. Those of a spoken task have to fit with their
+                pauses, without what is no speech. Those of a spoken task have to fit with their
                 answer.
             question: text that follows each source.
             voice: who speaks, in a spoken task.
@@ -67,8 +69,8 @@ class TaskRunner(PipelineBase):
             progress: called with (prompts done, prompts in all, as far as one can tell).
 
         Returns:
-            A `Reply` for each source. One without sound that could be speech has an empty text
-            where the task puts speech into words, and notes that say why.
+            A `Reply` for each source. One in which nobody speaks has an empty text where the task
+            puts speech into words, and notes that say why.
 
         Raises:
             PromptError: for an unknown task, or if `sources` is no list.
@@ -152,7 +154,8 @@ class TaskRunner(PipelineBase):
                 continue
             notes[n] = recording_notes(pieces)
             heard = [piece.source for piece in pieces if isinstance(piece, Audio)]
-            if self._needs_speech(task) and not all(recording.has_sound for recording in heard):
+            if self._needs_speech(task) and (why := _no_speech(heard)):
+                notes[n] += [note for note in why if note not in notes[n]]
                 replies[n] = Reply(text="", ids=(), finish_reason="stop", notes=tuple(notes[n]))
                 continue
             requests[n] = self._task_request(task, [*pieces, *extra])
@@ -365,6 +368,15 @@ def task_options(task: PromptTask) -> GenerationConfig:
     most = task.max_new_tokens
     repeat = min(GenerationConfig.max_repeat, most // 2)
     return GenerationConfig(sampling=task.sampling, max_new_tokens=most, max_repeat=repeat)
+
+
+def _no_speech(recordings: Sequence[Recording]) -> list[str]:
+    """Why recordings hold no speech, for each that does not."""
+    return [
+        no_speech_note(recording.seconds, recording.has_sound)
+        for recording in recordings
+        if not recording.has_speech
+    ]
 
 
 def _as_piece(source: Source) -> Piece:

@@ -5,6 +5,7 @@ import logging
 import numpy as np
 import pytest
 import soundfile
+from helpers.sound import voice
 
 from sa2jax import AudioSource, Text
 from sa2jax.errors import AudioError
@@ -14,13 +15,9 @@ from sa2jax.pipeline.listening import Listener
 RATE = 16_000
 
 
-def noise(seconds: float) -> np.ndarray:
-    return np.random.default_rng(0).standard_normal(int(seconds * RATE)).astype(np.float32) / 10
-
-
 PAUSE = np.zeros(RATE, np.float32)
 # Three segments: of 10 s, 20 s and 5 s.
-LONG = np.concatenate([noise(10), PAUSE, noise(20), PAUSE, noise(5)])
+LONG = np.concatenate([voice(10), PAUSE, voice(20), PAUSE, voice(5)])
 SILENT = (np.zeros(3 * RATE, np.float32), RATE)
 
 
@@ -74,22 +71,22 @@ def test_an_answer_that_did_not_end_is_told(engine, model, caplog):
     assert reply.notes[1].startswith("31.9 to 37.0 s: the answer repeats itself and was ended")
     engine("length")
     with caplog.at_level(logging.WARNING):
-        model.transcribe((noise(1), RATE), max_new_tokens=7)
+        model.transcribe((voice(1), RATE), max_new_tokens=7)
     assert "the array: the answer was cut at its limit of 7 tokens" in caplog.text
     engine(*["length"] * 9)
-    (reply,) = model.run("asr", [(np.tile(np.append(noise(2), PAUSE), 9), RATE)])
+    (reply,) = model.run("asr", [(np.tile(np.append(voice(2), PAUSE), 9), RATE)])
     assert (len(reply.notes), reply.notes[-1]) == (6, "so do 4 more segments")
 
 
 def test_a_loop_ends_a_transcript_at_half_its_limit(engine, model):
     made = engine()
-    model.run("asr", [(noise(1), RATE)])
+    model.run("asr", [(voice(1), RATE)])
     assert made.options[0].max_repeat == 128
 
 
 def test_silence_is_not_answered(engine, model, caplog):
     made = engine()
-    silent, spoken = model.run("asr", [SILENT, (noise(1), RATE)])
+    silent, spoken = model.run("asr", [SILENT, (voice(1), RATE)])
     assert (silent.text, silent.segments, silent.finish_reason) == ("", (), "stop")
     assert silent.notes[0].startswith("no speech: its 3.00 s are silent")
     assert (spoken.text, made.indices) == ("1:13", [0])
@@ -106,8 +103,8 @@ def test_silence_is_not_answered(engine, model, caplog):
 
 def test_unreadable_recordings_can_be_left_out(engine, model, tmp_path):
     engine()
-    damaged = np.append(noise(1), np.nan)
-    sources = [tmp_path / "no.wav", (noise(1), RATE), (damaged, RATE), Text("hm"), b"x"]
+    damaged = np.append(voice(1), np.nan)
+    sources = [tmp_path / "no.wav", (voice(1), RATE), (damaged, RATE), Text("hm"), b"x"]
     replies = model.run("asr", sources, skip_unreadable=True)
     reasons = [reply.finish_reason for reply in replies]
     assert reasons == ["error", "stop", "error", "stop", "error"]
@@ -123,7 +120,7 @@ def test_no_more_than_a_few_prompts_are_held(engine, model, monkeypatch):
     """And progress counts those that are still to come."""
     monkeypatch.setattr(model, "batch_size", 2)
     made, told = engine(), []
-    x = np.tile(np.append(noise(4), PAUSE), 20)  # 100 s
+    x = np.tile(np.append(voice(4), PAUSE), 20)  # 100 s
     replies = model.run("asr", [(x, RATE), SILENT], progress=lambda *done: told.append(done))
     assert (len(replies[0].segments), made.sizes) == (20, [2] * 10)
     assert [done for done, _ in told] == list(range(2, 22, 2))

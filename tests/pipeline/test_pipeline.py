@@ -21,6 +21,7 @@ from helpers.scripted import (
     heard,
     turn,
 )
+from helpers.sound import voice
 
 import sa2jax
 from sa2jax import audio, testing
@@ -45,9 +46,8 @@ RATE = audio.SAMPLE_RATE
 SHORT = GenerationConfig(max_new_tokens=8)
 
 
-def noise(seconds: float, seed: int = 0, extra: int = 0) -> np.ndarray:
-    samples = int(seconds * RATE) + extra
-    return np.random.default_rng(seed).standard_normal(samples).astype(np.float32) / 10
+def speech(seconds: float, number: int = 0, extra: int = 0) -> np.ndarray:
+    return voice(seconds + extra / RATE, start=1.3 * number)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -105,7 +105,7 @@ def scripted(model, monkeypatch):
 @pytest.fixture(scope="module")
 def recordings() -> list[tuple[np.ndarray, int]]:
     """1 s, 30 s, 95 s, and 25 s with a few samples more."""
-    clips = noise(1), noise(30, 1), noise(95, 2), noise(25, 3, extra=5)
+    clips = speech(1), speech(30, 1), speech(95, 2), speech(25, 3, extra=5)
     return [(clip, RATE) for clip in clips]
 
 
@@ -127,8 +127,8 @@ def test_transcribe_one_recording_as_in_a_list(model, recordings, texts):
 def test_repeated_calls_trace_nothing(model, recordings, texts):
     first = model.transcribe(recordings[0], max_new_tokens=8)
     before = Counter(TRACES)
-    assert model.transcribe((noise(1, 7), RATE), max_new_tokens=8) != first
-    assert model.transcribe((noise(0.9), RATE), max_new_tokens=5)
+    assert model.transcribe((speech(1, 7), RATE), max_new_tokens=8) != first
+    assert model.transcribe((speech(0.9), RATE), max_new_tokens=5)
     assert before == TRACES
 
 
@@ -136,10 +136,10 @@ def test_repeated_calls_trace_nothing(model, recordings, texts):
 
 
 def test_every_form_of_a_recording_is_heard_alike(scripted, model, tmp_path):
-    samples = noise(1)
+    samples = speech(1)
     soundfile.write(tmp_path / "a.wav", samples, RATE, subtype="FLOAT")
     data = (tmp_path / "a.wav").read_bytes()
-    stereo = np.stack([samples, noise(1, 9)])  # the first channel counts
+    stereo = np.stack([samples, speech(1, 9)])  # the first channel counts
     forms = [
         tmp_path / "a.wav",
         str(tmp_path / "a.wav"),
@@ -170,7 +170,7 @@ def test_other_rates(scripted, model, rate):
 def test_few_samples_after_25_seconds(scripted, model):
     """The tail has its markers in the prompt, as in the official code, but no frames."""
     script = scripted()
-    model.caption((noise(25, extra=5), RATE))
+    model.caption((speech(25, extra=5), RATE))
     (request,) = script.requests
     head = len(turn("system", TASKS["caption"].system))
     assert request.ids.tolist()[head:][: 7 + 315 + 2] == [BOT, *b"human\n", *heard(313), *heard(0)]
@@ -180,7 +180,7 @@ def test_few_samples_after_25_seconds(scripted, model):
 
 def test_chunks_stand_one_after_the_other(scripted, model):
     script = scripted()
-    model.caption((noise(30), RATE))
+    model.caption((speech(30), RATE))
     (request,) = script.requests
     first = len(turn("system", TASKS["caption"].system)) + 8
     assert request.counts == (313, 63)
@@ -201,7 +201,7 @@ def test_long_recordings_are_cut_to_fit_the_context(
     cfg = testing.tiny_config(max_positions=context)
     other = StepAudio2(cfg, model.engine.params, model.tokenizer)
     script = scripted(b"one", b" ", b"two ", b"three", model=other)
-    (reply,) = other.run("caption", [(noise(95), RATE)])
+    (reply,) = other.run("caption", [(speech(95), RATE)])
     chunks = [-(-s // 25) for s in seconds]
     by_number = dict(zip(script.prompt_indices[0], script.requests, strict=True))
     assert [len(by_number[i].mels) for i in range(len(seconds))] == chunks
@@ -216,7 +216,7 @@ def test_a_context_too_short_for_a_chunk(model):
     cfg = testing.tiny_config(max_positions=600)
     other = StepAudio2(cfg, model.engine.params, model.tokenizer)
     with pytest.raises(PromptError, match="600 tokens is too short for 25 s of audio"):
-        other.transcribe((noise(1), RATE))
+        other.transcribe((speech(1), RATE))
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_a_context_too_short_for_a_chunk(model):
 def test_bad_audio(scripted, model, source, message):
     script = scripted()
     with pytest.raises(AudioError, match=message):
-        model.transcribe_batch([(noise(1), RATE), source])
+        model.transcribe_batch([(speech(1), RATE), source])
     assert script.requests == []  # noticed before anything is computed
 
 
@@ -240,7 +240,7 @@ def test_bad_audio(scripted, model, source, message):
 
 def test_asr_prompt(scripted, model):
     script = scripted(b" hi \n")
-    assert model.transcribe((noise(1), RATE)) == "hi"
+    assert model.transcribe((speech(1), RATE)) == "hi"
     assert script.prompts == [
         turn("system", "请记录下你所听到的语音内容。")
         + turn("human", heard(13))
@@ -286,7 +286,7 @@ def test_asr_prompt(scripted, model):
 )
 def test_task_prompts(scripted, model, run, system, after, temperature):
     script = scripted(b"fine")
-    assert run(model, (noise(1), RATE)) == "fine"
+    assert run(model, (speech(1), RATE)) == "fine"
     human = turn("human", heard(13), after)
     assert script.prompts == [turn("system", system) + human + turn("assistant", close=False)]
     sampling = script.options[0].sampling
@@ -297,12 +297,12 @@ def test_task_prompts(scripted, model, run, system, after, temperature):
 
 def test_translate_to_an_unknown_language(model):
     with pytest.raises(PromptError, match="cannot translate to 'fr': expected zh or en"):
-        model.translate((noise(1), RATE), to="fr")
+        model.translate((speech(1), RATE), to="fr")
 
 
 def test_limits_seeds_and_progress(scripted, model):
     script, told = scripted(), []
-    sources = [(noise(1), RATE)] * 3
+    sources = [(speech(1), RATE)] * 3
     model.translate_batch(
         sources, max_new_tokens=7, seed=5, progress=lambda *done: told.append(done)
     )
@@ -324,7 +324,7 @@ def test_answers_return_to_their_recordings(scripted, model, monkeypatch):
         return [[Completion(tuple(str(sum(r.counts)).encode()), "stop")] for r in requests]
 
     script.generate = by_length
-    sources = [(noise(seconds), RATE) for seconds in lengths]
+    sources = [(speech(seconds), RATE) for seconds in lengths]
     texts = model.transcribe_batch(sources, progress=lambda *done: told.append(done))
     counts = [audio.num_tokens(audio.num_frames(seconds * RATE)) for seconds in lengths]
     assert texts == [str(int(count)) for count in counts]
@@ -347,7 +347,7 @@ def test_text_is_without_audio_and_stops_at_the_end(model):
 def test_base_model(folder, scripted):
     base = StepAudio2.from_pretrained(folder, prompt_style="base")
     script = scripted(b"hello", model=base)
-    assert base.transcribe((noise(1), RATE)) == "hello"
+    assert base.transcribe((speech(1), RATE)) == "hello"
     assert script.prompts == [[*"请记录下你所听到的语音内容。".encode(), *heard(13)]]
     assert script.options[0].stop_ids == (END_OF_TEXT,)
     with pytest.raises(PromptError, match="knows no turns"):
@@ -423,7 +423,7 @@ def test_missing_tokenizer(folder, model, tmp_path):
             shutil.copy(path, bare)
     lost = StepAudio2.from_pretrained(bare)
     with pytest.raises(TokenizerError, match=r"no tokenizer in .*bare: expected tokenizer.json"):
-        lost.transcribe((noise(1), RATE))
+        lost.transcribe((speech(1), RATE))
     found = StepAudio2.from_pretrained(bare, tokenizer=folder)
     assert found.tokenizer.special == model.tokenizer.special
 
