@@ -1,0 +1,246 @@
+"""The model as what answers in a realtime session."""
+
+import asyncio
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from sa2jax.audio.recording import Recording
+from sa2jax.chat import template
+from sa2jax.chat.template import TASKS, Message
+from sa2jax.chat.tool_schema import Tool
+from sa2jax.chat.toolbox import ToolAnswer
+from sa2jax.chat.tools import ToolCall
+from sa2jax.inference.requests import GenerationConfig
+from sa2jax.pipeline.conversation import Chat
+from sa2jax.pipeline.reply import Reply, ReplyPiece
+from sa2jax.pipeline.stream import Stream
+from sa2jax.pipeline.task_runner import task_options
+from sa2jax.serve.bridge import Answer
+from sa2jax.serve.metrics import Watch
+from sa2jax.serve.realtime.prompts import ModelUtterance, Prompt, as_prompt
+from sa2jax.serve.realtime.responder import Outcome, ResponseRequest, Usage
+from sa2jax.serve.realtime.session_config import SessionConfig, Transcription
+from sa2jax.serve.state import ServerState
+
+
+class ModelResponder:
+    """Answers of one session, each a stream of the session's conversation.
+
+    Args:
+        state: of the server.
+        transcribing: held by whoever transcribes: one at a time, so that answers come first.
+    """
+
+    def __init__(self, state: ServerState, transcribing: asyncio.Semaphore):
+        self.state, self._transcribing = state, transcribing
+        self.seed = secrets.randbelow(2**31)
+        self._chat: Chat | None = None
+
+    def check_voice(self, name: str) -> str:
+        """A voice's name as the server has it.
+
+        Raises:
+            VoiceError: if there is no such voice.
+        """
+        found = self.state.voices.find(name)
+        return name if name == "default" else found.name
+
+    def start(self, request: ResponseRequest) -> "ModelResponse":
+        """Begin a response."""
+        return ModelResponse(self, request)
+
+    async def transcribe(self, recording: Recording, transcription: Transcription) -> str:
+        """The words of a recording, "" if nobody speaks; the model hears itself which language.
+
+        Raises:
+            ApiError: if the server is too busy.
+            Sa2jaxError: if it cannot be transcribed.
+        """
+        async with self._transcribing:
+            with await self.state.admission.acquire():
+                run = self.state.model.run
+                reply = await self.state.bridge.call(run, "asr", [recording])
+        return reply[0].text.strip()
+
+    def chat_for(self, request: ResponseRequest) -> Chat:
+        """The conversation to answer in, with the settings of a request; in a worker thread."""
+        config = request.config
+        fresh = self.state.model.chat(
+            config.instructions or None,
+            tools=_tools(config),
+            options=_options(config),
+            overflow="drop" if config.truncation == "auto" else "refuse",
+        )
+        if not request.in_conversation:
+            return fresh
+        if self._chat is None:
+            self._chat = fresh
+        chat = self._chat
+        # The one that stays knows what was read before.
+        chat.head, chat.tools = fresh.head, fresh.tools
+        chat.options, chat.overflow = fresh.options, fresh.overflow
+        return chat
+
+
+@dataclass(frozen=True, eq=False)
+class _Begun:
+    """An answer that has begun, and what its prompt was.
+
+    Attributes:
+        chat: its conversation.
+        question: turns of its newest round that were there before it.
+    """
+
+    chat: Chat
+    question: int
+
+
+class ModelResponse:
+    """An answer of the model in a session; made by `ModelResponder.start`."""
+
+    def __init__(self, responder: ModelResponder, request: ResponseRequest):
+        self._responder, self._request = responder, request
+        self._answer: Answer | None = None
+        self._watch: Watch | None = None
+        self._begun: _Begun | None = None
+
+    def __aiter__(self) -> "ModelResponse":
+        return self
+
+    async def __anext__(self) -> ReplyPiece:
+        """The next piece; the first waits for a slot.
+
+        Raises:
+            ApiError: if the server is too busy.
+            Sa2jaxError: what the stream raises.
+        """
+        state = self._responder.state
+        if self._answer is None:
+            slot = await state.admission.acquire()
+            self._watch = state.metrics.watch(slot.waited)
+            self._answer = state.open(self._begin, slot)
+        assert self._watch is not None
+        try:
+            piece = await anext(self._answer)
+        except StopAsyncIteration:
+            raise
+        except Exception:
+            self._watch.end("error")
+            raise
+        self._watch.piece(piece.text, len(piece.audio) / state.sample_rate)
+        return piece
+
+    async def outcome(self) -> Outcome:
+        """How it came out."""
+        assert self._answer is not None
+        return await self._sum_up(await self._answer.reply())
+
+    async def cancel(self, sent: float) -> Outcome:
+        """End it, of which so many seconds of sound have gone to the client."""
+        if self._answer is None:
+            return Outcome(utterance=None, finish_reason="cancelled")
+        spoken = self._request.config.modality == "audio"
+        return await self._sum_up(await self._answer.cancel(sent if spoken else None))
+
+    def cancel_soon(self) -> None:
+        """End it, whatever it has said."""
+        if self._answer is not None:
+            self._answer.cancel_soon()
+
+    def _begin(self) -> Stream:
+        """In the worker thread: what the model is to read, and the stream of its answer."""
+        state, config = self._responder.state, self._request.config
+        chat = self._responder.chat_for(self._request)
+        prompt = as_prompt(self._request.turns, state.model.tokenizer)
+        chat.rounds = [list(turns) for turns in prompt.rounds]
+        self._begun = _Begun(chat, _question_length(prompt))
+        spoken = config.modality == "audio"
+        question = prompt.question
+        return chat.stream(
+            question if isinstance(question, ToolAnswer) else list(question),
+            speak=spoken,
+            voice=state.voices.find(config.voice) if spoken else None,
+            first=state.settings.first_codes,
+            chunk=state.settings.chunk_codes,
+            seed=self._responder.seed if config.seed is None else config.seed,
+        )
+
+    async def _sum_up(self, reply: Reply) -> Outcome:
+        outcome = await self._responder.state.bridge.call(self._outcome_of, reply)
+        if self._watch is not None:
+            used = outcome.usage
+            self._watch.end(
+                reply.finish_reason,
+                prompt_tokens=used.input_text + used.input_audio,
+                cached_tokens=used.cached_text + used.cached_audio,
+                generated_tokens=used.output_text + used.output_audio,
+            )
+            self._watch = None
+        return outcome
+
+    def _outcome_of(self, reply: Reply) -> Outcome:
+        """In a worker thread: what was said, and what it took."""
+        assert self._begun is not None
+        model, chat = self._responder.state.model, self._begun.chat
+        spoken = self._request.config.modality == "audio"
+        turns = chat.rounds[-1]
+        said = ModelUtterance(tuple(turns[self._begun.question :]), spoken, model.tokenizer)
+        before = [turn for each in chat.rounds[:-1] for turn in each]
+        asked = [*chat.head, *before, *turns[: self._begun.question]]
+        calls = tuple(call for call in reply.tool_calls if isinstance(call, ToolCall))
+        return Outcome(
+            utterance=said,
+            finish_reason=reply.finish_reason,
+            calls=calls if reply.finish_reason == "tool_calls" else (),
+            usage=self._usage(asked, said, reply),
+        )
+
+    def _usage(self, asked: Sequence[Message], said: ModelUtterance, reply: Reply) -> Usage:
+        model, spoken = self._responder.state.model, said.spoken
+        prompt = model.request(
+            model.family.chat_template([*asked, template.reply_turn(spoken=spoken)])
+        )
+        read = len(prompt.ids) if reply.timings is None else reply.timings.prompt_tokens
+        cached = max(len(prompt.ids) - read, 0)
+        sound = sum(prompt.counts)
+        known = sum(
+            min(max(cached - start, 0), count)
+            for start, count in zip(prompt.starts, prompt.counts, strict=True)
+        )
+        text, codes = said.counts
+        if reply.finish_reason != "cancelled" and reply.timings is not None:
+            text = max(reply.timings.generated_tokens - codes, text)  # thoughts included
+        return Usage(
+            input_text=len(prompt.ids) - sound,
+            input_audio=sound,
+            cached_text=cached - known,
+            cached_audio=known,
+            output_text=text,
+            output_audio=codes,
+        )
+
+
+def _tools(config: SessionConfig) -> list[Tool] | None:
+    """The client's tools: none of them runs here, whatever its name."""
+    if config.tool_choice == "none" or not config.tools:
+        return None
+    inner = ({k: v for k, v in tool.items() if k != "type"} for tool in config.tools)
+    return [Tool({"type": "function", "function": function}) for function in inner]
+
+
+def _options(config: SessionConfig) -> GenerationConfig:
+    options = task_options(TASKS["chat"])
+    if config.temperature is not None:
+        sampling = replace(options.sampling, temperature=config.temperature)
+        options = replace(options, sampling=sampling)
+    if config.max_output_tokens is not None:
+        options = replace(options, max_new_tokens=config.max_output_tokens)
+    return options
+
+
+def _question_length(prompt: Prompt) -> int:
+    """Turns of the newest round before its answer, see `Chat.stream`."""
+    if isinstance(prompt.question, ToolAnswer):
+        return len(prompt.rounds[-1]) + 1
+    return 1
