@@ -34,6 +34,10 @@ class Realtime:
         settings: bounds.
         make_responder: makes what answers in a session; by default the model.
         make_detector: makes the detector of turns of one.
+
+    Attributes:
+        sessions: those that are open.
+        router: its routes.
     """
 
     def __init__(
@@ -48,7 +52,7 @@ class Realtime:
         self._transcribing = asyncio.Semaphore(1)
         self._make_responder = make_responder or self._model_responder
         self._make_detector = make_detector
-        self.sessions = 0
+        self.sessions: set[Session] = set()
         self.router = APIRouter()
         self.router.add_api_websocket_route("/v1/realtime", self.connect)
         self.router.add_api_route("/v1/realtime/client_secrets", self.make_secret, methods=["POST"])
@@ -76,13 +80,13 @@ class Realtime:
             max_heard=state.max_len / HEARD_TOKEN_RATE,
             make_detector=self._make_detector,
         )
-        self.sessions += 1
+        self.sessions.add(session)
         gauge = state.metrics.sessions.labels(state.settings.model_id)
         gauge.inc()
         try:
             await Connection(websocket, session, responder, self.settings).run()
         finally:
-            self.sessions -= 1
+            self.sessions.discard(session)
             gauge.dec()
 
     def _enter(self, websocket: WebSocket, state: ServerState) -> SessionConfig:
@@ -107,9 +111,9 @@ class Realtime:
         state.require_model(websocket.query_params.get("model"))
         if state.admission.closed:
             raise ApiError("the server is shutting down", 503)
-        if self.sessions >= self.settings.max_sessions:
+        if len(self.sessions) >= self.settings.max_sessions:
             raise ApiError(
-                f"the server has {self.sessions} realtime sessions, and no room for another",
+                f"the server has {len(self.sessions)} realtime sessions, and no room for another",
                 503,
                 headers={"retry-after": "10"},
             )
