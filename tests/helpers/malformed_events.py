@@ -69,7 +69,7 @@ MALFORMED = [
     (session('"prompt": {"id": "p"}'), "unsupported_value", "session.prompt"),
     (session('"model": "gpt-4"'), "model_not_found", "session.model"),
     (f'{{{ITEM}{{"type": "poem"}}}}', "invalid_value", "item.type"),
-    (f'{{{ITEM}{{{MESSAGE}[]}}}}', "invalid_value", "item.content"),
+    (f"{{{ITEM}{{{MESSAGE}[]}}}}", "invalid_value", "item.content"),
     (f'{{{ITEM}{{{MESSAGE}[{{"type": "input_image"}}]}}}}', "invalid_value", None),
     (f'{{{ITEM}{{{MESSAGE}[{{"type": "output_text", "text": "a"}}]}}}}', "invalid_value", None),
     (f'{{{ITEM}{{{MESSAGE}[{{"type": "input_audio", "audio": ""}}]}}}}', "invalid_value", None),

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import websockets.sync.client
+
 from helpers.realtime import Loudness, ScriptedResponder, as_openai_reads
 from helpers.scripted import Speech
 from helpers.servers import run_app
-
 from sa2jax.serve.app import create_app
 from sa2jax.serve.realtime.routes import Realtime
 from sa2jax.serve.realtime.settings import RealtimeSettings
@@ -61,7 +61,9 @@ class Served:
         """A socket."""
         options = {"max_size": None, "compression": None} | options
         query = options.pop("query", "")
-        return websockets.sync.client.connect(f"ws://127.0.0.1:{self.port}/v1/realtime{query}", **options)
+        return websockets.sync.client.connect(
+            f"ws://127.0.0.1:{self.port}/v1/realtime{query}", **options
+        )
 
     def settle(self, seconds: float = 5.0) -> None:
         """Wait until no session is open and no answer runs."""

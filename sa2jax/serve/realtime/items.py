@@ -260,7 +260,9 @@ class Conversation:
         """
         if item.id in self._items:
             raise EventError(
-                f"there is already an item {item.id!r:.100}", "item_id_exists", param="item.id"
+                f"there is already an item {item.id!r:.100}",
+                "item_create_duplicate_item_id",
+                param="item.id",
             )
         if len(self._items) >= self._max_items:
             raise EventError(
@@ -350,7 +352,7 @@ class Conversation:
             if known is not None:
                 if item.response_id not in told:
                     told.add(item.response_id)
-                    yield from self._said(known)
+                    yield from self._said(item.response_id or "", known)
             elif item.type == "function_call":
                 yield CallTurn(item.name, item.arguments)
             elif item.type == "function_call_output":
@@ -365,10 +367,10 @@ class Conversation:
                     made = SystemTurn if item.role == "system" else WrittenTurn
                     yield made(text)
 
-    def _said(self, known: tuple[Utterance, frozenset[str]]) -> Iterator[Turn]:
+    def _said(self, response_id: str, known: tuple[Utterance, frozenset[str]]) -> Iterator[Turn]:
         """A response's turns, of those of its items that are still there."""
         said, ids = known
-        left = [self._items[item_id] for item_id in self._items if item_id in ids]
+        left = [item for item in self if item.response_id == response_id]
         message = next((item for item in left if item.type == "message"), None)
         calls = [CallTurn(i.name, i.arguments) for i in left if i.type == "function_call"]
         if len(left) == len(ids) and (message is None or message.heard is None):

@@ -125,9 +125,10 @@ class Responses:
         response = self._active if response_id is None else self._running.get(response_id)
         if response is None or response.cancelled:
             raise EventError(
-                "there is no response to cancel"
+                # Clients know this beginning, and take it for no error.
+                "Cancellation failed: there is no response to cancel"
                 if response_id is None
-                else f"there is no response {response_id!r:.100} under way",
+                else f"Cancellation failed: no response {response_id!r:.100} is under way",
                 "response_cancel_not_active",
                 param=None if response_id is None else "response_id",
             )

@@ -8,7 +8,7 @@ pytest.importorskip("fastapi", reason="needs the extra [serve]")
 pytest.importorskip("uvicorn", reason="needs the extra [serve]")
 pytest.importorskip("websockets", reason="needs the extra [serve]")
 
-from helpers.realtime_servers import Client, Served, serve_script  # noqa: E402
+from helpers.realtime_servers import Client, Served, serve_script
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from sa2jax.serve.realtime import client_events as client
 from sa2jax.serve.realtime.checks import EventError
 from sa2jax.serve.realtime.client_events import parse_event
 
+
 def refused(talk: Talk, text: str) -> dict:
     try:
         talk.session.receive(parse_event(text, max_bytes=24 * MIB))

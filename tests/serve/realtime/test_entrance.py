@@ -19,9 +19,10 @@ def status(server: Served, **options) -> int | dict:
     try:
         with server.connect(**options) as socket:
             return Client(socket).next()["session"]
-    except InvalidStatus as error:
-        assert json.loads(error.response.body)["error"]["message"]
-        return error.response.status_code
+    except InvalidStatus as refusal:
+        response = refusal.response
+    assert json.loads(response.body)["error"]["message"]
+    return response.status_code
 
 
 def make_secret(server: Served, **body) -> httpx.Response:

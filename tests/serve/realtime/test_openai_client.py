@@ -42,7 +42,9 @@ def test_a_spoken_turn(server):
         events = until(connection, "response.done")
         assert events[-1].response.status == "completed"
         assert events[-1].response.usage.input_token_details.cached_tokens == 2
-        sound = [base64.b64decode(e.delta) for e in events if e.type == "response.output_audio.delta"]
+        sound = [
+            base64.b64decode(e.delta) for e in events if e.type == "response.output_audio.delta"
+        ]
         assert len(b"".join(sound)) == 48_000
 
 
@@ -113,14 +115,16 @@ def test_an_error_leaves_the_connection_open(server):
 @pytest.mark.both_pairs
 def test_the_asynchronous_client(server):
     async def talk() -> list:
-        async with openai.AsyncOpenAI(base_url=server.url, api_key="any") as client:
-            async with client.realtime.connect(model="small") as connection:
-                await connection.response.create(response={"output_modalities": ["text"]})
-                found = []
-                async for event in connection:
-                    found.append(event)
-                    if event.type == "response.done":
-                        return found
+        async with (
+            openai.AsyncOpenAI(base_url=server.url, api_key="any") as client,
+            client.realtime.connect(model="small") as connection,
+        ):
+            await connection.response.create(response={"output_modalities": ["text"]})
+            found = []
+            async for event in connection:
+                found.append(event)
+                if event.type == "response.done":
+                    return found
         raise AssertionError
 
     events = asyncio.run(asyncio.wait_for(talk(), 30))

@@ -113,7 +113,14 @@ def test_special_tokens_stay_text(tokenizer):
 
 @pytest.mark.parametrize(
     ("seconds", "codes", "text"),
-    [(0, 0, ""), (0.039, 0, ""), (0.04, 1, "h"), (0.2, 5, "he"), (0.8, 20, "hello"), (9, 20, "hello")],
+    [
+        (0, 0, ""),
+        (0.039, 0, ""),
+        (0.04, 1, "h"),
+        (0.2, 5, "he"),
+        (0.8, 20, "hello"),
+        (9, 20, "hello"),
+    ],
 )
 def test_exactly_the_codes_that_were_heard(spoken, seconds, codes, text):
     cut = spoken(call("search")).until(seconds)

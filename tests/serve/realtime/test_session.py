@@ -175,7 +175,7 @@ def test_a_second_turn_has_its_own_sound(listening):
     assert only(events, "input_audio_buffer.speech_started")["audio_start_ms"] == pytest.approx(
         1700, abs=33
     )
-    first, said, second = listening.requests[-1].turns
+    _, said, second = listening.requests[-1].turns
     assert isinstance(said, SaidTurn)
     assert second.parts[0].seconds == pytest.approx(1.8, abs=0.1)
 

@@ -47,7 +47,9 @@ def test_turn_detection(given, shown):
 
 def test_a_voice_is_a_name_or_an_object():
     for voice in ("anna", {"id": "anna"}):
-        assert changed({"audio": {"output": {"voice": voice}}})["audio"]["output"]["voice"] == "anna"
+        assert (
+            changed({"audio": {"output": {"voice": voice}}})["audio"]["output"]["voice"] == "anna"
+        )
 
 
 def test_what_is_shown_can_be_sent_back():
