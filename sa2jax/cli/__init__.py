@@ -24,6 +24,7 @@ from sa2jax.cli.evaluate import evaluate, suite_command
 from sa2jax.cli.init_assemble import assemble, init
 from sa2jax.cli.plan import plan
 from sa2jax.cli.run import run
+from sa2jax.cli.serve import serve
 from sa2jax.cli.speech import reconstruct, tokenize, vocode, voice
 from sa2jax.cli.train import merge, train
 from sa2jax.cli.transcribe import asr, caption, translate
@@ -44,6 +45,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "export": export,
     "verify": verify,
     "inspect": inspect,
+    "serve": serve,
     "bench": bench,
     "plan": plan,
     "data": data,

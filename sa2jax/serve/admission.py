@@ -84,7 +84,8 @@ class Admission:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         try:
-            await asyncio.wait_for(asyncio.shield(turn), self.timeout)
+            async with asyncio.timeout(self.timeout):
+                await turn
         except BaseException as error:
             if turn.done() and not turn.cancelled():
                 self._hand_on()  # the turn came together with the end of the wait

@@ -9,12 +9,14 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from sa2jax.pipeline import StepAudio2
 from sa2jax.serve import operations
 from sa2jax.serve.bodies import invalid
 from sa2jax.serve.errors import ApiError
 from sa2jax.serve.middleware import Entrance
+from sa2jax.serve.openai import chat_completions, speech, transcriptions, voices
 from sa2jax.serve.settings import Settings
 from sa2jax.serve.state import Readiness, ServerState
 from sa2jax.serve.warm_up import warm_up
@@ -46,17 +48,26 @@ def create_app(
         try:
             yield
         finally:
-            warming.cancel()
             state.admission.close()
+            await asyncio.wait({warming})  # its step is finished: a program cannot be broken off
             state.bridge.close()
 
     # No pages of documentation: they load scripts from elsewhere.
     app = FastAPI(title="sa2jax", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.server = state
     app.add_middleware(Entrance, keys=state.keys, settings=state.settings, metrics=state.metrics)
+    if state.settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=state.settings.allowed_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "x-queue-ms", "retry-after"],
+        )
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
-    app.include_router(operations.router)
+    for room in (operations, chat_completions, speech, transcriptions, voices):
+        app.include_router(room.router)
     return app
 
 

@@ -17,6 +17,7 @@ from sa2jax.serve.errors import ApiError
 M = TypeVar("M", bound=BaseModel)
 
 MAX_FIELDS, MAX_FIELD_BYTES = 64, 1 << 20  # of a form
+_ALTERNATIVES = ("str", "VoiceId")  # of a field that may be either: no part of its name
 _VALUES, _DEPTH = 1_000_000, 64  # of a JSON body
 
 
@@ -54,10 +55,8 @@ def validated(model: type[M], value: Mapping[str, Any]) -> M:
 def invalid(problems: Sequence[Any]) -> ApiError:
     """The first of the problems that pydantic has found."""
     first = problems[0]
-    where = [
-        str(part) for part in first["loc"] if not str(part).startswith(("function-", "tagged"))
-    ]
-    param = ".".join(where) or None
+    loc = [str(part) for part in first["loc"] if part not in _ALTERNATIVES]
+    param = ".".join(loc) or None
     got = first.get("input")
     shown = f", got {got!r:.60}" if isinstance(got, str | int | float | bool | None) else ""
     return ApiError(f"{param or 'the body'}: {first['msg']}{shown}", param=param)

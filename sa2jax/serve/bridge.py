@@ -117,7 +117,7 @@ class Answer(AsyncIterator[ReplyPiece]):
         stream = self._stream
         if played is None or stream is None:
             return reply
-        # It may have ended by itself before it saw the cancel; to cut it there twice is to cut once.
+        # It may have ended before it saw the cancel; to cut it there twice is to cut it once.
         return await asyncio.wrap_future(self._submit(partial(stream.cancel, played)))
 
     def _run(self) -> Reply:

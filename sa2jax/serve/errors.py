@@ -13,6 +13,7 @@ log = logging.getLogger(__name__)
 _CODES = {
     400: "invalid_request",
     401: "invalid_api_key",
+    403: "forbidden",
     404: "not_found",
     405: "method_not_allowed",
     413: "request_too_large",

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sa2jax.serve.auth import Keys
 from sa2jax.serve.errors import ApiError, as_api_error
 from sa2jax.serve.metrics import Metrics
+from sa2jax.serve.origins import Origins
 from sa2jax.serve.settings import MIB, Settings
 
 access = logging.getLogger("sa2jax.access")
@@ -33,6 +34,7 @@ class Entrance:
     def __init__(self, app: ASGIApp, *, keys: Keys, settings: Settings, metrics: Metrics):
         self._app, self._keys = app, keys
         self._settings, self._metrics = settings, metrics
+        self._origins = Origins(settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
@@ -42,6 +44,7 @@ class Entrance:
         visit = _Visit(scope, send)
         body = _Body(receive, self._limit(visit.headers))
         try:
+            self._origins.require(visit.headers.get("origin"), visit.headers.get("host"))
             self._keys.require(visit.headers.get("authorization"), scope["path"])
             body.require_declared(visit.headers.get("content-length"))
             await self._app(scope, body.receive, visit.send)

@@ -17,6 +17,10 @@ class Settings:
         model_id: what clients call the model.
         api_keys: keys that open the server; none: it is open to whoever reaches it.
         public_operations: whether /health, /readyz, /metrics and their like need no key.
+        allowed_origins: origins whose pages may use the server from a browser, `*` for all; its own
+            page always may.
+        local_only: whether it is meant for this machine alone; without keys, requests that name
+            another host are refused then.
         rows: requests that run at the same time.
         queue: requests that may wait for that, in order of arrival.
         queue_timeout: seconds that one waits at most.
@@ -45,6 +49,8 @@ class Settings:
     model_id: str = "step-audio-2"
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     public_operations: bool = True
+    allowed_origins: tuple[str, ...] = ()
+    local_only: bool = False
     rows: int = 8
     queue: int = 32
     queue_timeout: float = 60.0

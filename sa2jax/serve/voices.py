@@ -73,6 +73,11 @@ class VoiceRegistry:
                 raise VoiceError(f"alias {alias}: there is no voice {name!r:.80}")
 
     @property
+    def can_speak(self) -> bool:
+        """Whether the model has a detokenizer."""
+        return self._speech is not None
+
+    @property
     def own(self) -> list[str]:
         """Names of the model's own voices."""
         return [] if self._speech is None else list(self._speech.folder.voices)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from sa2jax.audio.rates import SAMPLE_RATE
+from sa2jax.chat.content import Content
 from sa2jax.chat.template import TASKS
 from sa2jax.pipeline import StepAudio2
 from sa2jax.pipeline.task_runner import task_options
@@ -27,6 +28,8 @@ def warm_up(state: ServerState, log_step: Callable[[str], None] = log.info) -> N
     """
     steps = list(_steps(state))
     for number, (name, step) in enumerate(steps, 1):
+        if state.admission.closed:  # shutting down
+            return
         state.readiness = Readiness(doing=f"{name} ({number} of {len(steps)})")
         started = time.perf_counter()
         step()
@@ -46,7 +49,7 @@ def _steps(state: ServerState) -> Iterator[tuple[str, Callable[[], object]]]:
         yield "reading aloud", lambda: _read(model, voice)
 
 
-def _answer(state: ServerState, content: object, voice: Voice | None) -> None:
+def _answer(state: ServerState, content: Content, voice: Voice | None) -> None:
     chat = state.model.chat(state.settings.default_system)
     for _ in chat.stream(
         content,

@@ -117,10 +117,11 @@ def test_errors_reach_who_iterates(bridge, when):
             return Counting(2, fails=True)
 
         texts = []
-        with pytest.raises(PromptError):
+        try:
             async for piece in bridge.open(start):
                 texts.append(piece.text)
-        return texts
+        except PromptError:
+            return texts
 
     assert run(take()) == ([] if when == "start" else ["1", "2"])
 
