@@ -58,10 +58,10 @@ class ModelResponder:
             Sa2jaxError: if it cannot be transcribed.
         """
         async with self._transcribing:
-            with await self.state.admission.acquire():
-                run = self.state.model.run
-                reply = await self.state.bridge.call(run, "asr", [recording])
-        return reply[0].text.strip()
+            replies, _ = await self.state.work(
+                lambda check: self.state.model.run("asr", [recording])
+            )
+        return replies[0].text.strip()
 
     def chat_for(self, request: ResponseRequest) -> Chat:
         """The conversation to answer in, with the settings of a request; in a worker thread."""

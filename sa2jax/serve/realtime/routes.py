@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Request, WebSocket
 
@@ -95,7 +94,8 @@ class Realtime:
         Raises:
             ApiError: if the client may not enter, asks for another model, or there is no room.
         """
-        key = key_of(websocket)
+        key, headers = key_of(websocket), websocket.headers
+        state.origins.require(headers.get("origin"), headers.get("host"))
         config = self.secrets.find(key)
         if config is None:
             config = default_config(state)
@@ -106,8 +106,6 @@ class Realtime:
                     401,
                     headers={"www-authenticate": "Bearer"},
                 )
-            if not state.keys:
-                self._require_origin(websocket)
         state.require_model(websocket.query_params.get("model"))
         if state.admission.closed:
             raise ApiError("the server is shutting down", 503)
@@ -118,23 +116,6 @@ class Realtime:
                 headers={"retry-after": "10"},
             )
         return config
-
-    def _require_origin(self, websocket: WebSocket) -> None:
-        """Where no key is needed, refuse pages of other sites: a browser lets any page connect.
-
-        Raises:
-            ApiError: 403.
-        """
-        origin = websocket.headers.get("origin")
-        if origin is None or origin in self.settings.origins:
-            return
-        if urlsplit(origin).netloc != websocket.headers.get("host"):
-            raise ApiError(
-                f"a page of {origin:.200} may not connect: give the server an API key, or allow "
-                "the origin",
-                403,
-                code="origin_not_allowed",
-            )
 
     async def make_secret(self, request: Request) -> dict[str, Any]:
         """A short-lived key for a browser, with the settings of its sessions."""
@@ -178,5 +159,5 @@ def default_config(state: ServerState) -> SessionConfig:
     instructions = state.settings.default_system
     return SessionConfig(
         instructions=instructions or "",
-        modality="audio" if state.voices.own else "text",
+        modality="audio" if state.voices.can_speak else "text",
     )

@@ -21,7 +21,6 @@ class RealtimeSettings:
         max_queued_events: events that wait for it in all; then its own events are not read.
         secret_seconds: how long a client secret is valid where its maker does not say.
         max_secrets: how many of them are valid at the same time.
-        origins: web pages of other hosts that may connect without a key, where none is needed.
     """
 
     max_sessions: int = 256
@@ -31,7 +30,6 @@ class RealtimeSettings:
     max_queued_events: int = 512
     secret_seconds: int = 600
     max_secrets: int = 10_000
-    origins: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.max_lead <= 0:

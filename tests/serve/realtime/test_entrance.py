@@ -71,7 +71,7 @@ def test_room(locked):
 
 
 def test_pages_of_other_sites(server):
-    """Without a key any page could talk to a server on its visitor's machine."""
+    """Any page could talk to a server on its visitor's machine."""
     assert status(server, origin="https://evil.example") == 403
     assert status(server, origin=f"http://127.0.0.1:{server.port}")["id"]
 
