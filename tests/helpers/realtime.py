@@ -25,6 +25,18 @@ RATE = 24_000
 MIB = 1 << 20
 
 
+# Kinds of events that come together.
+USER_ITEM = ["conversation.item.added", "conversation.item.done"]
+CLOSED = [
+    "response.output_audio.done",
+    "response.output_audio_transcript.done",
+    "response.content_part.done",
+    "response.output_item.done",
+    "conversation.item.done",
+    "response.done",
+]
+
+
 # --- what is said --------------------------------------------------------------------------------
 
 
@@ -221,6 +233,14 @@ class Talk:
         reply = Reply(words, finish_reason="cancelled")
         self.session.ended(self.cancelled[-1].response_id, outcome_of(reply))
         return self.events()
+
+
+def said_by(talk: Talk) -> Talk:
+    """A talk in which two words were said in answer to a text."""
+    talk.ask()
+    talk.send("response.create")
+    talk.answer(Reply(["one", "two"]))
+    return talk
 
 
 def types(events: Sequence[dict[str, Any]]) -> list[str]:

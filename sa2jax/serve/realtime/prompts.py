@@ -114,25 +114,25 @@ def as_prompt(turns: Sequence[Turn], tokenizer: Tokenizer) -> Prompt:
     left = list(turns)
     question: list[Piece] | ToolAnswer = list(NO_QUESTION)
     while left:
-        if isinstance(left[0], UserTurn):
-            pieces = [_piece(part) for turn in _take(left, UserTurn) for part in turn.parts]
-            if left:
-                rounds.append([template.human_turn(pieces)])
-            else:
-                question = pieces
-            continue
-        if isinstance(left[0], CallOutputTurn):
-            answer = _tool_answer(_take(left, CallOutputTurn))
-            if not left and rounds and _has_calls(rounds[-1][-1], tokenizer):
-                question = answer
-            else:
-                _open(rounds).append(template.tool_result_turn(str(answer.text)))
-            continue
-        turn = left.pop(0)
-        if isinstance(turn, SystemTurn):
-            _open(rounds).append(Message("system", turn.text))
-        else:
-            _answered(rounds).extend(_assistant_turns(turn, tokenizer))
+        match left[0]:
+            case UserTurn():
+                pieces = [_piece(part) for turn in _take(left, UserTurn) for part in turn.parts]
+                if left:
+                    rounds.append([template.human_turn(pieces)])
+                else:
+                    question = pieces
+            case CallOutputTurn():
+                answer = _tool_answer(_take(left, CallOutputTurn))
+                if not left and rounds and _has_calls(rounds[-1][-1], tokenizer):
+                    question = answer
+                else:
+                    _open(rounds).append(template.tool_result_turn(str(answer.text)))
+            case SystemTurn(text):
+                _open(rounds).append(Message("system", text))
+                left.pop(0)
+            case turn:
+                _answered(rounds).extend(_assistant_turns(turn, tokenizer))
+                left.pop(0)
     return Prompt(rounds, question)
 
 

@@ -8,7 +8,10 @@ pytest.importorskip("fastapi", reason="needs the extra [serve]")
 pytest.importorskip("uvicorn", reason="needs the extra [serve]")
 pytest.importorskip("websockets", reason="needs the extra [serve]")
 
+from helpers.realtime import Talk
 from helpers.realtime_servers import Client, Served, serve_script
+
+from sa2jax.serve.realtime.session_config import SessionConfig, TurnDetection
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +46,13 @@ def client(server) -> Iterator[Client]:
         made.send("session.update", session=off)
         made.until("session.updated")
         yield made
+
+
+@pytest.fixture
+def talk() -> Talk:
+    return Talk()
+
+
+@pytest.fixture
+def listening() -> Talk:
+    return Talk(SessionConfig(turn_detection=TurnDetection()))
