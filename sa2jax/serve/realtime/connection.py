@@ -108,8 +108,9 @@ class Connection:
         except Exception as error:
             self._forget(response_id)
             session.failed(response_id, as_event_error(error))
+            with suppress(Exception):  # one that has failed has ended already
+                await running.cancel(0.0)
         else:
-            # Its last sound goes out before its end is told of.
             self._forget(response_id)
             session.ended(response_id, outcome)
         self._act()

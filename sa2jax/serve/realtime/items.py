@@ -293,8 +293,10 @@ class Conversation:
         Raises:
             EventError: if there is none.
         """
-        self.get(item_id, "item_delete_invalid_item_id")
+        item = self.get(item_id, "item_delete_invalid_item_id")
         del self._items[item_id]
+        if all(each.response_id != item.response_id for each in self):
+            self._utterances.pop(item.response_id or "", None)
 
     def before(self, item_id: str) -> str | None:
         """The item before one, None if it is the first or not there."""
@@ -353,6 +355,8 @@ class Conversation:
                 if item.response_id not in told:
                     told.add(item.response_id)
                     yield from self._said(item.response_id or "", known)
+            elif item.response_id is not None:
+                continue  # it failed, or is still under way: nobody knows what was said
             elif item.type == "function_call":
                 yield CallTurn(item.name, item.arguments)
             elif item.type == "function_call_output":

@@ -87,8 +87,7 @@ class Response:
             return
         status, details = self._status(outcome)
         said = outcome.utterance
-        if self._message is not None:
-            self._close_message(outcome, complete=status == "completed")
+        self._close_message(outcome, complete=status == "completed")
         if not self.cancelled:
             for call in outcome.calls:
                 self._call(call)
@@ -100,8 +99,7 @@ class Response:
         """Tell that it has failed."""
         if self.done:
             return
-        if self._message is not None:
-            self._close_message(Outcome(utterance=None, finish_reason="error"), complete=False)
+        self._close_message(Outcome(utterance=None, finish_reason="error"), complete=False)
         details = {
             "type": "failed",
             "error": {"type": error.type, "code": error.code, "message": str(error)},
@@ -149,13 +147,15 @@ class Response:
             return
         spoken = self.config.modality == "audio"
         part = Part("output_audio", transcript="") if spoken else Part("output_text")
-        self._message = Item(new_id("item"), "message", "in_progress", "assistant")
-        self._add(self._message)
-        self._message.parts.append(part)
+        message = Item(new_id("item"), "message", "in_progress", "assistant")
+        self._add(message)
+        self._message = message
+        message.parts.append(part)
         self._emit("response.content_part.added", **self._place(part=self._part_json()))
 
     def _add(self, item: Item) -> None:
         item.response_id = self.id
+        previous = self._home.add(item)  # which may be refused
         self.items.append(item)
         self._emit(
             "response.output_item.added",
@@ -163,7 +163,6 @@ class Response:
             output_index=len(self.items) - 1,
             item=item.json(),
         )
-        previous = self._home.add(item)
         if self.conversation is not None:
             self._outbox.put(item_event("conversation.item.added", item, previous))
 
@@ -206,7 +205,8 @@ class Response:
 
     def _close_message(self, outcome: Outcome, *, complete: bool) -> None:
         item = self._message
-        assert item is not None
+        if item is None or item.status != "in_progress":
+            return
         part = item.parts[0]
         item.status = "completed" if complete else "incomplete"
         spoken = part.type == "output_audio"

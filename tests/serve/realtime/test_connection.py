@@ -86,6 +86,18 @@ def test_an_answer_that_fails(client, server):
     assert client.until("response.done")[-1]["response"]["status"] == "completed"
 
 
+def test_a_conversation_that_is_full(client, server):
+    """Its answers fail, and end."""
+    (session,) = server.realtime.sessions
+    session.conversation._max_items = 1
+    server.script.replies.append(Reply(["one"], holds=True))
+    ask(client)
+    done = client.until("response.done")[-1]["response"]
+    assert done["status_details"]["error"]["code"] == "conversation_full"
+    assert done["output"] == []
+    assert server.script.cancelled == [0.0]
+
+
 def test_transcripts_come_and_fail(client, server):
     wanted = {"audio": {"input": {"transcription": {"model": "any"}}}}
     client.send("session.update", session=wanted)

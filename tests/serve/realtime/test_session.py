@@ -291,6 +291,8 @@ def test_a_limit_and_a_failure(talk):
     assert done["status"] == "failed"
     assert done["status_details"]["error"]["message"] == "too busy"
     assert done["usage"]["total_tokens"] == 0
+    talk.send("response.create")
+    assert len(talk.requests[-1].turns) == 1  # what failed was not said
 
 
 def test_tools(talk):
