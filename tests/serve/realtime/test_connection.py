@@ -56,7 +56,7 @@ def test_a_message_that_the_web_server_does_not_take(server):
             socket.send("x" * (25 << 20))
             socket.recv(10)
 
-        with pytest.raises(ConnectionClosed, match="1009"):
+        with pytest.raises(ConnectionClosed):
             send()
     server.settle()
 
