@@ -142,14 +142,10 @@ class Conversation:
         request = self.model.request(self.model.family.chat_template(turns))
         self.prompt_tokens, self.prompt_audio_tokens = len(request.ids), sum(request.counts)
         room = self.max_len - self.prompt_tokens
-        # The library keeps so much free for an answer, and refuses otherwise.
-        context = self.model.cfg.decoder.max_positions
-        least = min(self.options.max_new_tokens, context // 4)
-        if room < 1 or self.prompt_tokens + least > context:
+        if room < 1:
             raise ApiError(
-                f"the conversation has {self.prompt_tokens} tokens, which leaves too little of the "
-                f"{self.max_len} that it may have with its answer: send fewer messages, or ask for "
-                "a shorter answer (max_completion_tokens)",
+                f"the conversation has {self.prompt_tokens} tokens, which leaves none of the "
+                f"{self.max_len} that it may have with its answer: send fewer messages",
                 param="messages",
                 code="context_length_exceeded",
             )

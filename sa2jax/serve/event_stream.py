@@ -8,7 +8,7 @@ from typing import Any, Self, TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from sa2jax.serve.errors import ApiError, as_api_error
 
@@ -29,7 +29,8 @@ def event(value: Mapping[str, Any]) -> bytes:
 class OpenResponse(Response):
     """A response whose body comes from a generator, which is closed when the client goes.
 
-    Unlike Starlette's, it notices that also while nothing is sent. Made by `begin`.
+    Unlike Starlette's, it notices that also while nothing is sent, and gives up who reads nothing
+    for `Settings.reader_timeout` seconds. Made by `begin`.
     """
 
     def __init__(
@@ -70,9 +71,15 @@ class OpenResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
+        patience = scope["app"].state.server.settings.reader_timeout
+
+        async def send_in_time(message: Message) -> None:
+            async with asyncio.timeout(patience):
+                await send(message)
+
         try:
-            with suppress(ClientGone, OSError):
-                await _unless_gone(receive, asyncio.create_task(self._send(send)))
+            with suppress(ClientGone, OSError):  # a timeout is an OSError
+                await _unless_gone(receive, asyncio.create_task(self._send(send_in_time)))
         finally:
             await self._rest.aclose()
 

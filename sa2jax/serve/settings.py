@@ -37,6 +37,7 @@ class Settings:
         chunk_codes: codes of the others.
         queued_pieces: pieces of an answer that are held for a client who reads slowly; then the
             answer pauses.
+        reader_timeout: seconds after which a client who reads nothing is given up.
         voices: folder of voices that clients add; None: they may add none.
         max_voices: how many these may be.
         max_voice_bytes: size of the recording of one.
@@ -66,6 +67,7 @@ class Settings:
     first_codes: int = 10
     chunk_codes: int = 25
     queued_pieces: int = 32
+    reader_timeout: float = 120.0
     voices: Path | None = None
     max_voices: int = 1000
     max_voice_bytes: int = 10 * MIB
@@ -78,7 +80,14 @@ class Settings:
         for name in ("rows", "max_samples", "first_codes", "chunk_codes", "queued_pieces"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected at least 1")
-        for name in ("queue", "queue_timeout", "grace", "max_voices", "max_replies"):
+        for name in (
+            "queue",
+            "queue_timeout",
+            "reader_timeout",
+            "grace",
+            "max_voices",
+            "max_replies",
+        ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected at least 0")
         if not all(key and key.isascii() and key.isprintable() for key in self.api_keys):

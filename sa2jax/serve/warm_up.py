@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -16,7 +17,8 @@ from sa2jax.speech.voices import Voice
 
 log = logging.getLogger(__name__)
 
-_CLIP_SECONDS = (1.0, 3.0, 8.0, 24.0)  # recordings of which the encoder has programs of their own
+# One recording of each length that the encoder pads to.
+_CLIP_SECONDS = (1.0, 2.2, 4.8, 9.9, 15.0, 20.0, 24.9)
 
 
 def warm_up(state: ServerState, log_step: Callable[[str], None] = log.info) -> None:
@@ -46,6 +48,10 @@ def _steps(state: ServerState) -> Iterator[tuple[str, Callable[[], object]]]:
     if state.voices.own:
         voice = state.voices.find()
         yield "a spoken answer", lambda: _answer(state, "Hello", voice)
+        count = 2
+        while count <= state.settings.rows:
+            yield f"{count} spoken answers at once", lambda n=count: _at_once(state, n, voice)
+            count *= 2
         yield "reading aloud", lambda: _read(model, voice)
 
 
@@ -59,6 +65,13 @@ def _answer(state: ServerState, content: Content, voice: Voice | None) -> None:
         chunk=state.settings.chunk_codes,
     ):
         pass
+
+
+def _at_once(state: ServerState, count: int, voice: Voice) -> None:
+    """Answers whose speech is made together: programs are made for each number of streams."""
+    with ThreadPoolExecutor(count, thread_name_prefix="warm-up") as pool:
+        for made in [pool.submit(_answer, state, "Hello", voice) for _ in range(count)]:
+            made.result()
 
 
 def _read(model: StepAudio2, voice: Voice) -> None:

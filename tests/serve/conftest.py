@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from helpers.scripted import Script, Speech
@@ -18,12 +19,9 @@ from sa2jax.chat import tokenizer_files
 from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.pipeline import StepAudio2, conversation
 
-pytest.importorskip("fastapi", reason="needs the extra [serve]")
-uvicorn = pytest.importorskip("uvicorn", reason="needs the extra [serve]")
-
-from sa2jax.serve.app import create_app  # noqa: E402
-from sa2jax.serve.settings import Settings  # noqa: E402
-from sa2jax.serve.state import ServerState  # noqa: E402
+if TYPE_CHECKING:  # without the extra [serve], tests skip and this folder has to be readable
+    from sa2jax.serve.settings import Settings
+    from sa2jax.serve.state import ServerState
 
 
 @dataclass
@@ -36,7 +34,7 @@ class Served:
     """
 
     url: str
-    state: ServerState
+    state: "ServerState"
 
     @property
     def port(self) -> int:
@@ -51,7 +49,11 @@ class Served:
 
 
 @contextmanager
-def serve(model: StepAudio2, settings: Settings, *, warm: bool = False) -> Iterator[Served]:
+def serve(model: StepAudio2, settings: "Settings", *, warm: bool = False) -> Iterator[Served]:
+    import uvicorn
+
+    from sa2jax.serve.app import create_app
+
     app = create_app(model, settings, warm=warm)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -84,6 +86,8 @@ def nano_voices(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def nano_server(nano, nano_voices) -> Iterator[Served]:
     """A server that really hears and speaks; it is slow to start, so it is one for all."""
+    from sa2jax.serve.settings import Settings
+
     with serve(nano, Settings(model_id="nano", rows=2, voices=nano_voices)) as served:
         yield served
 
@@ -109,6 +113,8 @@ def script(monkeypatch) -> Script:
 @pytest.fixture
 def scripted_server(tiny, script, request) -> Iterator[Served]:
     """A server that says what `script` tells it; its settings are the parameter's."""
+    from sa2jax.serve.settings import Settings
+
     settings = {"model_id": "tiny", "rows": 2} | getattr(request, "param", {})
     with serve(tiny, Settings(**settings)) as served:
         yield served

@@ -2,15 +2,16 @@
 
 import hmac
 
-import httpx
 import pytest
 
-pytest.importorskip("fastapi", reason="needs the extra [serve]")
-
 from sa2jax.errors import ConfigError
-from sa2jax.serve import auth
-from sa2jax.serve.auth import Keys, bearer
-from sa2jax.serve.settings import Settings
+
+pytest.importorskip("fastapi", reason="needs the extra [serve]")
+httpx = pytest.importorskip("httpx", reason="needs the package httpx")
+
+from sa2jax.serve import auth  # noqa: E402
+from sa2jax.serve.auth import Keys, bearer  # noqa: E402
+from sa2jax.serve.settings import Settings  # noqa: E402
 
 KEYED = {"api_keys": ("first-key", "second-key")}
 

@@ -4,7 +4,6 @@ import base64
 import io
 import json
 
-import httpx
 import numpy as np
 import pytest
 import soundfile
@@ -22,9 +21,10 @@ from helpers.scripted import (
     turn,
 )
 
-from sa2jax.serve.openai.choices import StopFilter
-
 pytest.importorskip("fastapi", reason="needs the extra [serve]")
+httpx = pytest.importorskip("httpx", reason="needs the package httpx")
+
+from sa2jax.serve.openai.choices import StopFilter  # noqa: E402
 
 ASK = [{"role": "user", "content": "hi"}]
 WEATHER = {"type": "function", "function": {"name": "weather", "description": "Now."}}

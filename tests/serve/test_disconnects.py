@@ -4,10 +4,11 @@ import json
 import socket
 import time
 
-import httpx
 import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra [serve]")
+httpx = pytest.importorskip("httpx", reason="needs the package httpx")
+
 
 LONG = "x" * 400
 SPOKEN = {"modalities": ["text", "audio"], "stream": True}
@@ -101,25 +102,28 @@ def test_while_a_text_is_read_aloud(scripted_server, script):
     assert is_well(scripted_server, script)
 
 
-@pytest.mark.parametrize("scripted_server", [{"queued_pieces": 4}], indirect=True)
-def test_a_slow_reader_pauses_its_answer_and_no_other(scripted_server, script):
-    """Pieces are made as they are taken: neither memory nor the device is spent ahead."""
-    codes = list(range(304, 504))
-    script.will_say(codes * 400)  # 53 minutes of speech
-    limit = {"max_completion_tokens": 2000}
+def unread(server, script):
+    """A connection that takes nothing of a long spoken answer, which has paused."""
+    script.will_say(list(range(304, 504)) * 400)  # 53 minutes of speech
+    body = body_of(**SPOKEN, max_completion_tokens=2000)
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    connection.connect(("127.0.0.1", scripted_server.port))
-    body = body_of(**SPOKEN, **limit)
+    connection.connect(("127.0.0.1", server.port))
     head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: "
     kind = "\r\ncontent-type: application/json\r\n\r\n"
     connection.sendall(f"{head}{len(body)}{kind}".encode() + body)
     until(lambda: script.prompts)
-    spoken = scripted_server.state.model.speech.token2wav.spoken
-    before = -1
-    while before != len(spoken):  # until it has paused
+    spoken, before = server.state.model.speech.token2wav.spoken, -1
+    while before != len(spoken):
         before = len(spoken)
         time.sleep(0.3)
+    return connection
+
+
+@pytest.mark.parametrize("scripted_server", [{"queued_pieces": 4}], indirect=True)
+def test_a_slow_reader_pauses_its_answer_and_no_other(scripted_server, script):
+    """Pieces are made as they are taken: neither memory nor the device is spent ahead."""
+    connection = unread(scripted_server, script)
     assert scripted_server.state.admission.running == 1
     script.will_say("fine")
     answer = httpx.post(
@@ -130,6 +134,15 @@ def test_a_slow_reader_pauses_its_answer_and_no_other(scripted_server, script):
     assert answer.json()["choices"][0]["message"]["content"] == "fine"
     connection.close()
     assert is_well(scripted_server, script)
+
+
+@pytest.mark.parametrize(
+    "scripted_server", [{"queued_pieces": 4, "reader_timeout": 0.2}], indirect=True
+)
+def test_who_reads_nothing_is_given_up(scripted_server, script):
+    connection = unread(scripted_server, script)
+    assert is_well(scripted_server, script)
+    connection.close()
 
 
 def test_an_answer_that_fails_on_the_way(scripted_server, script, monkeypatch):

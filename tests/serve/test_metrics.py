@@ -3,15 +3,16 @@
 import re
 import time
 
-import httpx
 import pytest
 from helpers.scripted import HELLO
 
-pytest.importorskip("fastapi", reason="needs the extra [serve]")
-
 from sa2jax.inference.programs import TRACES
-from sa2jax.serve.metrics import Metrics
-from sa2jax.serve.state import Readiness
+
+pytest.importorskip("fastapi", reason="needs the extra [serve]")
+httpx = pytest.importorskip("httpx", reason="needs the package httpx")
+
+from sa2jax.serve.metrics import Metrics  # noqa: E402
+from sa2jax.serve.state import Readiness  # noqa: E402
 
 
 def values(text: str) -> dict[str, float]:

@@ -12,6 +12,8 @@ from sa2jax.audio import load_audio
 from sa2jax.chat.tool_schema import Tool
 from sa2jax.chat.toolbox import get_date_time
 
+pytest.importorskip("fastapi", reason="needs the extra [serve]")
+
 openai = pytest.importorskip("openai", reason="needs the package openai")
 
 SUM = "what is three plus four"

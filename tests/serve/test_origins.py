@@ -1,13 +1,13 @@
 """Pages of others that have a browser send requests here."""
 
-import httpx
 import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra [serve]")
+httpx = pytest.importorskip("httpx", reason="needs the package httpx")
 
-from sa2jax.serve.errors import ApiError
-from sa2jax.serve.origins import Origins
-from sa2jax.serve.settings import Settings
+from sa2jax.serve.errors import ApiError  # noqa: E402
+from sa2jax.serve.origins import Origins  # noqa: E402
+from sa2jax.serve.settings import Settings  # noqa: E402
 
 
 @pytest.mark.parametrize(

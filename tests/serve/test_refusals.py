@@ -3,10 +3,11 @@
 import base64
 import json
 
-import httpx
 import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra [serve]")
+httpx = pytest.importorskip("httpx", reason="needs the package httpx")
+
 
 CHAT, SPEECH = "/v1/chat/completions", "/v1/audio/speech"
 USER = {"role": "user", "content": "hi"}

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import soundfile
 
-pytest.importorskip("fastapi", reason="needs the extra [serve]")
-
 from sa2jax import audio
 from sa2jax.errors import AudioError
+
+pytest.importorskip("fastapi", reason="needs the extra [serve]")
+
 from sa2jax.serve import encoders, recordings
 from sa2jax.serve.encoders import encode, open_encoder, require_format
 from sa2jax.serve.errors import ApiError

@@ -4,7 +4,6 @@ import base64
 import io
 import json
 
-import httpx
 import numpy as np
 import pytest
 import soundfile
@@ -15,8 +14,9 @@ from sa2jax.chat.template import TASKS
 from sa2jax.pipeline.reply import Segment
 
 pytest.importorskip("fastapi", reason="needs the extra [serve]")
+httpx = pytest.importorskip("httpx", reason="needs the package httpx")
 
-from sa2jax.serve.openai import subtitles
+from sa2jax.serve.openai import subtitles  # noqa: E402
 
 URL = "/v1/audio/speech"
 

@@ -8,13 +8,15 @@ import pytest
 import soundfile
 from helpers.scripted import voice_called
 
-pytest.importorskip("fastapi", reason="needs the extra [serve]")
-
 from sa2jax.errors import AudioError, CheckpointError, VoiceError
-from sa2jax.serve import voices as registry
-from sa2jax.serve.errors import ApiError
-from sa2jax.serve.voices import VoiceRegistry, speech_of
 from sa2jax.speech.voices import Voice
+
+pytest.importorskip("fastapi", reason="needs the extra [serve]")
+httpx = pytest.importorskip("httpx", reason="needs the package httpx")
+
+from sa2jax.serve import voices as registry  # noqa: E402
+from sa2jax.serve.errors import ApiError  # noqa: E402
+from sa2jax.serve.voices import VoiceRegistry, speech_of  # noqa: E402
 
 HOSTILE = [
     "../evil",
@@ -179,8 +181,6 @@ def test_a_server_without_a_folder_or_without_a_voice(folder, tmp_path):
 
 @pytest.mark.parametrize("scripted_server", [{"max_voice_bytes": 10}], indirect=True)
 def test_recordings_that_are_too_large(scripted_server):
-    import httpx
-
     file = io.BytesIO()
     soundfile.write(file, np.zeros(2000, np.float32), 16_000, format="WAV")
     response = httpx.post(
