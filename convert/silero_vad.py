@@ -1,20 +1,20 @@
 """The voice activity detection that comes with the library, from the released ONNX file.
 
-    pip download --no-deps silero-vad==6.2.3 && unzip silero_vad-*.whl
-    python -c 'from sa2jax.convert.silero_vad import convert_silero_vad as convert; \
-        convert("silero_vad/data/silero_vad_16k_op15.onnx", "sa2jax/assets/silero_vad/model.safetensors")'
+    # pip download --no-deps silero-vad==6.2.3 && unzip silero_vad-*.whl
+    convert_silero_vad("silero_vad/data/silero_vad_16k_op15.onnx", assets.SILERO_VAD)
 
-The `.safetensors` beside it in the package are the numbers of another training.
+The `.safetensors` beside it in that package are the numbers of another training.
 """
 
 import os
+from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from sa2jax.atomic_io import new_file
 from sa2jax.audio.features import hann
-from sa2jax.audio.silero import SHAPES, WINDOW
+from sa2jax.audio.silero import SHAPES, UNITS, WINDOW
 from sa2jax.convert.onnx_graph import OnnxGraph
 from sa2jax.errors import CheckpointError
 
@@ -32,11 +32,16 @@ _SOURCES = {
     "output.kernel": "model.decoder.decoder.2.weight",
     "output.bias": "model.decoder.decoder.2.bias",
 }
+# Every tensor that is read, with its shape.
+TENSORS: dict[str, tuple[int, ...]] = {
+    **{theirs: SHAPES[ours] for ours, theirs in _SOURCES.items()},
+    "model.decoder.decoder.2.weight": (1, UNITS, 1),
+    f"{_CELL}.bias_hh": SHAPES["lstm.bias"],
+    _STFT: (WINDOW + 2, 1, WINDOW),
+}
 
 
-def convert_silero_vad(
-    source: str | os.PathLike[str], out: str | os.PathLike[str]
-) -> dict[str, np.ndarray]:
+def convert_silero_vad(source: str | os.PathLike[str], out: str | Path) -> dict[str, np.ndarray]:
     """Write the file of `audio.silero` from `silero_vad_16k_op15.onnx`, release 6.
 
     Args:
@@ -50,23 +55,23 @@ def convert_silero_vad(
         CheckpointError: if the ONNX file is missing, damaged or another network.
     """
     graph = OnnxGraph(source)
-    names = {*_SOURCES.values(), f"{_CELL}.bias_hh", _STFT}
-    if missing := names - graph.tensors.keys():
+    found = {name: info.shape for name, info in graph.tensors.items()}
+    if missing := sorted(name for name, shape in TENSORS.items() if found.get(name) != shape):
         raise CheckpointError(
             f"{graph.where} is not silero_vad_16k_op15.onnx of the package silero-vad 6: it has no "
-            f"{', '.join(sorted(missing))}"
+            f"{', '.join(missing)} of that network's shape"
         )
     tensors = {ours: graph.get(theirs) for ours, theirs in _SOURCES.items()}
     tensors["lstm.bias"] = tensors["lstm.bias"] + graph.get(f"{_CELL}.bias_hh")
     tensors["output.kernel"] = tensors["output.kernel"].reshape(-1)
-    wrong = [name for name, shape in SHAPES.items() if tensors[name].shape != shape]
-    if wrong or not _is_hann_dft(graph.get(_STFT)):
+    if not _is_hann_dft(graph.get(_STFT)):
         raise CheckpointError(
-            f"{graph.where}: {', '.join(wrong) or 'the spectrum'} is not that of "
-            "silero_vad_16k_op15.onnx of the package silero-vad 6"
+            f"{graph.where}: the spectrum is not that of silero_vad_16k_op15.onnx of the package "
+            "silero-vad 6"
         )
     with new_file(out) as temp:
-        save_file(tensors, temp, {"source": "silero_vad_16k_op15.onnx", "license": "MIT"})
+        # One entry of metadata: of several, the order would not be the same each time.
+        temp.write_bytes(save(tensors, {"source": "silero_vad_16k_op15.onnx"}))
     return tensors
 
 
@@ -74,4 +79,4 @@ def _is_hann_dft(basis: np.ndarray) -> bool:
     """Whether a convolution is the spectrum of windows of 256 samples: it needs no numbers then."""
     wave = np.fft.rfft(np.eye(WINDOW) * hann(WINDOW)).T  # [129, 256]
     expected = np.concatenate([wave.real, wave.imag])[:, None]
-    return basis.shape == expected.shape and bool(np.abs(basis - expected).max() < 1e-6)
+    return bool(np.abs(basis - expected).max() < 1e-6)

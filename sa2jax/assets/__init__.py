@@ -1,4 +1,4 @@
-"""Models that come with the library: `nano`, a small one for demonstrations and tests, and Silero VAD."""
+"""Models that come with the library: `nano`, for demonstrations and tests, and Silero VAD."""
 
 from importlib.resources import files
 from pathlib import Path

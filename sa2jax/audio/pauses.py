@@ -1,4 +1,4 @@
-"""Long recordings cut at pauses into clips that the model hears one by one, and what is no speech."""
+"""Long recordings cut at pauses into clips that are heard one by one, and what is no speech."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from sa2jax.audio.vad import FRAME, SpeechTracker, speech_probabilities
 # Sound that is taken for speech in vain costs a prompt, speech that is not costs words: so the
 # threshold is below that of conversations.
 THRESHOLD = 0.3
-MIN_SPEECH = 3  # frames of 32 ms
+MIN_SPEECH = 5  # frames of 32 ms: a chord that sets in, or hum, looks like speech for some
 PAUSE = 19  # frames, 0.6 s: a pause of that length ends a clip
 MARGIN = 9  # frames, 0.29 s, that are kept before and after speech
 _DIP = 9  # frames: where there is no pause, cuts are in the middle of the quietest 0.29 s

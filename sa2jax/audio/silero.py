@@ -1,9 +1,9 @@
 """Silero VAD 6 in NumPy: how likely somebody speaks in each 32 ms of 16 kHz samples.
 
-A frame is 512 samples with the 64 before it. Its spectrum (four windows of 256 samples) goes through
-four convolutions, which see nothing else, and then one LSTM cell, which remembers what came before.
-So the frames of a recording, or of many streams, are encoded together, and only the cell goes
-step by step. Where the numbers are from: `sa2jax/assets/silero_vad`; who uses them: `vad`.
+A frame is 512 samples with the 64 before it. Its spectrum (four windows of 256 samples) goes
+through four convolutions, which see nothing else, and then one LSTM cell, which remembers what came
+before. So the frames of a recording, or of many streams, are encoded together, and only the cell
+goes step by step. Where the numbers are from: `sa2jax/assets/silero_vad`; who uses them: `vad`.
 """
 
 import os
@@ -58,8 +58,8 @@ class SileroVAD:
         if found != SHAPES:
             wrong = sorted(n for n in found.keys() | SHAPES if found.get(n) != SHAPES.get(n))
             raise CheckpointError(
-                f"expected the tensors of Silero VAD for 16 kHz, but {', '.join(wrong)} are missing "
-                "or have other shapes; make the file with sa2jax.convert.silero_vad"
+                f"expected the tensors of Silero VAD for 16 kHz, but {', '.join(wrong)} are "
+                "missing or have other shapes; make the file with sa2jax.convert.silero_vad"
             )
         get = {name: np.asarray(array, np.float32) for name, array in tensors.items()}
         self._convolutions = [
@@ -67,7 +67,7 @@ class SileroVAD:
             for n, stride in enumerate(STRIDES, 1)
         ]
         # sigmoid(x) = (1 + tanh(x / 2)) / 2: with halves, one tanh serves all gates.
-        half = np.repeat(np.float32([0.5, 0.5, 1, 0.5]), UNITS)
+        half = np.repeat(np.array([0.5, 0.5, 1, 0.5], np.float32), UNITS)
         self._input = np.ascontiguousarray((get["lstm.input"] * half[:, None]).T)
         self._hidden = np.ascontiguousarray((get["lstm.hidden"] * half[:, None]).T)
         self._bias = get["lstm.bias"] * half

@@ -33,7 +33,7 @@ Eagerness = Literal["low", "medium", "high", "auto"]
 _CLICK = 6  # frames, 192 ms: after such a silence, sound too short for speech is forgotten
 _PATIENCE = 1.5  # the wait for the end of a turn, of the longest pause within one
 _FORGET = 0.25  # of what a wait was longer than needed, after each turn
-_TOO_EARLY = 2.0  # waits: who goes on sooner than that had not finished
+_TOO_EARLY = 400  # ms after a turn: who goes on so soon has heard no answer, and had not finished
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,21 @@ class AdaptiveSilence:
         first_ms: before anything is known of the speaker.
         shortest_ms: at least.
         longest_ms: at most.
+
+    Raises:
+        ConfigError: if they are in another order.
     """
 
     first_ms: int
     shortest_ms: int
     longest_ms: int
+
+    def __post_init__(self):
+        if not 0 <= self.shortest_ms <= self.first_ms <= self.longest_ms <= 600_000:
+            raise ConfigError(
+                "turn detection: expected 0 <= shortest_ms <= first_ms <= longest_ms <= 600000, "
+                f"got {self.shortest_ms}, {self.first_ms} and {self.longest_ms}"
+            )
 
 
 EAGERNESS = {
@@ -107,7 +117,7 @@ class TurnSettings:
     """What is speech, and how long one waits. Frames are of 32 ms: times are rounded up to them.
 
     Attributes:
-        threshold: probability from which on a frame is speech, until it is below that less 0.15.
+        threshold: probability from which on a frame is speech; below that less 0.15, it is over.
         prefix_padding_ms: sound before the speech that belongs to a turn.
         silence_duration_ms: the silence that ends a turn.
         min_speech_ms: of speech before it is told of.
@@ -191,12 +201,8 @@ class _Pace:
         self._longest = max(self._longest, duration)
         self.wait = max(self.wait, self._after(duration))
 
-    def resumed(self, gap: float) -> None:
-        """A turn began so many ms after the speech of the one before."""
-        if gap <= _TOO_EARLY * self.wait:
-            self.pause(gap)
-
     def turn_ended(self) -> None:
+        """The turn with those pauses is over."""
         self.wait -= _FORGET * max(self.wait - self._after(self._longest), 0)
         self._longest = 0.0
 
@@ -287,7 +293,7 @@ class TurnDetector:
     def reset(self) -> None:
         """Forget a turn that has begun: its sound was cleared, or taken as it is. Time goes on."""
         self._tracker.reset()
-        self._turn_end = self._now
+        self._turn_end, self._speech_end = self._now, None
 
     @property
     def _now(self) -> int:
@@ -320,8 +326,9 @@ class TurnDetector:
     def _begin_turn(self) -> SpeechStarted:
         self._waiting = None
         onset = self._tracker.onset * FRAME_MS
-        if self._pace is not None and self._speech_end is not None:
-            self._pace.resumed(onset - self._speech_end)
+        early = onset - self._turn_end <= _TOO_EARLY
+        if self._pace is not None and self._speech_end is not None and early:
+            self._pace.pause(onset - self._speech_end)
         return SpeechStarted(max(onset - self.settings.prefix_padding_ms, self._turn_end))
 
     def _end_turn(self) -> SpeechStopped:

@@ -25,7 +25,7 @@ from sa2jax.audio.silero import CONTEXT, FRAME, UNITS, SileroVAD, shipped
 from sa2jax.errors import AudioError, ConfigError
 
 FRAME_MS = FRAME * 1000 // SAMPLE_RATE  # 32 ms
-HYSTERESIS = 0.15  # below the threshold by so much, speech is over
+_HYSTERESIS = 0.15  # below the threshold by so much, or below half of it, speech is over
 _LOUD = 0.1  # level, -20 dB, that the loudest 20 ms of a quiet block are brought to
 _MAX_GAIN = 30
 _BLOCK = 128 * FRAME  # 4 s: so much of a recording is computed at once, whatever blocks it comes in
@@ -105,8 +105,12 @@ class SpeechDetector:
         frames, contexts = [], []
         for block, context in zip(blocks, state.context, strict=True):
             joined = np.concatenate([context, block], dtype=np.float32)
-            windows = np.lib.stride_tricks.sliding_window_view(joined, CONTEXT + FRAME)[::FRAME]
-            frames.append(windows if len(block) else joined.reshape(0, 0))
+            if len(block):
+                frames.append(
+                    np.lib.stride_tricks.sliding_window_view(joined, CONTEXT + FRAME)[::FRAME]
+                )
+            else:
+                frames.append(np.zeros((0, CONTEXT + FRAME), np.float32))
             contexts.append(joined[len(joined) - CONTEXT :])
         hidden, cell = state.hidden.copy(), state.cell.copy()
         found = self._network(frames, hidden, cell)
@@ -229,7 +233,7 @@ class SpeechTracker:
     """Where speech begins and ends, told frame by frame from its probability.
 
     Speech begins in a frame of at least the threshold and goes on until frames are below the
-    threshold less 0.15 for long enough. Numbers of frames are those of 32 ms.
+    threshold less 0.15, or below half of it, for long enough. Frames are of 32 ms.
 
     Attributes:
         frames: how many were seen.
@@ -270,7 +274,7 @@ class SpeechTracker:
         """
         inside = self.spoken > 0
         self.frames += 1
-        if probability >= threshold - (HYSTERESIS if inside else 0):
+        if probability >= (max(threshold - _HYSTERESIS, threshold / 2) if inside else threshold):
             if not inside:
                 self.onset = self.frames - 1
             self.spoken, self.end = self.spoken + 1, self.frames

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 import soundfile
 from helpers.scripted import CTRL_C, Script, Speech
+from helpers.sound import voice
 
 from sa2jax import cli, testing
+from sa2jax.audio import resample
 from sa2jax.chat import tokenizer_files
 from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.cli import options
@@ -43,13 +45,12 @@ def ours(source) -> Path:
 def recordings(tmp_path_factory) -> list[Path]:
     """a.wav: 1 s at 16 kHz, mono. b.flac: 1 s at 48 kHz, stereo. c.ogg: 2 s at 8 kHz."""
     folder = tmp_path_factory.mktemp("recordings")
-    rng = np.random.default_rng(0)
-    paths = [folder / name for name in ("a.wav", "b.flac", "c.ogg")]
-    for path, shape, rate in zip(
-        paths, [(16_000,), (48_000, 2), (16_000,)], [16_000, 48_000, 8_000], strict=True
-    ):
-        soundfile.write(path, rng.standard_normal(shape) / 10, rate)
-    return paths
+    one, two = voice(1), voice(2, start=1)
+    soundfile.write(folder / "a.wav", one, 16_000)
+    wide = resample(np.stack([one, one[::-1]]), 16_000, 48_000)
+    soundfile.write(folder / "b.flac", wide.T, 48_000)
+    soundfile.write(folder / "c.ogg", resample(two, 16_000, 8_000), 8_000)
+    return [folder / name for name in ("a.wav", "b.flac", "c.ogg")]
 
 
 @pytest.fixture

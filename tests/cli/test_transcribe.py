@@ -7,6 +7,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import soundfile
+from helpers.sound import voice
 
 from sa2jax.chat import tokenizer_files
 from sa2jax.errors import ConfigError
@@ -245,11 +246,21 @@ def test_silence_has_no_words(run, scripted, ours, tmp_path):
     assert (code, json.loads(out)[0]["text"], script.asked) == (0, "", [])
 
 
+@pytest.mark.both_pairs
+@pytest.mark.parametrize("command", ["asr", "translate"])
+def test_noise_has_no_words(run, scripted, ours, tmp_path, command):
+    """A room in which nobody speaks: nobody is asked, and it is said why."""
+    script, path = scripted("thank you for watching"), tmp_path / "room.wav"
+    soundfile.write(path, np.random.default_rng(0).standard_normal(2 * RATE) / 50, RATE)
+    code, out, err = run(command, path, "--model", ours)
+    assert (code, out, script.asked) == (0, "\n", [])
+    assert f"{path}: no speech: no voice is heard in its 2.00 s of sound" in err
+
+
 def test_the_other_side_of_a_call(run, scripted, ours, tmp_path):
     script = scripted("hello")
     path = tmp_path / "call.wav"
-    speech = np.random.default_rng(0).standard_normal(RATE) / 10
-    soundfile.write(path, np.stack([np.zeros(RATE), speech], axis=1), RATE)
+    soundfile.write(path, np.stack([np.zeros(RATE), voice(1)], axis=1), RATE)
     code, out, err = run("asr", path, "--model", ours)
     assert (code, out, script.asked) == (0, "\n", [])
     assert "channel 0 is silent or nearly so, channel 1 is not: choose it with --channel 1" in err

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from helpers.sound import voice
 from sa2jax.errors import VoiceError
 from sa2jax.speech.voices import Voice
 
@@ -177,7 +178,7 @@ def interrupt(*args, **more):
 CTRL_C = "\a"  # a command is interrupted while it says this
 HELLO = groups("hello", range(10, 30))
 RATE = 16_000
-CLIP = np.random.default_rng(0).standard_normal(RATE).astype(np.float32) / 10, RATE  # 13 tokens
+CLIP = voice(1), RATE  # 13 tokens
 SYSTEM = turn("system", "You are a helpful assistant.")
 OPEN = turn("assistant", close=False)
 SPOKEN = turn("assistant", [TTS_START], close=False)

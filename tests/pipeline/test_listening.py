@@ -53,7 +53,7 @@ def test_a_long_recording_is_answered_by_segments(engine, model):
     made = engine()
     (reply,) = model.run("asr", [(LONG, RATE)])
     times = [(round(s.start, 1), round(s.end, 1)) for s in reply.segments]
-    assert times == [(0, 10.1), (10.9, 31.1), (31.9, 37)]
+    assert times == [(0, 10.3), (10.7, 31.4), (31.7, 37)]
     assert reply.text == " ".join(segment.text for segment in reply.segments)
     assert all(segment.text.startswith("1:") for segment in reply.segments)
     assert (reply.finish_reason, reply.notes) == ("stop", ())
@@ -67,8 +67,8 @@ def test_an_answer_that_did_not_end_is_told(engine, model, caplog):
     (reply,) = model.run("asr", [(LONG, RATE)])
     assert [s.finish_reason for s in reply.segments] == ["stop", "length", "repetition"]
     assert reply.finish_reason == "repetition"
-    assert reply.notes[0].startswith("10.9 to 31.1 s: the answer was cut at its limit of 256 tok")
-    assert reply.notes[1].startswith("31.9 to 37.0 s: the answer repeats itself and was ended")
+    assert reply.notes[0].startswith("10.7 to 31.4 s: the answer was cut at its limit of 256 tok")
+    assert reply.notes[1].startswith("31.7 to 37.0 s: the answer repeats itself and was ended")
     engine("length")
     with caplog.at_level(logging.WARNING):
         model.transcribe((voice(1), RATE), max_new_tokens=7)

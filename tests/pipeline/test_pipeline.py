@@ -160,7 +160,7 @@ def test_other_rates(scripted, model, rate):
     time = np.arange(rate) / rate
     tone = np.sin(2 * np.pi * 440 * time).astype(np.float32)
     script = scripted()
-    model.transcribe_batch([(np.stack([tone, -tone]), rate), (tone, rate)])
+    model.run("caption", [(np.stack([tone, -tone]), rate), (tone, rate)])
     first, second = script.requests
     assert first.counts == (int(audio.num_tokens(audio.num_frames(RATE))),)
     np.testing.assert_array_equal(first.mels[0], second.mels[0])

@@ -64,7 +64,7 @@ def test_a_fresh_model_is_whole(begun, recording):
     special = model.tokenizer.special
     assert special.num_codes == 243
     assert model.tokenizer.size <= model.cfg.decoder.vocab == 1024
-    assert isinstance(model.transcribe(str(recording), max_new_tokens=4), str)
+    assert isinstance(model.caption(str(recording), max_new_tokens=4), str)
     codes = model.speech.tokenize(recording)
     assert len(codes) == 38
     assert max(codes) < 243
