@@ -2,21 +2,21 @@
 
 import asyncio
 import secrets
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sa2jax.audio.recording import Recording
 from sa2jax.chat import template
-from sa2jax.chat.template import TASKS, Message
+from sa2jax.chat.template import TASKS, Piece
 from sa2jax.chat.tool_schema import Tool
 from sa2jax.chat.toolbox import ToolAnswer
 from sa2jax.chat.tools import ToolCall
-from sa2jax.inference.requests import GenerationConfig
+from sa2jax.inference.requests import GenerationConfig, Request
 from sa2jax.pipeline.conversation import Chat
 from sa2jax.pipeline.reply import Reply, ReplyPiece
 from sa2jax.pipeline.stream import Stream
 from sa2jax.pipeline.task_runner import task_options
 from sa2jax.serve.bridge import Answer
+from sa2jax.serve.errors import ApiError
 from sa2jax.serve.metrics import Watch
 from sa2jax.serve.realtime.prompts import ModelUtterance, Prompt, as_prompt
 from sa2jax.serve.realtime.responder import Outcome, ResponseRequest, Usage
@@ -90,10 +90,12 @@ class _Begun:
     Attributes:
         chat: its conversation.
         question: turns of its newest round that were there before it.
+        prompt: what the model reads.
     """
 
     chat: Chat
     question: int
+    prompt: Request
 
 
 class ModelResponse:
@@ -154,17 +156,50 @@ class ModelResponse:
         chat = self._responder.chat_for(self._request)
         prompt = as_prompt(self._request.turns, state.model.tokenizer)
         chat.rounds = [list(turns) for turns in prompt.rounds]
-        self._begun = _Begun(chat, _question_length(prompt))
+        read = self._make_room(chat, prompt.question)
+        self._begun = _Begun(chat, _question_length(prompt), read)
         spoken = config.modality == "audio"
-        question = prompt.question
         return chat.stream(
-            question if isinstance(question, ToolAnswer) else list(question),
+            prompt.question,
             speak=spoken,
             voice=state.voices.find(config.voice) if spoken else None,
             first=state.settings.first_codes,
             chunk=state.settings.chunk_codes,
             seed=self._responder.seed if config.seed is None else config.seed,
         )
+
+    def _make_room(self, chat: Chat, question: list[Piece] | ToolAnswer) -> Request:
+        """Let go of the oldest rounds until prompt and answer fit in what the server allows.
+
+        Returns:
+            The prompt.
+
+        Raises:
+            ApiError: if they do not fit all the same, or are not to be let go of.
+        """
+        model, most = self._responder.state.model, self._responder.state.max_len
+        spoken = self._request.config.modality == "audio"
+        if isinstance(question, ToolAnswer):
+            last, needed = template.tool_result_turn(str(question.text)), 1
+        else:
+            last, needed = template.human_turn(question), 0
+        room = min(chat.options.max_new_tokens, most // 4)
+        while True:
+            turns = [*chat.history, last, template.reply_turn(spoken=spoken)]
+            prompt = model.request(model.family.chat_template(turns))
+            left = most - len(prompt.ids)
+            if left >= room or len(chat.rounds) <= needed or chat.overflow == "refuse":
+                break
+            chat.rounds.pop(0)
+        if left < 1:
+            raise ApiError(
+                f"the conversation has {len(prompt.ids)} tokens, which leaves none of the {most} "
+                "that it may have with its answer: delete items, or send a shorter turn",
+                code="context_length_exceeded",
+            )
+        most_new = min(chat.options.max_new_tokens, left)
+        chat.options = replace(chat.options, max_new_tokens=most_new)
+        return prompt
 
     async def _sum_up(self, reply: Reply) -> Outcome:
         outcome = await self._responder.state.bridge.call(self._outcome_of, reply)
@@ -186,39 +221,35 @@ class ModelResponse:
         spoken = self._request.config.modality == "audio"
         turns = chat.rounds[-1]
         said = ModelUtterance(tuple(turns[self._begun.question :]), spoken, model.tokenizer)
-        before = [turn for each in chat.rounds[:-1] for turn in each]
-        asked = [*chat.head, *before, *turns[: self._begun.question]]
         calls = tuple(call for call in reply.tool_calls if isinstance(call, ToolCall))
         return Outcome(
             utterance=said,
             finish_reason=reply.finish_reason,
             calls=calls if reply.finish_reason == "tool_calls" else (),
-            usage=self._usage(asked, said, reply),
+            usage=_usage(self._begun.prompt, said, reply),
         )
 
-    def _usage(self, asked: Sequence[Message], said: ModelUtterance, reply: Reply) -> Usage:
-        model, spoken = self._responder.state.model, said.spoken
-        prompt = model.request(
-            model.family.chat_template([*asked, template.reply_turn(spoken=spoken)])
-        )
-        read = len(prompt.ids) if reply.timings is None else reply.timings.prompt_tokens
-        cached = max(len(prompt.ids) - read, 0)
-        sound = sum(prompt.counts)
-        known = sum(
-            min(max(cached - start, 0), count)
-            for start, count in zip(prompt.starts, prompt.counts, strict=True)
-        )
-        text, codes = said.counts
-        if reply.finish_reason != "cancelled" and reply.timings is not None:
-            text = max(reply.timings.generated_tokens - codes, text)  # thoughts included
-        return Usage(
-            input_text=len(prompt.ids) - sound,
-            input_audio=sound,
-            cached_text=cached - known,
-            cached_audio=known,
-            output_text=text,
-            output_audio=codes,
-        )
+
+def _usage(prompt: Request, said: ModelUtterance, reply: Reply) -> Usage:
+    """Tokens of an answer."""
+    read = len(prompt.ids) if reply.timings is None else reply.timings.prompt_tokens
+    cached = max(len(prompt.ids) - read, 0)
+    sound = sum(prompt.counts)
+    known = sum(
+        min(max(cached - start, 0), count)
+        for start, count in zip(prompt.starts, prompt.counts, strict=True)
+    )
+    text, codes = said.counts
+    if reply.finish_reason != "cancelled" and reply.timings is not None:
+        text = max(reply.timings.generated_tokens - codes, text)
+    return Usage(
+        input_text=len(prompt.ids) - sound,
+        input_audio=sound,
+        cached_text=cached - known,
+        cached_audio=known,
+        output_text=text,
+        output_audio=codes,
+    )
 
 
 def _tools(config: SessionConfig) -> list[Tool] | None:

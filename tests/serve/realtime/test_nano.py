@@ -167,3 +167,25 @@ def test_a_greeting(connection):
     assert until(connection, "response.done")[-1].response.status in ("completed", "incomplete")
     ask(connection, "what is three plus four")
     assert until(connection, "response.done")[-1].response.output
+
+
+def test_the_oldest_turns_go(nano):
+    """With room for few tokens the conversation goes on, but not if it is to keep all."""
+    app = create_app(nano, Settings(model_id="nano", rows=1, max_len=160), warm=False)
+    app.include_router(Realtime().router)
+    with run_app(app) as port:
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any")
+        with client.realtime.connect(model="nano") as made:
+            made.session.update(session=MANUAL | {"output_modalities": ["text"]})
+            until(made, "session.updated")
+            for _ in range(8):
+                ask(made, "what is three plus four")
+                done = until(made, "response.done")[-1].response
+                assert done.status == "completed"
+                assert done.usage.input_tokens <= 120  # a quarter is for the answer
+            made.session.update(session=MANUAL | {"truncation": "disabled"})
+            until(made, "session.updated")
+            ask(made, "what is three plus four")
+            done = until(made, "response.done")[-1].response
+            assert done.status == "failed"
+            assert done.status_details.error.code == "context_length_exceeded"
