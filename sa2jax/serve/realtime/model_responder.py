@@ -69,6 +69,7 @@ class ModelResponder:
         fresh = self.state.model.chat(
             config.instructions or None,
             tools=_tools(config),
+            think=config.think,
             options=_options(config),
             overflow="drop" if config.truncation == "auto" else "refuse",
         )
@@ -80,6 +81,7 @@ class ModelResponder:
         # The one that stays knows what was read before.
         chat.head, chat.tools = fresh.head, fresh.tools
         chat.options, chat.overflow = fresh.options, fresh.overflow
+        chat.think = fresh.think
         return chat
 
 

@@ -160,4 +160,5 @@ def default_config(state: ServerState) -> SessionConfig:
     return SessionConfig(
         instructions=instructions or "",
         modality="audio" if state.voices.can_speak else "text",
+        think=state.settings.think,
     )

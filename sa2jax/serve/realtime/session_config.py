@@ -165,6 +165,7 @@ class SessionConfig:
             error.
         temperature: of sampling; None for the model's default.
         seed: of sampling; None for one that is drawn.
+        think: whether a Think model thinks before it answers; its thoughts are not sent.
         input_format: of the sound that the client sends.
         output_format: of the sound that it gets.
         turn_detection: None if the client ends turns itself.
@@ -180,6 +181,7 @@ class SessionConfig:
     truncation: str = "auto"
     temperature: float | None = None
     seed: int | None = None
+    think: bool = False
     input_format: AudioFormat = field(default=PCM)
     output_format: AudioFormat = field(default=PCM)
     turn_detection: TurnDetection | None = field(default_factory=TurnDetection)
@@ -256,6 +258,7 @@ class SessionConfig:
             "truncation": self.truncation,
             "temperature": self.temperature,
             "seed": self.seed,
+            "think": self.think,
             "audio": {
                 "input": {
                     "format": self.input_format.json,
@@ -286,6 +289,7 @@ class SessionConfig:
             tool_choice=_read_tool_choice(fields, self.tool_choice),
             temperature=fields.number("temperature", self.temperature, least=0, most=2),
             seed=fields.number("seed", self.seed, least=0, most=2**31 - 1, whole=True),
+            think=fields.flag("think", self.think),
         )
 
     def _with_input(self, fields: Fields) -> "SessionConfig":
