@@ -9,6 +9,7 @@ const TIME = {
   description: "Get the current local date, time, weekday and UTC offset.",
 };
 let session = null, context = null, player = null, microphone = null;
+let answering = false; // a response is under way
 let asked = 0, waitingForText = false, waitingForSound = false;
 const lines = new Map(); // of the conversation, by item
 const calls = new Set(); // of tools that were answered, whose response goes on
@@ -79,6 +80,7 @@ async function connect() {
   if (context === null) {
     context = new AudioContext({ sampleRate: RATE });
     player = new Player(context);
+    player.onquiet = settle;
     const audio = new Audio();
     if (!(await player.connect(audio))) note("The echo canceller may not know what is played here: use headphones.");
   }
@@ -94,6 +96,7 @@ async function connect() {
       .on("input_audio_buffer.speech_stopped", question)
       .on("conversation.item.input_audio_transcription.completed", (event) => (line(event.item_id, "user").textContent = event.transcript || "(nothing)"))
       .on("conversation.item.input_audio_transcription.failed", (event) => (line(event.item_id, "user").textContent = "(not understood)"))
+      .on("response.created", () => (answering = true))
       .on("response.output_audio_transcript.delta", (event) => said(event))
       .on("response.output_audio_transcript.done", (event) => (line(event.item_id, "assistant").textContent = event.transcript))
       .on("response.output_audio.delta", (event) => heard(event))
@@ -115,7 +118,14 @@ function heard({ item_id, delta }) {
   player.play(item_id, toSamples(delta));
 }
 
+// An answer that was made and played cannot be interrupted any more.
+function settle() {
+  if (!answering && !player.playing) byId("interrupt").disabled = true;
+}
+
 function done(response) {
+  answering = false;
+  settle();
   if (response.status === "cancelled") for (const { id } of response.output) lines.get(id)?.classList.add("cut");
   if (response.status === "failed") note(response.status_details.error.message);
   const answered = response.output.filter((item) => calls.delete(item.call_id));

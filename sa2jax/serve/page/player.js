@@ -4,6 +4,7 @@ const BUFFER = 0.06; // s that are kept ahead, so that a late piece leaves no ga
 const LOOPBACK_WAIT = 2000; // ms
 
 export class Player {
+  onquiet = null; // called when all sound was played
   #sources = new Set();
   #end = 0; // time of the context until which there is sound
   #item = null;
@@ -55,7 +56,10 @@ export class Player {
     this.#end = start + buffer.duration;
     this.#parts.push([start, buffer.duration]);
     this.#sources.add(source);
-    source.onended = () => this.#sources.delete(source);
+    source.onended = () => {
+      this.#sources.delete(source);
+      if (this.#sources.size === 0) this.onquiet?.();
+    };
   }
 
   get playing() {
