@@ -18,6 +18,7 @@ from sa2jax.errors import CheckpointError, ConfigError
 from sa2jax.inference.engine import Engine
 from sa2jax.inference.loading import resolve_policy
 from sa2jax.inference.requests import GenerationConfig, Request
+from sa2jax.inference.runner import Chunk
 from sa2jax.models.step_audio import StepAudio2Model, step_audio2
 from sa2jax.nn import Policy, init_params
 from sa2jax.pipeline import StepAudio2
@@ -157,13 +158,14 @@ def test_an_int8_cache_holds_what_was_said():
     request = Request(np.random.default_rng(1).integers(0, 256, 60).astype(np.int32))
     hidden = []
     for kind in (None, jnp.int8):
-        engine = Engine(step_audio2(cfg, Policy(cache=kind)), params, cfg)
-        cache = engine.ensure_cache(64)
-        cache, _ = engine.prefill_chunks(cache, Request(request.ids[:40]), 0)
+        runner = Engine(step_audio2(cfg, Policy(cache=kind)), params, cfg).runner
+        runner.reserve(1, 64)
+        runner.prefill_chunk([Chunk(0, request, 0, 40, {})])
+        cache = runner.state.cache
         if kind is not None:
             assert cache.k.dtype == jnp.int8
             assert cache.scales[0].shape == cache.k.shape[:-1]
-        hidden.append(np.asarray(engine.prefill_chunks(cache, request, 40)[1]))
+        hidden.append(np.asarray(runner.prefill_chunk([Chunk(0, request, 40, 20, {})])))
     size = np.abs(hidden[0]).max()
     assert 0 < np.abs(hidden[0] - hidden[1]).max() < 0.05 * size
 
@@ -175,7 +177,10 @@ def test_batches_and_conversations_share_an_int8_cache(folders):
     first, second = model.engine.generate([request], options)[0]
     assert first == second
     assert len(first.ids) == 12
-    assert model.engine.ensure_cache(2000, model.engine.ensure_cache(64)).scales[0].shape[3] >= 1024
+    runner = model.engine.runner
+    runner.reserve(1, 64)
+    runner.reserve(2, 2000)
+    assert runner.state.cache.scales[0].shape[1::2] == (2, 1024)  # the model's context
 
 
 # --- folders ---

@@ -31,6 +31,7 @@ def decode(
     positions: Int[Array, "B 1"],
     scales: tuple[Float[Array, "L B K S"], Float[Array, "L B K S"]] | None = None,
     *,
+    read: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B 1 N H"]:
     """Attention of one query a row over one layer of a cache; slots that are empty are not read.
@@ -42,6 +43,7 @@ def decode(
         layer: the layer to look at.
         positions: the last slot to look at; from S on the row is padding, and zeros come out.
         scales: of int8 keys and values.
+        read: has no meaning here: what is filled is read.
         interpret: run without a TPU, to test.
     """
     size = k.shape[3]

@@ -4,6 +4,7 @@ By default it is chosen by the platform that a program is compiled for: the firs
 takes the operands. A caller may name another; there is no fallback then, but an error.
 """
 
+from functools import partial
 from typing import Literal
 
 import jax
@@ -66,7 +67,7 @@ def attention(
         ConfigError: if there is no such implementation, or it cannot take these operands or this
             process's platform.
     """
-    return _dispatch("attention", implementation, q, k, v, mask)
+    return _dispatch("attention", implementation, {}, q, k, v, mask)
 
 
 def cached_attention(
@@ -77,6 +78,7 @@ def cached_attention(
     positions: Int[Array, "B T"],
     scales: tuple[Float[Array, "L B K S"], Float[Array, "L B K S"]] | None = None,
     *,
+    read: int | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attention over the keys and values of one layer of a cache, as far as each query's position.
@@ -89,12 +91,14 @@ def cached_attention(
         positions: the last slot that each query may look at; a query of a position that no slot
             has is padding, and its result has no meaning.
         scales: of int8 keys and values, one for each head and slot.
+        read: the first so many slots hold all that any query may look at; by default all do.
         implementation: see `attention`; by default the decode kernel on a TPU where it can.
 
     Raises:
         ConfigError: see `attention`.
     """
-    return _dispatch("cached_attention", implementation, q, k, v, layer, positions, scales)
+    options = {"read": read}
+    return _dispatch("cached_attention", implementation, options, q, k, v, layer, positions, scales)
 
 
 def check_implementation(name: str | None) -> None:
@@ -122,17 +126,19 @@ def implementation_of(name: str | None, operation: OperationName) -> str | None:
     return name
 
 
-def _dispatch(operation: OperationName, name: str | None, q: Array, *others) -> Array:
+def _dispatch(
+    operation: OperationName, name: str | None, options: dict[str, int | None], q: Array, *others
+) -> Array:
     exact = "highest" if q.dtype == jnp.float32 else None
     with jax.default_matmul_precision(exact):
         if name is not None:
-            return _named(operation, name, q, *others).run(q, *others)
+            return _named(operation, name, q, *others).run(q, *others, **options)
         choices = {
-            _COMPILED_FOR[platform]: found.run
+            _COMPILED_FOR[platform]: partial(found.run, **options)
             for platform, names in PREFERENCE.items()
             if (found := _first(operation, names, q, *others)) is not None
         }
-        default = getattr(IMPLEMENTATIONS[FALLBACK], operation).run
+        default = partial(getattr(IMPLEMENTATIONS[FALLBACK], operation).run, **options)
         return jax.lax.platform_dependent(q, *others, **choices, default=default)
 
 

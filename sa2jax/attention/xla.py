@@ -54,24 +54,28 @@ def attention_per_head(q: Array, k: Array, v: Array, mask: Mask) -> Float[Array,
     return out.reshape(B, N, T, H).swapaxes(1, 2)
 
 
-def decode_xla(q, k, v, layer, positions, scales) -> Float[Array, "B T N H"]:
-    """Queries of one key head are folded into rows of one matrix.
+def decode_xla(
+    q, k, v, layer, positions, scales=None, *, read: int | None = None
+) -> Float[Array, "B T N H"]:
+    """Queries of one key head are folded into rows of one matrix; see `dispatch.cached_attention`.
 
     Both products are then plain batched matrix products, and nothing of the cache is moved (on a
     CPU 3-4 times faster).
     """
     B, T, N, H = q.shape
-    K, S = k.shape[2:4]
-    k, v = k[layer].astype(q.dtype), v[layer].astype(q.dtype)
+    K, S = k.shape[2], k.shape[3] if read is None else read
+    k, v = (x[layer][:, :, :S].astype(q.dtype) for x in (k, v))
+    if scales is not None:
+        scales = [x[layer][:, :, None, :S] for x in scales]
     rows = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
     scores = jnp.einsum("bkmh,bksh->bkms", rows, k, preferred_element_type=jnp.float32)
     if scales is not None:
-        scores = scores * scales[0][layer][:, :, None]
+        scores = scores * scales[0]
     seen = jnp.arange(S)[None, None] <= positions[..., None]  # [B, T, S]
     scores = scores.reshape(B, N, T, S) * H**-0.5
     scores = jnp.where(seen[:, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).reshape(B, K, -1, S)
     if scales is not None:
-        weights = weights * scales[1][layer][:, :, None]
+        weights = weights * scales[1]
     out = jnp.einsum("bkms,bksh->bkmh", weights.astype(v.dtype), v)
     return out.reshape(B, N, T, H).swapaxes(1, 2)

@@ -4,7 +4,6 @@ The reference is transformers on torch, where it is installed.
 """
 
 from collections.abc import Callable
-from contextlib import closing
 from typing import Any
 
 import jax
@@ -30,13 +29,15 @@ from sa2jax.config import StepAudio2Config
 from sa2jax.errors import ConfigError
 from sa2jax.inference.engine import Engine
 from sa2jax.inference.loading import resolve_policy
-from sa2jax.inference.prefix_cache import PrefixCache
 from sa2jax.inference.requests import GenerationConfig, Request
+from sa2jax.inference.runner import PREFILL_CHUNK, Chunk, ModelRunner, Start
 from sa2jax.models.heads import pad_heads_for_mesh
 from sa2jax.models.step_audio import StepAudio2Model, step_audio2, unstack_decoder
 from sa2jax.nn import Policy, init_params
 from sa2jax.runtime import enable_compilation_cache, uses_scan
 from sa2jax.sharding import make_mesh
+
+NEW_TOKENS = 256  # of the reply that is timed
 
 
 def bench(
@@ -167,34 +168,40 @@ class Ours:
         self.decoder_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(read))
         params = params if stacked else unstack_decoder(params)
         model = step_audio2(wide, policy, stacked=stacked)
-        self.engine = Engine(model, params, cfg, mesh=mesh)
+        self.engine = Engine(model, params, cfg, mesh=mesh)  # of a conversation
+        self.runner = ModelRunner(model, params, cfg, mesh=mesh)
         rng = np.random.default_rng(0)
         self.request = Request(rng.integers(0, cfg.decoder.vocab, prompt).astype(np.int32))
         frames = int(audio.num_frames(int(seconds * audio.SAMPLE_RATE)))
         self.mel = rng.standard_normal((cfg.audio_encoder.mels, frames), np.float32)
-        self.options = GenerationConfig(max_new_tokens=256)
-        self.state: Any = None
-        self.session, self._rng = PrefixCache(self.engine), rng
+        self._rng = rng
 
     def encode(self) -> None:
         """One clip through encoder and adapter."""
-        jax.block_until_ready(self.engine.encode_audio([self.mel])[0][0])
+        jax.block_until_ready(self.runner.encode_audio([self.mel])[0])
 
     def prefill(self) -> None:
-        """One prompt; the state it leaves is what `decode` goes on from."""
-        self.state = self.engine.prefill([self.request], self.options)
-        jax.block_until_ready(self.state)
+        """One prompt and the first token; the row it leaves is what `decode` goes on from."""
+        count, request = len(self.request.ids), self.request
+        self.runner.reserve(1, count + NEW_TOKENS)
+        chunks = [
+            Chunk(0, request, first, min(PREFILL_CHUNK, count - first), {})
+            for first in range(0, count, PREFILL_CHUNK)
+        ]
+        hidden = [self.runner.prefill_chunk([chunk]) for chunk in chunks][-1]
+        options = GenerationConfig(max_new_tokens=NEW_TOKENS)
+        start = Start(0, request, options, NEW_TOKENS, prompt_index=0, sample_index=0)
+        self.runner.start_rows([start], hidden).read()
 
     def decode(self, steps: int) -> None:
         """`steps` tokens in one compiled program."""
-        self.state, tokens = self.engine.decode(self.state, self.options, steps)
-        jax.block_until_ready(tokens)
+        self.runner.decode([0], steps, len(self.request.ids) + NEW_TOKENS).read()
 
     def turn(self) -> None:
         """Another question in a conversation that has read the prompt."""
         question = self._rng.integers(0, self.engine.cfg.decoder.vocab, TURN)
         ids = np.concatenate([self.request.ids, question]).astype(np.int32)
-        with closing(self.session.reply(Request(ids), GenerationConfig(max_new_tokens=1))) as reply:
+        with self.engine.submit(Request(ids), GenerationConfig(max_new_tokens=1)) as reply:
             next(reply)
 
 

@@ -1,131 +1,163 @@
-"""Prefix cache of one conversation: only what follows the longest common prefix is prefilled.
+"""Prefix cache: what the rows of an engine hold, and which of them a prompt is read into.
 
-prefix_cache = PrefixCache(engine)
-for ids in prefix_cache.reply(request, options): ...
-prefix_cache.prefilled  # positions that this reply had to prefill
-
-Each prompt is given whole and compared with what the cache holds, clips included. A conversation
-that goes on prefills its new turn only; one whose last turns were undone, cut or dropped prefills
-what changed. No bookkeeping is needed for that.
+A row's positions stay known after its reply: token ids, and clips by their content. The next turn
+of a conversation, an undone or cut one, and another conversation that begins with the same system
+prompt read only what differs. No bookkeeping of conversations is needed for that.
 """
 
 import hashlib
-from collections.abc import Generator
-from typing import Literal, Self
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Int
 
-from sa2jax.errors import PromptError
-from sa2jax.inference.engine import Engine, longest_clip
-from sa2jax.inference.requests import GenerationConfig, Request, validate_request
-from sa2jax.models.decoder import KVCache
+from sa2jax.inference.requests import Request
+from sa2jax.inference.runner import longest_clip
 
-DECODE_STEPS = 5  # steps per compiled call: a word and its four codes
-MIN_CACHE_SIZE = 1024  # slots: large enough that a cache is seldom replaced by a larger one
 CLIP_POSITIONS = 4096  # more positions than a clip has
+MIN_COPY = 16  # positions that are worth copying from another row
+
+Keys = Int[np.ndarray, "T"]
 
 
-class PrefixCache:
-    """The prefix cache of a conversation, and the replies that are generated with it.
-
-    Args:
-        engine: the model's programs.
-
-    Attributes:
-        prefilled: positions of the newest reply's prompt that were not in the cache.
-        finish_reason: why the newest reply ended: `stop`, `length`, or `abandoned` by the caller.
-    """
-
-    def __init__(self, engine: Engine):
-        self.prefilled = 0
-        self.finish_reason: Literal["stop", "length", "abandoned"] = "abandoned"
-        self._engine = engine
-        self._cache: KVCache | None = None
-        self._keys = _no_keys()  # of the positions in the cache, see `_position_keys`
-
-    def reply(
-        self,
-        request: Request,
-        options: GenerationConfig,
-        *,
-        prompt_index: int = 0,
-        block: int = DECODE_STEPS,
-    ) -> Generator[list[int]]:
-        """Continue a prompt; keys and values of prompt and reply are kept for the next one.
-
-        The next block is under way while the caller handles one. The caller looks for stop strings
-        and may stop at any time.
-
-        Args:
-            request: the whole conversation up to here.
-            options: how to continue it; `samples` must be 1.
-            prompt_index: what is drawn depends on it and on the seed.
-            block: steps per compiled call.
-
-        Yields:
-            The next ids, at most `block` of them, without the stop id.
-
-        Raises:
-            PromptError: for a prompt that does not fit the model, see `Engine.generate`.
-        """
-        if options.samples != 1:
-            raise PromptError("a conversation has one reply: expected samples=1")
-        engine, context = self._engine, self._engine.cfg.decoder.max_positions
-        validate_request(prompt_index, request, engine.cfg)
-        length = len(request.ids)
-        limit = min(options.max_new_tokens, request.max_new_tokens or context, context - length)
-        keys = _position_keys(request, parity=engine.parity)
-        # The last position is always prefilled: its hidden state chooses the first token.
-        known = min(_common_prefix(self._keys, keys), length - 1)
-        cache, self._cache, self._keys = self._cache, None, _no_keys()  # if this fails, start anew
-        cache = engine.truncate_cache(
-            engine.ensure_cache(max(length + limit, MIN_CACHE_SIZE), cache), known
-        )
-        self.prefilled, self.finish_reason = length - known, "abandoned"
-        cache, hidden = engine.prefill_chunks(cache, request, known)
-        state = engine.sample_first_token(cache, hidden, request.ids, options, prompt_index, limit)
-        made, new = 1, np.asarray(state.last_token).tolist()
-        ids = list(new)
-        ahead: Array | None = None
-        try:
-            while True:
-                if not np.asarray(state.done)[0]:
-                    state, ahead = engine.decode(state, options, block)
-                stopped = new[-1] in options.stop_ids
-                if visible := new[: len(new) - stopped]:
-                    yield visible
-                if ahead is None:
-                    self.finish_reason = "stop" if stopped else "length"
-                    return
-                made, before = int(np.asarray(state.num_generated)[0]), made
-                new = np.asarray(ahead)[0, : made - before].tolist()
-                ahead = None
-                ids += new
-        finally:
-            if not state.num_generated.is_deleted():  # by a call that was interrupted
-                if ahead is not None:  # made already, though nobody waits for them
-                    ids += np.asarray(ahead)[0].tolist()
-                # The newest token is in the reply but not in the cache.
-                count = int(np.asarray(state.num_generated)[0]) - 1
-                self._keys = np.concatenate([keys, np.array(ids[:count], np.int64)])
-                self._cache = state.cache
-
-    def fork(self) -> Self:
-        """A copy of the cache, for another conversation that goes on from here."""
-        other = type(self)(self._engine)
-        if self._cache is not None:
-            other._cache, other._keys = jax.tree.map(jnp.copy, self._cache), self._keys
-        return other
-
-
-def _no_keys() -> Int[np.ndarray, "0"]:
+def _no_keys() -> Keys:
     return np.zeros(0, np.int64)
 
 
-def _position_keys(request: Request, *, parity: bool) -> Int[np.ndarray, "T"]:
+@dataclass(eq=False)
+class Row:
+    """A row of an engine.
+
+    Attributes:
+        index: its number.
+        keys: what stands at each position whose keys and values it holds, see `position_keys`.
+        busy: whether a reply uses it.
+        keep: whether a conversation may go on from it: it is evicted last.
+        owner: that conversation, if it is known; it is not kept alive.
+        last_used: when, as a count.
+    """
+
+    index: int
+    keys: Keys = field(default_factory=_no_keys)
+    busy: bool = False
+    keep: bool = False
+    owner: weakref.ref[object] | None = None
+    last_used: int = 0
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether a conversation may go on from it still."""
+        return self.keep and (self.owner is None or self.owner() is not None)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a prompt is read.
+
+    Attributes:
+        row: the row.
+        known: positions that need not be read.
+        source: a row that these are copied from first; None if the row has them.
+        evicts: whether a conversation that may go on loses what it has read.
+    """
+
+    row: Row
+    known: int
+    source: Row | None
+    evicts: bool
+
+
+class PrefixCache:
+    """The rows and what they hold.
+
+    Attributes:
+        rows: all of them.
+    """
+
+    def __init__(self):
+        self.rows: list[Row] = []
+        self._clock = 0
+
+    def resize(self, count: int) -> None:
+        """Add rows up to this number, or forget all for 0."""
+        if not count:
+            self.rows = []
+        self.rows += [Row(index) for index in range(len(self.rows), count)]
+
+    def place(
+        self, keys: Keys, conversation: object | None, part_of: Callable[[int], int]
+    ) -> Placement | None:
+        """A row for a prompt; None if all are busy.
+
+        The last position is always read: its hidden state chooses the first token.
+
+        Args:
+            keys: of the prompt.
+            conversation: what it belongs to, if that is known.
+            part_of: the part of the devices that holds a row: rows are copied within one.
+        """
+        free = [row for row in self.rows if not row.busy]
+        if not free:
+            return None
+        common = {row.index: common_prefix(row.keys, keys[:-1]) for row in self.rows}
+
+        def known(row: Row) -> int:
+            return common[row.index]
+
+        target = max(
+            (row for row in free if _goes_on(row, conversation, known(row))),
+            key=lambda row: (known(row), -row.last_used),
+            default=None,
+        )
+        goes_on = target is not None
+        if target is None:
+            load = Counter(part_of(row.index) for row in self.rows if row.busy)
+            target = min(
+                free,
+                key=lambda row: (
+                    row.is_kept,
+                    load[part_of(row.index)],
+                    len(row.keys) > 0,
+                    row.last_used,
+                ),
+            )
+        alike = [row for row in self.rows if part_of(row.index) == part_of(target.index)]
+        source = max(alike, key=known)
+        evicts = target.is_kept and not goes_on
+        if known(source) - known(target) >= MIN_COPY:
+            return Placement(target, known(source), source, evicts)
+        return Placement(target, known(target), None, evicts)
+
+    def take(self, row: Row, keys: Keys, conversation: object | None, *, keep: bool) -> None:
+        """A reply begins to use a row that holds these positions."""
+        self._clock += 1
+        row.busy, row.keep, row.keys, row.last_used = True, keep, keys, self._clock
+        row.owner = None if conversation is None else weakref.ref(conversation)
+
+    def forget(self, row: Row) -> None:
+        """A row no longer holds what it held."""
+        row.keys, row.keep, row.owner = _no_keys(), False, None
+
+    @property
+    def is_disposable(self) -> bool:
+        """Whether nothing is under way and no conversation may go on."""
+        return not any(row.busy or row.is_kept for row in self.rows)
+
+
+def _goes_on(row: Row, conversation: object | None, known: int) -> bool:
+    """Whether a prompt goes on from what a row holds, or from an earlier point of it.
+
+    Without a conversation that tells, it does if most of the row is its beginning.
+    """
+    if conversation is not None:
+        return row.owner is not None and row.owner() is conversation
+    return row.owner is None and known > 0 and 2 * known >= len(row.keys)
+
+
+def position_keys(request: Request, *, parity: bool) -> Keys:
     """What stands at each position: a token's id, or a negative number for a frame of a clip.
 
     With `parity` a clip is another one once a longer clip is said: officially all are padded to it.
@@ -141,8 +173,13 @@ def _position_keys(request: Request, *, parity: bool) -> Int[np.ndarray, "T"]:
     return keys
 
 
-def _common_prefix(a: Int[np.ndarray, "S"], b: Int[np.ndarray, "T"]) -> int:
+def common_prefix(a: Keys, b: Keys) -> int:
     """Length of the beginning that two rows share."""
     size = min(len(a), len(b))
     different = np.flatnonzero(a[:size] != b[:size])
     return int(different[0]) if len(different) else size
+
+
+def joined(keys: Sequence[Keys]) -> Keys:
+    """Positions one after the other."""
+    return np.concatenate([np.asarray(part, np.int64) for part in keys])

@@ -1,7 +1,12 @@
 """Compiled programs of generation: pure functions of a model's structure, its parameters and data.
 
-There is a single `step`; `decode` runs a block of them. A whole batch of prompts is read by
-`prefill`; a conversation reads what is new with `extend` and goes on with `begin`.
+The state holds a fixed number of rows. A prompt is read into one of them a chunk at a time
+(`prefill_chunk`), `start_rows` chooses its first token, and `decode` runs a block of steps for all
+rows that are under way. Which rows these are, and how each is sampled, is data: rows begin and end
+between calls, and nothing is compiled for them.
+
+On a mesh with a data axis each of its P parts holds R / P rows; P prompts, one of each part, are
+read at once.
 """
 
 from collections import Counter
@@ -23,6 +28,7 @@ from sa2jax.nn import Functional, Params
 from sa2jax.sharding import shard, sharding_of
 
 TRACES: Counter[str] = Counter()  # how often each program has been traced, by name
+MAX_STOP_IDS = 8
 
 
 @partial(
@@ -32,11 +38,11 @@ TRACES: Counter[str] = Counter()  # how often each program has been traced, by n
 )
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Prompts padded to one shape.
+    """Prompts, or chunks of them, padded to one shape.
 
     Attributes:
-        ids: right-padded prompts, [B, T].
-        lengths: tokens of each prompt, 0 for a row that only pads the batch, [B].
+        ids: right-padded ids, [B, T].
+        lengths: tokens of each row, 0 for a row that only pads the batch, [B].
         features: audio embeddings of the whole batch, one row per position they fill, [B*T, D].
         feature_index: the row of `features` that stands at a position, −1 for a token, [B, T].
     """
@@ -49,53 +55,84 @@ class Batch:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["cache", "last_token", "seen", "keys", "num_generated", "limit", "done"],
+    data_fields=["sampling", "stop_ids", "limit", "seed", "prompt_index", "sample_index"],
+    meta_fields=[],
+)
+@dataclass(frozen=True, kw_only=True)
+class RowSettings:
+    """How replies are generated, one of each row.
+
+    Attributes:
+        sampling: how tokens are chosen.
+        stop_ids: ids that end a reply, padded with −1, [B, Z].
+        limit: tokens to generate at most, [B].
+        seed: with the two below it makes the random key, [B].
+        prompt_index: number of the prompt, [B].
+        sample_index: number of the reply to it, [B].
+    """
+
+    sampling: SamplingArrays
+    stop_ids: Int[Array, "B Z"]
+    limit: Int[Array, "B"]
+    seed: UInt32[Array, "B"]
+    prompt_index: UInt32[Array, "B"]
+    sample_index: UInt32[Array, "B"]
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["cache", "last_token", "seen", "num_generated", "done", "settings"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
 class DecodeState:
-    """A batch of replies under way.
+    """The rows of an engine.
 
     Attributes:
         cache: keys and values of everything before `last_token`.
-        last_token: the newest token of each row, [B].
-        seen: tokens of prompt and reply, for the repetition penalty, [B, V].
-        keys: random key of each row, [B].
-        num_generated: tokens generated so far, [B].
-        limit: tokens to generate at most, [B].
-        done: rows that have ended, [B].
+        last_token: the newest token of each row, [R].
+        seen: tokens of prompt and reply, for the repetition penalty, [R, V].
+        num_generated: tokens generated so far, [R].
+        done: rows that have ended, [R].
+        settings: of the replies.
     """
 
     cache: KVCache
-    last_token: Int[Array, "B"]
-    seen: Bool[Array, "B V"]
-    keys: PRNGKeyArray
-    num_generated: Int[Array, "B"]
-    limit: Int[Array, "B"]
-    done: Bool[Array, "B"]
+    last_token: Int[Array, "R"]
+    seen: Bool[Array, "R V"]
+    num_generated: Int[Array, "R"]
+    done: Bool[Array, "R"]
+    settings: RowSettings
 
 
 def encode_audio(
     model: Functional[StepAudio2Model],
     params: Params,
-    mels: Float[Array, "C M L"],
-    frames: Int[Array, "C"],
+    mels: Float[Array, "P M L"],
+    frames: Int[Array, "P"],
     *,
     official_batch: bool = False,
-) -> Float[Array, "C S D"]:
-    """Encode clips; see `StepAudio2Model.encode_audio`."""
+    size: int,
+) -> tuple[Float[Array, "S D"], ...]:
+    """Encode clips; see `StepAudio2Model.encode_audio`.
+
+    Returns:
+        The embeddings of each clip, padded to `size` of them.
+    """
     TRACES["encode_audio"] += 1
-    return model.bind(params).encode_audio(
+    clips = model.bind(params).encode_audio(
         shard(mels, "batch", None, None), frames, official_batch=official_batch
     )
+    clips = jnp.pad(clips, [(0, 0), (0, size - clips.shape[1]), (0, 0)])
+    return tuple(shard(clip, None, None) for clip in clips)
 
 
 def scatter_features(
-    features: Float[Array, "R D"], clips: Float[Array, "C S D"], rows: Int[Array, "C S"]
+    features: Float[Array, "R D"], clip: Float[Array, "S D"], rows: Int[Array, "S"]
 ) -> Float[Array, "R D"]:
-    """Put what `listen` returned in its rows of `features`; rows beyond the last are dropped."""
+    """Put the embeddings of a clip in their rows; those that go beyond the last are dropped."""
     TRACES["scatter_features"] += 1
-    return features.at[rows].set(clips, mode="drop")
+    return features.at[rows].set(clip.astype(features.dtype), mode="drop")
 
 
 def logits(
@@ -108,181 +145,135 @@ def logits(
     return shard(net.decoder.logits(hidden), "batch", None, "vocab")
 
 
-def reply_keys(
-    seed: UInt32[Array, ""], prompt_indices: UInt32[Array, "B"], *, samples: int
-) -> PRNGKeyArray:
-    """Random keys of replies: reply j to prompt n has the key (seed, n, j); [B * samples]."""
-    fold = jax.random.fold_in
+def reply_keys(settings: RowSettings) -> PRNGKeyArray:
+    """The random key of each reply: of (seed, prompt_index, sample_index)."""
 
-    def one(n):
-        return jax.vmap(partial(fold, fold(jax.random.key(seed), n)))(jnp.arange(samples))
+    def one(seed, prompt_index, sample_index):
+        fold = jax.random.fold_in
+        return fold(fold(jax.random.key(seed), prompt_index), sample_index)
 
-    return jax.vmap(one)(prompt_indices).reshape(-1)
-
-
-def prefill(
-    model: Functional[StepAudio2Model],
-    params: Params,
-    batch: Batch,
-    keys: PRNGKeyArray,
-    limit: Int[Array, "B"],
-    stop_ids: Int[Array, "Z"],
-    sampling: SamplingArrays,
-    *,
-    samples: int,
-    size: int,
-) -> DecodeState:
-    """Read prompts and choose the first token of each reply.
-
-    Args:
-        model: the model's structure.
-        params: its parameters.
-        batch: the prompts.
-        keys: random key of each reply, [B * samples].
-        limit: tokens to generate at most, per reply.
-        stop_ids: ids that end a reply.
-        sampling: sampling.
-        samples: replies per prompt; they share the prompt's prefill.
-        size: slots of the cache.
-    """
-    TRACES["prefill"] += 1
-    net = model.bind(params)
-    count, steps = batch.ids.shape
-    lengths = batch.lengths
-    cache = KVCache.zeros(net.cfg.decoder, count, size, net.decoder.cache_dtype)
-    hidden, cache = net(
-        batch.ids, batch.features[None], batch.feature_index, cache, lengths, cache_is_empty=True
-    )
-    assert cache is not None
-    hidden = hidden[jnp.arange(count), jnp.maximum(lengths - 1, 0)]  # [B, D]
-    valid = jnp.arange(steps)[None] < lengths[:, None]
-    nowhere = net.cfg.decoder.vocab
-    rows = jnp.arange(count)[:, None]
-    seen = jnp.zeros((count, nowhere), bool)
-    seen = seen.at[rows, jnp.where(valid, batch.ids, nowhere)].set(True, mode="drop")
-
-    repeat = partial(jnp.repeat, repeats=samples, axis=0)
-    state = _init_state(cache.repeat(samples), repeat(seen), keys, limit)
-    return _pinned(_choose(net, state, repeat(hidden), stop_ids, sampling))
+    return jax.vmap(one)(settings.seed, settings.prompt_index, settings.sample_index)
 
 
 def prefill_chunk(
-    model: Functional[StepAudio2Model], params: Params, cache: KVCache, batch: Batch
-) -> tuple[KVCache, Float[Array, "B D"]]:
-    """Read more of prompts whose beginnings are in the cache.
-
-    Returns:
-        The cache with these tokens added, and the hidden state of each row's last one.
-    """
-    TRACES["prefill_chunk"] += 1
-    net = model.bind(params)
-    hidden, grown = net(batch.ids, batch.features[None], batch.feature_index, cache, batch.lengths)
-    assert grown is not None
-    return grown, hidden[jnp.arange(len(hidden)), jnp.maximum(batch.lengths - 1, 0)]
-
-
-def sample_first_token(
     model: Functional[StepAudio2Model],
     params: Params,
-    cache: KVCache,
-    hidden: Float[Array, "B D"],
-    seen: Bool[Array, "B V"],
-    keys: PRNGKeyArray,
-    limit: Int[Array, "B"],
-    stop_ids: Int[Array, "Z"],
-    sampling: SamplingArrays,
-) -> DecodeState:
-    """Choose the first token of each reply to prompts that `extend` has read to their ends.
+    state: DecodeState,
+    rows: Int[Array, "P"],
+    start: Int[Array, "P"],
+    batch: Batch,
+    *,
+    read: int,
+    cache_is_empty: bool,
+) -> tuple[DecodeState, Float[Array, "P D"]]:
+    """Read a chunk of a prompt into one row of each part of the data axis.
 
     Args:
         model: the model's structure.
         params: its parameters.
-        cache: what has been read.
-        hidden: hidden state of each prompt's last token.
-        seen: all tokens of each prompt.
-        keys: random key of each reply.
-        limit: tokens to generate at most.
-        stop_ids: ids that end a reply.
-        sampling: sampling.
+        state: the rows; what they hold behind `start` is overwritten.
+        rows: a row of each part, counted within the part.
+        start: positions that are in the row already.
+        batch: the chunks; one of length 0 leaves its part as it is.
+        read: slots that are looked at: `start` and the chunk fit in them.
+        cache_is_empty: whether all chunks are the first of their prompts.
+
+    Returns:
+        The state, and the hidden state of each chunk's last token.
     """
-    TRACES["sample_first_token"] += 1
-    state = _init_state(cache, seen, keys, limit)
-    return _pinned(_choose(model.bind(params), state, hidden, stop_ids, sampling))
+    TRACES["prefill_chunk"] += 1
+    net = model.bind(params)
+    if cache_is_empty:
+        count, steps = batch.ids.shape
+        cache = KVCache.zeros(net.cfg.decoder, count, steps, net.decoder.cache_dtype)
+    else:
+        cache = replace(state.cache.take_rows(rows, read), length=start)
+    hidden, grown = net(
+        batch.ids,
+        batch.features[None],
+        batch.feature_index,
+        cache,
+        batch.lengths,
+        cache_is_empty=cache_is_empty,
+    )
+    assert grown is not None
+    steps, valid = batch.ids.shape[1], batch.lengths > 0
+    cache = state.cache.put_window(rows, grown, start, steps, valid)
+    last = hidden[jnp.arange(len(hidden)), jnp.maximum(batch.lengths - 1, 0)]
+    return _pinned(replace(state, cache=cache)), shard(last, None, None)
 
 
-def empty_cache(model: Functional[StepAudio2Model], *, rows: int, size: int) -> KVCache:
-    """A cache of nothing."""
-    TRACES["empty_cache"] += 1
-    net = model.bind(model.abstract)
-    return KVCache.zeros(net.cfg.decoder, rows, size, net.decoder.cache_dtype)
-
-
-def grow_cache(cache: KVCache, *, size: int) -> KVCache:
-    """The same cache with more slots."""
-    TRACES["grow_cache"] += 1
-    return cache.grow(size)
-
-
-def abstract_state(
-    model: Functional[StepAudio2Model], mesh: Mesh | None, *, rows: int, size: int
-) -> DecodeState:
-    """The shapes, dtypes and shardings of a batch of replies, to compile ahead of time.
+def start_rows(
+    model: Functional[StepAudio2Model],
+    params: Params,
+    state: DecodeState,
+    rows: Int[Array, "P"],
+    lengths: Int[Array, "P"],
+    hidden: Float[Array, "P D"],
+    seen: Bool[Array, "P V"],
+    settings: RowSettings,
+) -> tuple[DecodeState, Int[Array, "P 3"]]:
+    """Choose the first tokens of replies whose prompts have been read.
 
     Args:
         model: the model's structure.
-        mesh: the mesh it is spread over.
-        rows: replies.
-        size: slots of the cache.
+        params: its parameters.
+        state: the rows.
+        rows: where the replies stand, R for none.
+        lengths: of their prompts.
+        hidden: hidden state of each prompt's last token.
+        seen: all tokens of each prompt.
+        settings: of each reply.
+
+    Returns:
+        The state, and as of `decode` what was chosen [P, 3].
     """
+    TRACES["start_rows"] += 1
+    logits = model.bind(params).decoder.logits(hidden)
+    nothing = jnp.zeros(len(rows), jnp.int32)
+    token, seen, num_generated, done = _chosen(
+        logits, seen, nothing, nothing, nothing > 0, settings
+    )
 
-    def blank() -> DecodeState:
-        net, none = model.bind(model.abstract), jnp.zeros(rows, jnp.int32)
-        return DecodeState(
-            cache=KVCache.zeros(net.cfg.decoder, rows, size, net.decoder.cache_dtype),
-            last_token=none,
-            seen=jnp.zeros((rows, net.cfg.decoder.vocab), bool),
-            keys=jax.random.split(jax.random.key(0), rows),
-            num_generated=none,
-            limit=none,
-            done=none > 0,
-        )
+    def put(old, new):
+        return old.at[rows].set(new, mode="drop")
 
-    state = jax.eval_shape(blank)
-    if mesh is None:
-        return state
-
-    def place(x: Any, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of(x.shape, axes, mesh))
-
-    return _on_mesh(state, place)
-
-
-def step(
-    net: StepAudio2Model, state: DecodeState, stop_ids: Int[Array, "Z"], sampling: SamplingArrays
-) -> DecodeState:
-    """Read the newest token of each row and choose the next."""
-    x = net.decoder.embed(state.last_token[:, None])
-    lengths = jnp.where(state.done, 0, 1)
-    with jax.named_scope("decode_step"):
-        hidden, cache = net.decoder(x, state.cache, lengths)
-    assert cache is not None
-    return _choose(net, replace(state, cache=cache), hidden[:, 0], stop_ids, sampling)
+    for part in range(len(rows)):  # not a scatter: the rows may be spread over devices
+        here = (jnp.arange(len(state.done)) == rows[part])[:, None]
+        whole = jnp.where(here, seen[part], state.seen if part == 0 else whole)
+    state = DecodeState(
+        cache=replace(state.cache, length=put(state.cache.length, lengths)),
+        last_token=put(state.last_token, token),
+        seen=whole,
+        num_generated=put(state.num_generated, num_generated),
+        done=put(state.done, done),
+        settings=jax.tree.map(put, state.settings, settings),
+    )
+    return _pinned(state), _chosen_table(token[:, None], num_generated, done)
 
 
 def decode(
     model: Functional[StepAudio2Model],
     params: Params,
     state: DecodeState,
-    stop_ids: Int[Array, "Z"],
-    sampling: SamplingArrays,
+    active: Bool[Array, "R"],
     *,
     block: int,
-) -> tuple[DecodeState, Int[Array, "B S"]]:
-    """Up to `block` steps, fewer once every row is done.
+    read: int,
+) -> tuple[DecodeState, Int[Array, "R W"]]:
+    """Up to `block` steps of the rows that are active, fewer once all of them are done.
+
+    Args:
+        model: the model's structure.
+        params: its parameters.
+        state: the rows.
+        active: those that go on; the others stay as they are.
+        block: steps.
+        read: slots that are looked at: all active rows fit in them.
 
     Returns:
-        The state, and the tokens chosen [B, block]; `DecodeState.num_generated` tells how many of
-        a row's are new.
+        The state, and for the host in one array [R, block + 2]: the tokens chosen, how many the
+        reply has with them, and whether it has ended.
     """
     TRACES["decode"] += 1
     net = model.bind(params)
@@ -290,31 +281,116 @@ def decode(
 
     def going(carry):
         i, state, _ = carry
-        return (i < block) & ~jnp.all(state.done)
+        return (i < block) & jnp.any(active & ~state.done)
 
     def body(carry):
         i, state, tokens = carry
-        state = step(net, state, stop_ids, sampling)
+        state = step(net, state, active)
         return i + 1, state, tokens.at[:, i].set(state.last_token)
 
+    state = replace(state, cache=replace(state.cache, read=read))
     _, state, tokens = jax.lax.while_loop(going, body, (0, state, tokens))
-    return _pinned(state), shard(tokens, None, None)
+    state = replace(state, cache=replace(state.cache, read=None))
+    return _pinned(state), _chosen_table(tokens, state.num_generated, state.done)
 
 
-def _init_state(
-    cache: KVCache, seen: Bool[Array, "B V"], keys: PRNGKeyArray, limit: Int[Array, "B"]
-) -> DecodeState:
-    """The state before the first token of each reply."""
-    nothing = jnp.zeros(limit.shape, jnp.int32)
-    return DecodeState(
-        cache=cache,
-        last_token=nothing,
-        seen=seen,
-        keys=keys,
-        num_generated=nothing,
-        limit=limit,
-        done=limit == 0,
+def _chosen_table(
+    tokens: Int[Array, "B S"], num_generated: Int[Array, "B"], done: Bool[Array, "B"]
+) -> Int[Array, "B W"]:
+    table = jnp.concatenate([tokens, num_generated[:, None], done[:, None]], axis=1)
+    return shard(table, None, None)
+
+
+def step(net: StepAudio2Model, state: DecodeState, active: Bool[Array, "R"]) -> DecodeState:
+    """Read the newest token of each row that is active and choose the next."""
+    running = active & ~state.done
+    x = net.decoder.embed(state.last_token[:, None])
+    with jax.named_scope("decode_step"):
+        hidden, cache = net.decoder(x, state.cache, jnp.where(running, 1, 0))
+    assert cache is not None
+    logits = shard(net.decoder.logits(hidden[:, 0]), "batch", "vocab")
+    token, seen, num_generated, done = _chosen(
+        logits, state.seen, state.last_token, state.num_generated, ~running, state.settings
     )
+    return replace(
+        state,
+        cache=cache,
+        last_token=token,
+        seen=seen,
+        num_generated=num_generated,
+        done=jnp.where(running, done, state.done),
+    )
+
+
+def copy_rows(state: DecodeState, source: Int[Array, "P"], target: Int[Array, "P"]) -> DecodeState:
+    """Copy what a row of each part holds to another of the same part; all counted within it."""
+    TRACES["copy_rows"] += 1
+    cache = state.cache
+    taken = cache.take_rows(source, cache.size)
+    start = jnp.zeros_like(target)
+    cache = cache.put_window(target, taken, start, cache.size, source != target)
+    return _pinned(replace(state, cache=cache))
+
+
+def empty_state(model: Functional[StepAudio2Model], *, rows: int, slots: int) -> DecodeState:
+    """Rows of nothing."""
+    TRACES["empty_state"] += 1
+    net = model.bind(model.abstract)
+    none = jnp.zeros(rows, jnp.int32)
+    numbers = jnp.zeros(rows, jnp.float32)
+    sampling = SamplingArrays(
+        temperature=numbers, top_k=none, top_p=numbers + 1, repetition_penalty=numbers + 1
+    )
+    settings = RowSettings(
+        sampling=sampling,
+        stop_ids=jnp.full((rows, MAX_STOP_IDS), -1, jnp.int32),
+        limit=none,
+        seed=none.astype(jnp.uint32),
+        prompt_index=none.astype(jnp.uint32),
+        sample_index=none.astype(jnp.uint32),
+    )
+    state = DecodeState(
+        cache=KVCache.zeros(net.cfg.decoder, rows, slots, net.decoder.cache_dtype),
+        last_token=none,
+        seen=jnp.zeros((rows, net.cfg.decoder.vocab), bool),
+        num_generated=none,
+        done=none == 0,
+        settings=settings,
+    )
+    return _pinned(state)
+
+
+def grow_state(state: DecodeState, *, rows: int, slots: int) -> DecodeState:
+    """The same rows with more slots, and more rows."""
+    TRACES["grow_state"] += 1
+    more = rows - len(state.done)
+    cache = state.cache.grow(slots).add_rows(more)
+    rest = jax.tree.map(
+        lambda x: jnp.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1)), replace(state, cache=None)
+    )
+    done = rest.done | (jnp.arange(rows) >= rows - more)
+    return _pinned(replace(rest, cache=cache, done=done))
+
+
+def abstract_state(
+    model: Functional[StepAudio2Model], mesh: Mesh | None, *, rows: int, slots: int
+) -> DecodeState:
+    """The shapes, dtypes and shardings of an engine's rows, to compile ahead of time.
+
+    Args:
+        model: the model's structure.
+        mesh: the mesh it is spread over.
+        rows: replies.
+        slots: of each row's cache.
+    """
+    state = jax.eval_shape(partial(empty_state, model, rows=rows, slots=slots))
+    if mesh is None:
+        return state
+
+    def place(x: Any, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of(x.shape, axes, mesh))
+
+    return _on_mesh(state, place)
 
 
 def _on_mesh(
@@ -335,24 +411,19 @@ def _pinned(state: DecodeState) -> DecodeState:
     return _on_mesh(state, lambda x, axes: shard(x, *axes))
 
 
-def _choose(
-    net: StepAudio2Model,
-    state: DecodeState,
-    hidden: Float[Array, "B D"],
-    stop_ids: Array,
-    sampling: SamplingArrays,
-) -> DecodeState:
-    """Add the next token of each row that is not done."""
-    logits = shard(net.decoder.logits(hidden), "batch", "vocab")
-    keys = jax.vmap(jax.random.fold_in)(state.keys, state.num_generated)
-    token = sample(keys, logits, state.seen, sampling)
-    token = jnp.where(state.done, state.last_token, token)
-    num_generated = jnp.where(state.done, state.num_generated, state.num_generated + 1)
-    stopped = jnp.any(token[:, None] == stop_ids[None], axis=-1)
-    return replace(
-        state,
-        last_token=token,
-        seen=state.seen.at[jnp.arange(token.shape[0]), token].set(True),
-        num_generated=num_generated,
-        done=state.done | stopped | (num_generated >= state.limit),
-    )
+def _chosen(
+    logits: Float[Array, "B V"],
+    seen: Bool[Array, "B V"],
+    last_token: Int[Array, "B"],
+    num_generated: Int[Array, "B"],
+    held: Bool[Array, "B"],
+    settings: RowSettings,
+) -> tuple[Int[Array, "B"], Bool[Array, "B V"], Int[Array, "B"], Bool[Array, "B"]]:
+    """The next token of each row that is not held, and the row's state with it."""
+    keys = jax.vmap(jax.random.fold_in)(reply_keys(settings), num_generated)
+    token = sample(keys, logits, seen, settings.sampling, ~held)
+    token = jnp.where(held, last_token, token)
+    num_generated = jnp.where(held, num_generated, num_generated + 1)
+    stopped = jnp.any(token[:, None] == settings.stop_ids, axis=-1)
+    marked = seen.at[jnp.arange(token.shape[0]), token].max(~held)
+    return token, marked, num_generated, stopped | (num_generated >= settings.limit)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from sa2jax.attention.base import CACHE_AXES, Mask
 from sa2jax.attention.dispatch import attention, cached_attention, implementation_of
@@ -27,7 +27,9 @@ NEW_AXES = ("batch", None, "kv_heads", None)  # rows, new tokens, heads, head_di
 
 
 @partial(
-    jax.tree_util.register_dataclass, data_fields=["k", "v", "length", "scales"], meta_fields=[]
+    jax.tree_util.register_dataclass,
+    data_fields=["k", "v", "length", "scales"],
+    meta_fields=["read"],
 )
 @dataclass(frozen=True)
 class KVCache:
@@ -39,12 +41,14 @@ class KVCache:
         v: values, [L, B, K, S, H].
         length: filled slots of each row, [B].
         scales: of int8 keys and of int8 values, [L, B, K, S] each.
+        read: slots that attention looks at where it would read all, None for all (static).
     """
 
     k: Shaped[Array, "L B K S H"]
     v: Shaped[Array, "L B K S H"]
     length: Int[Array, "B"]
     scales: tuple[Float[Array, "L B K S"], Float[Array, "L B K S"]] | None = None
+    read: int | None = None
 
     @classmethod
     def zeros(cls, cfg: DecoderConfig, batch: int, size: int, dtype: DTypeLike) -> Self:
@@ -70,10 +74,68 @@ class KVCache:
         pads = [(0, 0)] * 3 + [(0, size - self.size), (0, 0)]
         return self._map_arrays(lambda x: jnp.pad(x, pads[: x.ndim]))
 
-    def repeat(self, count: int) -> Self:
-        """Each row `count` times, one after the other: [B * count] rows."""
-        cache = self._map_arrays(partial(jnp.repeat, repeats=count, axis=1))
-        return replace(cache, length=jnp.repeat(self.length, count))
+    def add_rows(self, count: int) -> Self:
+        """The same cache with so many empty rows behind its own."""
+        pads = [(0, 0), (0, count), (0, 0), (0, 0), (0, 0)]
+        cache = self._map_arrays(lambda x: jnp.pad(x, pads[: x.ndim]))
+        return replace(cache, length=jnp.pad(self.length, (0, count)))
+
+    def take_rows(self, rows: Int[Array, "P"], slots: int) -> Self:
+        """The first slots of one row of each of the P parts that rows are dealt to.
+
+        Args:
+            rows: of each part, counted within it.
+            slots: how many.
+        """
+
+        def take(x: Array) -> Array:
+            axes = CACHE_AXES[: x.ndim]
+
+            def own(x, row):
+                sizes = (x.shape[0], 1, x.shape[2], slots, *x.shape[4:])
+                return jax.lax.dynamic_slice(x, (0, row[0], 0, 0, 0)[: x.ndim], sizes)
+
+            return per_device(own, (axes, ("batch",)), axes)(x, rows)
+
+        return replace(self._map_arrays(take), length=jnp.zeros_like(rows))
+
+    def put_window(
+        self,
+        rows: Int[Array, "P"],
+        other: Self,
+        start: Int[Array, "P"],
+        count: int,
+        valid: Bool[Array, "P"],
+    ) -> Self:
+        """The same cache with slots of another, which has a row for each part.
+
+        Args:
+            rows: where they go, as of `take_rows`.
+            other: what `take_rows` gave, changed.
+            start: the first slot that differs.
+            count: how many may differ; the slots before a window that would not fit are equal.
+            valid: parts in which something is put.
+        """
+
+        def put(x: Array, new: Array) -> Array:
+            axes = CACHE_AXES[: x.ndim]
+            slots = min(count, new.shape[3])
+
+            def own(x, new, row, start, valid):
+                first = jnp.minimum(start[0], new.shape[3] - slots)
+                sizes = (*new.shape[:3], slots, *new.shape[4:])
+                window = jax.lax.dynamic_slice(new, (0, 0, 0, first, 0)[: x.ndim], sizes)
+                at = (0, row[0], 0, first, 0)[: x.ndim]
+                old = jax.lax.dynamic_slice(x, at, sizes)
+                return jax.lax.dynamic_update_slice(x, jnp.where(valid[0], window, old), at)
+
+            each = ("batch",)
+            return per_device(own, (axes, axes, each, each, each), axes)(x, new, rows, start, valid)
+
+        scales = None
+        if self.scales is not None and other.scales is not None:
+            scales = put(self.scales[0], other.scales[0]), put(self.scales[1], other.scales[1])
+        return replace(self, k=put(self.k, other.k), v=put(self.v, other.v), scales=scales)
 
     def _map_arrays(self, change: Callable[[Array], Array]) -> Self:
         """The same cache with `change` applied to all that has layers, rows and slots."""
@@ -176,7 +238,7 @@ class SelfAttention(nnx.Module):
             return self.o(attention(q, k, v, mask, implementation=self.implementation)), cache
         how = self.cached_implementation
         y = cached_attention(
-            q, cache.k, cache.v, layer, positions, cache.scales, implementation=how
+            q, cache.k, cache.v, layer, positions, cache.scales, read=cache.read, implementation=how
         )
         return self.o(y), cache
 

@@ -9,8 +9,7 @@ from sa2jax.chat.reply_parser import MarkerFilter, ReplyParser
 from sa2jax.chat.template import THINK_END
 from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.chat.utf8_stream import Utf8Stream
-from sa2jax.inference.prefix_cache import PrefixCache
-from sa2jax.inference.repetition import RepetitionGuard
+from sa2jax.inference.engine import Engine
 from sa2jax.inference.requests import GenerationConfig, Request
 from sa2jax.pipeline.reply import FinishReason, ReplyPiece, Timings
 from sa2jax.speech.worker import BackgroundReply
@@ -27,6 +26,7 @@ class AnswerStep:
         reader: parser of the ids so far.
         finish_reason: why it ended; `cancelled` until it has.
         audio: the audio handed out so far, 24 kHz.
+        prefilled: positions of the prompt that were not in the prefix cache.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, parity: bool = False):
@@ -35,6 +35,7 @@ class AnswerStep:
         self._held: list[int] = []  # the newest id, which may be the last
         self.finish_reason: FinishReason = "cancelled"
         self.audio: list[np.ndarray] = []
+        self.prefilled = 0
 
     @property
     def samples(self) -> int:
@@ -43,38 +44,39 @@ class AnswerStep:
 
     def run(
         self,
-        session: PrefixCache,
+        engine: Engine,
         request: Request,
         options: GenerationConfig,
         *,
         number: int,
+        conversation: object | None = None,
         speaker: BackgroundReply | None = None,
     ) -> Generator[ReplyPiece]:
         """Generate tokens, and synthesise speech at the same time.
 
         Args:
-            session: the conversation's prefix cache.
+            engine: generates them.
             request: the prompt: the conversation up to here.
             options: sampling and limits.
-            number: see `PrefixCache.reply`.
+            number: the prompt's index, see `Engine.submit`.
+            conversation: likewise.
             speaker: synthesises the audio codes; None for a written answer.
         """
-        watch = RepetitionGuard(options.max_repeat)
-        made = session.reply(request, options, prompt_index=number)
+        made = engine.submit(request, options, prompt_index=number, conversation=conversation)
         try:
             finish_reason: FinishReason | None = None
             for ids in made:
-                text, codes, finish_reason = self._read(ids, watch, options)
+                text, codes, finish_reason = self._read(ids, options)
                 if text:
                     yield ReplyPiece(text=text)
                 if speaker is not None:
                     speaker.put(codes)
                     yield from map(self._emit_audio, speaker.poll())
                 if finish_reason is not None:
-                    made.close()
                     break
             if finish_reason is None:
-                finish_reason = "stop" if session.finish_reason == "stop" else "length"
+                assert made.finish_reason != "abandoned"
+                finish_reason = made.finish_reason
             if finish_reason == "stop":
                 text, codes = self.reader.push(self._held)
                 if speaker is not None:
@@ -88,19 +90,17 @@ class AnswerStep:
             self.finish_reason = finish_reason
         finally:
             made.close()
+            self.prefilled = made.prefilled
             if speaker is not None:
                 speaker.stop()
 
     def _read(
-        self, ids: list[int], watch: RepetitionGuard, options: GenerationConfig
+        self, ids: list[int], options: GenerationConfig
     ) -> tuple[str, list[int], FinishReason | None]:
-        """Text and codes of the next ids, and why the reply ends with them, if it does."""
-        looped = watch.push(ids)
-        finish_reason: FinishReason | None = None if looped is None else "repetition"
-        ids = ids[:looped]
+        """Text and codes of the next ids, and `string` if they complete a stop string."""
         if not options.stop_strings:
             part = self.reader.push(self._kept(ids))
-            return part.text, part.codes, finish_reason
+            return part.text, part.codes, None
         text, codes = "", []
         for i in ids:
             more, spoken = self.reader.push(self._kept([i]))
@@ -109,7 +109,7 @@ class AnswerStep:
                 more, _ = self._ahead.push([i])
             if more and any(stop in self._ahead.text for stop in options.stop_strings):
                 return text, codes, "string"
-        return text, codes, finish_reason
+        return text, codes, None
 
     def _kept(self, ids: list[int]) -> list[int]:
         """The ids that are read now: with `parity` all but the newest."""
@@ -130,33 +130,39 @@ class ThinkingStep:
     Attributes:
         text: the thinking so far.
         generated_tokens: tokens that were generated.
+        prefilled: positions of the prompt that were not in the prefix cache.
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        self.text, self.generated_tokens = "", 0
+        self.text, self.generated_tokens, self.prefilled = "", 0, 0
         self._utf8, self._before = Utf8Stream(tokenizer), MarkerFilter(THINK_END)
 
     def run(
-        self, session: PrefixCache, request: Request, options: GenerationConfig, *, number: int
+        self,
+        engine: Engine,
+        request: Request,
+        options: GenerationConfig,
+        *,
+        number: int,
+        conversation: object | None = None,
     ) -> Generator[ReplyPiece]:
         """Generate up to `</think>`, or the limit."""
-        watch = RepetitionGuard(options.max_repeat)
-        made = session.reply(request, options, prompt_index=number)
+        made = engine.submit(request, options, prompt_index=number, conversation=conversation)
         try:
             for ids in made:
-                looped = watch.push(ids)
                 self.generated_tokens += len(ids)
-                text = self._before.push("".join(map(self._utf8.push, ids[:looped])))
+                text = self._before.push("".join(map(self._utf8.push, ids)))
                 self.text += text
                 if text:
                     yield ReplyPiece(thinking=text)
-                if self._before.found or looped is not None:
+                if self._before.found:
                     return
             if not self._before.found and (rest := self._before.flush() + self._utf8.flush()):
                 self.text += rest
                 yield ReplyPiece(thinking=rest)
         finally:
             made.close()
+            self.prefilled = made.prefilled
 
 
 class Stopwatch:

@@ -45,7 +45,7 @@ class PipelineBase:
         policy: its dtypes; by default those of the platform, see `loading.resolve_policy`.
         mesh: the device mesh the parameters are sharded over, heads spread as it needs them.
         prompt_style: `chat` for models with turns, `base` for the pre-trained model without.
-        batch_size: prompts in a batch.
+        batch_size: replies that are generated at a time, at most; others wait.
         parity: do everything as the official pipeline does, see docs/parity.md; what is said can
             open turns then.
     """
@@ -75,7 +75,7 @@ class PipelineBase:
         policy = resolve_policy(None) if policy is None else policy
         self.family = family_of(cfg)
         model = self.family.model(pad_heads_for_mesh(cfg, mesh), policy, stacked=stacked)
-        self.engine = Engine(model, params, cfg, mesh=mesh, parity=parity)
+        self.engine = Engine(model, params, cfg, mesh=mesh, rows=batch_size, parity=parity)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -154,7 +154,7 @@ class PipelineBase:
         first_index: int = 0,
         progress: Progress | None = None,
     ) -> list[list[Completion]]:
-        """Continue prompts in batches of similar length; see `Engine.generate`.
+        """Continue prompts, `batch_size` at a time; see `Engine.generate`.
 
         Args:
             requests: the prompts.
@@ -162,24 +162,14 @@ class PipelineBase:
             first_index: number of the first one: what a prompt draws depends on its number.
             progress: called with (prompts done, prompts in all).
         """
-        options = self.resolve(options)
-        order = sorted(range(len(requests)), key=lambda i: -len(requests[i].ids))
-        replies: list[list[Completion]] = [[] for _ in requests]
-        for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size]
-            batch = [requests[i] for i in chosen]
-            # Numbered as given: a sampled reply does not depend on `batch_size`.
-            answers = self.engine.generate(
-                batch,
-                options,
-                prompt_indices=[first_index + index for index in chosen],
-                decode_text=self.text_of,
-            )
-            for index, answer in zip(chosen, answers, strict=True):
-                replies[index] = [_official(c) for c in answer] if self.parity else answer
-            if progress is not None:
-                progress(min(start + self.batch_size, len(order)), len(order))
-        return replies
+        replies = self.engine.generate(
+            requests,
+            self.resolve(options),
+            prompt_indices=range(first_index, first_index + len(requests)),
+            decode_text=self.text_of,
+            progress=progress,
+        )
+        return [[_official(c) for c in reply] for reply in replies] if self.parity else replies
 
     def resolve(self, options: GenerationConfig) -> GenerationConfig:
         """Options with the model's stop ids, and without a repetition guard where nobody has it."""

@@ -1,4 +1,4 @@
-"""State of a conversation: its turns, voice, tools and prefix cache."""
+"""State of a conversation: its turns, voice and tools."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -7,7 +7,7 @@ from sa2jax.chat.reply_parser import ReplyParser
 from sa2jax.chat.template import Ids, Message
 from sa2jax.chat.toolbox import Toolbox
 from sa2jax.errors import PromptError
-from sa2jax.inference.prefix_cache import PrefixCache
+from sa2jax.inference.engine import Engine
 from sa2jax.inference.requests import GenerationConfig
 from sa2jax.pipeline.base import PipelineBase
 from sa2jax.speech.api import AnyVoice
@@ -29,7 +29,6 @@ class ChatState:
         overflow: what happens when the context is full: `drop` the oldest turns, or `refuse`.
         max_tool_rounds: how often the model may call tools before an answer must stand.
         replica: index of the data-parallel replica that it runs on.
-        session: its prefix cache.
     """
 
     def __init__(
@@ -38,7 +37,6 @@ class ChatState:
         head: Sequence[Message],
         *,
         replica: int,
-        session: PrefixCache,
         tools: Toolbox,
         think: bool,
         options: GenerationConfig,
@@ -54,8 +52,13 @@ class ChatState:
         self.overflow: Overflow = overflow
         self.max_tool_rounds = max_tool_rounds
         self.rounds: list[list[Message]] = []
-        self.replica, self.session = replica, session
+        self.replica = replica
         self._voice: Voice | None = None
+
+    @property
+    def engine(self) -> Engine:
+        """What generates its answers; it keeps what was read of the conversation."""
+        return self.model.replicas[self.replica]
 
     @property
     def history(self) -> tuple[Message, ...]:

@@ -6,7 +6,7 @@ for piece in chat.stream("And tomorrow?"): ...    # piece.text, piece.audio as t
 chat.undo(); other = chat.fork(); chat.save("talk.json")
 
 The history holds what the model was trained on: spoken replies as their own ids, thinking left
-out. What was prefilled stays in the prefix cache, see `inference.prefix_cache`.
+out. What was prefilled stays in the engine's prefix cache, see `inference.prefix_cache`.
 """
 
 import logging
@@ -22,7 +22,6 @@ from sa2jax.chat.content import Content, as_pieces
 from sa2jax.chat.template import Audio, Ids, Message, Text
 from sa2jax.chat.toolbox import ToolAnswer, Toolbox, read_answer
 from sa2jax.errors import PromptError, Sa2jaxError, VoiceError
-from sa2jax.inference.prefix_cache import PrefixCache
 from sa2jax.inference.requests import GenerationConfig
 from sa2jax.pipeline.base import PipelineBase, opened, recording_notes
 from sa2jax.pipeline.chat_state import ChatState, Overflow
@@ -50,12 +49,10 @@ class Chat(ChatState):
         overflow: Overflow = "drop",
         max_tool_rounds: int = 4,
     ):
-        replica = model.next_replica()
         super().__init__(
             model,
             head,
-            replica=replica,
-            session=PrefixCache(model.replicas[replica]),
+            replica=model.next_replica(),
             tools=tools,
             think=think,
             options=options,
@@ -157,7 +154,7 @@ class Chat(ChatState):
         """Another conversation that begins like this one and then goes its own way."""
         self._end_stream()
         other = copy(self)
-        other.rounds, other.session = list(self.rounds), self.session.fork()
+        other.rounds = list(self.rounds)
         return other
 
     def save(self, path: str | Path) -> None:

@@ -184,7 +184,12 @@ class Stream(Iterator[ReplyPiece]):
                 )
                 speaker = BackgroundReply(reply)
             pieces = step.run(
-                chat.session, request, self._options, number=self._number, speaker=speaker
+                chat.engine,
+                request,
+                self._options,
+                number=self._number,
+                conversation=chat,
+                speaker=speaker,
             )
             fresh = True
             try:
@@ -195,7 +200,7 @@ class Stream(Iterator[ReplyPiece]):
                     yield piece
             finally:
                 pieces.close()
-                self._prompt_tokens += chat.session.prefilled
+                self._prompt_tokens += step.prefilled
                 self._generated_tokens += len(step.reader.ids)
             self._finish_reason = step.finish_reason
             # Cut by a limit, speech ends here; officially it stays open.
@@ -221,10 +226,16 @@ class Stream(Iterator[ReplyPiece]):
         thinking = ThinkingStep(self._chat.model.tokenizer)
         request = self._request(template.think_turn())
         try:
-            yield from thinking.run(self._chat.session, request, self._options, number=self._number)
+            yield from thinking.run(
+                self._chat.engine,
+                request,
+                self._options,
+                number=self._number,
+                conversation=self._chat,
+            )
         finally:
             self._thoughts.append(thinking.text)
-            self._prompt_tokens += self._chat.session.prefilled
+            self._prompt_tokens += thinking.prefilled
             self._generated_tokens += thinking.generated_tokens
 
     @property

@@ -20,8 +20,9 @@ from sa2jax.config import StepAudio2Config
 from sa2jax.errors import PlanError
 from sa2jax.families import family_of, read_config
 from sa2jax.inference import programs
+from sa2jax.inference.engine import BLOCK
 from sa2jax.inference.loading import resolve_policy
-from sa2jax.inference.sampling import SamplingParams
+from sa2jax.models.audio_encoder import adapter_length, encoder_length
 from sa2jax.models.decoder import KVCache
 from sa2jax.models.heads import pad_heads_for_mesh
 from sa2jax.models.step_audio import StepAudio2Model
@@ -31,7 +32,6 @@ from sa2jax.sharding import ALL, batch_axis_size, shard_rows
 Where = Any  # a Mesh, or an AbstractMesh where nothing is compiled
 
 DTYPES = ("bfloat16", "int8", "float32")
-BLOCK = 32  # decode steps in one program
 TOKENS_PER_SECOND = 31.25  # of speech that is generated: 25 codes and 6.25 words' tokens
 FRAMES_PER_ROW, CLIPS_PER_ROW = 3000, 8  # what each row of a training batch may hold
 VOICE_SECONDS = 5  # of the recording whose voice speaks
@@ -146,50 +146,50 @@ def per_chip(tree: Any) -> float:
 def decode(spec: Spec, mesh: Where) -> Work:
     """A block of steps of a batch of replies; `length` is the cache's slots."""
     model, weights = _model(spec, mesh)
-    state = programs.abstract_state(model, mesh, rows=spec.batch, size=spec.length)
+    state = programs.abstract_state(model, mesh, rows=spec.batch, slots=spec.length)
 
     def lower() -> jax.stages.Lowered:
         run = jax.jit(
-            partial(programs.decode, model), static_argnames=("block",), donate_argnums=(1,)
+            partial(programs.decode, model), static_argnames=("block", "read"), donate_argnums=(1,)
         )
-        sampling = SamplingParams(temperature=0).arrays()
-        return run.lower(weights, state, _replicated(mesh, 1), sampling, block=BLOCK)
+        active = _replicated(mesh, spec.batch, dtype=jnp.bool_)
+        return run.lower(weights, state, active, block=BLOCK, read=spec.length)
 
     work = _decoder_work(spec, mesh, lower, weights, state.cache)
     return replace(work, turns=BLOCK, real=TOKENS_PER_SECOND)
 
 
 def prefill(spec: Spec, mesh: Where) -> Work:
-    """Prompts of `length` tokens, read at once into caches of that size."""
+    """Prompts of `length` tokens, read at once: one in each part of the data axis."""
     model, weights = _model(spec, mesh)
-    rows, length = spec.batch, spec.length
-    state = programs.abstract_state(model, mesh, rows=rows, size=length)
+    parts, length = batch_axis_size(mesh), spec.length
+    if spec.batch != parts:
+        raise PlanError(
+            f"--batch {spec.batch}: expected {parts}; a prompt is read at a time, or one in each "
+            "part of a mesh's data axis"
+        )
+    state = programs.abstract_state(model, mesh, rows=spec.batch, slots=length)
     embed = config(spec).decoder.embed
-    compute = model.abstract["decoder"]["table"].dtype
     batch = programs.Batch(
-        ids=_replicated(mesh, rows, length),
-        lengths=_replicated(mesh, rows),
-        features=_replicated(mesh, rows * length, embed, dtype=compute),
-        feature_index=_replicated(mesh, rows, length),
+        ids=_replicated(mesh, parts, length),
+        lengths=_replicated(mesh, parts),
+        features=_replicated(
+            mesh, parts * length, embed, dtype=model.abstract["decoder"]["table"].dtype
+        ),
+        feature_index=_replicated(mesh, parts, length),
     )
 
     def lower() -> jax.stages.Lowered:
-        run = jax.jit(partial(programs.prefill, model), static_argnames=("samples", "size"))
-        keys = jax.ShapeDtypeStruct(
-            state.keys.shape, state.keys.dtype, sharding=NamedSharding(mesh, PartitionSpec())
+        run = jax.jit(
+            partial(programs.prefill_chunk, model),
+            static_argnames=("read", "cache_is_empty"),
+            donate_argnums=(1,),
         )
-        return run.lower(
-            weights,
-            batch,
-            keys,
-            _replicated(mesh, rows),
-            _replicated(mesh, 1),
-            SamplingParams(temperature=0).arrays(),
-            samples=1,
-            size=length,
-        )
+        rows = _replicated(mesh, parts)
+        return run.lower(weights, state, rows, rows, batch, read=length, cache_is_empty=True)
 
-    return _decoder_work(spec, mesh, lower, weights, state.cache, tokens=length)
+    work = _decoder_work(spec, mesh, lower, weights, state.cache, tokens=length)
+    return replace(work, output=parts * length)
 
 
 def encode(spec: Spec, mesh: Where) -> Work:
@@ -199,8 +199,9 @@ def encode(spec: Spec, mesh: Where) -> Work:
     mels = _replicated(mesh, spec.batch, cfg.mels, MEL_RATE * spec.length, dtype=jnp.float32)
 
     def lower() -> jax.stages.Lowered:
-        run = jax.jit(partial(programs.encode_audio, model))
-        return run.lower(weights, mels, _replicated(mesh, spec.batch))
+        run = jax.jit(partial(programs.encode_audio, model), static_argnames=("size",))
+        size = adapter_length(encoder_length(mels.shape[2]), config(spec).adapter)
+        return run.lower(weights, mels, _replicated(mesh, spec.batch), size=size)
 
     return _speech_work(spec, lower, _encoder_params(weights), rest=_decoder_params(weights))
 

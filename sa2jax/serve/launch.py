@@ -155,6 +155,8 @@ class _Server(uvicorn.Server):
                 admission.running,
                 self._state.settings.grace,
             )
+        else:  # what is broken off now has nothing to tell
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         admission.close()
         super().handle_exit(sig, frame)
 

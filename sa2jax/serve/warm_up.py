@@ -17,9 +17,6 @@ from sa2jax.speech.voices import Voice
 
 log = logging.getLogger(__name__)
 
-# One recording of each length that the encoder pads to.
-_CLIP_SECONDS = (1.0, 2.2, 4.8, 9.9, 15.0, 20.0, 24.9)
-
 
 def warm_up(state: ServerState, log_step: Callable[[str], None] = log.info) -> None:
     """Answer what clients will ask, so that their requests compile nothing; in a worker thread.
@@ -41,9 +38,8 @@ def warm_up(state: ServerState, log_step: Callable[[str], None] = log.info) -> N
 def _steps(state: ServerState) -> Iterator[tuple[str, Callable[[], object]]]:
     """Name and work of each step."""
     model = state.model
-    yield "a written answer", lambda: _answer(state, "Hello", None)
-    for seconds in _CLIP_SECONDS:
-        yield f"a question of {seconds:g} s", lambda s=seconds: _answer(state, _noise(s), None)
+    yield "programs of the language model", lambda: _language(state)
+    yield "a written answer", lambda: _answer(state, _noise(1.0), None)
     yield "a transcript", lambda: model.run("asr", [_noise(2.0)], max_new_tokens=8)
     if state.voices.own:
         voice = state.voices.find()
@@ -53,6 +49,13 @@ def _steps(state: ServerState) -> Iterator[tuple[str, Callable[[], object]]]:
             yield f"{count} spoken answers at once", lambda n=count: _at_once(state, n, voice)
             count *= 2
         yield "reading aloud", lambda: _read(model, voice)
+
+
+def _language(state: ServerState) -> None:
+    """All that so many rows of such a length can need; nothing grows afterwards."""
+    for engine in state.model.replicas:
+        engine.reserve(state.settings.rows, state.max_len)
+        engine.warm_up()
 
 
 def _answer(state: ServerState, content: Content, voice: Voice | None) -> None:

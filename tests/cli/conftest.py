@@ -12,7 +12,7 @@ from sa2jax.audio import resample
 from sa2jax.chat import tokenizer_files
 from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.cli import options
-from sa2jax.pipeline import StepAudio2, conversation
+from sa2jax.pipeline import StepAudio2
 from sa2jax.pipeline import model as pipeline
 
 
@@ -67,25 +67,27 @@ def tiny() -> StepAudio2:
     return StepAudio2(cfg, testing.tiny_params(cfg), tokenizer, speech=lambda: Speech())
 
 
-@pytest.fixture
-def script(monkeypatch, tiny, tmp_path) -> Script:
-    """What the model says; commands run in a folder of their own."""
-    script = Script()
+class Interruptible(Script):
+    """Says what it is told; Ctrl-C is pressed where that holds `CTRL_C`."""
 
-    def session(engine):
-        made = script.session(engine)
-        reply = made.reply
+    def submit(self, *args, **more):
+        reply = super().submit(*args, **more)
+        pieces = reply.pieces
 
-        def interrupted(request, options, **others):
-            for ids in reply(request, options, **others):
+        def interrupted():
+            for ids in pieces:
                 yield ids
                 if ord(CTRL_C) in ids:
                     raise KeyboardInterrupt
 
-        made.reply = interrupted
-        return made
+        reply.pieces = interrupted()
+        return reply
 
-    monkeypatch.setattr(conversation, "PrefixCache", session)
+
+@pytest.fixture
+def script(monkeypatch, tiny, tmp_path) -> Script:
+    """What the model says; commands run in a folder of their own."""
+    script = Interruptible().stand_in(monkeypatch)
     monkeypatch.setattr(options.ModelOptions, "load", lambda self: tiny)
     monkeypatch.chdir(tmp_path)
     return script

@@ -11,7 +11,7 @@ from sa2jax.chat import tokenizer_files
 from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.cli.evaluate import evaluate
 from sa2jax.evaluate import nano
-from sa2jax.pipeline import StepAudio2, conversation
+from sa2jax.pipeline import StepAudio2
 
 
 @pytest.fixture(autouse=True)
@@ -27,11 +27,11 @@ def loads(monkeypatch):
     asked = []
 
     class Always(Script):
-        def session(self, engine):
+        def submit(self, *args, **more):
             self.will_say(groups("five", [1, 2, 3]))
-            return super().session(engine)
+            return super().submit(*args, **more)
 
-    monkeypatch.setattr(conversation, "PrefixCache", Always().session)
+    Always().stand_in(monkeypatch)
 
     def load(folder, *, dtype, batch_size, parity, progress):
         asked.append((str(folder), dtype))

@@ -8,6 +8,8 @@ import numpy as np
 
 from helpers.sound import voice
 from sa2jax.errors import VoiceError
+from sa2jax.inference.generation import Generation
+from sa2jax.pipeline.chat_state import ChatState
 from sa2jax.speech.voices import Voice
 
 # Of the tiny tokenizer: the released ids less 151392, one id per byte.
@@ -58,33 +60,49 @@ class Script:
             self.replies.append((list(ids), finish_reason))
         return self
 
-    def session(self, engine):
-        """Stands in for `PrefixCache`."""
-        script = self
+    def submit(self, request, options, *, prompt_index=0, conversation=None) -> "ScriptedReply":
+        """Stands in for `Engine.submit`."""
+        self.prompts.append(request.ids.tolist())
+        self.requests.append(request)
+        self.options.append(options)
+        self.prompt_indices.append(prompt_index)
+        return ScriptedReply(self, Generation(request, options), *self.replies.pop(0))
 
-        class PrefixCache:
-            prefilled, finish_reason = 0, "abandoned"
+    def stand_in(self, monkeypatch) -> "Script":
+        """Let all conversations be answered by it."""
+        monkeypatch.setattr(ChatState, "engine", self)
+        return self
 
-            def reply(self, request, options, *, prompt_index=0, block=5):
-                script.prompts.append(request.ids.tolist())
-                script.requests.append(request)
-                script.options.append(options)
-                script.prompt_indices.append(prompt_index)
-                ids, finish_reason = script.replies.pop(0)
-                if len(ids) > options.max_new_tokens:
-                    ids, finish_reason = ids[: options.max_new_tokens], "length"
-                self.prefilled, self.finish_reason = len(request.ids), "abandoned"
-                script.left += 1
-                for start in range(0, len(ids), block):
-                    time.sleep(script.pace)
-                    yield ids[start : start + block]
-                self.finish_reason = finish_reason
-                script.left -= 1
 
-            def fork(self):
-                return PrefixCache()
+class ScriptedReply:
+    """Stands in for a `Generation`."""
 
-        return PrefixCache()
+    def __init__(self, script: Script, generation: Generation, ids: list[int], finish_reason: str):
+        self.script, self.generation = script, generation
+        limit = generation.options.max_new_tokens
+        self.told = (ids[:limit], "length") if len(ids) > limit else (ids, finish_reason)
+        self.prefilled, self.finish_reason = len(generation.request.ids), "abandoned"
+        self.pieces = self.run()
+        script.left += 1
+
+    def run(self, block: int = 5):
+        ids, finish_reason = self.told
+        for start in range(0, len(ids), block):
+            time.sleep(self.script.pace)
+            visible, ended = self.generation.accept(ids[start : start + block])
+            if visible:
+                yield visible
+            if ended is not None:
+                finish_reason = ended
+                break
+        self.finish_reason = finish_reason
+        self.script.left -= 1
+
+    def __iter__(self):
+        return self.pieces
+
+    def close(self) -> None:
+        self.pieces.close()
 
 
 class Token2Wav:

@@ -4,24 +4,24 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sa2jax import audio, testing
 from sa2jax.errors import PromptError
-from sa2jax.inference.engine import MEL_BUCKETS, TOKEN_BUCKETS, Engine, bucket
+from sa2jax.inference.engine import BLOCK, Engine
+from sa2jax.inference.generation import Generation
 from sa2jax.inference.programs import TRACES
 from sa2jax.inference.requests import GenerationConfig, Request
-from sa2jax.inference.sampling import SamplingParams, sample
+from sa2jax.inference.runner import TOKEN_BUCKETS, ModelRunner, bucket
+from sa2jax.inference.sampling import SamplingArrays, SamplingParams, sample
 from sa2jax.models.step_audio import step_audio2, unstack_decoder
-from sa2jax.nn import Policy
 
 CFG = testing.tiny_config(max_positions=256)
 CONTEXT = CFG.decoder.max_positions
 AUDIO_START = testing.AUDIO_START
-NEW = 20  # tokens of a reply; with BLOCK it crosses two borders of blocks
-BLOCK = 8
+NEW = 18  # tokens of a reply: it crosses three borders of blocks
+ROWS = 4
 GREEDY = GenerationConfig(max_new_tokens=NEW)
 SAMPLED = GenerationConfig(
     sampling=SamplingParams(temperature=0.8, top_k=20, top_p=0.9, repetition_penalty=1.3),
@@ -54,65 +54,56 @@ def params():
 
 @dataclass
 class Traffic:
-    """A engine after 200 requests, and what they cost."""
+    """An engine after 200 requests, and what they cost."""
 
     engine: Engine
     requests: list[Request]
     lengths: list[int]  # of the replies
-    expected: Counter
     traced: Counter
     compiled: Counter
 
 
 @pytest.fixture(scope="module")
 def traffic(params) -> Traffic:
-    """200 requests of random length, every third with one or two clips, in batches of 3 or 4."""
+    """200 requests after a warm-up, three or four at once, some with one or two clips."""
     rng = np.random.default_rng(0)
-    engine = Engine(step_audio2(CFG), params, CFG, block=BLOCK)
+    engine = Engine(step_audio2(CFG), params, CFG, rows=ROWS)
     compiled: Counter[str] = Counter()
 
     def count(event: str, duration: float, **about) -> None:
         if event.endswith("backend_compile_duration"):
             compiled[about.get("fun_name", "").removeprefix("jit(").removesuffix(")")] += 1
 
-    used: dict[str, set] = {
-        "prefill": set(),
-        "decode": set(),
-        "encode_audio": set(),
-        "scatter_features": set(),
-    }
     requests: list[Request] = []
     lengths: list[int] = []
+    steps: list[tuple[int, int]] = []
     TRACES.clear()
     jax.monitoring.register_event_duration_secs_listener(count)
     try:
+        engine.reserve(ROWS, CONTEXT)
+        engine.warm_up(lambda *count: steps.append(count), clip_frames=256)
+        traced = Counter(TRACES)
         while len(requests) < 200:
             longest = rng.choice([60, 120, 250])
             batch = [text_request(rng, n) for n in rng.integers(1, longest, rng.integers(3, 5))]
             if len(requests) % 3 == 0:
                 frames = tuple(rng.integers(9, 250, rng.integers(1, 3)).tolist())
                 batch[1] = audio_request(rng, int(rng.integers(80, 250)), frames)
-            replies = engine.generate(batch, GREEDY)
+            options = SAMPLED if len(requests) % 2 else GREEDY
+            replies = engine.generate(batch, options)
             lengths += [len(reply.ids) for (reply,) in replies]
             requests += batch
-
-            steps = bucket(max(len(request.ids) for request in batch), TOKEN_BUCKETS)
-            size = min(bucket(steps + NEW, TOKEN_BUCKETS), CONTEXT)
-            used["prefill"].add((steps, size))
-            used["decode"].add(size)
-            clips = [mel.shape[1] for request in batch for mel in request.mels]
-            if clips:
-                used["encode_audio"].add((len(clips), bucket(max(clips), MEL_BUCKETS)))
-                used["scatter_features"].add((steps, len(clips), bucket(max(clips), MEL_BUCKETS)))
     finally:
         jax.monitoring.unregister_event_duration_listener(count)
-    expected = Counter({name: len(shapes) for name, shapes in used.items()})
-    return Traffic(engine, requests, lengths, expected, Counter(TRACES), compiled)
+    assert steps[0] == (0, steps[-1][1])
+    assert steps[-1][0] == steps[-1][1] == 10
+    assert traced == TRACES
+    return Traffic(engine, requests, lengths, traced, compiled)
 
 
 @pytest.fixture(scope="module")
 def engine(traffic) -> Engine:
-    """Has compiled batches of four; tests share these programs."""
+    """Has compiled all its programs; tests share them."""
     return traffic.engine
 
 
@@ -143,13 +134,21 @@ def ids_of(replies) -> list[list[int]]:
 
 def test_one_program_per_bucket(traffic):
     assert len(traffic.requests) >= 200
-    assert traffic.traced == traffic.expected
-    assert traffic.traced["prefill"] == 3  # of 64, 128 and 256 tokens
+    assert traffic.traced == {
+        "empty_state": 1,
+        "encode_audio": 2,  # of 128 and 256 mel frames
+        "scatter_features": 3,  # into chunks of 64, 128 and 256 tokens
+        "prefill_chunk": 6,  # of these, at the beginning of a prompt and further on
+        "start_rows": 1,
+        "decode": 1,
+        "copy_rows": 1,
+    }
 
 
 def test_what_was_traced_once_was_compiled_once(traffic):
     """A change of placement would compile again without tracing again."""
-    assert {name: traffic.compiled[name] for name in traffic.traced} == traffic.traced
+    compiled = {name: traffic.compiled[name] for name in traffic.traced}
+    assert compiled == dict(traffic.traced)
 
 
 def test_every_request_was_answered(traffic):
@@ -163,23 +162,17 @@ def test_repeated_and_reordered_requests_trace_nothing(engine, prompts, greedy):
     assert before == TRACES
 
 
-def test_settings_that_are_numbers_trace_nothing(engine, prompts):
-    engine.generate(prompts, SAMPLED)
+def test_no_setting_traces_anything(engine, prompts):
     before = Counter(TRACES)
-    other = replace(SAMPLED.sampling, temperature=0.5, top_p=0.5, repetition_penalty=1.1)
-    engine.generate(prompts, replace(SAMPLED, sampling=other, seed=5, max_new_tokens=9))
+    for wanted in (
+        SamplingParams(temperature=0.5, top_p=0.5, top_k=7, repetition_penalty=1.1),
+        SamplingParams(temperature=2.0, top_k=0, top_p=0.3),
+        SamplingParams(temperature=0, repetition_penalty=1.2),
+        SamplingParams(top_k=200),
+    ):
+        options = replace(SAMPLED, sampling=wanted, seed=5, max_new_tokens=9, stop_ids=(3, 4))
+        engine.generate(prompts, options)
     assert before == TRACES
-
-
-def test_text_and_audio_share_a_program_in_bfloat16(params, prompts):
-    half = Policy(param=jnp.bfloat16, compute=jnp.bfloat16)
-    numbers = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
-    engine = Engine(step_audio2(CFG, half), numbers, CFG)
-    text, heard = (engine._pad([request], [0]) for request in prompts[:2])
-    kinds = [jax.tree.map(jax.typeof, batch) for batch in (text, heard)]
-    assert kinds[0] == kinds[1]
-    assert heard.features.dtype == jnp.bfloat16
-    assert np.abs(np.asarray(heard.features, np.float32)).max() > 0
 
 
 @pytest.mark.parametrize(
@@ -195,10 +188,74 @@ def test_bucket(size, expected):
 def test_rows_do_not_feel_their_neighbours(engine, prompts, greedy, traffic):
     for other in (0, 40, 80):
         strangers = traffic.requests[other : other + 3]
-        strangers = [replace(s, ids=s.ids[:60]) for s in strangers if not s.mels]
         for row in (0, 2, 3):
-            batch = [prompts[row], *strangers, prompts[1]][:4]
+            batch = [prompts[row], *strangers]
             assert ids_of(engine.generate(batch, GREEDY))[0] == greedy[row]
+
+
+def test_a_row_does_not_feel_the_settings_of_others(engine, prompts):
+    """Neighbours that draw, that sort all logits, and that end and are cancelled meanwhile."""
+    wholly = SamplingParams(top_k=0, top_p=0.4, temperature=1.5)
+    for options in (GREEDY, SAMPLED, replace(SAMPLED, sampling=wholly)):
+        expected = list(engine.submit(prompts[0], options).result().ids)
+        rng = np.random.default_rng(7)
+        for _ in range(3):
+            others = [
+                engine.submit(
+                    text_request(rng, int(rng.integers(5, 150))),
+                    replace(
+                        (SAMPLED, GREEDY, replace(SAMPLED, sampling=wholly))[n],
+                        max_new_tokens=int(rng.integers(1, 40)),
+                        seed=n,
+                    ),
+                )
+                for n in range(3)
+            ]
+            one = engine.submit(prompts[0], options)
+            next(others[0])
+            others[0].close()
+            assert list(one.result().ids) == expected
+            for other in others:
+                other.close()
+
+
+def test_requests_join_and_leave_at_any_time(engine, prompts, greedy):
+    """Twelve of them, of random lengths, through four rows; some are cancelled at some block."""
+    rng = np.random.default_rng(8)
+    running: list[tuple[int, int, Generation]] = []
+    for turn in range(40):
+        row = int(rng.integers(4))
+        limit = int(rng.integers(1, NEW + 1))
+        running.append(
+            (row, limit, engine.submit(prompts[row], replace(GREEDY, max_new_tokens=limit)))
+        )
+        if turn % 5 == 4:
+            _, _, reply = running.pop(int(rng.integers(len(running))))
+            for _ in range(int(rng.integers(0, 3))):
+                next(reply, None)
+            reply.close()
+        while len(running) > 6:
+            row, limit, reply = running.pop(0)
+            assert list(reply.result().ids) == greedy[row][:limit]
+    for row, limit, reply in running:
+        assert list(reply.result().ids) == greedy[row][:limit]
+
+
+def test_more_requests_than_rows_wait_for_their_turn(engine, prompts, greedy):
+    done = []
+    replies = engine.generate(prompts * 5, GREEDY, progress=lambda *count: done.append(count))
+    assert ids_of(replies) == greedy * 5
+    assert done == [(n, 20) for n in range(1, 21)]
+
+
+def test_a_cancelled_request_that_waits_never_begins(engine, prompts, greedy):
+    first = [engine.submit(prompts[0], GREEDY) for _ in range(ROWS)]
+    waiting = engine.submit(prompts[1], GREEDY)
+    waiting.close()
+    last = engine.submit(prompts[2], GREEDY)
+    assert list(last.result().ids) == greedy[2]
+    assert [list(reply.result().ids) for reply in first] == [greedy[0]] * ROWS
+    assert (list(waiting), waiting.finish_reason, waiting.ids) == ([], "abandoned", [])
 
 
 def test_replies_depend_on_what_is_heard(engine, prompts, greedy):
@@ -218,22 +275,26 @@ def test_drawn_rows_depend_on_their_number_only(engine, prompts):
     assert moved[1:] == whole[1:]
 
 
-@pytest.mark.parametrize("times", [1, 2])  # for each clip: a long data axis makes padding
-def test_nine_clips_find_their_places(engine, monkeypatch, times):
-    """More clips than are encoded at once: each stands where its prompt wants it."""
+def test_clips_find_their_places(engine):
+    """Nine clips in a prompt, in chunks that cut them."""
     rng = np.random.default_rng(2)
-    monkeypatch.setattr(engine, "_rows", lambda count: times * count)
     frames = (20, 100, 9, 60, 33, 47, 128, 12, 90)
-    first, second = audio_request(rng, 250, frames[:4]), audio_request(rng, 250, frames[4:])
-    batch = engine._pad([first, second], [0, 1])
-    for row, request in enumerate((first, second)):
-        held = np.zeros(len(request.ids), bool)
-        for mel, start, count in zip(request.mels, request.starts, request.counts, strict=True):
-            ((alone, _),) = engine.encode_audio([mel])
-            rows = np.asarray(batch.feature_index)[row, start : start + count]
-            np.testing.assert_allclose(batch.features[rows], alone[0, :count], atol=1e-3)
-            held[start : start + count] = True
-        np.testing.assert_array_equal(batch.feature_index[row, : len(held)] >= 0, held)
+    request = audio_request(rng, 250, frames)
+    clips = engine.encode_audio(request.mels)
+    for first, count in ((0, 250), (0, 64), (64, 64), (128, 122)):
+        piece = (request, first, count, dict(enumerate(clips)))
+        batch = engine.runner._pad({0: piece}, 1, 256)
+        index = np.asarray(batch.feature_index)[0]
+        held = np.zeros(256, bool)
+        for mel, start, length in zip(request.mels, request.starts, request.counts, strict=True):
+            (alone,) = engine.encode_audio([mel])
+            for n in range(length):
+                if first <= start + n < first + count:
+                    at = start + n - first
+                    held[at] = True
+                    found = batch.features[index[at]]
+                    np.testing.assert_allclose(found, alone[n], atol=1e-3)
+        np.testing.assert_array_equal(index >= 0, held)
 
 
 def test_no_requests(engine):
@@ -251,7 +312,8 @@ def plain_loop(engine, request, options, number: int, draw: int) -> list[int]:
     for step in range(options.max_new_tokens):
         logits = engine.logits(replace(request, ids=np.array(ids, np.int32)))[-1:]
         seen = np.isin(np.arange(logits.shape[-1]), ids)[None]
-        token = sample(jax.random.fold_in(key, step)[None], logits, seen, options.sampling.arrays())
+        sampling = SamplingArrays.of([options.sampling])
+        token = sample(jax.random.fold_in(key, step)[None], logits, seen, sampling)
         ids.append(int(token[0]))
     return ids[len(request.ids) :]
 
@@ -266,9 +328,7 @@ def test_samples_are_what_a_plain_loop_draws(engine, prompts):
 
 
 def test_first_of_several_samples_is_the_single_one(engine, prompts):
-    TRACES.clear()
     several = engine.generate(prompts[:2], replace(SAMPLED, samples=2))
-    assert TRACES["prefill"] <= 1  # the samples share their prompt's
     single = engine.generate(prompts, SAMPLED)
     assert [made[0] for made in several] == [made[0] for made in single[:2]]
     assert all(made[0] != made[1] for made in several)
@@ -343,15 +403,20 @@ def test_stop_id_before_and_after_a_stop_string(engine, prompts, greedy):
         assert (list(reply.ids), reply.finish_reason) == (ids[:end], finish)
 
 
-def test_stop_strings_end_the_work(engine, prompts):
-    """No further block runs once every row has its string."""
-    added = []
+def test_stop_strings_end_the_work(engine, prompts, monkeypatch):
+    """No further block is asked for once every reply has its string, but the one in flight."""
+    steps, decode = [], ModelRunner.decode
+
+    def spy(self, active, block, longest):
+        steps.append(list(active))
+        return decode(self, active, block, longest)
+
+    monkeypatch.setattr(ModelRunner, "decode", spy)
     options = replace(GREEDY, stop_strings=("<",))
-    replies = engine.generate(prompts, options, decode_text=spoken, progress=added.append)
+    replies = engine.generate(prompts, options, decode_text=spoken)
     assert {len(reply.ids) for (reply,) in replies} == {1}
-    assert added == []
-    engine.generate(prompts, GREEDY, progress=added.append)
-    assert added == [BLOCK, BLOCK, NEW - 1 - 2 * BLOCK]
+    assert all(map(Counter(row for active in steps for row in active).get, range(ROWS)))
+    assert max(Counter(row for active in steps for row in active).values()) <= 2
 
 
 def test_end_of_the_context(engine):
@@ -364,17 +429,6 @@ def test_end_of_the_context(engine):
         whole = np.concatenate([request.ids, reply.ids])[: CONTEXT - 1].astype(np.int32)
         best = engine.logits(Request(whole)).argmax(-1)[len(request.ids) - 1 :]
         assert best.tolist()[: len(reply.ids)] == list(reply.ids)
-
-
-def test_generated_audio_start_is_a_token_like_any_other(engine, prompts):
-    """Also after a clip: no further clip is looked for, the cache goes on as without a cache."""
-    state = engine.prefill(prompts, GREEDY)
-    state = replace(state, last_token=jnp.full_like(state.last_token, AUDIO_START))
-    _, tokens = engine.decode(state, GREEDY, BLOCK)
-    for request, row in zip(prompts, np.asarray(tokens), strict=True):
-        ids = np.concatenate([request.ids, [AUDIO_START], row[:-1]]).astype(np.int32)
-        best = engine.logits(replace(request, ids=ids)).argmax(-1)
-        assert best[-BLOCK:].tolist() == row.tolist()
 
 
 # --- refused ---
@@ -429,14 +483,3 @@ def test_layers_in_a_loop_equal_layers_in_a_scan(engine, prompts, params):
     for request in prompts:
         np.testing.assert_allclose(loop.logits(request), engine.logits(request), atol=1e-4)
     assert list(params["decoder"]["layers"]) != [0, 1]  # the given parameters stay as they were
-
-
-def test_finished_rows_are_not_cached(engine):
-    """A row that ended early keeps its cache while others go on."""
-    rng = np.random.default_rng(5)
-    lengths = [CONTEXT - 2, 200, 7]
-    state = engine.prefill([text_request(rng, n) for n in lengths], GREEDY)
-    state, _ = engine.decode(state, GREEDY, BLOCK)
-    # The newest token of a row is not in its cache yet; the fourth row only pads the batch.
-    assert np.asarray(state.num_generated).tolist() == [2, 1 + BLOCK, 1 + BLOCK, 0]
-    assert np.asarray(state.cache.length).tolist() == [CONTEXT - 1, 200 + BLOCK, 7 + BLOCK, 0]

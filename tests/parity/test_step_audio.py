@@ -7,7 +7,6 @@ import pytest
 from helpers.recorded import audio_slots, clips_of, first_difference, forward
 
 from sa2jax.inference.engine import Engine
-from sa2jax.inference.prefix_cache import PrefixCache
 from sa2jax.inference.requests import GenerationConfig, Request
 from sa2jax.inference.sampling import SamplingParams
 from sa2jax.models.audio_encoder import adapter_length, encoder_length
@@ -129,8 +128,7 @@ def assert_says(engine, request, expected):
     """In a batch and in a conversation."""
     ((reply,),) = engine.generate([request], said(expected))
     assert list(reply.ids) == expected
-    blocks = PrefixCache(engine).reply(request, said(expected))
-    assert [i for ids in blocks for i in ids] == expected
+    assert list(engine.submit(request, said(expected)).result().ids) == expected
 
 
 @pytest.mark.parametrize("case", GREEDY)

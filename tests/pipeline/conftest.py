@@ -3,7 +3,7 @@ from helpers.scripted import Script, Speech
 
 from sa2jax import testing
 from sa2jax.chat import tokenizer_files
-from sa2jax.pipeline import StepAudio2, conversation
+from sa2jax.pipeline import StepAudio2
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +22,7 @@ def model(params) -> StepAudio2:
 
 @pytest.fixture
 def script(monkeypatch) -> Script:
-    script = Script()
-    monkeypatch.setattr(conversation, "PrefixCache", script.session)
-    return script
+    return Script().stand_in(monkeypatch)
 
 
 @pytest.fixture

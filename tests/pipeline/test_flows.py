@@ -32,8 +32,8 @@ from sa2jax.chat import template, tokenizer_files
 from sa2jax.chat.template import TASKS, PromptTask, Text
 from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.errors import CheckpointError, PromptError, VoiceError
-from sa2jax.inference.engine import Engine
 from sa2jax.inference.requests import GenerationConfig
+from sa2jax.inference.runner import ModelRunner
 from sa2jax.inference.sampling import SamplingParams
 from sa2jax.pipeline import StepAudio2, conversation
 from sa2jax.pipeline.task_runner import task_options
@@ -73,18 +73,13 @@ def base(tiny) -> StepAudio2:
 def prompts(monkeypatch) -> list[list[int]]:
     """Ids of every prompt that reaches the model."""
     seen: list[list[int]] = []
-    start, read = Engine.prefill, Engine.prefill_chunks
+    start = ModelRunner.start_rows
 
-    def spy_start(self, requests, *rest):
-        seen.extend(request.ids.tolist() for request in requests)
-        return start(self, requests, *rest)
+    def spy(self, starts, hidden):
+        seen.extend(own.request.ids.tolist() for own in starts)
+        return start(self, starts, hidden)
 
-    def spy_read(self, cache, request, known):
-        seen.append(request.ids.tolist())
-        return read(self, cache, request, known)
-
-    monkeypatch.setattr(Engine, "prefill", spy_start)
-    monkeypatch.setattr(Engine, "prefill_chunks", spy_read)
+    monkeypatch.setattr(ModelRunner, "start_rows", spy)
     return seen
 
 

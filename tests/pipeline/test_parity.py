@@ -26,8 +26,6 @@ from sa2jax.chat import template, tokenizer_files
 from sa2jax.chat.template import Audio, Text
 from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.errors import ConfigError, VoiceError
-from sa2jax.inference.engine import Engine
-from sa2jax.inference.prefix_cache import PrefixCache
 from sa2jax.inference.requests import Completion, GenerationConfig
 from sa2jax.pipeline import StepAudio2
 from sa2jax.pipeline.base import PipelineBase
@@ -214,33 +212,27 @@ def test_a_longer_clip_changes_those_before_it(official):
     """In a conversation, too: what stands in the cache is another clip then."""
     turns = [template.human_turn([Audio(clip(0.53))]), template.Message("assistant", "ok")]
     first = official.request(template.render(turns))
-    session = PrefixCache(official.engine)
-    [*session.reply(first, LIMIT)]
-    for seconds, kept in ((0.4, len(first.ids)), (0.6, first.starts[0])):
+    [*official.engine.submit(first, LIMIT)]
+    # What stands before a first clip is too little to be copied.
+    for seconds, kept in ((0.4, len(first.ids)), (0.6, 0)):
         more = [*turns, template.human_turn([Audio(clip(seconds))]), template.reply_turn()]
         request = official.request(template.render(more))
-        ids = [i for block in session.reply(request, LIMIT) for i in block]
-        assert session.prefilled == len(request.ids) - kept
-        ((alone,),) = official.engine.generate([request], LIMIT)
-        assert tuple(ids) == alone.ids
+        reply = official.engine.submit(request, LIMIT)
+        answer = reply.result()
+        assert reply.prefilled == len(request.ids) - kept
+        assert official.engine.replica().generate([request], LIMIT) == [[answer]]
 
 
-def test_more_clips_than_are_encoded_at_once_find_their_places(official):
-    """Prompts of several groups of clips in one batch."""
-    engine: Engine = official.engine
-    clips = [Audio(clip(0.2 + 0.01 * n)) for n in range(10)]
-    requests = [
-        official.request(template.render([template.human_turn(own)]))
-        for own in (clips[:9], clips[9:])
-    ]
-    batch = engine._pad(requests, [0, 1])
-    for row, request in enumerate(requests):
-        index = np.asarray(batch.feature_index)[row]
-        frames = max(mel.shape[1] for mel in request.mels)
-        for mel, start, count in zip(request.mels, request.starts, request.counts, strict=True):
-            ((alone, _),) = engine.encode_audio([mel], longest=frames)
-            mine = batch.features[index[start : start + count]]
-            np.testing.assert_allclose(mine, alone[0, :count], atol=1e-5)
+def test_many_clips_find_their_places(official):
+    """Each clip of a prompt is what it is when the longest of them is said."""
+    runner = official.engine.runner
+    clips = [Audio(clip(0.2 + 0.01 * n)) for n in range(9)]
+    request = official.request(template.render([template.human_turn(clips)]))
+    frames = max(mel.shape[1] for mel in request.mels)
+    heard = runner.encode_audio(request.mels, longest=frames)
+    for mel, count, together in zip(request.mels, request.counts, heard, strict=True):
+        (alone,) = runner.encode_audio([mel], longest=frames)
+        np.testing.assert_allclose(together[:count], alone[:count], atol=1e-5)
 
 
 # --- speech --------------------------------------------------------------------------------------

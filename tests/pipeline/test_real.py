@@ -13,7 +13,6 @@ from helpers.small_speech import SPEAKER, small_networks
 
 from sa2jax import testing
 from sa2jax.chat import template, tokenizer_files
-from sa2jax.inference.prefix_cache import PrefixCache
 from sa2jax.inference.programs import TRACES
 from sa2jax.inference.requests import GenerationConfig, Request
 from sa2jax.inference.sampling import SamplingParams
@@ -148,20 +147,10 @@ def test_cancel_and_go_on(model):
     assert following.timings.prompt_tokens < 40
 
 
-def warm_up(model, speech, options) -> None:
+def warm_up(model, speech) -> None:
     """Every size that a conversation of short clips can need, once."""
-    engine, rng = model.engine, np.random.default_rng(0)
-    mels = model.cfg.audio_encoder.mels
-    for clips in (1, 2, 4, 8):
-        for frames in (128, 256, 512):
-            heard_clips = engine.encode_audio([np.zeros((mels, frames), np.float32)] * clips)
-            for size in (64, 128, 256, 512):
-                engine._scatter_features(heard_clips, [np.arange(3)] * clips, size)
-    for read in (60, 1100):  # through all sizes of the cache
-        session, ids = PrefixCache(engine), rng.integers(0, 256, read)
-        for more in (0, 40, 100, 200, 400):
-            ids = np.concatenate([ids, rng.integers(0, 256, more)])
-            list(session.reply(Request(ids.astype(np.int32)), options))
+    model.engine.reserve(1, model.cfg.decoder.max_positions)
+    model.engine.warm_up(clip_frames=300)
     for last in (1, 5, 10, 15, 20, 25):
         list(speech.token2wav.stream(range(last), speech.voice()))
 
@@ -172,7 +161,7 @@ def test_many_turns_compile_nothing_new(model, speech):
     options = GenerationConfig(
         sampling=DRAWN.sampling, max_new_tokens=60, stop_ids=model.stop_ids, seed=1
     )
-    warm_up(model, speech, options)
+    warm_up(model, speech)
     before = Counter(TRACES), Counter(speech_programs.TRACES)
     chat, dropped = model.chat("S", options=options, voice="default"), 0
     for number in range(25):
@@ -180,9 +169,7 @@ def test_many_turns_compile_nothing_new(model, speech):
         dropped += bool(chat.say(question, speak=number % 10 == 0).notes)
     assert dropped > 0
     changed = (Counter(TRACES) - before[0], Counter(speech_programs.TRACES) - before[1])
-    # A conversation's cache grows from size to size; that alone the warm-up has not done.
-    assert changed == (Counter(grow_cache=changed[0]["grow_cache"]), Counter())
-    assert changed[0]["grow_cache"] <= 2
+    assert changed == (Counter(), Counter())
 
 
 def resident_megabytes() -> float:
@@ -197,6 +184,7 @@ def test_memory_of_many_spoken_turns_is_flat(model):
     options = GenerationConfig(
         sampling=DRAWN.sampling, max_new_tokens=60, stop_ids=model.stop_ids, seed=1
     )
+    others = set(threading.enumerate())  # of other tests
     chat, speakers, used = model.chat("S", options=options, voice="default"), set(), []
     for number in range(120):
         stream = chat.stream("why? ", first=5, seed=number % 4)
@@ -205,10 +193,11 @@ def test_memory_of_many_spoken_turns_is_flat(model):
             stream.cancel()
         else:
             list(stream)
-        speakers |= {t for t in threading.enumerate() if t.name == "sa2jax-synthesis"}
+        speakers |= {t for t in threading.enumerate() if t.name == "sa2jax-synthesis"} - others
         used.append(resident_megabytes())
-    assert len(speakers) == 1
-    assert max(used[60:]) - max(used[:60]) < 40  # by then every size of the cache was seen
+    assert len(speakers) <= 1
+    # By then every size of the cache was seen; an arena of each cancelled reply would be 300 MB.
+    assert max(used[60:]) - max(used[:60]) < 120
 
 
 def test_spoken_tasks(model):

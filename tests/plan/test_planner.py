@@ -176,11 +176,13 @@ def test_int8_on_paper():
 
 
 def test_prefill_on_paper():
-    made = plan.plan(replace(GPU, workload="prefill", batch=2, length=1024))
+    made = plan.plan(replace(GPU, workload="prefill", length=1024))
     assert made.bound == "compute"
-    assert made.rate == pytest.approx(2 * 1024 / made.seconds)
+    assert made.rate == pytest.approx(1024 / made.seconds)
     assert made.realtime == 0
-    assert made.flops == pytest.approx(2 * 1024 * 2 * 6.53e9, rel=0.03)
+    assert made.flops == pytest.approx(2 * 1024 * 6.53e9, rel=0.03)
+    with pytest.raises(PlanError, match="--batch 2: expected 1; a prompt is read at a time"):
+        plan.plan(replace(GPU, workload="prefill", batch=2))
 
 
 def test_too_large_on_paper():

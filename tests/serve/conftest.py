@@ -17,7 +17,7 @@ from helpers.scripted import Script, Speech
 from sa2jax import testing
 from sa2jax.chat import tokenizer_files
 from sa2jax.chat.tokenizer import Tokenizer
-from sa2jax.pipeline import StepAudio2, conversation
+from sa2jax.pipeline import StepAudio2
 
 if TYPE_CHECKING:  # without the extra [serve], tests skip and this folder has to be readable
     from sa2jax.serve.settings import Settings
@@ -103,11 +103,7 @@ def tiny() -> StepAudio2:
 @pytest.fixture
 def script(monkeypatch) -> Script:
     """What the model says."""
-    script = Script()
-    if hasattr(script, "stand_in"):
-        return script.stand_in(monkeypatch)
-    monkeypatch.setattr(conversation, "PrefixCache", script.session)
-    return script
+    return Script().stand_in(monkeypatch)
 
 
 @pytest.fixture

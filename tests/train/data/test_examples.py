@@ -26,7 +26,7 @@ from sa2jax import testing
 from sa2jax.chat import template, tokenizer_files
 from sa2jax.chat.tokenizer import Tokenizer
 from sa2jax.errors import DataError
-from sa2jax.pipeline import StepAudio2, conversation
+from sa2jax.pipeline import StepAudio2
 from sa2jax.train.data.examples import TOKEN_KINDS, Example, make_example, token_kinds
 from sa2jax.train.data.records import RecordError, parse_record
 from sa2jax.train.data.samples import Sample, given_codes, load_features
@@ -149,8 +149,7 @@ def model() -> StepAudio2:
 @pytest.mark.parametrize("name", TALKS)
 def test_a_record_is_what_a_conversation_asks_and_its_answers(name, model, monkeypatch):
     options, said, answers, messages, clips = TALKS[name]
-    script = Script().will_say(*answers)
-    monkeypatch.setattr(conversation, "PrefixCache", script.session)
+    script = Script().will_say(*answers).stand_in(monkeypatch)
     chat = model.chat(**options)
     for content, speak in said:
         chat.say(content, speak=speak)
