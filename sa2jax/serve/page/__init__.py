@@ -1,0 +1,1 @@
+"""The web page at `/`: to talk with the model from a browser."""
