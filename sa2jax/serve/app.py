@@ -17,6 +17,8 @@ from sa2jax.serve.bodies import invalid
 from sa2jax.serve.errors import ApiError
 from sa2jax.serve.middleware import Entrance
 from sa2jax.serve.openai import chat_completions, speech, transcriptions, voices
+from sa2jax.serve.page import routes as page
+from sa2jax.serve.realtime.routes import Realtime
 from sa2jax.serve.settings import Settings
 from sa2jax.serve.state import Readiness, ServerState
 from sa2jax.serve.warm_up import warm_up
@@ -25,7 +27,11 @@ log = logging.getLogger(__name__)
 
 
 def create_app(
-    model: StepAudio2, settings: Settings | None = None, *, warm: bool = True
+    model: StepAudio2,
+    settings: Settings | None = None,
+    *,
+    warm: bool = True,
+    realtime: Realtime | None = None,
 ) -> FastAPI:
     """A server's application.
 
@@ -35,6 +41,7 @@ def create_app(
         model: the model that answers.
         settings: bounds and defaults.
         warm: make all programs before `/readyz` says ready, in the background.
+        realtime: the realtime sessions, by default with bounds of their own.
 
     Raises:
         CheckpointError: if the folder of voices cannot be made.
@@ -66,7 +73,8 @@ def create_app(
         )
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
-    for room in (operations, chat_completions, speech, transcriptions, voices):
+    sessions = realtime or Realtime()
+    for room in (operations, chat_completions, speech, transcriptions, voices, sessions, page):
         app.include_router(room.router)
     return app
 

@@ -121,6 +121,7 @@ def run_server(app: FastAPI, address: Address, bound: socket.socket) -> None:
         log_config=None,
         server_header=False,
         ws_max_size=MAX_MESSAGE,
+        ws_per_message_deflate=False,  # sound in base64 is not worth it
         timeout_graceful_shutdown=max(round(state.settings.grace), 1),
     )
     _Server(config, state).run(sockets=[bound])

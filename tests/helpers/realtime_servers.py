@@ -84,7 +84,6 @@ def serve_script(settings: dict[str, Any], realtime: dict[str, Any]) -> Iterator
     model: Any = SimpleNamespace(
         speech=Speech(), cfg=SimpleNamespace(decoder=SimpleNamespace(max_positions=4096))
     )
-    app = create_app(model, Settings(model_id="small", **settings), warm=False)
-    app.include_router(sessions.router)
+    app = create_app(model, Settings(model_id="small", **settings), warm=False, realtime=sessions)
     with run_app(app) as port:
         yield Served(port, sessions, script)

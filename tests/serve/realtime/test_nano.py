@@ -13,7 +13,6 @@ from sa2jax.audio import load_audio, resample
 from sa2jax.chat.tool_schema import Tool
 from sa2jax.chat.toolbox import get_date_time
 from sa2jax.serve.app import create_app
-from sa2jax.serve.realtime.routes import Realtime
 from sa2jax.serve.settings import Settings
 
 openai = pytest.importorskip("openai", reason="needs the package openai[realtime]")
@@ -25,7 +24,6 @@ SILENCE = bytes(2 * 24_000)
 @pytest.fixture(scope="module")
 def url(nano) -> Iterator[str]:
     app = create_app(nano, Settings(model_id="nano", rows=2), warm=False)
-    app.include_router(Realtime().router)
     with run_app(app) as port:
         yield f"http://127.0.0.1:{port}/v1"
 
@@ -172,7 +170,6 @@ def test_a_greeting(connection):
 def test_the_oldest_turns_go(nano):
     """With room for few tokens the conversation goes on, but not if it is to keep all."""
     app = create_app(nano, Settings(model_id="nano", rows=1, max_len=160), warm=False)
-    app.include_router(Realtime().router)
     with run_app(app) as port:
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any")
         with client.realtime.connect(model="nano") as made:
