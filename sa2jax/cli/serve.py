@@ -69,10 +69,7 @@ def serve(
         warm_up: Make all programs before /readyz says ready; else the first requests wait for them.
         access_log: Write a line of JSON for each request to stderr.
     """
-    from sa2jax.errors import ConfigError
-
-    if [package for package in _NEEDS if find_spec(package) is None]:
-        raise ConfigError('the server needs more packages: pip install "sa2jax[serve]"')
+    require_packages()
     from sa2jax.serve.launch import Address, run_server
     from sa2jax.serve.settings import MIB, Settings
 
@@ -103,6 +100,18 @@ def serve(
 
         run_server(create_app(model, settings, warm=warm_up), address, bound)
     common.log("ended")
+
+
+def require_packages() -> None:
+    """Refuse to go on without the packages of the extra `serve`.
+
+    Raises:
+        ConfigError: if one is missing.
+    """
+    from sa2jax.errors import ConfigError
+
+    if any(find_spec(package) is None for package in _NEEDS):
+        raise ConfigError('the server needs more packages: pip install "sa2jax[serve]"')
 
 
 def _keys(key: str | None, file: Path | None) -> tuple[str, ...]:

@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -44,10 +43,7 @@ def _steps(state: ServerState) -> Iterator[tuple[str, Callable[[], object]]]:
     if state.voices.own:
         voice = state.voices.find()
         yield "a spoken answer", lambda: _answer(state, "Hello", voice)
-        count = 2
-        while count <= state.settings.rows:
-            yield f"{count} spoken answers at once", lambda n=count: _at_once(state, n, voice)
-            count *= 2
+        yield "speech", lambda: _speech(state, voice)
         yield "reading aloud", lambda: _read(model, voice)
 
 
@@ -70,11 +66,12 @@ def _answer(state: ServerState, content: Content, voice: Voice | None) -> None:
         pass
 
 
-def _at_once(state: ServerState, count: int, voice: Voice) -> None:
-    """Answers whose speech is made together: programs are made for each number of streams."""
-    with ThreadPoolExecutor(count, thread_name_prefix="warm-up") as pool:
-        for made in [pool.submit(_answer, state, "Hello", voice) for _ in range(count)]:
-            made.result()
+def _speech(state: ServerState, voice: Voice) -> None:
+    """Chunks of all sizes, for all numbers of answers that are spoken together."""
+    settings = state.settings
+    chunk = max(settings.first_codes, settings.chunk_codes)
+    for replica in range(len(state.model.replicas)):
+        state.model.token2wav(replica).warm_up(voice, streams=settings.rows, chunk=chunk)
 
 
 def _read(model: StepAudio2, voice: Voice) -> None:

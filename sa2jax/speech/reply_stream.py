@@ -23,6 +23,7 @@ class StreamingSynthesizer(Protocol):
     """What a reply's stream needs of `Token2Wav`."""
 
     sample_rate: int
+    max_streams: int
 
     @property
     def lookahead(self) -> int:

@@ -28,6 +28,7 @@ class StreamSteps:
     cfg: Token2WavConfig
     params: Params
     sample_rate: int
+    max_streams: int
     _mesh: Mesh | None
     _options: FlowOptions
     _sizes: Any

@@ -44,11 +44,11 @@ from sa2jax.models.vocoder import vocoder as hift
 from sa2jax.nn import Functional, Params, Policy
 from sa2jax.runtime import uses_scan
 from sa2jax.speech import programs
-from sa2jax.speech.batching import CHUNK, pad_codes, pad_noise, require_finite
+from sa2jax.speech.batching import CHUNK, chunk_bucket, pad_codes, pad_noise, require_finite
 from sa2jax.speech.programs import Networks, row_keys
 from sa2jax.speech.reply_stream import ReplyStream
 from sa2jax.speech.state import StreamState, concat_streams
-from sa2jax.speech.stream_steps import Codes, StreamSteps
+from sa2jax.speech.stream_steps import MAX_STREAMS, Codes, StreamSteps
 from sa2jax.speech.voices import Voice
 from sa2jax.speech_config import Token2WavConfig
 
@@ -90,6 +90,8 @@ class Token2Wav(StreamSteps):
         self.vocoder = hift(cfg.vocoder) if vocoder is None else vocoder
         self._sizes = self.vocoder.bind(self.vocoder.abstract).cfg
         self.sample_rate = self._sizes.sample_rate
+        # A CPU is bound by arithmetic: eight streams in one call cost seven times one.
+        self.max_streams = 1 if jax.default_backend() == "cpu" else MAX_STREAMS
         guidance = cfg.flow.guidance if guidance is None else guidance
         self._options = FlowOptions(guidance=guidance, noise=flow_noise, steps=steps)
         dtype = jnp.dtype(dtype)
@@ -223,6 +225,23 @@ class Token2Wav(StreamSteps):
             for i, row, count in zip(rows, np.asarray(mel), counts, strict=True):
                 found[i] = row[:count]
         return found
+
+    def warm_up(self, voice: Voice, *, streams: int = 1, chunk: int = CHUNK) -> None:
+        """Make the programs of streams of up to `INITIAL_CAPACITY` codes.
+
+        Args:
+            voice: one of those that will speak.
+            streams: how many will speak at a time.
+            chunk: codes of their chunks at most.
+        """
+        most = min(streams, self.max_streams)
+        counts = [2**n for n in range(1, (most - 1).bit_length() + 1)]
+        for size in sorted({chunk_bucket(size) for size in range(1, chunk + 1)}):
+            codes = [0] * size
+            self.step(self.start([voice]), [codes], last=True)
+            for count in counts:
+                states = [self.start([voice]) for _ in range(count)]
+                self.step_each(states, [codes] * count, [True] * count)
 
     # --- streams ---------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
 """Speech in the background: codes to sound, in the device loop, while codes are still generated.
 
-All replies of a detokenizer that have a whole chunk are spoken in one call, unless some are
-pressing: those whose sound would run out within a second go first, and first of all those that have
-said nothing yet.
+All replies of a detokenizer that have a whole chunk are spoken in one call, where that costs less
+than one after the other. If some are pressing, those whose sound would run out within a second go
+first, and first of all those that have said nothing yet.
 """
 
 import math
@@ -151,7 +151,8 @@ class SpeechWorker:
         if ready := [reply for reply in self._active if reply.has_chunk]:
             now = time.perf_counter()
             pressing = [reply for reply in ready if reply.slack(now) < PRESSING]
-            self._speak(pressing or ready)
+            chosen = sorted(pressing or ready, key=lambda reply: reply.slack(now))
+            self._speak(chosen[: chosen[0].stream.token2wav.max_streams])
         else:
             for reply in self._active:
                 if reply.stream.state is None:

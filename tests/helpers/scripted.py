@@ -118,7 +118,7 @@ class Token2Wav:
         self.parity: bool | None = None  # whether the newest stream is the official one
         self.delay = 0.0  # seconds that a chunk takes
 
-    lookahead = LOOK
+    lookahead, max_streams = LOOK, 32
 
     def start(self, voices, *, seed=0, parity=False) -> SimpleNamespace:
         self.parity = parity
