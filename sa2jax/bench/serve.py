@@ -22,6 +22,7 @@ import uvicorn
 from sa2jax.audio.rates import SPEECH_SAMPLE_RATE
 from sa2jax.bench.common import Bench, Row, machine
 from sa2jax.errors import ConfigError
+from sa2jax.files.json_files import parse_json
 from sa2jax.pipeline import StepAudio2
 from sa2jax.serve.app import create_app
 from sa2jax.serve.metrics import LATE
@@ -164,7 +165,7 @@ def _seconds_in(line: bytes) -> float:
     """Seconds of sound in a line of a stream of events."""
     if not line.startswith(b"data: {"):
         return 0.0
-    for choice in json.loads(line[6:]).get("choices", ()):
+    for choice in parse_json(line[6:]).get("choices", ()):
         if data := (choice["delta"].get("audio") or {}).get("data"):
             return len(base64.b64decode(data)) / BYTES_PER_SECOND
     return 0.0

@@ -57,7 +57,6 @@ def bench(
 
     if size == "serve":
         require_packages()
-        from sa2jax.bench.serve import bench_serve
     if size == "token2wav" and attention is not None:
         raise ConfigError("--attention is for language models: the detokenizer has its own")
     with common.progress_bar("timing", unit="rounds") as progress:
@@ -73,6 +72,8 @@ def bench(
                 progress=progress,
             )
         elif size == "serve":
+            from sa2jax.bench.serve import bench_serve
+
             result = bench_serve(
                 model,
                 rows=rows,

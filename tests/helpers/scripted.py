@@ -120,6 +120,9 @@ class Token2Wav:
 
     lookahead, max_streams = LOOK, 32
 
+    def warm_up(self, voice, *, streams=1, chunk=25) -> None:
+        """It has no programs."""
+
     def start(self, voices, *, seed=0, parity=False) -> SimpleNamespace:
         self.parity = parity
         return SimpleNamespace(waiting=[], num_codes=[len(voices[0].codes)])
