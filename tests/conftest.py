@@ -131,3 +131,14 @@ def refused(run):
         return err
 
     return call
+
+
+@pytest.fixture
+def loop():
+    """A device loop; its thread ends with the test."""
+    from sa2jax.device_loop import DeviceLoop
+
+    loop = DeviceLoop()
+    yield loop
+    loop.close()
+    loop.join()

@@ -4,8 +4,6 @@ import gc
 import threading
 import weakref
 
-import pytest
-
 from sa2jax.device_loop import DeviceLoop
 
 
@@ -36,14 +34,6 @@ class Worker:
         self.errors.append(error)
         self.left = 0
         self.ended.set()
-
-
-@pytest.fixture
-def loop():
-    loop = DeviceLoop()
-    yield loop
-    loop.close()
-    loop.join()
 
 
 class Gate(Worker):

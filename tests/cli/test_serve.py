@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("fastapi", reason="needs the extra [serve]")
 httpx = pytest.importorskip("httpx", reason="needs the package httpx")
 
-from sa2jax.cli import options  # noqa: E402
+from sa2jax.cli import options
 
 ASK = {"messages": [{"role": "user", "content": "hi"}]}
 

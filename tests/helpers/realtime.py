@@ -327,3 +327,12 @@ class ScriptedResponse:
         if not self._over:
             self._over = True
             self._script.running -= 1
+
+
+def until(connection, kind: str) -> list:
+    """Events of OpenAI's client up to the next of a type; an error is a failure."""
+    found = [connection.recv()]
+    while found[-1].type != kind:
+        assert found[-1].type != "error", found[-1]
+        found.append(connection.recv())
+    return found

@@ -2,8 +2,6 @@
 
 import json
 import logging
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,26 +48,13 @@ class Served:
 
 @contextmanager
 def serve(model: StepAudio2, settings: "Settings", *, warm: bool = False) -> Iterator[Served]:
-    import uvicorn
+    from helpers.servers import run_app
 
     from sa2jax.serve.app import create_app
 
     app = create_app(model, settings, warm=warm)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            while not server.started:
-                assert thread.is_alive()
-                time.sleep(0.005)
-            port = listener.getsockname()[1]
-            yield Served(f"http://127.0.0.1:{port}", app.state.server)
-        finally:
-            server.should_exit = True
-            thread.join()
+    with run_app(app) as port:
+        yield Served(f"http://127.0.0.1:{port}", app.state.server)
 
 
 @pytest.fixture(scope="session")

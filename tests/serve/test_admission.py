@@ -8,8 +8,8 @@ import pytest
 pytest.importorskip("fastapi", reason="needs the extra [serve]")
 httpx = pytest.importorskip("httpx", reason="needs the package httpx")
 
-from sa2jax.serve.admission import Admission  # noqa: E402
-from sa2jax.serve.errors import ApiError  # noqa: E402
+from sa2jax.serve.admission import Admission
+from sa2jax.serve.errors import ApiError
 
 
 def run(coroutine):

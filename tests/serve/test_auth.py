@@ -9,9 +9,9 @@ from sa2jax.errors import ConfigError
 pytest.importorskip("fastapi", reason="needs the extra [serve]")
 httpx = pytest.importorskip("httpx", reason="needs the package httpx")
 
-from sa2jax.serve import auth  # noqa: E402
-from sa2jax.serve.auth import Keys, bearer  # noqa: E402
-from sa2jax.serve.settings import Settings  # noqa: E402
+from sa2jax.serve import auth
+from sa2jax.serve.auth import Keys, bearer
+from sa2jax.serve.settings import Settings
 
 KEYED = {"api_keys": ("first-key", "second-key")}
 

@@ -24,7 +24,7 @@ from helpers.scripted import (
 pytest.importorskip("fastapi", reason="needs the extra [serve]")
 httpx = pytest.importorskip("httpx", reason="needs the package httpx")
 
-from sa2jax.serve.openai.choices import StopFilter  # noqa: E402
+from sa2jax.serve.openai.choices import StopFilter
 
 ASK = [{"role": "user", "content": "hi"}]
 WEATHER = {"type": "function", "function": {"name": "weather", "description": "Now."}}

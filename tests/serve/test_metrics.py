@@ -11,8 +11,8 @@ from sa2jax.inference.programs import TRACES
 pytest.importorskip("fastapi", reason="needs the extra [serve]")
 httpx = pytest.importorskip("httpx", reason="needs the package httpx")
 
-from sa2jax.serve.metrics import Metrics  # noqa: E402
-from sa2jax.serve.state import Readiness  # noqa: E402
+from sa2jax.serve.metrics import Metrics
+from sa2jax.serve.state import Readiness
 
 
 def values(text: str) -> dict[str, float]:

@@ -5,9 +5,9 @@ import pytest
 pytest.importorskip("fastapi", reason="needs the extra [serve]")
 httpx = pytest.importorskip("httpx", reason="needs the package httpx")
 
-from sa2jax.serve.errors import ApiError  # noqa: E402
-from sa2jax.serve.origins import Origins  # noqa: E402
-from sa2jax.serve.settings import Settings  # noqa: E402
+from sa2jax.serve.errors import ApiError
+from sa2jax.serve.origins import Origins
+from sa2jax.serve.settings import Settings
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from sa2jax.pipeline.reply import Segment
 pytest.importorskip("fastapi", reason="needs the extra [serve]")
 httpx = pytest.importorskip("httpx", reason="needs the package httpx")
 
-from sa2jax.serve.openai import subtitles  # noqa: E402
+from sa2jax.serve.openai import subtitles
 
 URL = "/v1/audio/speech"
 

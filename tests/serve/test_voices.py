@@ -14,9 +14,9 @@ from sa2jax.speech.voices import Voice
 pytest.importorskip("fastapi", reason="needs the extra [serve]")
 httpx = pytest.importorskip("httpx", reason="needs the package httpx")
 
-from sa2jax.serve import voices as registry  # noqa: E402
-from sa2jax.serve.errors import ApiError  # noqa: E402
-from sa2jax.serve.voices import VoiceRegistry, speech_of  # noqa: E402
+from sa2jax.serve import voices as registry
+from sa2jax.serve.errors import ApiError
+from sa2jax.serve.voices import VoiceRegistry, speech_of
 
 HOSTILE = [
     "../evil",

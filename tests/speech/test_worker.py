@@ -22,14 +22,6 @@ def token2wav() -> Token2Wav:
 
 
 @pytest.fixture
-def loop():
-    loop = DeviceLoop()
-    yield loop
-    loop.close()
-    loop.join()
-
-
-@pytest.fixture
 def speak(token2wav, loop):
     """Begins a reply."""
 

@@ -9,9 +9,9 @@ from helpers.realtime import Reply, tone
 from sa2jax.chat.tools import ToolCall
 
 openai = pytest.importorskip("livekit.plugins.openai", reason="needs livekit-plugins-openai")
-from livekit import rtc  # noqa: E402
-from livekit.agents import llm  # noqa: E402
-from openai.types.beta.realtime.session import TurnDetection  # noqa: E402
+from livekit import rtc
+from livekit.agents import llm
+from openai.types.beta.realtime.session import TurnDetection
 
 pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from helpers.realtime import base64_of, pcm
+from helpers.realtime import base64_of, pcm, until
 from helpers.servers import run_app
 
 from sa2jax.audio import load_audio, resample
@@ -39,14 +39,6 @@ def connection(url):
 def spoken(question) -> bytes:
     """A spoken question, as a client sends it."""
     return pcm(resample(load_audio(question), 16_000, 24_000))
-
-
-def until(connection, kind: str) -> list:
-    found = [connection.recv()]
-    while found[-1].type != kind:
-        assert found[-1].type != "error", found[-1]
-        found.append(connection.recv())
-    return found
 
 
 def sound_of(events) -> np.ndarray:

@@ -4,7 +4,7 @@ import asyncio
 import base64
 
 import pytest
-from helpers.realtime import LOUD, SILENT, Reply, base64_of
+from helpers.realtime import LOUD, SILENT, Reply, base64_of, until
 
 from sa2jax.chat.tools import ToolCall
 
@@ -21,14 +21,6 @@ WEATHER = {
 def connected(server, **options):
     client = openai.OpenAI(base_url=server.url, api_key="any")
     return client.realtime.connect(model="small", **options)
-
-
-def until(connection, kind: str) -> list:
-    found = [connection.recv()]
-    while found[-1].type != kind:
-        assert found[-1].type != "error", found[-1]
-        found.append(connection.recv())
-    return found
 
 
 def test_a_spoken_turn(server):

@@ -12,7 +12,7 @@ from sa2jax.pipeline.reply import ReplyPiece
 events = pytest.importorskip(
     "pipecat.services.openai.realtime.events", reason="needs pipecat-ai[openai]"
 )
-from pipecat.frames.frames import (  # noqa: E402
+from pipecat.frames.frames import (
     EndFrame,
     InputAudioRawFrame,
     LLMContextFrame,
@@ -21,12 +21,12 @@ from pipecat.frames.frames import (  # noqa: E402
     TTSAudioRawFrame,
     TTSTextFrame,
 )
-from pipecat.pipeline.pipeline import Pipeline  # noqa: E402
-from pipecat.pipeline.worker import PipelineParams, PipelineWorker  # noqa: E402
-from pipecat.processors.aggregators.llm_context import LLMContext  # noqa: E402
-from pipecat.processors.frame_processor import FrameProcessor  # noqa: E402
-from pipecat.services.openai.realtime.llm import OpenAIRealtimeLLMService  # noqa: E402
-from pipecat.workers.runner import WorkerRunner  # noqa: E402
+from pipecat.pipeline.pipeline import Pipeline
+from pipecat.pipeline.worker import PipelineParams, PipelineWorker
+from pipecat.processors.aggregators.llm_context import LLMContext
+from pipecat.processors.frame_processor import FrameProcessor
+from pipecat.services.openai.realtime.llm import OpenAIRealtimeLLMService
+from pipecat.workers.runner import WorkerRunner
 
 pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning")
 
