@@ -255,7 +255,7 @@ def test_a_spoken_answer_is_referred_to_by_its_id(ask, script):
     assert script.prompts[1] == [*before, *turn("human", "hi"), *OPEN]
 
 
-def test_a_streamed_answer_brings_words_sound_and_when_it_expires(stream, script):
+def test_a_streamed_answer_brings_words_sound_and_when_it_expires(stream, script, tmp_path):
     script.will_say(HELLO)
     chunks = stream(modalities=["audio", "text"], audio={"format": "mp3"})
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
@@ -264,8 +264,8 @@ def test_a_streamed_answer_brings_words_sound_and_when_it_expires(stream, script
     assert "".join(part.get("transcript", "") for part in audio) == "hello"
     assert set(audio[-1]) == {"expires_at"}
     data = b"".join(base64.b64decode(part.get("data", "")) for part in audio)
-    assert data[0] == 0xFF
-    assert data[1] >= 0xE0
+    (tmp_path / "a.mp3").write_bytes(data)
+    assert soundfile.info(tmp_path / "a.mp3").format == "MP3"
 
 
 def test_stepfuns_clients_open_speech_and_keep_words_and_codes(ask, stream, script):

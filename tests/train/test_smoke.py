@@ -1,6 +1,5 @@
 """The first recipe: it learns the shipped exchanges by heart, and its model answers them."""
 
-import statistics
 from pathlib import Path
 
 import pytest
@@ -22,8 +21,7 @@ def test_smoke(tmp_path, monkeypatch):
     assert outcome.metrics["loss"] < 0.05
     lines = read_metrics(tmp_path / "smoke" / "metrics.jsonl")
     waits = [line["data_wait_fraction"] for line in lines if "data_wait_fraction" in line]
-    # Beside other tests; where the loader is too slow, most of the time is waited.
-    assert statistics.median(waits) < 0.1
+    assert sum(waits) / len(waits) < 0.05
     assert not (tmp_path / "smoke" / "rejects.jsonl").exists()
     model = StepAudio2.from_pretrained(outcome.results["model"])
     heard = ["examples/audio/01_harbour.flac", "examples/audio/02_bread.flac"]
