@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest_plugins = ["helpers.compiling", "helpers.processor_time", "pytester"]
+pytest_plugins = ["helpers.alone", "helpers.compiling", "helpers.processor_time", "pytester"]
 
 # A shell starts background jobs with interrupts ignored, and all their children with them.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -1,4 +1,4 @@
-"""Run by test_real.py in a process of its own: the memory of a conversation of many spoken turns."""
+"""Run by test_real.py in a process of its own: the memory of many spoken turns."""
 
 import json
 import resource

@@ -14,6 +14,7 @@ HOME = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.optimized
 def test_smoke(tmp_path, monkeypatch):
     monkeypatch.chdir(HOME)
