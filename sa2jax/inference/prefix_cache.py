@@ -59,14 +59,12 @@ class Placement:
 
     Attributes:
         row: the row.
-        known: positions that need not be read.
-        source: a row that these are copied from first; None if the row has them.
+        known: positions of it that the row holds.
         evicts: whether a conversation that may go on loses what it has read.
     """
 
     row: Row
     known: int
-    source: Row | None
     evicts: bool
 
 
@@ -97,7 +95,7 @@ class PrefixCache:
         Args:
             keys: of the prompt.
             conversation: what it belongs to, if that is known.
-            part_of: the part of the devices that holds a row: rows are copied within one.
+            part_of: the part of the devices that holds a row.
         """
         free = [row for row in self.rows if not row.busy]
         if not free:
@@ -124,12 +122,26 @@ class PrefixCache:
                     row.last_used,
                 ),
             )
-        alike = [row for row in self.rows if part_of(row.index) == part_of(target.index)]
-        source = max(alike, key=known)
-        evicts = target.is_kept and not goes_on
-        if known(source) - known(target) >= MIN_COPY:
-            return Placement(target, known(source), source, evicts)
-        return Placement(target, known(target), None, evicts)
+        return Placement(target, known(target), target.is_kept and not goes_on)
+
+    def better_source(
+        self, row: Row, keys: Keys, part_of: Callable[[int], int]
+    ) -> tuple[Row, int] | None:
+        """A row that knows more of a prompt than the one it was placed in, worth copying from.
+
+        Args:
+            row: where it was placed.
+            keys: of the prompt.
+            part_of: as of `place`: rows are copied within a part.
+
+        Returns:
+            The row, and how much it knows.
+        """
+        alike = [other for other in self.rows if part_of(other.index) == part_of(row.index)]
+        known = {other.index: common_prefix(other.keys, keys[:-1]) for other in alike}
+        best = max(alike, key=lambda other: known[other.index])
+        gain = known[best.index] - known[row.index]
+        return (best, known[best.index]) if gain >= MIN_COPY else None
 
     def take(self, row: Row, keys: Keys, conversation: object | None, *, keep: bool) -> None:
         """A reply begins to use a row that holds these positions."""

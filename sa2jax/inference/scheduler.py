@@ -40,7 +40,7 @@ class _Reply:
         keys: of the prompt's positions.
         limit: tokens at most.
         position: positions that were read.
-        unheard: clips that are to be encoded, by their number in the prompt.
+        unheard: numbers of the clips that are to be encoded; None until its reading begins.
         clips: those that are.
         started: whether the first token was asked for.
         dispatched: tokens that were asked for.
@@ -53,7 +53,7 @@ class _Reply:
     keys: Keys
     limit: int
     position: int
-    unheard: list[int]
+    unheard: list[int] | None = None
     clips: dict[int, Clip] = field(default_factory=dict)
     started: bool = False
     dispatched: int = 0
@@ -207,14 +207,9 @@ class Scheduler:
         if place is None:
             return False
         self.reserve(self.runner.rows, max(len(keys) + limit, MIN_SLOTS))
-        if place.source is not None:
-            self.runner.copy_row(place.source.index, place.row.index)
         known = keys[: place.known]
         self.cache.take(place.row, known, generation.conversation, keep=generation.keep)
-        spans = enumerate(zip(request.starts, request.counts, strict=True))
-        unheard = [n for n, (start, count) in spans if start + count > place.known]
-        generation.prefilled = len(keys) - place.known
-        self._replies.append(_Reply(generation, place.row, keys, limit, place.known, unheard))
+        self._replies.append(_Reply(generation, place.row, keys, limit, place.known))
         return True
 
     def _drop_cancelled(self) -> None:
@@ -243,9 +238,12 @@ class Scheduler:
         replies = [*chosen.values()]
         if not replies:
             return
-        if unheard := [reply for reply in replies if reply.unheard]:
-            for reply in unheard:
-                n, request = reply.unheard.pop(0), reply.generation.request
+        for reply in replies:
+            if reply.unheard is None:
+                self._begin_reading(reply)
+        if unheard := [(reply, reply.unheard) for reply in replies if reply.unheard]:
+            for reply, clips in unheard:
+                n, request = clips.pop(0), reply.generation.request
                 (reply.clips[n],) = self.runner.encode_audio(
                     [request.mels[n]], longest=longest_clip(request)
                 )
@@ -260,6 +258,18 @@ class Scheduler:
                 ready.append(reply)
         if ready:
             self._start(ready, hidden)
+
+    def _begin_reading(self, reply: _Reply) -> None:
+        """Copy what another row knows by now of the prompt; the rest is to be read."""
+        request = reply.generation.request
+        found = self.cache.better_source(reply.row, reply.keys, self.runner.part_of)
+        if found is not None:
+            source, reply.position = found
+            self.runner.copy_row(source.index, reply.row.index)
+            reply.row.keys = reply.keys[: reply.position]
+        reply.generation.prefilled = len(reply.keys) - reply.position
+        spans = enumerate(zip(request.starts, request.counts, strict=True))
+        reply.unheard = [n for n, (start, count) in spans if start + count > reply.position]
 
     def _chunk_of(self, reply: _Reply) -> Chunk:
         request, first = reply.generation.request, reply.position
