@@ -14,7 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sa2jax.inference.generation import Generation
-from sa2jax.inference.prefix_cache import Keys, PrefixCache, Row, joined, position_keys
+from sa2jax.inference.prefix_cache import (
+    Keys,
+    PrefixCache,
+    Row,
+    common_prefix,
+    joined,
+    position_keys,
+)
 from sa2jax.inference.requests import FinishReason
 from sa2jax.inference.runner import (
     MIN_SLOTS,
@@ -84,6 +91,9 @@ class Scheduler:
         self._waiting: deque[Generation] = deque()
         self._replies: list[_Reply] = []
         self._in_flight: deque[tuple[list[tuple[int, _Reply]], Tokens]] = deque()
+        # Prompts of which more samples may come, by identity: the row that has read one, and the
+        # hidden state of its end.
+        self._read_prompts: dict[int, tuple[Row, Any]] = {}
         self._events: list[tuple[Generation, Any]] = []
         self._lock = threading.Lock()
 
@@ -142,6 +152,7 @@ class Scheduler:
             self._events.append((reply.generation, error))
         self._replies.clear()
         self._in_flight.clear()
+        self._read_prompts.clear()
         rows, slots = self.runner.rows, self.runner.slots
         self._forget_rows()
         if self.reserved:
@@ -223,6 +234,12 @@ class Scheduler:
             if reply.over:
                 reply.row.busy = False
         self._replies = [reply for reply in self._replies if not reply.over]
+        if self._read_prompts:
+            alive = [*(reply.generation for reply in self._replies), *self._waiting]
+            known = {id(generation.request) for generation in alive}
+            self._read_prompts = {
+                key: found for key, found in self._read_prompts.items() if key in known
+            }
         idle = not (self._replies or self._waiting or self._inbox)
         if idle and not self.reserved and self.cache.is_disposable:
             self._forget_rows()
@@ -236,6 +253,9 @@ class Scheduler:
             if not reply.started:
                 chosen.setdefault(self.runner.part_of(reply.row.index), reply)
         replies = [*chosen.values()]
+        if not replies:
+            return
+        replies = [reply for reply in replies if not self._share_reading(reply)]
         if not replies:
             return
         for reply in replies:
@@ -258,6 +278,25 @@ class Scheduler:
                 ready.append(reply)
         if ready:
             self._start(ready, hidden)
+
+    def _share_reading(self, reply: _Reply) -> bool:
+        """Start another sample of a prompt from what the first has read of it, all alike.
+
+        Returns:
+            Whether it has: the first is read, in this part, and its row still holds the prompt.
+        """
+        found = self._read_prompts.get(id(reply.generation.request))
+        if reply.unheard is not None or found is None:
+            return False
+        row, hidden = found
+        part_of, own = self.runner.part_of, reply.row.index
+        whole = common_prefix(row.keys, reply.keys) == len(reply.keys)
+        if not whole or part_of(row.index) != part_of(own):
+            return False
+        self.runner.copy_row(row.index, own)
+        reply.row.keys, reply.position, reply.unheard = reply.keys, len(reply.keys), []
+        self._start([reply], hidden)
+        return True
 
     def _begin_reading(self, reply: _Reply) -> None:
         """Copy what another row knows by now of the prompt; the rest is to be read."""
@@ -295,6 +334,8 @@ class Scheduler:
         ]
         tokens = self.runner.start_rows(starts, hidden)
         for reply in replies:
+            if reply.generation.options.samples > 1:
+                self._read_prompts[id(reply.generation.request)] = reply.row, hidden
             reply.started, reply.dispatched = True, 1
             reply.clips.clear()
         lines = [(self.runner.part_of(reply.row.index), reply) for reply in replies]

@@ -19,11 +19,16 @@ except ImportError:
     fcntl = None
 
 
+def lock_file(name: str) -> Path:
+    """Of the workers of one run."""
+    run = os.environ["PYTEST_XDIST_TESTRUNUID"]
+    return Path(tempfile.gettempdir(), f"sa2jax-tests-{run}-{name}.lock")
+
+
 @contextmanager
 def held(name: str, *, shared: bool) -> Iterator[None]:
     """Hold one of the run's locks."""
-    run = os.environ["PYTEST_XDIST_TESTRUNUID"]
-    with Path(tempfile.gettempdir(), f"sa2jax-tests-{run}-{name}.lock").open("w") as file:
+    with lock_file(name).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         yield
 
@@ -43,3 +48,10 @@ def pytest_runtest_protocol(item):
         return (yield)
     finally:
         machine.__exit__(None, None, None)
+
+
+def pytest_sessionfinish():
+    """Leave no files; a worker that is not done makes them anew."""
+    if "PYTEST_XDIST_TESTRUNUID" in os.environ:
+        for name in ("entrance", "machine"):
+            lock_file(name).unlink(missing_ok=True)

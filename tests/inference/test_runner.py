@@ -94,7 +94,7 @@ def test_samples_share_the_reading_of_their_prompt(engine, monkeypatch):
 
     monkeypatch.setattr(ModelRunner, "prefill_chunk", spy)
     engine.generate([text(5, 100)], GenerationConfig(max_new_tokens=4, samples=3))
-    assert sorted(read) == [1, 1, 100]  # the others read its last position
+    assert read == [100]
 
 
 @pytest.mark.parametrize("block", [1, 3, 32])
